@@ -1,0 +1,31 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := runs/demo
+
+.PHONY: demo test test-slow lint bench clean
+
+demo: $(VENV)/installed  ## train, trace, cut, repair and export a ResNet-20 on real digit images
+	$(BIN)/python train.py fit -c configs/experiment/digits_demo.yaml --run_dir $(RUN)
+	$(BIN)/python train.py report --run_dir $(RUN)
+
+test: $(VENV)/installed lint  ## style and the default test suite
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/installed  ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(VENV)/installed  ## every script of benchmarks/
+	set -e; for script in benchmarks/*.py; do $(BIN)/python $$script; done
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[test]' -c constraints.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache

@@ -1,0 +1,18 @@
+"""Train a vision network, watch what its channels are for, prune it in stages, repair it, hand over a smaller one."""
+
+from lit_prune.measure import measure
+from lit_prune.repair import recalibrate_batchnorm
+from lit_prune.scores import score
+from lit_prune.structure import Plan, apply_plan, cost, load_compact, make_plan, save_compact
+
+__all__ = [
+    "Plan",
+    "apply_plan",
+    "cost",
+    "load_compact",
+    "make_plan",
+    "measure",
+    "recalibrate_batchnorm",
+    "save_compact",
+    "score",
+]

@@ -1,0 +1,250 @@
+"""The command line: `lit-prune VERB -c configs/... [--key value ...]`, the same as `python train.py VERB ...`."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser, auto_cli
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from rich.console import Console
+
+from lit_prune.data import ImageData
+from lit_prune.errors import InputError
+from lit_prune.experiments.compress import schedule_sweep
+from lit_prune.export import export_compact
+from lit_prune.files import write_text
+from lit_prune.modules import LitClassifier
+from lit_prune.report import result_table, write_report
+from lit_prune.run_record import write_run
+from lit_prune.trainer import Trainer, last_checkpoint
+
+MACHINE_KEYS = ("accelerator", "devices", "num_nodes", "strategy", "enable_progress_bar", "enable_model_summary")
+TRAINING_VERBS = ("fit", "compress")
+
+
+def report(run_dir: str) -> None:
+    """Draws the report page of a run folder.
+
+    Args:
+        run_dir: folder that a verb wrote.
+    """
+    page = write_report(Path(run_dir))
+    if (Path(run_dir) / "compact" / "report.json").exists():
+        Console().print(result_table(Path(run_dir)))
+    print(f"report: {page}")
+
+
+def export(run_dir: str, formats: list[str] = ["onnx", "torch_export"], to: str | None = None) -> None:  # noqa: B006
+    """Exports the compact model of a run folder and verifies each file against the module.
+
+    Args:
+        run_dir: run folder with `compact/`, or a compact folder itself.
+        formats: `onnx` (needs the extra `export`) and `torch_export`.
+        to: folder for the files; default: `export/` in the run folder.
+    """
+    folder = Path(run_dir)
+    compact = folder / "compact" if (folder / "compact").is_dir() else folder
+    for name, result in export_compact(compact, Path(to) if to else folder / "export", tuple(formats)).items():
+        print(f"{name}: {result['file']}, largest difference {result['max_abs_difference']:.2e}")
+
+
+FOLDER_VERBS: dict[str, Callable[..., None]] = {"export": export, "report": report}
+
+
+class OneLineParser(LightningArgumentParser):
+    """Parser whose errors are one line and exit code 2."""
+
+    def error(self, message: str, ex: Exception | None = None) -> None:
+        """Prints the first cause of a parse error in one line and exits with 2."""
+        raise InputError(one_line(message))
+
+
+def one_line(message: str) -> str:
+    """A message of several lines as one."""
+    return " ".join(str(message).split())
+
+
+class PruneCLI(LightningCLI):
+    """LightningCLI with a run folder, resuming, and the project's verbs."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Verbs that need a model and data, with the arguments that are not on the command line."""
+        return {**LightningCLI.subcommands(), "compress": {"model", "datamodule"}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the run folder and takes the classifier's sizes from the data."""
+        parser.add_argument(
+            "--run_dir", type=str, default="runs/run", help="Folder for everything that the run writes."
+        )
+        parser.link_arguments("run_dir", "trainer.default_root_dir")
+        parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
+        parser.link_arguments("data.image_shape", "model.image_shape", apply_on="instantiate")
+
+    def _parse_ckpt_path(self) -> None:
+        """The configuration says what is built; the checkpoint's structure is checked against it when it loads."""
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder for everything that the run writes."""
+        return Path(self.config[self.subcommand]["run_dir"])
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Trainer that logs and saves under the run folder."""
+        settings = self._get(self.config_init, "trainer")
+        callbacks = list(settings.get("callbacks") or [])
+        if self.subcommand in TRAINING_VERBS and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
+            callbacks.append(last_checkpoint(self.run_dir))
+        logger = settings.get("logger")
+        if logger in (None, True):
+            logger = self.subcommand in TRAINING_VERBS and TensorBoardLogger(
+                self.run_dir, name="", version="tensorboard", default_hp_metric=False
+            )
+        return super().instantiate_trainer(callbacks=callbacks, logger=logger, **kwargs)
+
+    def before_fit(self) -> None:
+        """Enters the run folder: refuses another run's, resumes this run's."""
+        self._enter_run_folder()
+
+    def before_compress(self) -> None:
+        """Enters the run folder: refuses another run's, resumes this run's."""
+        self._enter_run_folder()
+
+    def compress(self, ratios: list[float] | None = None, **arguments: Any) -> None:
+        """Runs the trainer's `compress`, once or once for each ratio of a schedule sweep."""
+        if ratios is None:
+            self.trainer.compress(**arguments)
+            return
+        Console().print(schedule_sweep(self.run_dir, ratios, lambda *run: self._one_ratio(*run, arguments)))
+
+    def _one_ratio(self, ratio: float, run_dir: Path, arguments: dict[str, Any]) -> None:
+        """One run of a schedule sweep in its own folder, with a network and a trainer of its own."""
+        settings = self.config[self.subcommand]
+        settings["run_dir"] = settings["trainer"]["default_root_dir"] = str(run_dir)
+        self.instantiate_classes()
+        for callback in self.trainer.callbacks:
+            if hasattr(callback, "set_block_ratio"):
+                callback.set_block_ratio(ratio)
+        last = run_dir / "checkpoints" / "last.ckpt"
+        fresh = {"model": self.model, "datamodule": self.datamodule, "ckpt_path": str(last) if last.exists() else None}
+        self.trainer.compress(**{**arguments, **fresh})
+
+    def _enter_run_folder(self) -> None:
+        self._dump_config()
+        settings = self.config_init[self.subcommand]
+        if settings["trainer"].get("fast_dev_run"):
+            return
+        written = self.run_dir / "config.yaml"
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0 and written.exists():
+            changed = changed_keys(yaml.safe_load(written.read_text()), self.config_dump)
+            if changed:
+                raise InputError(
+                    f"run folder {self.run_dir} holds a run with another configuration ({', '.join(changed[:4])}); "
+                    "give another --run_dir, or delete the folder"
+                )
+        last = self.run_dir / "checkpoints" / "last.ckpt"
+        if settings.get("ckpt_path") is None and last.exists():
+            settings["ckpt_path"] = str(last)
+        if self.subcommand == "fit":
+            settings["weights_only"] = True  # a checkpoint holds plain values and tensors; nothing in it is executed
+        self._write_record(written)
+
+    @rank_zero_only
+    def _write_record(self, written: Path) -> None:
+        write_text(written, yaml.safe_dump(self.config_dump, sort_keys=False))
+        self.datamodule.prepare_data()
+        self.datamodule.setup("fit")
+        write_run(
+            self.run_dir,
+            {
+                "verb": self.subcommand,
+                "seed": self.config_dump.get("seed_everything"),
+                "backbone": {"name": self.model.backbone_name, "arguments": self.model.arguments},
+                "data": self.datamodule.fingerprint(),
+                "calibration_indices": self.datamodule.calibration_indices,
+            },
+        )
+
+
+def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of settings that differ, other than those that only say where the run happens."""
+    changed = []
+    for key in {**old, **new}:
+        name = f"{prefix}{key}"
+        if prefix == "trainer." and key in MACHINE_KEYS or name in ("run_dir", "ckpt_path", "trainer.default_root_dir"):
+            continue
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            changed += changed_keys(before, after, f"{name}.")
+        elif before != after:
+            changed.append(name)
+    return changed
+
+
+def run(args: Sequence[str]) -> Any:
+    """Carries out one command line; see `main`."""
+    verb = args[0] if args else ""
+    if verb in FOLDER_VERBS:
+        return auto_cli(FOLDER_VERBS[verb], args=list(args[1:]), prog=f"lit-prune {verb}", parser_class=FolderParser)
+    return build_cli(args)
+
+
+def build_cli(args: Sequence[str], run: bool = True) -> PruneCLI:
+    """Parses the command line of a verb that needs a model and data, and carries it out unless `run` is off."""
+    sys.argv[1:] = list(args)  # Lightning's launchers start the other ranks with this command line
+    return (PruneCLI if run else ParsedCLI)(
+        LitClassifier,
+        ImageData,
+        subclass_mode_data=True,
+        trainer_class=Trainer,
+        save_config_callback=None,
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+        parser_class=OneLineParser,
+        seed_everything_default=0,
+        parser_kwargs={"prog": "lit-prune", "description": DESCRIPTION},
+    )
+
+
+class ParsedCLI(PruneCLI):
+    """Stops after parsing: what `--print_config` and the tests of the configurations need."""
+
+    def instantiate_classes(self) -> None:
+        """Builds nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Runs nothing."""
+
+
+class FolderParser(ArgumentParser):
+    """Parser of the verbs that read a run folder; errors as in `OneLineParser`."""
+
+    error = OneLineParser.error
+
+
+DESCRIPTION = (
+    "Train a vision network, watch its channels, prune it in stages, repair it, hand over a smaller dense one. "
+    "Two more verbs read a run folder: `lit-prune report --run_dir DIR`, `lit-prune export --run_dir DIR`."
+)
+
+
+def main(args: Sequence[str] | None = None) -> Any:
+    """Runs one command; bad input is one line on stderr and exit code 2.
+
+    Args:
+        args: the command line without the program's name; None reads it from the process.
+
+    Returns:
+        The command's CLI object (None for the verbs that only read a folder).
+    """
+    try:
+        return run(sys.argv[1:] if args is None else args)
+    except InputError as error:
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
+        raise SystemExit(2) from None

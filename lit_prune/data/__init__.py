@@ -1,0 +1,20 @@
+"""Data modules: one class a data set, all with the loaders of `ImageData`."""
+
+from lit_prune.data.cifar import CIFAR10Data, CIFAR100Data
+from lit_prune.data.digits import DigitsData
+from lit_prune.data.folder import ImageFolderData
+from lit_prune.data.imagenet100 import ImageNet100Data
+from lit_prune.data.images import ImageData
+from lit_prune.data.mnist import MNISTData
+from lit_prune.data.tiny_imagenet import TinyImageNetData
+
+__all__ = [
+    "CIFAR10Data",
+    "CIFAR100Data",
+    "DigitsData",
+    "ImageData",
+    "ImageFolderData",
+    "ImageNet100Data",
+    "MNISTData",
+    "TinyImageNetData",
+]

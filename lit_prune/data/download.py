@@ -1,0 +1,71 @@
+"""Archives fetched, verified and unpacked whole or not at all."""
+
+import hashlib
+import os
+import shutil
+import tempfile
+import urllib.request
+import zipfile
+from pathlib import Path
+
+from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
+
+from lit_prune.errors import InputError
+
+CHUNK = 2**20  # bytes
+PATIENCE = 60  # seconds without a byte
+
+
+def download_folder(url: str, md5: str, folder: str | Path) -> None:
+    """Makes `folder` from the folder of the same name in a zip archive.
+
+    The archive is written beside `folder` under a temporary name, verified, unpacked under a temporary name and moved
+    into place; whatever fails, nothing is left behind.
+
+    Args:
+        url: Address of the archive.
+        md5: Its checksum, in hexadecimal digits.
+        folder: Folder to make; it must not exist yet.
+
+    Raises:
+        InputError: The address cannot be read, the checksum differs, or the archive lacks the folder.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+    try:
+        archive = partial / "archive.zip"
+        found = _fetch(url, archive, folder)
+        if found != md5:
+            raise InputError(f"md5 of {url} is {found}, not {md5}; try again or unpack the archive by hand to {folder}")
+        _unpack(archive, partial, url)
+        if not (partial / folder.name).is_dir():
+            raise InputError(f"the archive {url} has no folder {folder.name}; unpack the data by hand to {folder}")
+        os.replace(partial / folder.name, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _fetch(url: str, file: Path, folder: Path) -> str:
+    """Writes what `url` serves to `file` and returns its md5."""
+    digest = hashlib.md5(usedforsecurity=False)
+    columns = (*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn())
+    try:
+        with urllib.request.urlopen(url, timeout=PATIENCE) as answer, file.open("wb") as out, Progress(*columns) as bar:
+            task = bar.add_task(folder.name, total=int(answer.headers.get("Content-Length") or 0) or None)
+            while block := answer.read(CHUNK):
+                digest.update(block)
+                bar.advance(task, out.write(block))
+    except OSError as error:  # URLError, HTTPError and timeouts among them
+        raise InputError(
+            f"download of {url} failed ({error}); check the connection or unpack the archive by hand to {folder}"
+        ) from error
+    return digest.hexdigest()
+
+
+def _unpack(archive: Path, folder: Path, url: str) -> None:
+    try:
+        with zipfile.ZipFile(archive) as content:
+            content.extractall(folder)
+    except zipfile.BadZipFile as error:
+        raise InputError(f"{url} is no intact zip archive ({error}); try again") from error

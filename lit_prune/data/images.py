@@ -1,0 +1,291 @@
+"""The base of all data modules: splits, loaders, the calibration subset, the fingerprint."""
+
+import hashlib
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from lightning import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+
+from lit_prune.data.augmentation import Augmentation, Normalisation, PadCropFlip
+from lit_prune.data.calibration import stratified_order
+from lit_prune.data.resident import ResidentLoader, choose_place
+from lit_prune.data.sampling import EpochSampler, Shard
+from lit_prune.data.seeding import seeded_generator
+from lit_prune.data.sources import FileImages, ImageSource, MemoryImages
+from lit_prune.data.workers import BatchDataset, WorkerLoader
+from lit_prune.errors import InputError
+
+Loader = ResidentLoader | WorkerLoader
+FINGERPRINT_IMAGES = 64  # of each split
+STAGE_SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
+
+
+class ImageData(LightningDataModule):
+    """Labelled images as batches `(images float32 [B, C, H, W], labels int64 [B])`, normalised.
+
+    A data set implements `load_split` and sets `image_shape`, `classes` and the class attributes below. Every random
+    draw is a pure function of `seed`, epoch and image index: batches are the same for any number of workers, two
+    ranks serve together what one would, and training resumed at the end of an epoch continues with the same batches.
+    Shards follow the trainer's rank and world size; without a trainer there is one shard.
+
+    Attributes:
+        num_classes: Number of classes, known from construction on.
+        image_shape: `(C, H, W)` of a batch's images, known from construction on.
+        mean: Mean of each channel that batches are normalised with.
+        std: Standard deviation likewise.
+        classes: Class names by label, known after `setup`.
+
+    Args:
+        root: Folder that holds the data set.
+        download: Fetch the data set into `root` where it is missing.
+        batch_size: Training images per batch and device.
+        eval_batch_size: Images per batch and device for validation, test, prediction and calibration.
+        seed: Seed of the shuffles, augmentation draws and subsets, >= 0.
+        train_size: Keep only that many training images, class-balanced; null keeps all.
+        val_size: Hold out that many training images, class-balanced, for validation; with 0 validation uses the
+            official validation split, or the test split where there is none.
+        calibration_size: Images of the fixed calibration subset, at most the training split.
+        num_workers: Worker processes, for images that are not kept in memory.
+        resident: Keep the images in memory and augment whole batches there: `auto` on the training device where they
+            take at most a quarter of its free memory, else in host memory; true on the training device or not at all;
+            false leaves the work to worker processes. The batches are the same.
+        pad: Pixels added on every side before training images are cut out.
+        padding: What is added: `zero` (before normalisation) or `reflect`.
+        flip: Whether half of the training images are mirrored.
+        mean: Mean of each channel on the scale 0..1 in place of the data set's, such as that of pretrained weights.
+        std: Standard deviation likewise.
+    """
+
+    CLASSES = 0
+    MEAN: tuple[float, ...] = (0.485, 0.456, 0.406)  # ImageNet
+    STD: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    image_shape: tuple[int, int, int]
+
+    def __init__(
+        self,
+        root: str = "data",
+        download: bool = False,
+        batch_size: int = 128,
+        eval_batch_size: int = 512,
+        seed: int = 0,
+        train_size: int | None = None,
+        val_size: int = 0,
+        calibration_size: int = 5000,
+        num_workers: int = 4,
+        resident: Literal["auto"] | bool = "auto",
+        pad: int = 4,
+        padding: Literal["zero", "reflect"] = "zero",
+        flip: bool = True,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+    ) -> None:
+        super().__init__()
+        self.root, self.download, self.seed = root, download, seed
+        self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
+        self.train_size, self.val_size, self.calibration_size = train_size, val_size, calibration_size
+        self.resident, self.pad, self.padding, self.flip = resident, pad, padding, flip
+        self.mean, self.std = tuple(mean or self.MEAN), tuple(std or self.STD)
+        self.classes: tuple[str, ...] = ()
+        self.num_classes = self.CLASSES
+        self._sources: dict[str, ImageSource] = {}
+        self._placed: dict[tuple[str, str], MemoryImages] = {}
+        self._check_arguments()
+
+    def _check_arguments(self) -> None:
+        least = {"batch_size": 1, "eval_batch_size": 1, "calibration_size": 1, "train_size": 1}
+        least |= {"seed": 0, "val_size": 0, "num_workers": 0, "pad": 0}
+        for name, minimum in least.items():
+            value = getattr(self, name)
+            if value is not None and value < minimum:
+                raise InputError(f"{name}={value} is too small; use at least {minimum}")
+        if len(self.mean) != len(self.std) or min(self.std) <= 0:
+            raise InputError(f"mean={self.mean} and std={self.std} need one value a channel each, std above 0")
+
+    def load_split(self, split: str) -> ImageSource:
+        """Images of an official split.
+
+        Args:
+            split: `"train"`, `"test"`, or `"val"` where `has_validation`.
+
+        Raises:
+            InputError: The files are missing or damaged.
+        """
+        raise NotImplementedError
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether the data set has a validation split beside its test split."""
+        return False
+
+    @property
+    def available_splits(self) -> tuple[str, ...]:
+        """The splits that `load_split` can give, and validation."""
+        return "train", "val", "test"
+
+    def setup(self, stage: str | None = None) -> None:
+        """Loads the splits of `stage` (all for None), once; without a trainer it also prepares the data.
+
+        Raises:
+            InputError: Files are missing or damaged, or the sizes asked for exceed the training split.
+        """
+        if self.trainer is None:
+            self.prepare_data()
+        for split in STAGE_SPLITS.get(str(stage), self.available_splits):
+            self._source(split)
+
+    # --- splits
+
+    def _stored_as(self, split: str) -> str:
+        return "test" if split == "val" and not self.val_size and not self.has_validation else split
+
+    def _source(self, split: str) -> ImageSource:
+        split = self._stored_as(split)
+        if split not in self._sources:
+            if split == "train" or (split == "val" and self.val_size):
+                self._divide_training_split()
+            else:
+                self._sources[split] = self._checked(split)
+        return self._sources[split]
+
+    def _checked(self, split: str) -> ImageSource:
+        source = self.load_split(split)
+        if len(source.labels) and not 0 <= int(source.labels.min()) <= int(source.labels.max()) < self.num_classes:
+            raise InputError(
+                f"labels of the {split} split in {self.root} run from {int(source.labels.min())} to"
+                f" {int(source.labels.max())}, but the data set has {self.num_classes} classes; replace the files"
+            )
+        self._check_shape()
+        return source
+
+    def _check_shape(self) -> None:
+        channels, *sides = self.image_shape
+        if len(self.mean) != channels:
+            raise InputError(f"mean={self.mean} has {len(self.mean)} value(s), the images {channels} channel(s)")
+        if self.padding == "reflect" and self.pad >= min(sides):
+            raise InputError(f"pad={self.pad} is too large to reflect images of {sides}; use at most {min(sides) - 1}")
+
+    def _divide_training_split(self) -> None:
+        source = self._checked("train")
+        total, wanted = len(source.labels), self.val_size + (self.train_size or 1)
+        if wanted > total:
+            raise InputError(
+                f"train_size={self.train_size} with val_size={self.val_size} needs {wanted} images, the training split"
+                f" has {total}; lower one of them"
+            )
+        order = stratified_order(source.labels, seeded_generator(self.seed, "split"))
+        held_out, rest = order[: self.val_size].sort().values, order[self.val_size :]
+        if self.val_size:
+            self._sources["val"] = source.subset(held_out)
+        self.train_positions = rest[: self.train_size].sort().values  # in the official training split, int64 [N]
+        whole = len(self.train_positions) == total
+        self._sources["train"] = source if whole else source.subset(self.train_positions)
+
+    # --- loaders
+
+    def _shard(self) -> Shard:
+        return Shard(self.trainer.global_rank, self.trainer.world_size) if self.trainer else Shard()
+
+    def _device(self) -> torch.device:
+        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        return device if device.type == "cuda" else torch.device("cpu")
+
+    def _loader(self, split: str, sampler: EpochSampler, augmentation: Augmentation | None = None) -> Loader:
+        images = self._placed_images(split)
+        normalisation = Normalisation(self.mean, self.std)
+        if images is not None:
+            return ResidentLoader(images, sampler, normalisation, augmentation)
+        dataset = BatchDataset(self._source(split), normalisation, augmentation)
+        return WorkerLoader(dataset, sampler, self.num_workers, pin_memory=self._device().type == "cuda")
+
+    def _placed_images(self, split: str) -> MemoryImages | None:
+        """Images of the split on the device that holds them; None where workers make the batches."""
+        source, device, split = self._source(split), self._device(), self._stored_as(split)
+        if (split, str(device)) not in self._placed:
+            here = isinstance(source, MemoryImages) and device.type == "cpu"  # already there, nothing to allocate
+            place = choose_place(0 if here else source.bytes, device, self.resident)
+            if place is None:
+                return None
+            if isinstance(source, FileImages):
+                source = self._sources[split] = source.load()
+            rank_zero_info(f"{split} images in memory: {source.bytes / 2**20:.1f} MiB on {place}")
+            self._placed[split, str(device)] = source.to(place)
+        return self._placed[split, str(device)]
+
+    def augmentation(self, stream: str) -> Augmentation:
+        """The random views of the training images; `stream` names the purpose, other purposes draw independently."""
+        count = len(self._source("train").labels)
+        return PadCropFlip(count, self.seed, stream, self.pad, self.padding, self.flip)
+
+    def train_dataloader(self) -> Loader:
+        """Augmented training batches of this rank, in an order of their own each epoch (fixed with overfit_batches)."""
+        indices = torch.arange(len(self._source("train").labels))
+        shuffle = not (self.trainer and self.trainer.overfit_batches)
+        sampler = EpochSampler(indices, self.batch_size, shuffle, self.seed, "train", self._shard())
+        return self._loader("train", sampler, self.augmentation("train"))
+
+    def _exact_loader(self, split: str) -> Loader:
+        indices = torch.arange(len(self._source(split).labels))
+        return self._loader(split, EpochSampler(indices, self.eval_batch_size, shuffle=False, shard=self._shard()))
+
+    def val_dataloader(self) -> Loader:
+        """Validation batches of this rank; over all ranks every image comes exactly once."""
+        return self._exact_loader("val")
+
+    def test_dataloader(self) -> Loader:
+        """Test batches of this rank; over all ranks every image comes exactly once."""
+        return self._exact_loader("test")
+
+    def predict_dataloader(self) -> Loader:
+        """The test batches, labels included."""
+        return self._exact_loader("test")
+
+    # --- calibration
+
+    @cached_property
+    def _calibration_order(self) -> Tensor:
+        order = stratified_order(self._source("train").labels, seeded_generator(self.seed, "calibration"))
+        return order[: self.calibration_size]
+
+    @property
+    def calibration_indices(self) -> list[int]:
+        """Positions of the calibration images in the official training split, ascending."""
+        order = self._calibration_order
+        return sorted(self.train_positions[order].tolist())
+
+    def calibration_dataloader(self) -> Loader:
+        """The fixed calibration images, unaugmented: the same images in the same order on every rank.
+
+        Their order is class-balanced throughout, so the first batches alone are a balanced subset as well.
+        """
+        sampler = EpochSampler(self._calibration_order, self.eval_batch_size, shuffle=False)
+        return self._loader("train", sampler)
+
+    def recalibration_dataloader(self) -> Loader:
+        """One pass over augmented training images in random order, the same on every rank and in every epoch."""
+        indices = torch.arange(len(self._source("train").labels))
+        batch_size = min(self.batch_size, len(indices))
+        sampler = EpochSampler(indices, batch_size, shuffle=True, seed=self.seed, stream="recalibration")
+        return self._loader("train", sampler, self.augmentation("recalibration"))
+
+    # --- fingerprint
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What identifies the data: name, sizes, sha256 of labels and of a fixed sample of pixels, normalisation."""
+        sources = {split: self._source(split) for split in self.available_splits}
+        labels, pixels = hashlib.sha256(), hashlib.sha256()
+        for source in sources.values():
+            labels.update(source.labels.numpy().tobytes())
+            for index in torch.linspace(0, len(source.labels) - 1, FINGERPRINT_IMAGES).long().tolist():
+                pixels.update(source.image(index).numpy().tobytes())
+        return {
+            "name": type(self).__name__,
+            "sizes": {split: len(source.labels) for split, source in sources.items()},
+            "labels_sha256": labels.hexdigest(),
+            "pixels_sha256": pixels.hexdigest(),
+            "image_shape": list(self.image_shape),
+            "normalisation": {"mean": list(self.mean), "std": list(self.std)},
+        }

@@ -1,0 +1,193 @@
+"""Images of one split, in memory or in files, before augmentation and normalisation."""
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from PIL import Image
+from rich.progress import track
+from torch import Tensor
+from torchvision.transforms import v2
+
+from lit_prune.errors import InputError
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
+SHOW_PROGRESS_FROM = 3000  # files; fewer are decoded within about a second
+DECODING_THREADS = 8
+
+
+class ImageSource(Protocol):
+    """Images of one split with their labels, int64 [N]."""
+
+    labels: Tensor
+
+    def image(self, index: int) -> Tensor:
+        """One image, unaugmented, uint8 [C, H, W]."""
+
+    def subset(self, indices: Tensor) -> "ImageSource":
+        """The chosen images only, in the order of `indices`."""
+
+
+@dataclass(frozen=True, eq=False)
+class MemoryImages:
+    """Images as one tensor.
+
+    Attributes:
+        pixels: uint8 [N, C, H, W].
+        labels: int64 [N].
+    """
+
+    pixels: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the pixels."""
+        return self.pixels.numel()
+
+    def image(self, index: int) -> Tensor:
+        """One image, uint8 [C, H, W]."""
+        return self.pixels[index]
+
+    def subset(self, indices: Tensor) -> "MemoryImages":
+        """The chosen images only, copied."""
+        return MemoryImages(self.pixels[indices], self.labels[indices])
+
+    def to(self, device: torch.device) -> "MemoryImages":
+        """The same images on `device`."""
+        return MemoryImages(self.pixels.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True, eq=False)
+class FileImages:
+    """Images as files, decoded when asked for.
+
+    Attributes:
+        files: Path of each image.
+        labels: int64 [N].
+        resolution: Height and width of a decoded image.
+        short_side: Length to which the short side is resized (bilinear, antialiased) before the centre is cut out.
+    """
+
+    files: tuple[str, ...]
+    labels: Tensor
+    resolution: int
+    short_side: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the pixels, once decoded."""
+        return len(self) * 3 * self.resolution**2
+
+    def open(self, index: int) -> Image.Image:
+        """One image as it is stored, converted to RGB."""
+        return read_image(self.files[index])
+
+    def image(self, index: int) -> Tensor:
+        """One image, resized and cut to the centre, uint8 [3, resolution, resolution]."""
+        image = self.open(index)
+        if image.size != (self.resolution, self.resolution) or self.short_side != self.resolution:
+            image = v2.functional.center_crop(v2.functional.resize(image, [self.short_side]), [self.resolution])
+        return v2.functional.pil_to_tensor(image)
+
+    def subset(self, indices: Tensor) -> "FileImages":
+        """The chosen files only."""
+        files = tuple(self.files[index] for index in indices.tolist())
+        return FileImages(files, self.labels[indices], self.resolution, self.short_side)
+
+    def load(self) -> MemoryImages:
+        """All images decoded into memory; a bar shows the progress where it lasts.
+
+        Raises:
+            InputError: A file is no readable image.
+        """
+        pixels = torch.empty(len(self), 3, self.resolution, self.resolution, dtype=torch.uint8)
+        for index, image in enumerate(self._decoded()):
+            pixels[index] = image
+        return MemoryImages(pixels, self.labels)
+
+    def _decoded(self) -> Iterator[Tensor]:
+        quiet = len(self) < SHOW_PROGRESS_FROM or rank_zero_only.rank != 0
+        with ThreadPoolExecutor(DECODING_THREADS) as executor:
+            try:
+                images = executor.map(self.image, range(len(self)))
+                yield from track(images, "decoding images", len(self), disable=quiet)
+            finally:
+                executor.shutdown(cancel_futures=True)
+
+
+def read_image(file: str | Path) -> Image.Image:
+    """The image in `file`, converted to RGB whatever its mode.
+
+    Raises:
+        InputError: The file is missing, truncated or no image.
+    """
+    try:
+        with Image.open(file) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises SyntaxError for a broken PNG
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"cannot decode the image {file} ({reason}); replace or delete the file") from error
+
+
+def resize_pixels(pixels: Tensor, resolution: int) -> Tensor:
+    """Square images resized bilinearly (antialiased), uint8 [N, C, S, S] to [N, C, resolution, resolution]."""
+    if pixels.shape[-1] == resolution:
+        return pixels
+    chunks = (
+        F.interpolate(part.float(), (resolution, resolution), mode="bilinear", antialias=True)
+        for part in pixels.split(4096)
+    )  # in parts, since float takes four times the memory
+    return torch.cat([part.round().clamp(0, 255).to(torch.uint8) for part in chunks])
+
+
+def list_images(folder: str | Path) -> list[str]:
+    """Paths of the images in `folder` and below it, sorted."""
+    found = (os.path.join(place, name) for place, _, names in os.walk(folder, followlinks=True) for name in names)
+    return sorted(file for file in found if file.lower().endswith(IMAGE_SUFFIXES))
+
+
+def list_folders(folder: str | Path) -> list[str]:
+    """Names of the folders in `folder`, sorted, hidden ones left out; empty where there is no such folder."""
+    if not os.path.isdir(folder):
+        return []
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+
+
+def list_class_folders(folder: str | Path, classes: tuple[str, ...]) -> tuple[list[str], list[int]]:
+    """Image files of `folder/<class>/` and the number of each one's class.
+
+    Args:
+        folder: Folder with one folder a class; further folders are ignored, and so are classes that are absent.
+        classes: Class names; the label is the position here.
+
+    Returns:
+        Paths and labels, class after class.
+
+    Raises:
+        InputError: A class folder holds no image, or no class folder is there.
+    """
+    files: list[str] = []
+    labels: list[int] = []
+    present = set(list_folders(folder))
+    for label, name in enumerate(classes):
+        images = list_images(os.path.join(folder, name)) if name in present else []
+        if name in present and not images:
+            raise InputError(f"class folder {os.path.join(folder, name)} holds no image; fill or delete it")
+        files += images
+        labels += [label] * len(images)
+    if not files:
+        raise InputError(f"no class folder with images in {folder}; expected {folder}/<class>/<image>")
+    return files, labels

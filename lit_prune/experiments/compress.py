@@ -1,0 +1,68 @@
+"""The schedule sweep of block removal: one repaired network for each ratio, one table of all."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pandas as pd
+from rich.table import Table
+
+from lit_prune.errors import InputError
+from lit_prune.files import whole_file
+
+
+def schedule_sweep(run_dir: Path, ratios: Sequence[float], run_one: Callable[[float, Path], None]) -> Table:
+    """Runs `run_one(ratio, folder)` for each ratio and tabulates what the runs handed over.
+
+    A ratio whose folder already holds its `compact/report.json` is not run again, so a killed sweep resumes.
+
+    Args:
+        run_dir: each ratio gets the folder `ratio=0.25` in it; the table is written to `schedule.parquet`.
+        ratios: shares of the free blocks to remove, each in (0, 1).
+        run_one: carries out one compression in the folder it is given.
+
+    Raises:
+        InputError: a ratio outside (0, 1).
+
+    Source: m2m_dc section 4.1 (r = 0.10, 0.25, 0.40, 0.50).
+    """
+    outside = [ratio for ratio in ratios if not 0 < ratio < 1]
+    if outside:
+        raise InputError(f"ratios must lie in (0, 1), got {outside}")
+    rows = []
+    for ratio in ratios:
+        folder = run_dir / f"ratio={ratio:.2f}"
+        if not (folder / "compact" / "report.json").exists():
+            run_one(ratio, folder)
+        rows.append(_row(ratio, folder))
+    table = pd.DataFrame(rows)
+    with whole_file(run_dir / "schedule.parquet") as partial:
+        table.to_parquet(partial, index=False)
+    return _terminal_table(table)
+
+
+def _row(ratio: float, folder: Path) -> dict[str, float | int]:
+    """Figures of one finished run."""
+    report = json.loads((folder / "compact" / "report.json").read_text())
+    stages = [json.loads(line) for line in (folder / "stages.jsonl").read_text().splitlines()]
+    return {
+        "remove_ratio": ratio,
+        "blocks_removed": sum(len(stage["plan"]["drop_blocks"]) for stage in stages),
+        "macs_ratio": report["compact"]["macs"] / report["dense"]["macs"],
+        "params_ratio": report["compact"]["params"] / report["dense"]["params"],
+        "accuracy_dense": stages[0]["accuracy"]["dense"],
+        "accuracy_dense_recalibrated": stages[0]["accuracy"]["dense_recalibrated"],
+        "accuracy_after_surgery": stages[0]["accuracy"]["after_surgery"],
+        "accuracy_after_recalibration": stages[0]["accuracy"]["after_recalibration"],
+        "accuracy_after_repair": stages[-1]["accuracy"]["after_repair"],
+    }
+
+
+def _terminal_table(table: pd.DataFrame) -> Table:
+    """The sweep as a table for the terminal; shares and accuracies in percent."""
+    shown = Table(title="Schedule sweep")
+    for column in table.columns:
+        shown.add_column(column.replace("accuracy_", "").replace("_", " "), justify="right")
+    for row in table.itertuples(index=False):
+        shown.add_row(*(str(v) if isinstance(v, int) else f"{v:.2%}" for v in row))
+    return shown

@@ -1,0 +1,50 @@
+"""Changes of a layer's affine map, with its bias put where there is room for it."""
+
+import torch
+from torch import Tensor, nn
+
+
+def add_to_output(model: nn.Module, layer: str, norm: str, shift: Tensor) -> bool:
+    """Adds `shift` [O] to the output of `layer`: to its bias, else to the BatchNorm that alone reads it, else to a new bias.
+
+    In evaluation mode BatchNorm subtracts its running mean, so taking the shift from the mean adds it to the output; the
+    structure of the network stays as it is.
+
+    Args:
+        model: the network, changed in place.
+        layer: name of a convolution or linear layer.
+        norm: name of the BatchNorm, or "".
+        shift: float64 [O].
+
+    Returns:
+        Whether the layer has gained a bias.
+    """
+    module = model.get_submodule(layer)
+    with torch.no_grad():
+        if module.bias is None and norm:
+            mean = model.get_submodule(norm).running_mean
+            mean.copy_((mean.double() - shift.to(mean.device)).to(mean.dtype))
+            return False
+        created = module.bias is None
+        if created:
+            module.bias = nn.Parameter(module.weight.new_zeros(len(module.weight)))
+            module.bias.requires_grad_(module.weight.requires_grad)
+        module.bias.copy_((module.bias.double() + shift.to(module.bias.device)).to(module.bias.dtype))
+    return created
+
+
+def output_shift(model: nn.Module, layer: str, norm: str) -> Tensor:
+    """What `layer` adds to its output beside the product with its weights: bias, less the running mean of `norm`; [O]."""
+    module = model.get_submodule(layer)
+    shift = module.weight.new_zeros(len(module.weight), dtype=torch.float64)
+    if module.bias is not None:
+        shift = shift + module.bias.detach().double()
+    if norm:
+        shift = shift - model.get_submodule(norm).running_mean.double()
+    return shift
+
+
+def set_weight(module: nn.Module, weight: Tensor) -> None:
+    """Writes `weight` [O, C·taps] into a convolution or linear layer."""
+    with torch.no_grad():
+        module.weight.copy_(weight.reshape(module.weight.shape).to(module.weight.dtype))

@@ -1,0 +1,151 @@
+"""Least squares from sums: the second moments of inputs and targets are streamed, the rows are never kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+CHUNK = 8192  # rows in one float32 product
+RIDGES = (1e-10, 1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # relative to the mean variance of the inputs
+
+
+@dataclass
+class PairSums:
+    """Shifted power sums of inputs u [S, D] and targets z [S, O], float64; sums of two data sets add.
+
+    Attributes:
+        shift: [D + O], near the means of (u, z), so that nothing cancels.
+        rows: [], number of samples S.
+        first: [D + O], Σ (u, z) - shift.
+        inputs: [D, D], Σ u uᵀ of shifted values.
+        cross: [D, O], Σ u zᵀ.
+        targets: [O], Σ z².
+    """
+
+    shift: Tensor
+    rows: Tensor
+    first: Tensor
+    inputs: Tensor
+    cross: Tensor
+    targets: Tensor
+
+    @classmethod
+    def zeros(cls, inputs: Tensor, targets: Tensor) -> PairSums:
+        """Empty sums, shifted to the means of the given rows."""
+        shift = torch.cat([inputs, targets], 1).double().mean(0)
+        wide, narrow = inputs.shape[1], targets.shape[1]
+        shapes = [(), (wide + narrow,), (wide, wide), (wide, narrow), (narrow,)]
+        return cls(shift, *(shift.new_zeros(shape) for shape in shapes))
+
+    def add(self, inputs: Tensor, targets: Tensor) -> None:
+        """Adds rows: inputs [S, D] and targets [S, O], float32 (float32 products) or float64."""
+        wide = inputs.shape[1]
+        shift = self.shift.to(inputs.dtype)
+        self.rows += len(inputs)
+        for u, z in zip(inputs.split(CHUNK), targets.split(CHUNK), strict=True):
+            u, z = u - shift[:wide], z - shift[wide:]
+            self.first += torch.cat([u.sum(0), z.sum(0)])
+            self.inputs += u.T @ u
+            self.cross += u.T @ z
+            self.targets += z.square().sum(0)
+
+    def __add__(self, other: PairSums) -> PairSums:
+        """Sums of both data sets; they must have one shift."""
+        values = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
+        return PairSums(**values | {"shift": self.shift})
+
+    def empty(self) -> PairSums:
+        """Zero sums of the same shape and shift."""
+        values = {f.name: torch.zeros_like(getattr(self, f.name)) for f in fields(self)}
+        return PairSums(**values | {"shift": self.shift})
+
+    def covariance(self) -> Covariance:
+        """Population means and covariances."""
+        wide = len(self.inputs)
+        mean = self.first / self.rows
+        u, z = mean[:wide], mean[wide:]
+        return Covariance(
+            self.shift[:wide] + u,
+            self.shift[wide:] + z,
+            self.inputs / self.rows - torch.outer(u, u),
+            self.cross / self.rows - torch.outer(u, z),
+            self.targets / self.rows - z.square(),
+        )
+
+
+@dataclass(frozen=True)
+class Covariance:
+    """Means and covariances of inputs and targets.
+
+    Attributes:
+        input_mean: [D].
+        target_mean: [O].
+        inputs: [D, D].
+        cross: [D, O].
+        targets: [O], variances.
+    """
+
+    input_mean: Tensor
+    target_mean: Tensor
+    inputs: Tensor
+    cross: Tensor
+    targets: Tensor
+
+    def error(self, fit: Fit) -> float:
+        """Mean squared error of `fit` on this data, summed over outputs, over their summed variance; 0 for no variance."""
+        bias = self.target_mean - fit.weight @ self.input_mean - fit.bias
+        explained = (fit.weight * (fit.weight @ self.inputs - 2 * self.cross.T)).sum(1)
+        residual = (self.targets + explained + bias.square()).clamp_min(0).sum()
+        return float(residual / self.targets.sum()) if self.targets.sum() > 0 else float(residual)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A linear map z = W u + b: `weight` [O, D], `bias` [O], `ridge` relative to the mean variance of the inputs."""
+
+    weight: Tensor
+    bias: Tensor
+    ridge: float
+
+
+def solve(data: Covariance, ridge: float, prior: Tensor | None = None) -> Fit:
+    """Ridge regression `argmin Σ‖W u + b - z‖² + λ‖W - prior‖²`, b free, λ = ridge · mean variance of the inputs · rows.
+
+    Args:
+        data: covariances.
+        ridge: relative ridge, above 0.
+        prior: [O, D], where the penalty is zero; None: at zero.
+    """
+    wide = len(data.inputs)
+    scale = data.inputs.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    prior = data.cross.new_zeros(data.cross.T.shape) if prior is None else prior
+    factor, failed = torch.linalg.cholesky_ex(data.inputs + ridge * scale * torch.eye(wide).to(data.inputs))
+    if failed:
+        return solve(data, max(10 * ridge, 1e-12), prior)
+    change = torch.cholesky_solve(data.cross - data.inputs @ prior.T, factor).T  # [O, D]
+    weight = prior + change
+    return Fit(weight, data.target_mean - weight @ data.input_mean, ridge)
+
+
+def solve_held_out(
+    fitted: PairSums, held_out: PairSums, ridges: Sequence[float] = RIDGES, prior: Tensor | None = None
+) -> tuple[Fit, float]:
+    """The fit to both data sets with the ridge that serves the held-out one best, and the error it had there.
+
+    Args:
+        fitted: sums of the fitting part.
+        held_out: sums of the held-out part; without rows the first ridge is taken and the error is NaN.
+        ridges: candidates, ascending; a larger one must win by more than rounding.
+        prior: as in `solve`.
+    """
+    if not held_out.rows or len(ridges) == 1:
+        fit = solve((fitted + held_out).covariance(), ridges[0], prior)
+        return fit, held_out.covariance().error(fit) if held_out.rows else float("nan")
+    data, test = fitted.covariance(), held_out.covariance()
+    errors = [test.error(solve(data, ridge, prior)) for ridge in ridges]
+    best = min(errors)
+    chosen = next(index for index, error in enumerate(errors) if error <= best * (1 + 1e-9) + 1e-15)
+    return solve((fitted + held_out).covariance(), ridges[chosen], prior), errors[chosen]

@@ -1,0 +1,67 @@
+"""How mechanisms are replaced: plain values, checked once."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lit_prune.errors import InputError
+
+KINDS = ("delete", "constant", "affine", "refit")
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """Settings of `replace_mechanisms`.
+
+    Attributes:
+        ridge: ridge of affine and refit, relative to the mean variance of the inputs; "held_out": refit takes the one of
+            a grid that serves held-out images best (affine: 1e-6).
+        parents: affine: kept channels that stand in for a removed one, the best correlated ones; None: all of them.
+        border: where the constants go: "bias" (exact away from a zero-padded border) or "carrier" (exact; one of the
+            removed channels stays in each group and carries them).
+        scope: refit: "consumers" (layers that lose input channels) or "all" (every layer from the first change on).
+        towards: refit: where the ridge pulls the weights, "zero" or the "weights" the layer has.
+        images: most calibration images used.
+        rows: most positions (over all images) in one regression; more are sampled, seeded, equally many an image.
+        held_out: share of the batches that choose the ridge.
+        unsupported: "refuse" raises for a layer in which nothing can stand in; "delete" leaves it with what is kept.
+        seed: of the sampled positions.
+    """
+
+    ridge: float | Literal["held_out"] = "held_out"
+    parents: int | None = 16
+    border: Literal["bias", "carrier"] = "bias"
+    scope: Literal["consumers", "all"] = "consumers"
+    towards: Literal["zero", "weights"] = "zero"
+    images: int = 4096
+    rows: int = 400_000
+    held_out: float = 0.2
+    unsupported: Literal["refuse", "delete"] = "refuse"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks the values.
+
+        Raises:
+            InputError: one is outside its range.
+        """
+        choices = {
+            "border": ("bias", "carrier"),
+            "scope": ("consumers", "all"),
+            "towards": ("zero", "weights"),
+            "unsupported": ("refuse", "delete"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise InputError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}")
+        if self.ridge != "held_out" and not (isinstance(self.ridge, int | float) and self.ridge > 0):
+            raise InputError(f"ridge={self.ridge!r} must be above 0 (relative to the inputs' variance), or 'held_out'")
+        if self.parents is not None and self.parents < 0:
+            raise InputError(f"parents={self.parents} must be 0 or more, or None for all kept channels")
+        if self.images < 1 or self.rows < 1 or not 0 <= self.held_out < 1:
+            raise InputError(
+                f"images={self.images} and rows={self.rows} must be at least 1, held_out={self.held_out} within [0, 1)"
+            )
+
+    def holds_out(self, index: int, batches: int) -> bool:
+        """Whether batch `index` of `batches` belongs to the held-out part: the last ones, none of a single batch."""
+        return index >= batches - int(self.held_out * batches + 0.5)

@@ -1,0 +1,6 @@
+"""What a run shows: one self-contained page of figures and tables, and the result table for the terminal."""
+
+from lit_prune.report.page import write_report
+from lit_prune.report.tables import result_table
+
+__all__ = ["result_table", "write_report"]

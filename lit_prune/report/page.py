@@ -1,0 +1,139 @@
+"""The report page: a list of sections, each one function of the run folder."""
+
+import base64
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import jinja2
+
+from lit_prune.errors import InputError
+from lit_prune.files import whole_file, write_text
+from lit_prune.report import axes_figures, figures, tables
+from lit_prune.report.drawing import Picture, render_png, styled
+from lit_prune.report.run_folder import AbsentInput, RunFolder
+from lit_prune.report.tables import Table
+
+LOGGER = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Text:
+    """Preformatted text of the page inside a closed block."""
+
+    text: str
+    folded: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """One section of the page: anchor and file name of its figure, heading, and the function that fills it."""
+
+    key: str
+    title: str
+    build: Callable[[RunFolder], Picture | Table | Text]
+
+
+def _show_config(run: RunFolder) -> Text:
+    return Text(run.config, "config.yaml")
+
+
+SECTIONS: tuple[Section, ...] = (
+    Section("result", "Result", tables.tabulate_result),
+    Section("path", "Cost and accuracy", figures.draw_path),
+    Section("stages", "Structural stages", tables.tabulate_stages),
+    Section("widths", "Layer widths", figures.draw_widths),
+    Section("training", "Training", figures.draw_training),
+    Section("plane", "The two axes", axes_figures.draw_plane),
+    Section("coupling", "Coupling of the axes", axes_figures.draw_coupling),
+    Section("protocol", "Protocol", tables.tabulate_protocol),
+    Section("config", "Configuration", _show_config),
+    Section("files", "Files", tables.list_files),
+)
+"""The page from top to bottom. A further figure is one function that returns a `Picture` and one line here."""
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A section as the template takes it: exactly one of picture (data URI), table, text is set."""
+
+    key: str
+    title: str
+    caption: str = ""
+    picture: str = ""
+    table: Table | None = None
+    text: Text | None = None
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Writes `report.html` and `figures/*.png` of a run folder and returns the page's path.
+
+    The page holds its figures and loads nothing from elsewhere. Sections whose inputs the run does not have are left
+    out and named at the end of the page; inputs that are there and cannot be used are named with the reason, and logged
+    as warnings.
+
+    Args:
+        run_dir: a run folder, complete or not.
+
+    Returns:
+        `run_dir/report.html`.
+
+    Raises:
+        InputError: `run_dir` is not a folder or holds no run.
+    """
+    run = RunFolder(run_dir)
+    shown: list[Rendered] = []
+    absent: list[tuple[str, str]] = []
+    with styled():
+        for section in SECTIONS:
+            try:
+                shown.append(_render(section, run))
+            except AbsentInput as reason:
+                absent.append((section.title, f"needs {reason}"))
+            except Exception as error:  # one damaged input must not take the rest of the page with it
+                LOGGER.warning("report section %r left out: %s", section.title, error, exc_info=_is_defect(error))
+                absent.append((section.title, f"could not be made: {_describe(error)}"))
+    page = run.path / "report.html"
+    write_text(page, _template().render(name=run.name, headline=_headline(run), sections=shown, absent=absent))
+    return page
+
+
+def _is_defect(error: Exception) -> bool:
+    return not isinstance(error, InputError)
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if _is_defect(error) else str(error)
+
+
+def _render(section: Section, run: RunFolder) -> Rendered:
+    part = section.build(run)
+    if isinstance(part, Table):
+        return Rendered(section.key, section.title, part.caption, table=part)
+    if isinstance(part, Text):
+        return Rendered(section.key, section.title, text=part)
+    png = render_png(part.figure)
+    with whole_file(run.path / "figures" / f"{section.key}.png") as partial:
+        partial.write_bytes(png)
+    return Rendered(section.key, section.title, part.caption, picture=base64.b64encode(png).decode("ascii"))
+
+
+def _headline(run: RunFolder) -> tuple[tuple[str, str, str, str], ...]:
+    """Returns quantity, dense value, compact value and change of what the run was for; empty without a result."""
+    try:
+        table = tables.tabulate_result(run)
+    except (AbsentInput, InputError):
+        return ()
+    dense, compact = table.rows[0], table.rows[-1]
+    columns = zip(table.columns[1:], dense[1:], compact[1:], strict=True)
+    return tuple((title, old.text, new.text, new.note) for title, old, new in columns if new.note)[:4]
+
+
+def _template() -> jinja2.Template:
+    source = resources.files("lit_prune.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.from_string(source)

@@ -1,0 +1,270 @@
+"""Tables of the report: the result, the stages, the protocol, the files."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table as RichTable
+
+from lit_prune.errors import InputError
+from lit_prune.report.run_folder import AbsentInput, RunFolder, stages_if_any
+
+ABSENT = "–"
+MINUS = "−"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One table cell: what is shown, a small remark beside it, and the exact value for the tooltip."""
+
+    text: str
+    note: str = ""
+    exact: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the page: column titles, rows of cells, how many leading columns hold text, a caption below."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    caption: str
+    text_columns: int = 1
+    folded: str = ""
+    """Title of a closed block that the table is put into; empty for an open table."""
+
+
+def format_count(value: float) -> str:
+    """Returns a number with a decimal prefix and three or four digits: 40813184 -> `40.81 M`."""
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= factor:
+            return f"{value / factor:.2f} {prefix}"
+    return f"{value:g}"
+
+
+def format_bytes(value: float) -> str:
+    """Returns a size with a decimal prefix: 1082000 -> `1.08 MB`."""
+    return f"{format_count(value)}B" if abs(value) >= 1000 else f"{value:g} B"
+
+
+def format_percent(value: float) -> str:
+    """Returns a share of one as a percentage: 0.9173 -> `91.73 %`."""
+    return f"{100 * value:.2f} %"
+
+
+def _format_milliseconds(value: float) -> str:
+    return f"{value:.3g} ms" if value < 100 else f"{value:.0f} ms"
+
+
+def _format_rate(value: float) -> str:
+    return f"{value:,.0f} /s" if value >= 10 else f"{value:.2g} /s"
+
+
+def _signed(value: float, digits: int, unit: str) -> str:
+    text = f"{abs(value):.{digits}f}"
+    sign = "±" if float(text) == 0 else (MINUS if value < 0 else "+")
+    return f"{sign}{text} {unit}"
+
+
+def relative_change(value: float, dense: float) -> str:
+    """Returns `value` against `dense` in percent of `dense`; empty where `dense` is 0."""
+    return _signed(100 * (value / dense - 1), 1, "%") if dense else ""
+
+
+def point_change(value: float, dense: float) -> str:
+    """Returns the difference of two shares of one in percentage points."""
+    return _signed(100 * (value - dense), 2, "pt")
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A column of the result table: its key in `compact/report.json`, title, format, and form of change."""
+
+    key: str
+    title: str
+    format: Callable[[float], str]
+    change: Callable[[float, float], str] = relative_change
+
+
+QUANTITIES = (
+    Quantity("accuracy", "accuracy", format_percent, point_change),
+    Quantity("macs", "MACs", format_count),
+    Quantity("params", "params", format_count),
+    Quantity("latency_ms", "latency, batch 1", _format_milliseconds),
+    Quantity("throughput", "throughput, batch 64", _format_rate),
+    Quantity("bytes", "file size", format_bytes),
+)
+
+
+def is_number(value: object) -> bool:
+    """Tells whether `value` is a finite number (None and NaN mean: not measured)."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def format_cell(value: object, quantity: Quantity, dense: object = None) -> Cell:
+    """Returns the cell of one quantity, with the change against `dense` where both are measured."""
+    if not is_number(value):
+        return Cell(ABSENT)
+    note = quantity.change(value, dense) if is_number(dense) else ""
+    return Cell(quantity.format(value), note, repr(value))
+
+
+def result_cells(result: Mapping[str, Any]) -> Table:
+    """Returns the final table: dense, after each stage, compact, each with its change against dense.
+
+    Args:
+        result: content of `compact/report.json`; `stages` may be absent.
+
+    Raises:
+        InputError: `dense` or `compact` is absent.
+    """
+    absent = [key for key in ("dense", "compact") if not isinstance(result.get(key), Mapping)]
+    if absent:
+        raise InputError(f"compact/report.json has no object {' and '.join(absent)}; export the compact network again")
+    dense = result["dense"]
+    entries = [(f"after {stage.get('name', '?')}", stage) for stage in result.get("stages") or ()]
+    rows = [(Cell("dense"), *(format_cell(dense.get(q.key), q) for q in QUANTITIES))]
+    for name, entry in (*entries, ("compact", result["compact"])):
+        rows.append((Cell(name), *(format_cell(entry.get(q.key), q, dense.get(q.key)) for q in QUANTITIES)))
+    caption = (
+        "Change against the dense network in small type; point at a number for its exact value. A stage's accuracy is "
+        "the one after BatchNorm recalibration, before its repair; the compact network's the one after the last repair."
+    )
+    return Table(("network", *(q.title for q in QUANTITIES)), tuple(rows), caption)
+
+
+def result_table(run: str | Path | Mapping[str, Any]) -> RichTable:
+    """Returns the final table for the terminal: dense, after each stage, compact.
+
+    Args:
+        run: a run folder, or the content of its `compact/report.json`.
+
+    Raises:
+        InputError: no run folder, or one without a result.
+    """
+    result = run if isinstance(run, Mapping) else _read_result(run)
+    cells = result_cells(result)
+    title = "dense to compact" if isinstance(run, Mapping) else Path(run).resolve().name
+    table = RichTable(title=title, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False, leading=1)
+    for position, column in enumerate(cells.columns):
+        table.add_column(column.replace(", ", "\n"), justify="right" if position else "left")
+    for row in cells.rows:
+        table.add_row(*(f"{cell.text}\n[dim]{cell.note}[/dim]" if cell.note else cell.text for cell in row))
+    return table
+
+
+def _read_result(run_dir: str | Path) -> dict[str, Any]:
+    try:
+        return RunFolder(run_dir).result
+    except AbsentInput as absent:
+        raise InputError(
+            f"run_dir={str(run_dir)!r} has no {absent}: no compact network was written in this run"
+        ) from None
+
+
+def tabulate_result(run: RunFolder) -> Table:
+    """Returns the final table of a run (see `result_cells`)."""
+    return result_cells(run.result)
+
+
+ACCURACIES = (
+    ("dense", "dense"),
+    ("dense_recalibrated", "dense, recalibrated"),
+    ("before", "before"),
+    ("after_surgery", "after surgery"),
+    ("after_recalibration", "after recalibration"),
+    ("after_repair", "after repair"),
+)
+
+
+def tabulate_stages(run: RunFolder) -> Table:
+    """Returns one column a structural stage: plan, MACs, accuracy at every point of the stage, seconds."""
+    titles = ("plan", "epoch", "MACs", "params", *(f"accuracy {title}" for _, title in ACCURACIES), "time")
+    names = tuple(str(stage.get("name", "?")) for stage in run.stages)
+    rows = zip(map(Cell, titles), *(_stage_cells(stage) for stage in run.stages), strict=True)
+    caption = (
+        "Accuracy of each stage at the points where it was measured: what the cut alone cost, what new BatchNorm "
+        "statistics gave back (the dense network gets the same treatment for comparison), what training gave back."
+    )
+    return Table(("stage", *names), tuple(rows), caption)
+
+
+def _stage_cells(stage: Mapping[str, Any]) -> tuple[Cell, ...]:
+    accuracy = stage.get("accuracy") or {}
+    percents = (format_cell(accuracy.get(key), QUANTITIES[0]) for key, _ in ACCURACIES)
+    epoch = stage.get("epoch")
+    return (
+        Cell(summarise_plan(stage.get("plan") or {})),
+        Cell(str(epoch) if is_number(epoch) else ABSENT),
+        *(_reduction_cell(stage.get(key) or {}) for key in ("macs", "params")),
+        *percents,
+        _seconds_cell(stage.get("seconds") or {}),
+    )
+
+
+def _reduction_cell(counts: Mapping[str, Any]) -> Cell:
+    before, after = counts.get("before"), counts.get("after")
+    if not (is_number(before) and is_number(after)):
+        return Cell(ABSENT)
+    return Cell(
+        f"{format_count(before)} → {format_count(after)}", relative_change(after, before), f"{before} → {after}"
+    )
+
+
+def _seconds_cell(seconds: Mapping[str, Any]) -> Cell:
+    measured = {key: value for key, value in seconds.items() if is_number(value)}
+    if not measured:
+        return Cell(ABSENT)
+    parts = ", ".join(f"{key} {value:.3g} s" for key, value in measured.items())
+    return Cell(f"{sum(measured.values()):.3g} s", parts)
+
+
+def summarise_plan(plan: Mapping[str, Any]) -> str:
+    """Returns a plan (`Plan.to_dict()`) in words: which blocks go, how many channels of how many groups stay."""
+    parts = []
+    blocks = plan.get("drop_blocks") or ()
+    if blocks:
+        parts.append(f"{len(blocks)} block{'s' * (len(blocks) > 1)} dropped: {', '.join(blocks)}")
+    keep, sizes = plan.get("keep_channels") or {}, plan.get("sizes") or {}
+    cut = {name: len(kept) for name, kept in keep.items() if name in sizes and len(kept) < sizes[name]}
+    if cut:
+        total = sum(sizes[name] for name in cut)
+        parts.append(f"{sum(cut.values())} of {total} channels kept in {len(cut)} group{'s' * (len(cut) > 1)}")
+    return "; ".join(parts) or "nothing removed"
+
+
+def tabulate_protocol(run: RunFolder) -> Table:
+    """Returns `run.json` and every stage's protocol as rows of name and value; long lists are shortened."""
+    rows = list(_flatten(run.protocol))
+    for stage in stages_if_any(run):
+        rows += _flatten(stage.get("protocol") or {}, f"stage {stage.get('name', '?')}: ")
+    caption = "What has to be equal for another run to be comparable. The full lists are in run.json."
+    cells = tuple((Cell(name), Cell(value)) for name, value in rows)
+    return Table(("field", "value"), cells, caption, text_columns=2, folded=f"{len(cells)} fields")
+
+
+def _flatten(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows = []
+    for key, item in value.items():
+        if isinstance(item, Mapping) and item:
+            rows += _flatten(item, f"{prefix}{key}.")
+        else:
+            rows.append((f"{prefix}{key}", _shorten(item)))
+    return rows
+
+
+def _shorten(value: object, limit: int = 8) -> str:
+    if isinstance(value, list | tuple) and len(value) > limit:
+        return f"{', '.join(map(str, value[:limit]))}, … ({len(value)} values)"
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def list_files(run: RunFolder) -> Table:
+    """Returns the files of the run folder with their sizes."""
+    files = run.files
+    rows = tuple((Cell(name), Cell(format_bytes(size), exact=f"{size} bytes")) for name, size in files)
+    total = format_bytes(sum(size for _, size in files))
+    return Table(("file", "size"), rows, "Paths relative to the run folder.", folded=f"{len(rows)} files, {total}")

@@ -1,0 +1,362 @@
+"""From scores and a budget to a plan: how many channels each group keeps, and which."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from scipy.stats import rankdata
+from torch import Tensor, nn
+
+from lit_prune.errors import InputError
+from lit_prune.structure.cost import CostModel
+from lit_prune.structure.groups import ChannelGraph, Group, trace_groups
+from lit_prune.structure.latency import measure_latency
+from lit_prune.structure.plan import Plan
+from lit_prune.structure.surgery import apply_plan
+from lit_prune.structure.widths import Steps, global_widths, uniform_widths
+
+Ranks = Mapping[str, Tensor]
+
+BUDGETS = ("macs", "params", "channels", "latency")
+ALLOCATIONS = ("global", "uniform", "layerwise")
+LATENCY_TRIALS = 6
+_TOLERANCE = 0.01
+
+
+def _centred(scores: np.ndarray, live: np.ndarray) -> np.ndarray:
+    return (scores - live.mean()) / (live.std() or 1.0)
+
+
+NORMALISATIONS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {  # (scores, finite scores) -> scores
+    "none": lambda scores, live: scores,
+    "layer_mean": lambda scores, live: scores / (np.abs(live).mean() or 1.0),
+    "layer_max": lambda scores, live: scores / (np.abs(live).max() or 1.0),
+    "rank": lambda scores, live: (rankdata(scores) - 0.5) / len(scores),
+    "z": _centred,
+}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may be kept, and how it is shared out.
+
+    Attributes:
+        kind: what is counted: "macs", "params", "channels" (units of the prunable groups) or "latency" (seconds,
+            measured; only `make_plan` can).
+        keep: share kept of the present network, in (0, 1]; with "layerwise" a dict group name -> share.
+        allocation: "global" (one threshold over all groups), "uniform" (the same share in every group), "layerwise".
+        round_to: widths are multiples of it (a group that loses nothing keeps its width).
+        normalisation: of the scores inside each group before the global threshold: "none", "layer_mean" and
+            "layer_max" (of absolute values), "rank" (to quantiles), "z".
+        cap: largest share of a group that may go.
+        only: "mid", "planes" (see `group_role`), group names, or None for all.
+        protect: names of groups that stay whole.
+    """
+
+    kind: str = "macs"
+    keep: float | Mapping[str, float] = 0.5
+    allocation: str = "global"
+    round_to: int = 1
+    normalisation: str = "none"
+    cap: float = 0.95
+    only: str | Iterable[str] | None = None
+    protect: Iterable[str] = ()
+
+    def __post_init__(self) -> None:
+        """Checks the values.
+
+        Raises:
+            InputError: one is outside its range.
+        """
+        for name, value, allowed in (
+            ("budget", self.kind, BUDGETS),
+            ("allocation", self.allocation, ALLOCATIONS),
+            ("normalisation", self.normalisation, tuple(NORMALISATIONS)),
+        ):
+            if value not in allowed:
+                raise InputError(f"{name}={value!r} is unknown; use one of {', '.join(allowed)}")
+        if self.round_to < 1 or not 0 <= self.cap <= 1:
+            raise InputError(f"round_to={self.round_to} must be at least 1 and cap={self.cap} within [0, 1]")
+        object.__setattr__(self, "protect", _names("protect", self.protect))
+        if self.only is not None and self.only not in ("mid", "planes"):
+            object.__setattr__(self, "only", _names("only", self.only))
+        self._check_keep()
+
+    def _check_keep(self) -> None:
+        if (self.allocation == "layerwise") != isinstance(self.keep, Mapping):
+            raise InputError(
+                f"allocation={self.allocation!r} does not go with keep={self.keep!r}; 'layerwise' takes a dict "
+                "{group: share kept}, the others one number"
+            )
+        for share in self.keep.values() if isinstance(self.keep, Mapping) else (self.keep,):
+            if not 0 < share <= 1:
+                raise InputError(f"budget outside (0,1]: keep={share}; give the share to keep, such as 0.5")
+
+
+def make_plan(
+    model: nn.Module,
+    ranks: Ranks,
+    example_input: Tensor,
+    budget: str = "macs",
+    keep: float | Mapping[str, float] = 0.5,
+    allocation: str = "global",
+    round_to: int = 1,
+    *,
+    normalisation: str = "none",
+    cap: float = 0.95,
+    only: str | Iterable[str] | None = None,
+    protect: Iterable[str] = (),
+) -> Plan:
+    """Plan that keeps the channels with the best scores within a budget; the model is left as it was found.
+
+    Args:
+        model: any network that `trace_groups` can follow.
+        ranks: layer name -> scores [N] of its output channels, higher = keep. A group's score is the mean over its
+            layers that have scores; a group without any is not pruned.
+        example_input: [B, C, H, W].
+        budget: "macs", "params", "channels" or "latency", see `Budget`.
+        keep: share kept of the present network, in (0, 1], or a dict for "layerwise".
+        allocation: "global", "uniform" or "layerwise".
+        round_to: widths are multiples of it.
+        normalisation: "none", "layer_mean", "layer_max", "rank" or "z".
+        cap: largest share of a group that may go.
+        only: "mid", "planes", group names, or None.
+        protect: names of groups that stay whole.
+
+    Returns:
+        A plan whose cost is at most the budget and within 1 % of it; where the structure does not allow that,
+        `plan.notes["met"]` is False and `plan.notes["reason"]` says where.
+
+    Raises:
+        InputError: an argument outside its range, scores that are NaN or of the wrong length, nothing to prune.
+    """
+    request = Budget(budget, keep, allocation, round_to, normalisation, cap, only, protect)
+    graph = trace_groups(model, example_input)
+    cost_model = CostModel.build(model, graph, example_input)
+    if budget == "latency" and allocation != "layerwise":
+        return _plan_latency(model, graph, cost_model, ranks, request, example_input)
+    return plan_channels(graph, cost_model, ranks, request)
+
+
+def plan_channels(graph: ChannelGraph, cost_model: CostModel, ranks: Ranks, request: Budget) -> Plan:
+    """The arithmetic of `make_plan`: no forward pass, no surgery.
+
+    The budget is met by bisection over the steps in order of their score (a step is `round_to` units of one group),
+    then the best removed steps that still fit are taken back.
+
+    Raises:
+        InputError: as `make_plan`.
+    """
+    scores, notes = group_scores(graph, ranks, request)
+    if request.allocation == "layerwise":
+        return _plan_layerwise(graph, cost_model, scores, request, notes)
+    if request.kind == "latency":
+        raise InputError("budget='latency' has to run the network; use make_plan")
+    columns = np.array([cost_model.names.index(name) for name in scores])
+    steps = Steps.build(list(scores.values()), request.round_to, request.cap)
+    price = _price(cost_model, columns, request.kind)
+    dense = price(steps.sizes)
+    target = request.keep * dense
+    choose = global_widths if request.allocation == "global" else uniform_widths
+    widths = choose(steps, price, target)
+    achieved = price(widths) / dense
+    reason = _shortfall(graph, steps, scores, widths, price, target)
+    notes |= {"budget": request.kind, "requested": float(request.keep), "achieved": achieved, "met": not reason}
+    return _plan(scores, dict(zip(scores, widths.tolist(), strict=True)), notes | {"reason": reason})
+
+
+def plan_for_widths(graph: ChannelGraph, ranks: Ranks, widths: Mapping[str, int]) -> Plan:
+    """Plan with given widths, the units chosen by score: the second half of a hybrid.
+
+    Budgets from one score, ranks inside a group from another: take `widths` from the plan of the first
+    (`{g: len(u) for g, u in plan.keep_channels.items()}`) and `ranks` from the second.
+
+    Args:
+        graph: the groups.
+        ranks: as in `make_plan`.
+        widths: group name -> number of units kept.
+
+    Raises:
+        InputError: an unknown or protected group, a width outside 1..size, a group without scores.
+    """
+    scores, notes = group_scores(graph, ranks, Budget(only=tuple(widths)))
+    for name, width in widths.items():
+        if name not in scores:
+            raise InputError(f"widths[{name!r}]: the group has no scores; give ranks for one of its layers")
+        if not 1 <= width <= len(scores[name]):
+            raise InputError(f"widths[{name!r}]={width} must lie in 1..{len(scores[name])}")
+    chosen = {name: scores[name] for name in widths}
+    return _plan(chosen, widths, notes | {"budget": "widths", "met": True, "reason": ""})
+
+
+def group_scores(graph: ChannelGraph, ranks: Ranks, request: Budget) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Normalised score of each unit of each group to be pruned, and notes on the groups left out.
+
+    Args:
+        graph: the groups.
+        ranks: layer name -> scores [N].
+        request: says which groups, and the normalisation.
+
+    Returns:
+        group name -> float64 [size]; `{"allocation", "round_to", "normalisation", "protected", "without_scores"}`.
+
+    Raises:
+        InputError: NaN scores, a wrong length, an unknown group name, or no group left.
+    """
+    groups = _selected(graph, request)
+    raw = {group.name: _mean_score(graph, group, ranks) for group in groups}
+    normalise = NORMALISATIONS[request.normalisation]
+    scores = {}
+    for name, values in raw.items():
+        if values is not None:
+            live = values[np.isfinite(values)]
+            normalised = normalise(values, live) if len(live) else values
+            scores[name] = np.clip(normalised, -1e300, 1e300)  # infinite marks stay first or last and can be averaged
+    if not scores:
+        raise InputError(
+            f"nothing to prune: of {len(graph.groups)} groups {len(graph.prunable)} are prunable, {len(groups)} of them "
+            f"selected (only={request.only!r}, protect={list(request.protect)}), none with scores in ranks"
+        )
+    notes = {
+        "allocation": request.allocation,
+        "round_to": request.round_to,
+        "normalisation": request.normalisation,
+        "protected": {group.name: group.protected for group in graph.groups if group.protected},
+        "without_scores": [name for name, values in raw.items() if values is None],
+    }
+    return scores, notes
+
+
+def _names(argument: str, value: str | Iterable[str]) -> tuple[str, ...]:
+    if isinstance(value, str):
+        raise InputError(f"{argument}={value!r} is one string; give a list of group names")
+    return tuple(value)
+
+
+def _selected(graph: ChannelGraph, request: Budget) -> list[Group]:
+    """The prunable groups that the request names."""
+    only = request.only if isinstance(request.only, tuple) else ()
+    for argument, names in (("only", only), ("protect", request.protect)):
+        for name in names:
+            if name not in graph.by_name:
+                some = ", ".join(list(graph.by_name)[:6])
+                raise InputError(f"{argument}: no group is called {name!r}; some groups: {some}")
+    for name in only:
+        if graph.by_name[name].protected:
+            raise InputError(f"only: group {name!r} is protected ({graph.by_name[name].protected}); leave it out")
+    wanted = [group for group in graph.prunable if group.name not in request.protect]
+    if isinstance(request.only, str):
+        return [group for group in wanted if group.role == request.only]
+    return wanted if request.only is None else [group for group in wanted if group.name in only]
+
+
+def _mean_score(graph: ChannelGraph, group: Group, ranks: Ranks) -> np.ndarray | None:
+    """Mean over the members that have ranks of the score of each unit, float64 [size]; None if there is no such member."""
+    rows = []
+    for member in group.members:
+        if member.axis == "out" and member.module in ranks:
+            values = ranks[member.module].detach().double().cpu().numpy()
+            width = graph.widths[member.module, "out"]
+            if values.shape != (width,):
+                raise InputError(
+                    f"ranks[{member.module!r}] has shape {list(values.shape)}, the layer has {width} channels"
+                )
+            if np.isnan(values).any():
+                channel = int(np.flatnonzero(np.isnan(values))[0])
+                raise InputError(f"ranks[{member.module!r}] is NaN at channel {channel}; give every channel a score")
+            rows.append(values[np.array(member.positions)].mean(1))
+    return np.mean(rows, axis=0) if rows else None
+
+
+def _price(cost_model: CostModel, columns: np.ndarray, kind: str) -> Callable[[np.ndarray], int]:
+    """Widths of the selected groups -> cost of the whole network."""
+    if kind == "channels":
+        return lambda widths: int(widths.sum())
+    count = cost_model.macs if kind == "macs" else cost_model.params
+
+    def price(widths: np.ndarray) -> int:
+        everything = cost_model.sizes.copy()
+        everything[columns] = widths
+        return count(everything)
+
+    return price
+
+
+def _shortfall(
+    graph: ChannelGraph, steps: Steps, scores: dict, widths: np.ndarray, price: Callable, target: float
+) -> str:
+    """Why the budget is not met within 1 %, or ""."""
+    achieved = price(widths)
+    if achieved <= target and achieved >= (1 - _TOLERANCE) * target:
+        return ""
+    names = list(scores)
+    dense = price(steps.sizes)
+    if achieved > target:
+        kept = ", ".join(group.name for group in graph.groups if group.name not in scores)
+        return (
+            f"with every selected group at its smallest width (cap, round_to) {achieved / dense:.4f} remains; "
+            f"not pruned: {kept or 'none'}"
+        )
+    larger = {name: steps.wider(index, widths) for index, name in enumerate(names)}
+    rises = {name: price(wide) - achieved for name, wide in larger.items() if wide is not None}
+    name = min(rises, key=rises.get) if rises else ""
+    return (
+        f"widths are too coarse: the smallest step back, in {name!r}, is {rises[name] / dense:.4f} of the dense cost"
+        if name
+        else ""
+    )
+
+
+def _plan(scores: Mapping[str, np.ndarray], widths: Mapping[str, int], notes: dict[str, Any]) -> Plan:
+    """Keeps the best units of each group; a tie goes to the lower index. Groups that lose nothing are not named."""
+    keep, sizes = {}, {}
+    for name, values in scores.items():
+        if widths[name] < len(values):
+            best = np.argsort(-values, kind="stable")[: widths[name]]
+            keep[name], sizes[name] = tuple(np.sort(best).tolist()), len(values)
+    return Plan((), keep, sizes, notes)
+
+
+def _plan_layerwise(
+    graph: ChannelGraph, cost_model: CostModel, scores: dict[str, np.ndarray], request: Budget, notes: dict[str, Any]
+) -> Plan:
+    """Given shares: widths to the nearest allowed one."""
+    for name in request.keep:
+        if name not in scores:
+            known = graph.by_name.get(name)
+            why = (
+                "there is no such group" if known is None else known.protected or "it is not selected or has no scores"
+            )
+            raise InputError(f"keep[{name!r}]: {why}; the groups are {', '.join(list(scores)[:6])}")
+    chosen = {name: scores[name] for name in scores if name in request.keep}
+    steps = Steps.build(list(chosen.values()), request.round_to, request.cap)
+    shares = np.array([request.keep[name] for name in chosen])
+    widths = dict(zip(chosen, steps.nearest(shares * steps.sizes).tolist(), strict=True))
+    plan = _plan(chosen, widths, notes)
+    macs = cost_model.macs(cost_model.widths(plan.keep_channels)) / cost_model.macs(cost_model.sizes)
+    found = {"budget": "layerwise", "requested": dict(request.keep), "achieved": macs, "met": True, "reason": ""}
+    return replace(plan, notes=notes | found)
+
+
+def _plan_latency(
+    model: nn.Module, graph: ChannelGraph, cost_model: CostModel, ranks: Ranks, request: Budget, example_input: Tensor
+) -> Plan:
+    """Bisection over the share of MACs with trial surgery, until the measured latency of the batch is within budget."""
+    shape, batch = tuple(example_input.shape[1:]), len(example_input)
+    dense = measure_latency(model, shape, batch)
+    low, high, best, fastest = 0.0, 1.0, None, None
+    for _ in range(LATENCY_TRIALS):
+        share = (low + high) / 2
+        plan = plan_channels(graph, cost_model, ranks, replace(request, kind="macs", keep=share))
+        trial = model if plan.removes_nothing else apply_plan(model, plan, example_input)
+        ratio = measure_latency(trial, shape, batch) / dense
+        fastest = min(fastest or (ratio, plan), (ratio, plan), key=lambda pair: pair[0])
+        if ratio <= request.keep:
+            low, best = share, (ratio, plan)
+        else:
+            high = share
+    ratio, plan = best or fastest
+    reason = "" if best else f"the fastest of {LATENCY_TRIALS} trials still takes {ratio:.3f} of the dense latency"
+    found = {"budget": "latency", "requested": request.keep, "achieved": ratio, "met": not reason, "reason": reason}
+    return replace(plan, notes={**plan.notes, **found, "macs_achieved": plan.notes["achieved"]})

@@ -1,0 +1,71 @@
+"""The channel axes of layers: what kind of layer it is, how wide each axis is."""
+
+from torch import nn
+
+from lit_prune.backbones.cifar_resnet import PaddedShortcut
+
+CONVOLUTIONS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
+INSTANCE_NORMS = (nn.modules.instancenorm._InstanceNorm,)
+
+Axis = tuple[str, str]  # (qualified module or parameter name, "out" or "in")
+
+
+def find(model: nn.Module, name: str) -> nn.Module | nn.Parameter:
+    """Module or parameter of `model` with that qualified name.
+
+    Raises:
+        AttributeError: there is none.
+    """
+    parent, _, last = name.rpartition(".")
+    return getattr(model.get_submodule(parent), last)
+
+
+def is_depthwise(module: object) -> bool:
+    """Whether `module` is a convolution with one input and one output channel in each of several groups."""
+    return isinstance(module, CONVOLUTIONS) and 1 < module.groups == module.out_channels == module.in_channels
+
+
+def is_weighted(module: object) -> bool:
+    """Whether `module` is a convolution or a linear layer."""
+    return isinstance(module, (*CONVOLUTIONS, nn.Linear))
+
+
+def is_boundary(module: object) -> bool:
+    """Whether channels end and begin here: a convolution that mixes channels, a linear layer, a padded shortcut."""
+    return (is_weighted(module) and not is_depthwise(module)) or isinstance(module, PaddedShortcut)
+
+
+def is_channelwise(module: object) -> bool:
+    """Whether `module` has weights for each channel and mixes none: depthwise convolution, norm per channel, PReLU."""
+    return is_depthwise(module) or isinstance(module, (*BATCH_NORMS, *INSTANCE_NORMS, nn.PReLU))
+
+
+def width(module: nn.Module | nn.Parameter, axis: str) -> int:
+    """Number of channels that the attributes of a layer state; for a bare parameter the number of its values."""
+    if isinstance(module, nn.Parameter):
+        return module.numel()
+    if isinstance(module, (*CONVOLUTIONS, PaddedShortcut)):
+        return module.out_channels if axis == "out" else module.in_channels
+    if isinstance(module, nn.Linear):
+        return module.out_features if axis == "out" else module.in_features
+    return module.num_parameters if isinstance(module, nn.PReLU) else module.num_features
+
+
+def stored_width(module: nn.Module | nn.Parameter, axis: str) -> int:
+    """Number of channels that the tensors of a layer have (the attributes' where it has no tensor)."""
+    if isinstance(module, (*BATCH_NORMS, *INSTANCE_NORMS)):
+        tensors = [t for t in (module.weight, module.running_mean) if t is not None]
+        widths = {len(tensor) for tensor in tensors} or {module.num_features}
+        return widths.pop() if len(widths) == 1 else -1
+    if not is_weighted(module):
+        return width(module, axis)
+    transposed = isinstance(module, CONVOLUTIONS) and module.transposed
+    return module.weight.shape[0 if (axis == "out") != transposed or is_depthwise(module) else 1]

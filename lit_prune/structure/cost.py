@@ -1,0 +1,292 @@
+"""Multiply-adds and parameters: counted from layers, and as arithmetic on the widths of groups.
+
+What is counted, for one image: the multiply-adds of convolutions and linear layers, and of the products in
+attention (queries times keys, weights times values). Nothing else: no norm, activation, pooling, bias or addition.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lit_prune.structure import axes
+from lit_prune.structure.groups import ChannelGraph
+from lit_prune.structure.tracing import one_image, run, undisturbed
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """Cost of one layer for one image.
+
+    Attributes:
+        macs: multiply-adds, over all calls of the layer.
+        params: parameters that the layer holds itself.
+        out_channels: width of the output (0 for an attention product without a layer).
+        in_channels: width of the input (0 likewise).
+        positions: positions at which the kernel is applied: pixels, tokens; over all calls.
+        kind: "conv", "depthwise", "linear" or "attention".
+    """
+
+    macs: int
+    params: int
+    out_channels: int
+    in_channels: int
+    positions: int
+    kind: str
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of a network for one image: `macs`, exact `params`, and `layers` by qualified name in order of use."""
+
+    macs: int
+    params: int
+    layers: dict[str, LayerCost]
+
+
+def cost(model: nn.Module, example_input: Tensor) -> Cost:
+    """Counts multiply-adds and parameters analytically in one forward pass; the model is left as it was found.
+
+    Convolution: `positions · kernel · in / groups · out`; linear layer: `positions · in · out`; attention with L
+    queries, S keys and embedding width E: `2 · L · S · E` for the two products. Matrix products and functional layers outside
+    any layer module count under the module that calls them.
+
+    Args:
+        model: any network.
+        example_input: [B, C, H, W]; only the first image is used.
+
+    Raises:
+        InputError: the network does not run on `example_input`.
+    """
+    counter = _Counter()
+    with undisturbed(model):
+        image = one_image(model, example_input)
+        handles = [handle for name, module in model.named_modules() for handle in counter.watch(name, module)]
+        try:
+            with counter:
+                run(model, image)
+        finally:
+            for handle in handles:
+                handle.remove()
+    layers = counter.layers
+    return Cost(sum(layer.macs for layer in layers.values()), sum(p.numel() for p in model.parameters()), layers)
+
+
+class _Counter(TorchFunctionMode):
+    """Counts layers by forward hooks, and the products between them by looking at the functions called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers: dict[str, LayerCost] = {}
+        self.calling: list[tuple[str, bool]] = []  # (module, whether its hook counts everything inside)
+
+    def watch(self, name: str, module: nn.Module) -> list:
+        """Hooks on one module."""
+        whole = axes.is_weighted(module) or isinstance(module, nn.MultiheadAttention)
+
+        def enter(*_: object) -> None:
+            self.calling.append((name, whole))
+
+        def leave(_: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+            self.calling.pop()
+            if whole and not any(counted for _, counted in self.calling):
+                self._add(name, _layer_cost(module, args, kwargs, output))
+
+        return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, with_kwargs=True)]
+
+    def _add(self, name: str, found: LayerCost) -> None:
+        before = self.layers.get(name)
+        if before is not None:
+            found = replace(found, macs=found.macs + before.macs, positions=found.positions + before.positions)
+        self.layers[name] = found
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        """Runs the function and counts it if it multiplies matrices outside the layers that are counted whole."""
+        output = function(*args, **(kwargs or {}))
+        if function in _PRODUCTS and not any(counted for _, counted in self.calling):
+            macs, kind = _PRODUCTS[function](args, kwargs or {}, output)
+            self._add(self.calling[-1][0] if self.calling else "", LayerCost(macs, 0, 0, 0, 0, kind))
+        return output
+
+
+def _layer_cost(module: nn.Module, args: tuple, kwargs: dict, output: object) -> LayerCost:
+    params = sum(parameter.numel() for parameter in module.parameters())
+    if isinstance(module, nn.MultiheadAttention):
+        return _attention_cost(module, (*args, *(kwargs[k] for k in ("query", "key", "value") if k in kwargs)), params)
+    if isinstance(module, nn.Linear):
+        positions = output.numel() // module.out_features
+        return LayerCost(
+            positions * module.weight.numel(), params, module.out_features, module.in_features, positions, "linear"
+        )
+    positions = math.prod((args[0] if module.transposed else output).shape[2:])
+    kind = "depthwise" if axes.is_depthwise(module) else "conv"
+    macs = positions * module.weight.numel()
+    return LayerCost(macs, params, module.out_channels, module.in_channels, positions, kind)
+
+
+def _attention_cost(module: nn.MultiheadAttention, inputs: tuple[Tensor, ...], params: int) -> LayerCost:
+    """Four projections and two products; query [.., L, ..], key [.., S, ..] for one image."""
+    query, key, value = inputs[:3]
+    queries, keys = query.numel() // query.shape[-1], key.numel() // key.shape[-1]  # L, S
+    width = module.embed_dim
+    projections = queries * width * query.shape[-1] + keys * width * (key.shape[-1] + value.shape[-1])
+    macs = projections + queries * width * width + 2 * queries * keys * width
+    return LayerCost(macs, params, width, width, queries, "attention")
+
+
+def _count_attention(args: tuple, kwargs: dict, output: Tensor) -> tuple[int, str]:
+    """Queries [.., L, E] times keys [.., S, E], then [.., L, S] times values [.., S, V] = output [.., L, V]."""
+    query, key = (*args, *(kwargs[name] for name in ("query", "key") if name in kwargs))[:2]
+    return (math.prod(query.shape) + output.numel()) * key.shape[-2], "attention"
+
+
+def _count_product(args: tuple, kwargs: dict, output: Tensor) -> tuple[int, str]:
+    """[.., M, K] times [.., K, N] = [.., M, N]: K multiply-adds for each value of the output."""
+    left, right = (*args, *kwargs.values())[-2:] if len(args) < 2 else args[:2]
+    learned = isinstance(left, nn.Parameter) or isinstance(right, nn.Parameter)
+    return output.numel() * left.shape[-1], "linear" if learned else "attention"
+
+
+def _count_third_product(args: tuple, kwargs: dict, output: Tensor) -> tuple[int, str]:
+    """As `_count_product`, for functions that add a matrix first."""
+    return _count_product(args[1:], kwargs, output)
+
+
+def _count_linear(args: tuple, kwargs: dict, output: Tensor) -> tuple[int, str]:
+    """Functional linear layer: input width multiply-adds for each value of the output."""
+    return output.numel() * args[0].shape[-1], "linear"
+
+
+def _count_convolution(args: tuple, kwargs: dict, output: Tensor) -> tuple[int, str]:
+    """Functional convolution with weight [out, in / groups, ...]: one kernel for each value of the output."""
+    weight = args[1] if len(args) > 1 else kwargs["weight"]
+    return output.numel() * weight[0].numel(), "conv"
+
+
+def _count_einsum(args: tuple, kwargs: dict, output: Tensor) -> tuple[int, str]:
+    """Two operands: the product of the sizes of all indices; without a contraction nothing."""
+    equation, operands = args[0], args[1:] if isinstance(args[1], Tensor) else args[1]
+    if not isinstance(equation, str) or "." in equation or len(operands) != 2:
+        return 0, "attention"
+    terms = equation.replace(" ", "").split("->")[0].split(",")
+    sizes = {
+        index: size for term, tensor in zip(terms, operands, strict=True) for index, size in zip(term, tensor.shape)
+    }
+    macs = math.prod(sizes.values())
+    return (macs if macs > output.numel() else 0), "attention"
+
+
+_PRODUCTS = {
+    F.scaled_dot_product_attention: _count_attention,
+    F.linear: _count_linear,
+    torch.einsum: _count_einsum,
+    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _count_convolution),
+    **dict.fromkeys((torch.baddbmm, torch.addmm, Tensor.baddbmm, Tensor.addmm), _count_third_product),
+    **dict.fromkeys(
+        (torch.matmul, torch.bmm, torch.mm, Tensor.matmul, Tensor.bmm, Tensor.mm, Tensor.__matmul__), _count_product
+    ),
+}
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Cost of a network as exact arithmetic on the widths of its groups.
+
+    With `v = (width of each group, ..., 1)` every channel axis is a row `a` with width `a·v`, a layer costs
+    `c·(a·v)(b·v)`, and so the whole network `vᵀQv` with one matrix of whole numbers for each of macs and params.
+
+    Attributes:
+        names: group names, the order of the widths.
+        sizes: their dense widths, int64 [G].
+        macs_matrix: int64 [G+1, G+1].
+        params_matrix: int64 [G+1, G+1].
+    """
+
+    names: tuple[str, ...]
+    sizes: np.ndarray
+    macs_matrix: np.ndarray
+    params_matrix: np.ndarray
+
+    @classmethod
+    def build(cls, model: nn.Module, graph: ChannelGraph, example_input: Tensor) -> "CostModel":
+        """Counts `model` once and relates the layers to the groups of `graph`, which was traced on it."""
+        counted = cost(model, example_input)
+        sizes = np.array([group.size for group in graph.groups], dtype=np.int64)
+        macs, params = (np.zeros((len(sizes) + 1,) * 2, dtype=np.int64) for _ in range(2))
+        rows = _axis_rows(graph)
+        for name, layer in counted.layers.items():
+            module = model.get_submodule(name)
+            if layer.kind == "attention" or not axes.is_weighted(module):
+                macs[-1, -1] += layer.macs
+                continue
+            out, inner = _row(rows, graph, module, name, "out"), _row(rows, graph, module, name, "in")
+            macs += layer.macs // _dense(out, inner, sizes) * np.outer(out, inner)
+        for parameter_name, parameter in model.named_parameters():
+            params += _parameter_terms(model, parameter_name, parameter, rows, graph)
+        return cls(tuple(group.name for group in graph.groups), sizes, macs, params)
+
+    def macs(self, widths: np.ndarray) -> int:
+        """Multiply-adds for one image with these widths, int64 [G]."""
+        return _form(self.macs_matrix, widths)
+
+    def params(self, widths: np.ndarray) -> int:
+        """Parameters with these widths, int64 [G]."""
+        return _form(self.params_matrix, widths)
+
+    def widths(self, keep_channels: Mapping[str, tuple[int, ...]]) -> np.ndarray:
+        """Widths after a plan that keeps these units, int64 [G]."""
+        kept = [len(keep_channels.get(name, range(size))) for name, size in zip(self.names, self.sizes, strict=True)]
+        return np.array(kept, dtype=np.int64)
+
+
+def _form(matrix: np.ndarray, widths: np.ndarray) -> int:
+    extended = np.append(widths, 1)
+    return int(extended @ (matrix @ extended))
+
+
+def _dense(out: np.ndarray, inner: np.ndarray, sizes: np.ndarray) -> int:
+    extended = np.append(sizes, 1)
+    return int(out @ extended) * int(inner @ extended)
+
+
+def _axis_rows(graph: ChannelGraph) -> dict[axes.Axis, np.ndarray]:
+    """Row a of each axis that belongs to groups: positions for each unit, then what belongs to none."""
+    rows: dict[axes.Axis, np.ndarray] = {}
+    for column, group in enumerate(graph.groups):
+        for member in group.members:
+            axis = (member.module, member.axis)
+            if axis in graph.widths and not group.protected:
+                row = rows.setdefault(axis, np.zeros(len(graph.groups) + 1, dtype=np.int64))
+                row[column] += len(member.positions[0])
+    sizes = np.array([*(group.size for group in graph.groups), 0], dtype=np.int64)
+    for axis, row in rows.items():
+        row[-1] = graph.widths[axis] - int(row @ sizes)
+    return rows
+
+
+def _row(rows: dict, graph: ChannelGraph, module: nn.Module, name: str, axis: str) -> np.ndarray:
+    """Row of an axis; of a depthwise or grouped layer's input the constant 1, since its kernels read a fixed number."""
+    constant = np.zeros(len(graph.groups) + 1, dtype=np.int64)
+    fixed = axis == "in" and getattr(module, "groups", 1) > 1
+    constant[-1] = 1 if fixed else axes.width(module, axis)
+    return constant if fixed else rows.get((name, axis), constant)
+
+
+def _parameter_terms(model: nn.Module, name: str, parameter: Tensor, rows: dict, graph: ChannelGraph) -> np.ndarray:
+    """Number of values of one parameter as a matrix: weights are bilinear, all other channel parameters linear."""
+    owner, _, key = name.rpartition(".")
+    module = model.get_submodule(owner)
+    unit = np.zeros(len(graph.groups) + 1, dtype=np.int64)
+    unit[-1] = 1
+    sizes = np.array([group.size for group in graph.groups], dtype=np.int64)
+    if axes.is_weighted(module) and key == "weight":
+        out, inner = _row(rows, graph, module, owner, "out"), _row(rows, graph, module, owner, "in")
+    else:
+        cuttable = axes.is_weighted(module) or axes.is_channelwise(module)
+        out, inner = rows.get((owner if cuttable else name, "out"), unit), unit
+    return parameter.numel() // _dense(out, inner, sizes) * np.outer(out, inner)

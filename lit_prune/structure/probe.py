@@ -1,0 +1,172 @@
+"""A check of coupled channels that trusts no bookkeeping: mark channels with NaN and see where the marks arrive.
+
+NaN passes every operation that works channel by channel (norm in evaluation mode, activation, pooling, addition,
+multiplication, concatenation, reshape) and nothing else keeps it in place. So the channels of the units under test are set to
+NaN where they are produced, every reader (convolution, linear layer) notes which of its input channels are NaN and
+cleans them, and a group is right exactly if the marks are at the positions that the group claims and nowhere else.
+A shifted padding, a channel shuffle, a norm over channels, attention or an unknown operation all fail the check.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+_Marks = dict[tuple[str, str], np.ndarray]  # (module, axis) -> bool [width], True where NaN is put or expected
+
+
+class _Member(Protocol):
+    module: str
+    axis: str
+    positions: tuple[tuple[int, ...], ...]
+
+
+class _Group(Protocol):
+    name: str
+    size: int
+    members: tuple[_Member, ...]
+
+
+@dataclass
+class Sites:
+    """Modules where marks are put or looked for, by qualified name.
+
+    Attributes:
+        writers: modules whose output channels can be marked (convolution, linear layer, padded shortcut).
+        readers: modules that end a group: the marks on their input are noted and cleaned.
+        passers: channel-wise layers (norm, depthwise convolution, PReLU): the marks on their input are noted.
+        widths: (module, axis) -> number of channels.
+    """
+
+    writers: dict[str, nn.Module] = field(default_factory=dict)
+    readers: dict[str, nn.Module] = field(default_factory=dict)
+    passers: dict[str, nn.Module] = field(default_factory=dict)
+    widths: dict[tuple[str, str], int] = field(default_factory=dict)
+
+
+def find_misled(model: nn.Module, image: Tensor, groups: Sequence[_Group], sites: Sites) -> set[str]:
+    """Names of the groups whose claimed positions the network contradicts.
+
+    All groups are marked at once with random halves of their units and with the complements (four passes); only if
+    some mark is out of place is each group tested alone (two passes), so that the right one is blamed.
+
+    Args:
+        model: network in evaluation mode.
+        image: one image [1, ...].
+        groups: groups with disjoint positions.
+        sites: where to mark and look.
+    """
+    generator = np.random.default_rng(0)
+    codes = [_halves(groups, generator) for _ in range(2)]
+    if all(_holds(model, image, groups, code, sites) for pair in codes for code in pair):
+        return set()
+    alone = ((group, _halves([group], generator)) for group in groups)
+    return {group.name for group, pair in alone if not all(_holds(model, image, [group], c, sites) for c in pair)}
+
+
+def find_fed_by_input(model: nn.Module, image: Tensor, groups: Sequence[_Group], sites: Sites) -> set[str]:
+    """Names of the groups whose channels are joined (added, concatenated) with the network's own input channels."""
+    if not image.is_floating_point():
+        return set()
+    with _watching(sites, {}) as seen:
+        model(torch.full_like(image, torch.nan))
+    reached = {name: np.any(marks, axis=0) for name, marks in seen.items()}
+    everything = {group.name: np.ones(group.size, dtype=bool) for group in groups}
+    found = set()
+    for group in groups:
+        claimed = _marks([group], everything, sites)
+        entrances = [(name, row) for (name, axis), row in claimed.items() if _entrance(sites, name, axis)]
+        if any(np.any(reached.get(name, False) & row) for name, row in entrances):
+            found.add(group.name)
+    return found
+
+
+def _entrance(sites: Sites, name: str, axis: str) -> bool:
+    """Whether the marks of this axis arrive at the input of the module."""
+    return (axis == "in" and name in sites.readers) or name in sites.passers
+
+
+def _halves(groups: Iterable[_Group], generator: np.random.Generator) -> tuple[dict[str, np.ndarray], ...]:
+    """A random half of the units of each group and its complement, as bool arrays [size]."""
+    half = {}
+    for group in groups:
+        half[group.name] = generator.permutation(group.size) < (group.size + 1) // 2
+    return half, {name: ~chosen for name, chosen in half.items()}
+
+
+def _marks(groups: Iterable[_Group], chosen: dict[str, np.ndarray], sites: Sites) -> _Marks:
+    """Bool array [width] for each axis that a member claims: True at the positions of the chosen units."""
+    marks: _Marks = {}
+    for group in groups:
+        units = np.flatnonzero(chosen[group.name])
+        for member in group.members:
+            key = (member.module, member.axis)
+            if key in sites.widths:
+                row = marks.setdefault(key, np.zeros(sites.widths[key], dtype=bool))
+                row[np.asarray(member.positions)[units].ravel()] = True
+    return marks
+
+
+def _holds(model: nn.Module, image: Tensor, groups: Sequence[_Group], chosen: dict, sites: Sites) -> bool:
+    """Whether marks put on the chosen units arrive exactly where the groups say."""
+    marks = _marks(groups, chosen, sites)
+    with _watching(sites, marks) as seen:
+        output = model(image)
+    if any(isinstance(leaf, Tensor) and bool(leaf.isnan().any()) for leaf in tree_leaves(output)):
+        return False
+    expected = {name: row for (name, axis), row in marks.items() if _entrance(sites, name, axis)}
+    if not all(name in seen for name in expected):
+        return False
+    calls = ((row, expected.get(name, np.zeros_like(row))) for name, rows in seen.items() for row in rows)
+    return all(np.array_equal(row, claim) for row, claim in calls)
+
+
+@contextmanager
+def _watching(sites: Sites, marks: _Marks) -> Iterator[dict[str, list[np.ndarray]]]:
+    """Hooks that mark, note and clean; yields name -> marks found on each call, bool [channels]."""
+    seen: dict[str, list[np.ndarray]] = {}
+
+    def note(name: str, cleans: bool):
+        def hook(module: nn.Module, args: tuple) -> tuple | None:
+            bad = args[0].isnan()
+            dim = _channel_dim(module, args[0])
+            rows = bad.movedim(dim, -1).reshape(-1, bad.shape[dim]).any(0)  # [C]
+            seen.setdefault(name, []).append(rows.cpu().numpy())
+            return (args[0].masked_fill(bad, 0.0), *args[1:]) if cleans else None
+
+        return hook
+
+    def mark(row: np.ndarray):
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            shape = [1] * output.dim()
+            shape[_channel_dim(module, output)] = -1
+            return output.masked_fill(torch.from_numpy(row).to(output.device).view(shape), torch.nan)
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(note(name, True)) for name, module in sites.readers.items()]
+    handles += [module.register_forward_pre_hook(note(name, False)) for name, module in sites.passers.items()]
+    handles += [
+        module.register_forward_hook(mark(marks[name, "out"]))
+        for name, module in sites.writers.items()
+        if (name, "out") in marks
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _channel_dim(module: nn.Module, values: Tensor) -> int:
+    """Channels are last for a linear layer, second otherwise (first for an unbatched map)."""
+    if isinstance(module, nn.Linear):
+        return values.dim() - 1
+    spatial = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+    dims = next((count for kind, count in spatial.items() if isinstance(module, kind)), None)
+    return 0 if dims is not None and values.dim() == dims + 1 else 1

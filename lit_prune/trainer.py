@@ -1,0 +1,68 @@
+"""Lightning's Trainer with the project's verbs."""
+
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lit_prune.data import ImageData
+from lit_prune.errors import InputError
+from lit_prune.modules import LitClassifier
+
+
+@runtime_checkable
+class StagedCallback(Protocol):
+    """A callback that removes structure in stages and can be told to begin at once."""
+
+    def begin_at_once(self, repair_epochs: int) -> int:
+        """Moves the stages to epochs 0, E, 2E, ... with E = `repair_epochs`; returns the epochs needed in all."""
+        ...
+
+
+def last_checkpoint(run_dir: Path) -> ModelCheckpoint:
+    """Callback that keeps `checkpoints/last.ckpt` at every epoch end: what an interrupted run resumes from."""
+    return ModelCheckpoint(
+        run_dir / "checkpoints",
+        filename="last",
+        save_top_k=1,
+        enable_version_counter=False,
+        save_on_train_epoch_end=True,
+    )
+
+
+class Trainer(pl.Trainer):
+    """`lightning.pytorch.Trainer`, plus the verbs that start from a trained network."""
+
+    def compress(
+        self,
+        model: LitClassifier,
+        datamodule: ImageData,
+        repair_epochs: int = 5,
+        ratios: list[float] | None = None,
+        ckpt_path: str | None = None,
+    ) -> None:
+        """Trained network and a budget in, repaired compact model out: the stages of a pruning callback, at once.
+
+        The stages come from the `callbacks.StagedPruning` of the configuration (`configs/prune/`), the trained weights
+        from `--model.weights`, `--model.pretrained` or `--model.checkpoint`.
+
+        Args:
+            model: the trained network.
+            datamodule: the images it was trained on.
+            repair_epochs: epochs of repair after each stage.
+            ratios: schedule sweep: one run in its own folder for each share of blocks removed, such as
+                `[0.1, 0.25, 0.4, 0.5]`, and one table of all. None: a single run.
+            ckpt_path: checkpoint of an interrupted compression to go on from; found by itself in the run folder.
+        """
+        staged = [callback for callback in self.callbacks if isinstance(callback, StagedCallback)]
+        if len(staged) != 1:
+            raise InputError(
+                f"compress needs one StagedPruning callback, found {len(staged)}: add -c configs/prune/two_scale.yaml"
+            )
+        if not model.is_trained:
+            raise InputError("compress needs a trained network: give --model.weights FILE or --model.pretrained true")
+        if repair_epochs < 1:
+            raise InputError(f"compress needs repair_epochs >= 1, got {repair_epochs}")
+        self.fit_loop.max_epochs = staged[0].begin_at_once(repair_epochs)
+        self.fit(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)

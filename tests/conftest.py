@@ -1,0 +1,94 @@
+"""Shared fixtures: tiny networks and small real images."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+
+@pytest.fixture(scope="session")
+def samples() -> Path:
+    """Folder of real sample images and weights; tests that need it are skipped where it is absent."""
+    folder = Path(os.environ.get("LIT_PRUNE_SAMPLES", Path(__file__).resolve().parents[2] / "shared")) / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no sample data at {folder} (set LIT_PRUNE_SAMPLES to the folder that holds data/)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cifar10_test(samples: Path) -> tuple[np.ndarray, np.ndarray]:
+    """First 2,000 CIFAR-10 test images, uint8 [N, H, W, C], with labels int64 [N]."""
+    strips = sorted((samples / "cifar10").glob("test-*.webp"))[:4]
+    images = np.concatenate([np.asarray(Image.open(file)).reshape(-1, 32, 32, 3) for file in strips])
+    labels = np.load(samples / "cifar10" / "labels.npz")["test"].astype("int64")
+    return images, labels[: len(images)]
+
+
+class TinyNet(nn.Module):
+    """Two convolutions with norm, one residual add, a linear head: the smallest network with every coupling."""
+
+    def __init__(self, classes: int = 4) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU())
+        self.conv1 = nn.Conv2d(6, 8, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 6, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(6)
+        self.head = nn.Linear(6, classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        trunk = self.stem(images)
+        inner = torch.relu(self.bn1(self.conv1(trunk)))
+        trunk = torch.relu(trunk + self.bn2(self.conv2(inner)))
+        return self.head(trunk.mean((2, 3)))
+
+
+@pytest.fixture
+def tiny_net() -> nn.Module:
+    """A seeded `TinyNet` in eval mode whose BatchNorm statistics and affine parameters are not trivial."""
+    torch.manual_seed(0)
+    net = TinyNet()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+            nn.init.uniform_(module.running_mean, -0.5, 0.5)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return net.eval()
+
+
+@pytest.fixture
+def make_run():
+    """Factory of a whole run on small digit images: `(trainer, module, data)`, fresh objects at every call."""
+    from functools import partial
+
+    from callbacks.staged_pruning import StagedPruning
+    from lit_prune.data import DigitsData
+    from lit_prune.modules import LitClassifier, PhaseCosine
+    from lit_prune.stages import PruningStage
+    from lit_prune.trainer import Trainer, last_checkpoint
+
+    def make(run_dir, stages=(("blocks", 2), ("channels", 4)), max_epochs=6, callbacks=(), trainer=None, **pruning):
+        amounts = {"blocks": {"remove_ratio": 0.3}}
+        parts = [PruningStage(kind, epoch, **amounts.get(kind, {"keep": 0.5})) for kind, epoch in stages]
+        os.environ["PL_GLOBAL_SEED"] = "7"
+        torch.manual_seed(7)
+        data = DigitsData(resolution=8, train_size=96, calibration_size=64, batch_size=32, pad=1)
+        sgd = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
+        module = LitClassifier("cifar_resnet20", 10, data.image_shape, optimizer=sgd, scheduler=PhaseCosine)
+        pruning = {"optimizer": partial(torch.optim.Adam, lr=1e-3), "recalibration_batches": 2, **pruning}
+        staged = [StagedPruning(parts, **pruning)] if parts else []
+        checkpoint = last_checkpoint(Path(run_dir))
+        options = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False}
+        options |= {"enable_model_summary": False, "num_sanity_val_steps": 0, "log_every_n_steps": 1}
+        options |= {"use_distributed_sampler": False, **(trainer or {})}
+        lightning_trainer = Trainer(
+            max_epochs=max_epochs, default_root_dir=run_dir, callbacks=[*callbacks, *staged, checkpoint], **options
+        )
+        return lightning_trainer, module, data
+
+    return make

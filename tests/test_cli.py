@@ -1,0 +1,105 @@
+"""The command line as a user meets it: help, bad input in one line with exit code 2, nothing overwritten."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lit_prune.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ["fit", "-c", str(ROOT / "tests" / "tiny_run.yaml")]
+
+
+def refused(capsys, *arguments: str) -> str:
+    """Runs a command that must fail; returns its one line."""
+    with pytest.raises(SystemExit) as exit_:
+        main(list(arguments))
+    assert exit_.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_help_lists_every_verb():
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "--help"], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0
+    for verb in ("fit", "validate", "test", "predict", "compress", "report", "export"):
+        assert verb in result.stdout
+
+
+def test_a_run_writes_its_folder_and_a_second_start_changes_nothing(tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    main([*TINY, "--run_dir", str(run_dir)])
+    for name in ("config.yaml", "run.json", "checkpoints/last.ckpt", "stages.jsonl", "compact/report.json"):
+        assert (run_dir / name).exists(), name
+    record = json.loads((run_dir / "run.json").read_text())
+    assert record["seed"] == 7 and record["versions"]["torch"] and len(record["calibration_indices"]) == 64
+    before = {path: path.read_bytes() for path in (run_dir / "compact").iterdir()}
+    main([*TINY, "--run_dir", str(run_dir)])
+    assert {path: path.read_bytes() for path in (run_dir / "compact").iterdir()} == before
+    line = refused(capsys, *TINY, "--run_dir", str(run_dir), "--data.batch_size", "16")
+    assert "another configuration (data.init_args.batch_size)" in line
+    main(["report", "--run_dir", str(run_dir)])
+    assert (run_dir / "report.html").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--model.backbone", "cifar_resnet2"], ["cifar_resnet2", "did you mean", "cifar_resnet20"]),
+        (["--model.weights", "/nowhere.pth"], ["/nowhere.pth"]),
+        (["--data", "lit_prune.data.ImageFolderData", "--data.root", "/nowhere"], ["/nowhere"]),
+        (["--trainer.max_epochs", "1"], ["leaves no epoch for repair"]),
+        (["--trainer.max_epochs", "many"], ["max_epochs"]),
+        (["--model.no_such", "1"], ["no_such"]),
+    ],
+)
+def test_bad_input_is_one_line_that_names_argument_value_and_remedy(tmp_path, capsys, options, words):
+    line = refused(capsys, *TINY, "--run_dir", str(tmp_path / "run"), *options)
+    assert all(word in line for word in words), line
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("keep", ["0", "1.5", "-0.2"])
+def test_budgets_outside_their_range_are_refused(tmp_path, capsys, keep):
+    text = (ROOT / "tests" / "tiny_run.yaml").read_text().replace("keep: 0.5", f"keep: {keep}")
+    config = tmp_path / "run.yaml"
+    config.write_text(text)
+    line = refused(capsys, "fit", "-c", str(config), "--run_dir", str(tmp_path / "run"))
+    assert "keep must lie in (0, 1]" in line and keep in line
+
+
+def test_compress_without_trained_weights_is_refused(tmp_path, capsys):
+    line = refused(capsys, "compress", *TINY[1:], "--run_dir", str(tmp_path / "run"))
+    assert "needs a trained network" in line and "--model.weights" in line
+
+
+def test_report_of_no_run_and_export_of_no_model_are_refused(tmp_path, capsys):
+    assert str(tmp_path) in refused(capsys, "report", "--run_dir", str(tmp_path))
+    assert str(tmp_path) in refused(capsys, "export", "--run_dir", str(tmp_path))
+
+
+def test_an_unknown_verb_is_refused(capsys):
+    assert "prune" in refused(capsys, "prune")
+
+
+def test_compress_sweeps_block_ratios_and_resumes(tmp_path, capsys):
+    main([*TINY, "--run_dir", str(tmp_path / "dense"), "--trainer.callbacks", "[]", "--trainer.max_epochs", "1"])
+    config = tmp_path / "blocks.yaml"
+    config.write_text((ROOT / "tests" / "tiny_run.yaml").read_text().split("          - {kind: channels")[0])
+    command = ["compress", "-c", str(config), "--run_dir", str(tmp_path / "sweep"), "--repair_epochs", "1"]
+    command += ["--model.weights", str(tmp_path / "dense" / "checkpoints" / "last.ckpt"), "--ratios", "[0.2, 0.5]"]
+    main(command)
+    reports = sorted((tmp_path / "sweep").glob("ratio=*/compact/report.json"))
+    assert [file.parts[-3] for file in reports] == ["ratio=0.20", "ratio=0.50"]
+    figures = [json.loads(file.read_text()) for file in reports]
+    assert figures[0]["dense"]["macs"] > figures[0]["compact"]["macs"] > figures[1]["compact"]["macs"]
+    reports[1].unlink()
+    stamp = reports[0].stat().st_mtime_ns
+    main(command)
+    assert reports[0].stat().st_mtime_ns == stamp and reports[1].exists()

@@ -1,0 +1,52 @@
+"""Every configuration parses, instantiates, and opens with the command that uses it."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lit_prune.cli import PruneCLI, build_cli
+from lit_prune.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+NAMES = [str(path.relative_to(ROOT)) for path in CONFIGS]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
+def test_first_line_is_the_command_that_uses_the_file(path):
+    first = path.read_text().splitlines()[0]
+    assert first.startswith("# python train.py ") and str(path.relative_to(ROOT)) in first
+    named = [part for part in first.split() if part.startswith("configs/")]
+    assert all((ROOT / name).exists() for name in named)
+
+
+def parse(*configs: str, **options: str) -> PruneCLI:
+    arguments = ["fit", *(part for config in configs for part in ("-c", str(ROOT / config)))]
+    return build_cli([*arguments, *(part for key, value in options.items() for part in (f"--{key}", value))], run=False)
+
+
+@pytest.mark.parametrize("path", [p for p in CONFIGS if p.parent.name == "model"], ids=lambda p: p.stem)
+def test_model_configurations_are_valid(path):
+    cli = parse("configs/base.yaml", "configs/data/digits.yaml", str(path.relative_to(ROOT)))
+    assert cli.config["fit"]["model"]["backbone"] == yaml.safe_load(path.read_text())["model"]["backbone"]
+
+
+@pytest.mark.parametrize("path", [p for p in CONFIGS if p.parent.name == "data"], ids=lambda p: p.stem)
+def test_data_configurations_are_valid(path):
+    cli = parse("configs/base.yaml", str(path.relative_to(ROOT)), "configs/model/cifar_resnet20.yaml")
+    assert cli.config["fit"]["data"]["class_path"].startswith("lit_prune.data.")
+
+
+@pytest.mark.parametrize("path", [p for p in CONFIGS if p.parent.name == "prune"], ids=lambda p: p.stem)
+def test_prune_configurations_are_valid(path):
+    base = ("configs/base.yaml", "configs/data/digits.yaml", "configs/model/cifar_resnet20.yaml")
+    cli = parse(*base, str(path.relative_to(ROOT)))
+    assert cli.config["fit"]["trainer"]["callbacks"]
+
+
+def test_a_misspelt_key_is_refused(tmp_path):
+    file = tmp_path / "wrong.yaml"
+    file.write_text("model: {backbon: cifar_resnet20}\n")
+    with pytest.raises(InputError, match="backbon"):
+        build_cli(["fit", "-c", str(ROOT / "configs/base.yaml"), "-c", str(file)], run=False)

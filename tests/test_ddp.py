@@ -1,0 +1,69 @@
+"""Two processes on the CPU: ranks stay equal through every stage, and a resumed run may change their number."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def launch(run_dir: Path, devices: int, kill_at_epoch: int | None = None) -> subprocess.CompletedProcess:
+    """One `fit` on small digits through the command line, as a user would start it."""
+    command = [sys.executable, str(REPOSITORY / "train.py"), "fit"]
+    command += ["-c", str(REPOSITORY / "tests" / "two_process_run.yaml"), "--run_dir", str(run_dir)]
+    command += ["--trainer.devices", str(devices)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY / "tests")}
+    if kill_at_epoch is not None:
+        environment["KILL_AT_EPOCH"] = str(kill_at_epoch)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=REPOSITORY)
+
+
+def checksums(run_dir: Path) -> dict[str, list[int]]:
+    """Checksums that every rank wrote at the end of each epoch: `{rank: [...]}`."""
+    return {file.stem: json.loads(file.read_text()) for file in sorted(run_dir.glob("rank*.json"))}
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ddp")
+    result = launch(folder, 2)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return folder
+
+
+def test_ranks_hold_equal_parameters_after_every_epoch(two_processes):
+    sums = checksums(two_processes)
+    assert set(sums) == {"rank0", "rank1"}
+    assert sums["rank0"] == sums["rank1"] and len(sums["rank0"]) == 4
+    assert len(set(sums["rank0"])) == 4, "parameters did not change"
+
+
+def test_both_ranks_contribute_gradients_after_the_surgery(two_processes, tmp_path):
+    result = launch(tmp_path / "one", 1)
+    assert result.returncode == 0, result.stderr[-3000:]
+    two, one = weights(two_processes), weights(tmp_path / "one")
+    assert two.keys() == one.keys()
+    assert {name: value.shape for name, value in two.items()} == {name: value.shape for name, value in one.items()}
+
+
+@pytest.mark.parametrize("resumed_on", [2, 1])
+def test_a_killed_run_resumes_on_two_processes_or_on_one(two_processes, tmp_path, resumed_on):
+    killed = launch(tmp_path / "run", 2, kill_at_epoch=2)
+    assert killed.returncode != 0 and (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+    resumed = launch(tmp_path / "run", resumed_on)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    got, wanted = weights(tmp_path / "run"), weights(two_processes)
+    assert got.keys() == wanted.keys()
+    assert all(got[name].shape == wanted[name].shape for name in wanted)
+    if resumed_on == 2:
+        assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+    assert (tmp_path / "run" / "compact" / "report.json").exists()
