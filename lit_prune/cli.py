@@ -1,10 +1,11 @@
 """The command line: `lit-prune VERB -c configs/... [--key value ...]`, the same as `python train.py VERB ...`."""
 
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import ArgumentParser, auto_cli
@@ -58,16 +59,35 @@ FOLDER_VERBS: dict[str, Callable[..., None]] = {"export": export, "report": repo
 
 
 class OneLineParser(LightningArgumentParser):
-    """Parser whose errors are one line and exit code 2."""
+    """Parser whose errors are one line."""
 
-    def error(self, message: str, ex: Exception | None = None) -> None:
-        """Prints the first cause of a parse error in one line and exits with 2."""
+    def error(self, message: str, ex: BaseException | None = None) -> NoReturn:
+        """Raises the cause of a parse error as an InputError of one line.
+
+        Raises:
+            InputError: always.
+        """
+        chain = list(causes(ex))
+        given = next((cause for cause in chain if isinstance(cause, InputError)), None)
+        key = re.match(r'Parser key "([^"]+)"', message)
+        if given is not None:
+            raise given
+        if key and chain:
+            raise InputError(f"--{key[1]}: {one_line(str(chain[-1]))}")
         raise InputError(one_line(message))
 
 
-def one_line(message: str) -> str:
-    """A message of several lines as one."""
-    return " ".join(str(message).split())
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and what it was raised from, outermost first."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def one_line(message: str, longest: int = 400) -> str:
+    """A message of several lines as one, cut where it is longer than anybody reads."""
+    line = " ".join(str(message).split())
+    return line if len(line) <= longest else f"{line[:longest]} ..."
 
 
 class PruneCLI(LightningCLI):
@@ -191,7 +211,13 @@ def run(args: Sequence[str]) -> Any:
     """Carries out one command line; see `main`."""
     verb = args[0] if args else ""
     if verb in FOLDER_VERBS:
-        return auto_cli(FOLDER_VERBS[verb], args=list(args[1:]), prog=f"lit-prune {verb}", parser_class=FolderParser)
+        return auto_cli(
+            FOLDER_VERBS[verb],
+            args=list(args[1:]),
+            prog=f"lit-prune {verb}",
+            parser_class=FolderParser,
+            as_positional=False,
+        )
     return build_cli(args)
 
 
@@ -245,6 +271,9 @@ def main(args: Sequence[str] | None = None) -> Any:
     """
     try:
         return run(sys.argv[1:] if args is None else args)
-    except InputError as error:
-        print(f"error: {one_line(str(error))}", file=sys.stderr)
+    except Exception as error:
+        wrong = next((cause for cause in causes(error) if isinstance(cause, InputError)), None)
+        if wrong is None:
+            raise
+        print(f"error: {one_line(str(wrong))}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -21,9 +21,9 @@ def test_first_line_is_the_command_that_uses_the_file(path):
     assert all((ROOT / name).exists() for name in named)
 
 
-def parse(*configs: str, **options: str) -> PruneCLI:
+def parse(*configs: str) -> PruneCLI:
     arguments = ["fit", *(part for config in configs for part in ("-c", str(ROOT / config)))]
-    return build_cli([*arguments, *(part for key, value in options.items() for part in (f"--{key}", value))], run=False)
+    return build_cli(arguments, run=False)
 
 
 @pytest.mark.parametrize("path", [p for p in CONFIGS if p.parent.name == "model"], ids=lambda p: p.stem)

@@ -148,13 +148,13 @@ def joint_counts(target: Tensor, values: Tensor, pairs: Tensor, bins: int = BINS
         raise InputError(
             f"target, values: {len(target)} samples for {bins} bins, or NaN; give finite ones, at least {bins}"
         )
-    target_cells = quantile_bins(target[:, None], bins) * bins**2  # [n, 1]
-    cells = quantile_bins(values, bins)
+    cells = quantile_bins(values, bins).T.contiguous()  # [N, n]
+    with_target = quantile_bins(target[:, None], bins).T * bins**2 + cells * bins
     size = bins**3
     parts = []
     for part in pairs.split(CHUNK):
-        index = target_cells + cells[:, part[:, 0]] * bins + cells[:, part[:, 1]]  # [n, chunk]
-        index = index + size * torch.arange(len(part), device=index.device)
+        index = with_target[part[:, 0]] + cells[part[:, 1]]  # [chunk, n]
+        index += size * torch.arange(len(part), device=index.device)[:, None]
         parts.append(torch.bincount(index.flatten(), minlength=size * len(part)).view(-1, bins, bins, bins))
     return torch.cat(parts).double() if parts else values.new_zeros(0, bins, bins, bins).double()
 

@@ -17,10 +17,9 @@ def ksg_information(
     """I(T;Y_i) of every channel by nearest neighbours, nats, float64 [N]; NaN for a constant channel or T.
 
     I = ψ(n) + ψ(k) - ⟨ψ(n_T + 1) + ψ(n_Y + 1)⟩, the first estimator of the source, on variables scaled to unit
-    variance with seeded noise of 1e-10 that breaks ties. Nearly unbiased at independence, but half of the
-    independent channels come out negative and scikit-learn clips them at 0, so their mean is above 0 (0.006 nats for
-    n = 2000). No Gaussian assumption; ranks of weak channels are noisy. 5000 samples take
-    some 40 ms a channel.
+    variance with seeded noise of 1e-10 that breaks ties. Nearly unbiased at independence, but half of the independent
+    channels come out negative and scikit-learn clips them at 0, so their mean is above 0 (0.006 nats for n = 2000). No
+    Gaussian assumption; ranks of weak channels are noisy. 5000 samples take some 40 ms a channel.
 
     Args:
         target: T [n].

@@ -96,6 +96,11 @@ class LitClassifier(LightningModule):
         return (min(ends) if ends else self.trainer.max_epochs) - self.phase_start
 
     @property
+    def schedule_epochs(self) -> int:
+        """Epochs that the learning rate schedule spans: the phase, or the whole run where one optimizer serves it."""
+        return self.phase_epochs if self.repair_recipe else self.trainer.max_epochs
+
+    @property
     def active_recipe(self) -> Recipe:
         """Recipe of the current phase: the repair's after the first stage, where there is one."""
         return self.repair_recipe if self.plans and self.repair_recipe else self.recipe
@@ -151,7 +156,7 @@ class LitClassifier(LightningModule):
         steps = -(-int(self.trainer.num_training_batches) // self.trainer.accumulate_grad_batches)
         for entry in self.trainer.lr_scheduler_configs:
             if isinstance(entry.scheduler, PhaseCosine):
-                entry.scheduler.begin(steps * self.phase_epochs)
+                entry.scheduler.begin(steps * self.schedule_epochs)
 
     def on_train_epoch_end(self) -> None:
         """Stops a run whose loss is not finite before a checkpoint is written from it."""

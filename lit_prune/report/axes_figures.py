@@ -46,6 +46,32 @@ def draw_plane(run: RunFolder) -> Picture:
     )
 
 
+def plane_pixels(channels: pd.DataFrame, epoch: int) -> np.ndarray | None:
+    """Picture of an early, a middle and a late layer on the two axes, uint8 [H, W, 3]; None without live channels.
+
+    Args:
+        channels: channel table of one epoch.
+        epoch: epochs finished, for the title.
+    """
+    live = channels.dropna(subset=["input_capture", "task_information"])
+    layers = _thirds(layer_order(live))
+    if not layers:
+        return None
+    with drawing.styled():
+        figure = new_figure(3.2)
+        row = figure.subplots(1, len(layers), squeeze=False)[0]
+        overlap = live.loc[live["layer"].isin(layers), "peer_overlap"].dropna()
+        norm = Normalize(0.0, max(float(overlap.quantile(0.98)) if len(overlap) else 0.0, 1e-9))
+        for axes, layer in zip(row, layers, strict=True):
+            scatter = _draw_channels(axes, live[live["layer"] == layer], norm)
+            axes.set_title(f"{layer}, {_epoch_title(epoch)}", fontsize=9)
+            axes.set_xlabel("input capture $I_X$ (nats)")
+        row[0].set_ylabel("task information $I_T$ (nats)")
+        figure.colorbar(scatter, ax=row, label=r"peer overlap $\bar R_X$ (nats)", extend="max")
+        figure.canvas.draw()
+        return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
+
+
 def _plane_table(run: RunFolder) -> tuple[pd.DataFrame, list[int]]:
     try:
         table = run.trace

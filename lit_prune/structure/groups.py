@@ -242,7 +242,7 @@ def _propose(model: nn.Module, image: Tensor, sites: probe.Sites) -> list[_Draft
     """Groups as Torch-Pruning's dependency graph sees them, with what the layers forbid, in module order."""
     inside: set = set()  # operations inside padded shortcuts, which are followed as one
     graph = tp.DependencyGraph()
-    with warnings.catch_warnings(), _bounded(max(sites.widths.values(), default=1)):
+    with warnings.catch_warnings(), _bounded(max(sites.widths.values(), default=1)) as latest:
         warnings.simplefilter("ignore")
         graph.build_dependency(
             model,
@@ -251,7 +251,7 @@ def _propose(model: nn.Module, image: Tensor, sites: probe.Sites) -> list[_Draft
             customized_pruners={PaddedShortcut: _ShortcutPruner()},
             verbose=False,
         )
-        drafts = list(_drafts(model, graph, inside))
+        drafts = list(_drafts(model, graph, inside, latest))
     shared = protection.shared_weights(model)
     overlaps = protection.overlapping([draft.group.members for draft in drafts])
     for position, (draft, overlap) in enumerate(zip(drafts, overlaps, strict=True)):
@@ -263,12 +263,11 @@ def _propose(model: nn.Module, image: Tensor, sites: probe.Sites) -> list[_Draft
 
 
 @contextmanager
-def _bounded(widest: int) -> Iterator[None]:
+def _bounded(widest: int) -> Iterator[list]:
     """Keeps Torch-Pruning from doing the same work again and again while its graph is built and asked.
 
     It maps indices once when it builds the graph, and not again for every group: nothing is cut in between. It infers
-    the channels of a node once, not on every path to it, of which there are 2^L in a network of L residual adds. What
-    a group holds already it looks up, and does not compare item by item. A
+    the channels of a node once, not on every path to it, of which there are 2^L in a network of L residual adds. A
     reshape that it cannot map (division by zero on a channel shuffle) stays unmapped. A group that claims more channels
     than the widest layer has, or meets every edge many times (an endless round between reshapes), is given up with an
     OverflowError. Where any of this leaves a map out, the check of positions rejects the group.
@@ -278,6 +277,7 @@ def _bounded(widest: int) -> Iterator[None]:
     update, reshape, add = mapping.update_index_mapping, mapping.update_reshape_index_mapping, proposal.add_dep
     known: dict[tuple, int | None] = {}
     edges: list[int] = []
+    latest: list[tp.dependency.Group] = []
 
     def remembered(infer: Callable) -> Callable:
         def infer_once(graph: tp.DependencyGraph, node: tp.dependency.Node, recursive_depth: list) -> int | None:
@@ -297,31 +297,27 @@ def _bounded(widest: int) -> Iterator[None]:
             reshape(graph, node)
 
     def add_or_give_up(self: tp.dependency.Group, dep: tp.dependency.Dependency, idxs: list) -> None:
-        if len(idxs) > widest or len(self) > edges[0]:
-            raise _EndlessError({item.dep.target.module for item in self.items})
         add(self, dep, idxs)
-        self.__dict__.setdefault("seen", set()).add((dep.target, dep.handler, tuple(idxs)))
-
-    def has(self: tp.dependency.Group, dep: tp.dependency.Dependency, idxs: list) -> bool:
-        return (dep.target, dep.handler, tuple(idxs)) in self.seen
+        latest[:] = [self]
+        self.claims = getattr(self, "claims", 0) + len(idxs)
+        self.hopeless = getattr(self, "hopeless", False) or dep.target.type in _FORBIDDEN
+        endless = len(idxs) > widest or len(self) > edges[0]
+        if endless or (self.hopeless and self.claims > _ENOUGH):
+            raise LookupError("a group without end")
 
     with (
         patch.multiple(mapping, update_index_mapping=update_once, update_reshape_index_mapping=reshape_or_leave),
         patch.multiple(shapes, **{name: remembered(getattr(shapes, name)) for name in _INFERENCES}),
-        patch.multiple(proposal, add_dep=add_or_give_up, has_pruning_op=has),
+        patch.object(proposal, "add_dep", add_or_give_up),
     ):
-        yield
+        yield latest
 
 
 _INFERENCES = ("infer_out_channels_recursively", "infer_in_channels_recursively")
 
 
-class _EndlessError(LookupError):
-    """A group was given up; `modules` are those it had met."""
-
-    def __init__(self, modules: set) -> None:
-        super().__init__("a group without end")
-        self.modules = modules
+_FORBIDDEN = (tp.ops.OPTYPE.LN, tp.ops.OPTYPE.GN, tp.ops.OPTYPE.MHA)
+_ENOUGH = 50_000  # channels claimed in all, a fraction of a second's work
 
 
 def _forward(model: nn.Module, image: Tensor, inside: set) -> list[Tensor]:
@@ -342,11 +338,10 @@ def _forward(model: nn.Module, image: Tensor, inside: set) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
 
 
-def _drafts(model: nn.Module, graph: tp.DependencyGraph, inside: set) -> Iterator[_Draft]:
+def _drafts(model: nn.Module, graph: tp.DependencyGraph, inside: set, latest: list) -> Iterator[_Draft]:
     """Asks for the group of every output channel that no earlier group has claimed."""
     covered: dict[str, set[int]] = {}
     names: set[str] = set()
-    lost: set = set()  # modules met by a group that could not be followed
     for name, module in model.named_modules():
         if not axes.is_weighted(module) or module not in graph.module2node:
             continue
@@ -354,19 +349,16 @@ def _drafts(model: nn.Module, graph: tp.DependencyGraph, inside: set) -> Iterato
         rest = [channel for channel in range(axes.width(module, "out")) if channel not in claimed]
         if not rest:
             continue
+        prune = graph.get_pruner_of_module(module).prune_out_channels
+        failed = False
         try:
-            if module in lost:
-                raise LookupError(name)
-            prune = graph.get_pruner_of_module(module).prune_out_channels
             proposal = graph.get_pruning_group(module, prune, rest)
-        except (ArithmeticError, LookupError) as error:  # its maps of splits and reshapes can be wrong
-            lost |= getattr(error, "modules", {module})
-            proposal = ()
+        except (ArithmeticError, LookupError):  # its maps of splits and reshapes can be wrong
+            failed, proposal = True, latest[0].items
         operations, joined = _operations(proposal, inside)
-        rows = _rows(graph, proposal, rest, operations)
-        if not rows:
+        rows = _rows(graph, proposal, rest, operations) or {(name, "out"): [[channel] for channel in rest]}
+        if failed:
             operations.add("untracked")
-            rows = {(name, "out"): [[channel] for channel in rest]}
         for (member, axis), positions in rows.items():
             if axis == "out":
                 covered.setdefault(member, set()).update(position for unit in positions for position in unit)
@@ -422,7 +414,9 @@ def _rows(graph: tp.DependencyGraph, proposal: tp.dependency.Group, units: list[
         names = graph._param_to_name if node.type == tp.ops.OPTYPE.PARAMETER else graph._module2name
         axis = "out" if graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
         row = rows.setdefault((names[node.module], axis), [[] for _ in units])
-        for position, root in zip(item.idxs, item.root_idxs, strict=True):
+        for position, root in zip(item.idxs, item.root_idxs or item.idxs, strict=True):
+            if item.root_idxs is None:  # given up before Torch-Pruning took the pairs apart
+                position, root = root
             if root not in order:
                 operations.add("untracked")
             else:
@@ -434,10 +428,10 @@ def _alike(rows: dict[axes.Axis, list[list[int]]], size: int) -> list[tuple[Memb
     """Members for each set of units that take the same number of positions everywhere (concatenation splits them)."""
     kinds: dict[tuple[int, ...], list[int]] = {}
     for unit in range(size):
-        kinds.setdefault(tuple(len(row[unit]) for row in rows.values()), []).append(unit)
+        kinds.setdefault(tuple(len(set(row[unit])) for row in rows.values()), []).append(unit)
     return [
         tuple(
-            Member(name, axis, tuple(tuple(sorted(row[unit])) for unit in units))
+            Member(name, axis, tuple(tuple(sorted(set(row[unit]))) for unit in units))
             for count, ((name, axis), row) in zip(counts, rows.items(), strict=True)
             if count
         )

@@ -40,16 +40,12 @@ def structural_reason(model: nn.Module, members: Sequence[_Member], operations: 
     """
     if any(word in operation.lower() for operation in operations for word in _ATTENTION_OPERATIONS):
         return ATTENTION
-    if "untracked" in operations:
-        return UNTRACKED
+    parts = sorted(((m.module, axes.find(model, m.module)) for m in members), key=lambda p: isinstance(p[1], nn.Parameter))
+    reason = next((reason for name, module in parts if (reason := _layer_reason(name, module))), "")
+    if reason or "untracked" in operations:
+        return reason or UNTRACKED
     if "output" in operations or not any(member.axis == "in" for member in members):
         return OUTPUT
-    reasons = (_layer_reason(member.module, axes.find(model, member.module)) for member in members)
-    reason = next((reason for reason in reasons if reason), "")
-    return reason or _operation_reason(operations)
-
-
-def _operation_reason(operations: Iterable[str]) -> str:
     return PADDING if "channel padding" in operations else ""
 
 

@@ -1,0 +1,97 @@
+"""Watches which way each layer moves while the network trains: against both information gradients."""
+
+import time
+
+import pandas as pd
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from callbacks.tracing import backbone_of, calibration_batches, check_cadence, is_fresh, trace_folder
+from lit_prune.directions import collect_directions, direction_table
+from lit_prune.errors import InputError
+from lit_prune.files import whole_file
+from lit_prune.information.target_axis import TARGETS
+
+COSINES = ("capture_task", "update_capture", "update_task")
+
+
+class GradientTrace(Callback):
+    """Writes the cosines of ∇I_X, ∇I_T and the direction of descent -∇L, layer by layer, over training.
+
+    Hooks: `on_train_start` (initialisation, skipped on resume) and `on_train_epoch_end`. Nothing is kept in the
+    callback's state. The first `limit` calibration images go twice through `pl_module.backbone` in evaluation mode;
+    each layer costs two weight-gradient passes (one of the loss), no patch is unfolded. L is the plain cross-entropy
+    on these images. The training state, gradients and the random state included, is left as found. Under DDP the ranks
+    share each batch and add their sums, and rank 0 writes. Supported strategies: one device and DDP.
+
+    File, whole or not at all: `<default_root_dir>/trace/gradients.parquet` with epoch (finished epochs, 0 =
+    initialisation) and the columns of `lit_prune.directions.direction_table`. On resume the earlier epochs are kept, an
+    epoch that runs again replaces its rows; a fresh fit starts anew. Logged: the means over layers,
+    `trace/gradients/<cosine>`, and `trace/gradients/seconds`.
+
+    Args:
+        every_n_epochs: trace after epochs n-1, 2n-1, ... (counted from 0).
+        layers: names or fnmatch patterns of the layers; None takes every Conv2d and Linear.
+        target: task variable with one value an image, as in `lit_prune.measure`.
+        limit: number of calibration images; None takes all.
+
+    Raises:
+        InputError: a value out of range; at fit start: no calibration data, no `backbone`, fewer images in the first
+            batch than ranks.
+    """
+
+    def __init__(
+        self,
+        every_n_epochs: int = 1,
+        layers: list[str] | None = None,
+        target: str = "true_margin",
+        limit: int | None = 1000,
+    ) -> None:
+        check_cadence(every_n_epochs, limit)
+        if target not in TARGETS or target == "one_vs_rest":
+            known = ", ".join(name for name in TARGETS if name != "one_vs_rest")
+            raise InputError(f"target: {target!r} is not one of {known}")
+        self.every_n_epochs = every_n_epochs
+        self.layers = layers
+        self.target = target
+        self.limit = limit
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Traces the initialisation of a fresh fit."""
+        if is_fresh(trainer):
+            if trainer.is_global_zero:
+                (trace_folder(trainer) / "gradients.parquet").unlink(missing_ok=True)
+            self._trace(trainer, pl_module, epoch=0)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Traces the state after every `every_n_epochs`-th epoch."""
+        finished = trainer.current_epoch + 1
+        if finished % self.every_n_epochs == 0:
+            self._trace(trainer, pl_module, epoch=finished)
+
+    def _trace(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> None:
+        start = time.perf_counter()
+        backbone = backbone_of(self, pl_module)
+        batches = calibration_batches(self, trainer, self.limit)
+        sums = collect_directions(backbone, batches, self.target, self.layers).all_reduce()
+        if not trainer.is_global_zero:
+            return
+        table = direction_table(backbone, sums)
+        table.insert(0, "epoch", epoch)
+        self._write(trainer, table)
+        seconds = time.perf_counter() - start
+        means = {f"trace/gradients/{name}": table[name].mean() for name in COSINES if table[name].notna().any()}
+        for logger in trainer.loggers:
+            logger.log_metrics(means | {"trace/gradients/seconds": seconds}, step=trainer.global_step)
+        rank_zero_info(f"gradients: epoch {epoch}, {len(table)} layers, {sums.images} images, {seconds:.2f} s")
+
+    @staticmethod
+    def _write(trainer: Trainer, table: pd.DataFrame) -> None:
+        """Puts an epoch's rows in the place of earlier ones of the same epoch."""
+        file = trace_folder(trainer) / "gradients.parquet"
+        if file.exists():
+            known = pd.read_parquet(file)
+            table = pd.concat([known[known["epoch"] != table["epoch"].iloc[0]], table], ignore_index=True)
+        table = table.sort_values(["epoch", "depth"], kind="stable", ignore_index=True)
+        with whole_file(file) as partial:
+            table.to_parquet(partial, index=False)
