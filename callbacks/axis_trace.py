@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.tracing import (
@@ -31,16 +31,17 @@ class AxisTrace(Callback):
     """Writes the channel table of the network at initialisation and after every k-th training epoch.
 
     Hooks: `on_train_start` (initialisation, skipped on resume), `on_train_epoch_end`, and `on_train_end` for the
-    dynamics. Nothing is kept in the callback's state. The calibration images of the DataModule go once through `pl_module.backbone` in evaluation mode;
-    the training state, the random state included, is left as found. Under DDP the ranks share each batch and add their
-    sums, and rank 0 writes. Supported strategies: one device and DDP, where each rank holds the whole network.
+    dynamics. Nothing is kept in the callback's state. The calibration images of the DataModule go once through
+    `pl_module.backbone` in evaluation mode; the training state, the random state included, is left as found. Under DDP
+    the ranks share each batch and add their sums, and rank 0 writes. Supported strategies: one device and DDP, where
+    each rank holds the whole network.
 
     Files, whole or not at all, in `<default_root_dir>/trace/`: `epoch=000.parquet` (initialisation),
-    `epoch=004.parquet` (after epoch 3, counted from 0), with the columns of `lit_prune.measure` and `epoch`; and
+    `epoch=004.parquet` (after epoch 3, counted from 0), with the columns of `lit_prune.measure` and `epoch`;
     `layers.parquet`, the coupling and the column means of each layer at each traced epoch, derived from the former;
-    `dynamics.parquet` at the end of the run, see `lit_prune.dynamics.dynamics_table`. On resume the epochs already written are kept, an epoch that runs again replaces its own file; a fresh fit starts the
-    trace anew. Logged: `trace/<layer>/coupling`, `trace/seconds` (the time it took), and
-    the picture `trace/plane`.
+    `dynamics.parquet` at the end of the run, see `lit_prune.dynamics.dynamics_table`. On resume the epochs already
+    written are kept, an epoch that runs again replaces its own file; a fresh fit starts the trace anew. Logged:
+    `trace/<layer>/coupling`, `trace/seconds` (the time it took), and the picture `trace/plane`.
 
     Args:
         every_n_epochs: trace after epochs n-1, 2n-1, ... (counted from 0).
@@ -107,11 +108,14 @@ class AxisTrace(Callback):
         scalars = {f"trace/{row.layer}/coupling": row.coupling for row in defined.itertuples()}
         for logger in trainer.loggers:
             logger.log_metrics(scalars | {"trace/seconds": seconds}, step=trainer.global_step)
-            if self.plane and isinstance(logger, TensorBoardLogger):
-                pixels = plane_pixels(channels, epoch)
-                if pixels is not None:
-                    logger.experiment.add_image("trace/plane", pixels, trainer.global_step, dataformats="HWC")
+            self._show_plane(logger, channels, epoch, trainer.global_step)
         rank_zero_info(f"trace: epoch {epoch}, {len(layers)} layers, {sums.images} images, {seconds:.2f} s")
+
+    def _show_plane(self, logger: Logger, channels: pd.DataFrame, epoch: int, step: int) -> None:
+        if self.plane and isinstance(logger, TensorBoardLogger):
+            pixels = plane_pixels(channels, epoch)
+            if pixels is not None:
+                logger.experiment.add_image("trace/plane", pixels, step, dataformats="HWC")
 
 
 def write_epoch(folder: Path, epoch: int, channels: pd.DataFrame) -> pd.DataFrame:

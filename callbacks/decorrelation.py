@@ -112,7 +112,7 @@ class Decorrelation(Callback):
 
 
 def spaced_convolutions(model: nn.Module, count: int = LAYERS) -> dict[str, nn.Conv2d]:
-    """At most `count` convolutions with more than one channel, evenly spaced over module order, first and last included.
+    """At most `count` convolutions of two channels or more, evenly spaced over module order, first and last included.
 
     Raises:
         InputError: there is none.

@@ -96,7 +96,7 @@ class PruneCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Verbs that need a model and data, with the arguments that are not on the command line."""
-        return {**LightningCLI.subcommands(), "compress": {"model", "datamodule"}}
+        return {**LightningCLI.subcommands(), "analyze": {"model", "datamodule"}, "compress": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the run folder and takes the classifier's sizes from the data."""

@@ -6,8 +6,10 @@ from typing import Protocol, runtime_checkable
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lit_prune.analysis.request import AnalyzeRequest
 from lit_prune.data import ImageData
 from lit_prune.errors import InputError
+from lit_prune.experiments.analyze_run import analyze_run
 from lit_prune.modules import LitClassifier
 
 
@@ -66,3 +68,28 @@ class Trainer(pl.Trainer):
             raise InputError(f"compress needs repair_epochs >= 1, got {repair_epochs}")
         self.fit_loop.max_epochs = staged[0].begin_at_once(repair_epochs)
         self.fit(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
+
+    def analyze(
+        self,
+        model: LitClassifier,
+        datamodule: ImageData,
+        request: AnalyzeRequest = AnalyzeRequest(),  # noqa: B008  (frozen)
+        compare: list[str] | None = None,
+        ckpt_path: str | None = None,
+    ) -> None:
+        """Channel and layer tables of a trained network, with the extras and controls asked for.
+
+        Reads the calibration images of the data; writes `channels.parquet`, `layers.parquet`, `analysis/` and the key
+        `analysis` of `run.json` in the run folder, and nothing else there. An extra that is there already for the same
+        network, images and settings is not computed again. One process, on the first device.
+
+        Args:
+            model: the network; its weights come from `ckpt_path`, else from `--model.weights` or `--model.pretrained`,
+                else from `checkpoints/last.ckpt` of the run folder.
+            datamodule: the images it was trained on.
+            request: extras and settings.
+            compare: run folders analysed before; one table of layer statistics over these and this run, with bootstrap
+                intervals over runs and means without each architecture, goes to `comparison.parquet`.
+            ckpt_path: checkpoint of a `fit`, pruned or not.
+        """
+        analyze_run(self, model, datamodule, request, compare or [], ckpt_path)

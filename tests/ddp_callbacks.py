@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from lightning.pytorch import Callback
+from lightning.pytorch.strategies import DDPStrategy
 
 from callbacks.rewire import parameter_checksum
 
@@ -37,3 +38,11 @@ class KillOnRequest(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         if os.environ.get("KILL_AT_EPOCH") == str(trainer.current_epoch):
             os._exit(3)
+
+
+class SkipWrappingOnRequest(Callback):
+    """Leaves the network bare when the strategy is set up for the second time, as code without `rewired` would."""
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        if os.environ.get("SKIP_WRAPPING"):
+            DDPStrategy.configure_ddp = lambda strategy: None

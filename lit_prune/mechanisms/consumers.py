@@ -39,10 +39,11 @@ def find_readers(model: nn.Module, plan: Plan, example_input: Tensor, flow: Flow
         flow: of `model`.
     """
     graph = trace_groups(model, example_input)
-    lost = graph.removed_positions({group: plan.removed(group) for group in plan.keep_channels})
+    removed = {group: plan.removed(group) for group in plan.keep_channels if plan.removed(group)}
+    lost = graph.removed_positions(removed) if removed else {}
     groups: dict[str, list[str]] = {}
-    for name in plan.keep_channels:
-        for member in graph.by_name[name].members if plan.removed(name) else ():
+    for name in removed:
+        for member in graph.by_name[name].members:
             if member.axis == "in":
                 groups.setdefault(member.module, []).append(name)
     readers = {}
@@ -50,8 +51,8 @@ def find_readers(model: nn.Module, plan: Plan, example_input: Tensor, flow: Flow
         module = model.get_submodule(name)
         kept = {side: _rest(axes.width(module, side), lost.get((name, side), [])) for side in ("in", "out")}
         obstacle = _obstacle(module, flow.layers.count(name))
-        removed = tuple(lost.get((name, "in"), ()))
-        readers[name] = Reader(name, removed, kept["in"], kept["out"], tuple(groups.get(name, ())), obstacle)
+        columns = tuple(lost.get((name, "in"), ()))
+        readers[name] = Reader(name, columns, kept["in"], kept["out"], tuple(groups.get(name, ())), obstacle)
     return readers
 
 

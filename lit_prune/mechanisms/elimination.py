@@ -22,7 +22,9 @@ class ReaderMoments:
     columns: Tensor
 
     @classmethod
-    def build(cls, covariance: Tensor, weight: Tensor, metric: Tensor, columns: Tensor, ridge: float) -> "ReaderMoments":
+    def build(
+        cls, covariance: Tensor, weight: Tensor, metric: Tensor, columns: Tensor, ridge: float
+    ) -> "ReaderMoments":
         """From population moments.
 
         Args:
@@ -59,10 +61,10 @@ class ReaderMoments:
 
 
 def elimination_costs(readers: Sequence[ReaderMoments], units: int) -> Tensor:
-    """Error that each unit adds when it goes, in the greedy order that removes the cheapest unit first, float64 [units].
+    """Error that each unit adds when it goes in greedy order (the cheapest of those left goes next), float64 [units].
 
-    The error is Σ over readers of `E (W u - Ŵ u_K)ᵀ metric (W u - Ŵ u_K)`, Ŵ the least-squares solution on the units still
-    there. Values never fall along the order, so that their ranking is the order; the last unit is given the largest.
+    The error is Σ over readers of `E (W u - Ŵ u_K)ᵀ metric (W u - Ŵ u_K)`, Ŵ the least-squares solution on the units
+    still there. Values never fall along the order, so that their ranking is the order; the last unit has the largest.
 
     Args:
         readers: layers that read the units; used up.

@@ -10,7 +10,7 @@ from lit_prune.layers import removing, to_model, undisturbed
 from lit_prune.mechanisms.consumers import Reader
 from lit_prune.mechanisms.patches import channel_dim, taken
 
-MOST_IMAGES = 1024
+MOST_IMAGES = 512
 
 
 @dataclass
@@ -31,11 +31,10 @@ class OutputError:
 
     def add(self, original: Tensor, reduced: Tensor) -> None:
         """Adds outputs [S, O]."""
-        original, reduced = original.double(), reduced.double()
         self.samples += len(original)
-        self.squared = self.squared + (reduced - original).square().sum(0)
-        self.first = self.first + original.sum(0)
-        self.second = self.second + original.square().sum(0)
+        self.squared = self.squared + (reduced - original).square().sum(0, dtype=torch.float64)
+        self.first = self.first + original.sum(0, dtype=torch.float64)
+        self.second = self.second + original.square().sum(0, dtype=torch.float64)
 
     @property
     def variance(self) -> float:
@@ -49,7 +48,11 @@ class OutputError:
 
 
 def output_errors(
-    original: nn.Module, reduced: nn.Module, readers: Sequence[Reader], norms: Mapping[str, str], images: Sequence[Tensor]
+    original: nn.Module,
+    reduced: nn.Module,
+    readers: Sequence[Reader],
+    norms: Mapping[str, str],
+    images: Sequence[Tensor],
 ) -> dict[str, OutputError]:
     """Errors of the readers' outputs, each in its own network, on at most `MOST_IMAGES` images.
 

@@ -67,6 +67,7 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self.layers: list[str] = []
         self.outputs: dict[int, tuple[str, Tensor]] = {}  # the tensors are held, so that no identity is reused
+        self.retired: list = []
         self.reads: dict[str, int] = {}
         self.norms: dict[str, str] = {}
         self.additions: list[tuple[tuple[str, ...], int]] = []
@@ -91,17 +92,19 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         """Runs the function and notes which watched tensors it reads."""
-        names = [
-            self.outputs[id(value)][0]
-            for value in _tensors((*args, *(kwargs or {}).values()))
-            if id(value) in self.outputs
-        ]
+        watched = [value for value in _tensors((*args, *(kwargs or {}).values())) if id(value) in self.outputs]
+        versions = [value._version for value in watched]
+        names = [self.outputs[id(value)][0] for value in watched]
         output = function(*args, **(kwargs or {}))
-        if isinstance(output, Tensor):
+        changed = [value._version != version for value, version in zip(watched, versions, strict=True)]
+        if isinstance(output, Tensor) and (any(changed) or not any(output is value for value in watched)):
             for name in names:
                 self.reads[name] = self.reads.get(name, 0) + 1
             if names and function in ADDITIONS and len(args) == 2 and not kwargs:
                 self.additions.append((tuple(names), len(self.layers)))
+        for value, written in zip(watched, changed, strict=True):
+            if written:  # in place: what is read from now on is another value
+                self.retired.append(self.outputs.pop(id(value), None))
         return output
 
     def flow(self) -> Flow:

@@ -5,10 +5,10 @@ from torch import Tensor, nn
 
 
 def add_to_output(model: nn.Module, layer: str, norm: str, shift: Tensor) -> bool:
-    """Adds `shift` [O] to the output of `layer`: to its bias, else to the BatchNorm that alone reads it, else to a new bias.
+    """Adds `shift` [O] to the output of `layer`: in its bias, in the BatchNorm that alone reads it, or in a new bias.
 
-    In evaluation mode BatchNorm subtracts its running mean, so taking the shift from the mean adds it to the output; the
-    structure of the network stays as it is.
+    In evaluation mode BatchNorm subtracts its running mean, so taking the shift from the mean adds it to the output;
+    the structure of the network stays as it is.
 
     Args:
         model: the network, changed in place.
@@ -31,17 +31,6 @@ def add_to_output(model: nn.Module, layer: str, norm: str, shift: Tensor) -> boo
             module.bias.requires_grad_(module.weight.requires_grad)
         module.bias.copy_((module.bias.double() + shift.to(module.bias.device)).to(module.bias.dtype))
     return created
-
-
-def output_shift(model: nn.Module, layer: str, norm: str) -> Tensor:
-    """What `layer` adds to its output beside the product with its weights: bias, less the running mean of `norm`; [O]."""
-    module = model.get_submodule(layer)
-    shift = module.weight.new_zeros(len(module.weight), dtype=torch.float64)
-    if module.bias is not None:
-        shift = shift + module.bias.detach().double()
-    if norm:
-        shift = shift - model.get_submodule(norm).running_mean.double()
-    return shift
 
 
 def set_weight(module: nn.Module, weight: Tensor) -> None:

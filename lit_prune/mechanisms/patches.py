@@ -23,7 +23,7 @@ class PositionSample:
         """Positions, int64 [images, per_image], without repetition in an image; None for all of them."""
         if positions <= self.per_image:
             return None
-        return torch.rand(images, positions, generator=self.generator).argsort(1)[:, : self.per_image]
+        return torch.rand(images, positions, generator=self.generator).topk(self.per_image).indices
 
 
 def input_rows(module: nn.Module, inputs: Tensor, chosen: Tensor | None) -> Tensor:
@@ -35,15 +35,29 @@ def input_rows(module: nn.Module, inputs: Tensor, chosen: Tensor | None) -> Tens
         chosen: positions [B, n] or None for all.
     """
     if isinstance(module, nn.Linear):
-        rows = inputs.reshape(len(inputs), -1, inputs.shape[-1])  # [B, P, C]
-    else:
-        padding = module._reversed_padding_repeated_twice
-        if any(padding):
-            mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-            inputs = F.pad(inputs, padding, mode=mode)
+        return _pick(inputs.reshape(len(inputs), -1, inputs.shape[-1]), chosen)  # [B, P, C]
+    padding = module._reversed_padding_repeated_twice
+    if any(padding):
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        inputs = F.pad(inputs, padding, mode=mode)
+    if chosen is None:
         patches = F.unfold(inputs, module.kernel_size, module.dilation, 0, module.stride)  # [B, C·taps, P]
-        rows = patches.transpose(1, 2)
-    return _pick(rows, chosen)
+        return patches.transpose(1, 2).flatten(0, 1)
+    images, channels = inputs.shape[:2]
+    index = _places(module, inputs, chosen.to(inputs.device)).flatten(1)[:, None]  # [B, 1, n·taps]
+    values = inputs.flatten(2).gather(2, index.expand(-1, channels, -1))
+    return values.unflatten(2, (chosen.shape[1], -1)).transpose(1, 2).reshape(images * chosen.shape[1], -1)
+
+
+def _places(module: nn.Conv2d, padded: Tensor, chosen: Tensor) -> Tensor:
+    """Where the patches of the chosen positions lie in a padded, flattened map, int64 [B, n, taps]."""
+    width = padded.shape[3]
+    (rows, columns), (down, right), (tall, wide) = module.kernel_size, module.stride, module.dilation
+    across = (width - wide * (columns - 1) - 1) // right + 1  # positions in one row of the output
+    corner = (chosen // across) * down * width + (chosen % across) * right
+    vertical = torch.arange(rows, device=chosen.device) * tall * width
+    horizontal = torch.arange(columns, device=chosen.device) * wide
+    return corner[..., None] + (vertical[:, None] + horizontal).flatten()
 
 
 def output_rows(module: nn.Module, outputs: Tensor, chosen: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ from lit_prune.mechanisms.regression import PairSums
 from lit_prune.structure import CostModel, Group, trace_groups
 
 RIDGE = 1e-4
-ROWS = 100_000  # positions, over all images, behind one covariance
+POSITIONS = 64  # most positions of one image in a covariance
 PIECE = 32  # images unfolded at once
 
 
@@ -21,10 +21,10 @@ def reconstruction_costs(
 ) -> dict[str, Tensor]:
     """Expected squared logit distortion that each unit of each prunable group adds, per multiply-add that it costs.
 
-    Within a group: greedy backward elimination, see `elimination_costs`. The error of a reader's output at one position counts
+    Within a group: greedy backward elimination, see `elimination_costs`. The error δ of a reader's output counts
     `δᵀ E[Σ_p g gᵀ] δ`, g the gradient of a random unit-variance projection of the logits: the expected squared change
-    of the logits to first order, positions taken as independent. So groups can be compared, and a global threshold divides
-    a budget of multiply-adds among them.
+    of the logits to first order, positions taken as independent. So groups can be compared, and a global threshold
+    divides a budget of multiply-adds among them.
 
     Args:
         model: any network; left as found.
@@ -60,7 +60,9 @@ def _unit_macs(cost_model: CostModel, group: Group) -> float:
     return float(max(1, cost_model.macs(cost_model.sizes) - cost_model.macs(fewer)))
 
 
-def _group_costs(model: nn.Module, group: Group, covariances: Mapping[str, Tensor], metrics: Mapping[str, Tensor]) -> Tensor:
+def _group_costs(
+    model: nn.Module, group: Group, covariances: Mapping[str, Tensor], metrics: Mapping[str, Tensor]
+) -> Tensor:
     readers = []
     for member in group.members:
         if member.axis == "in" and member.module in covariances and member.module in group.consumers:
@@ -79,12 +81,10 @@ def patch_covariances(model: nn.Module, layers: Sequence[str], batches: Batches,
         model: the network.
         layers: Conv2d without groups, or Linear.
         batches: (images, labels).
-        seed: of the positions, of which about `ROWS` are used.
+        seed: of the positions, of which `POSITIONS` an image are used.
     """
     sums: dict[str, PairSums] = {}
-    known = [len(images) for images, _ in batches] if isinstance(batches, Sequence) else []
-    per_image = max(1, ROWS // (sum(known) or 1000))
-    samples = {name: PositionSample(per_image, seed) for name in layers}
+    samples = {name: PositionSample(POSITIONS, seed) for name in layers}
 
     def observer(name: str):
         def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:

@@ -11,7 +11,7 @@ from lit_prune.mechanisms.consumers import Reader
 from lit_prune.mechanisms.folding import add_to_output, set_weight
 from lit_prune.mechanisms.patches import PositionSample, channel_dim, input_rows, output_rows, taken
 from lit_prune.mechanisms.regression import RIDGES, PairSums, solve_held_out
-from lit_prune.mechanisms.settings import Replacement
+from lit_prune.mechanisms.settings import ROWS_A_WEIGHT, Replacement
 from lit_prune.mechanisms.walk import Seen, Stop, Walk, watching
 
 PIECE = 32  # images unfolded at once
@@ -30,10 +30,10 @@ def refit(
 ) -> tuple[dict[str, dict], list[str]]:
     """Solves the layers at `stops` again, one after the other: `argmin Σ‖W' u + b' - z*‖² + λ‖W'‖²`.
 
-    u is the layer's input patch in the reduced network, whose earlier layers have been solved already; z* is the layer's
-    output in the original network. Where an addition reads the layer (through its BatchNorm), z* is what makes the *sum*
-    equal to the original's: the error that the shortcut has gathered is corrected too. Both networks run once: the passes
-    wait in front of each layer (`walk`).
+    u is the layer's input patch in the reduced network, whose earlier layers have been solved already; z* is the
+    layer's output in the original network. Where an addition reads the layer (through its BatchNorm), z* is what makes
+    the *sum* equal to the original's: the error that the shortcut has gathered is corrected too. Both networks run
+    once: the passes wait in front of each layer (`walk`).
 
     Args:
         pair: the networks, in evaluation mode.
@@ -73,7 +73,8 @@ class _Solver:
     def __init__(self, pair: Pair, stop: Stop, reader: Reader, settings: Replacement, images: int) -> None:
         self.pair, self.stop, self.reader, self.settings = pair, stop, reader, settings
         self.module = pair.reduced.get_submodule(stop.layer)
-        self.positions = PositionSample(settings.rows // images, settings.seed)
+        rows = max(settings.rows, ROWS_A_WEIGHT * self.module.weight[0].numel())
+        self.positions = PositionSample(-(-rows // images), settings.seed)
         self.sums: dict[bool, PairSums] = {}
 
     def add(self, original: Seen, reduced: Seen, held_out: bool) -> None:
@@ -118,16 +119,11 @@ class _Solver:
             bias = bias - self.module.bias.detach().double()
         created = add_to_output(self.pair.reduced, self.stop.layer, self.stop.norm, bias)
         return {
-            "rows": int(everything_rows(self.sums)),
+            "rows": int(self.sums[False].rows + self.sums[True].rows),
             "ridge": fit.ridge,
             "fit_error": everything.error(fit),
             "held_out_error": held_out,
         }, created
-
-
-def everything_rows(sums: dict[bool, PairSums]) -> int:
-    """Rows of the fitting and the held-out part."""
-    return int(sums[False].rows + sums[True].rows)
 
 
 def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 8192  # rows in one float32 product
+UNTESTED_RIDGE = 1e-6  # where no data is held out to choose by
 RIDGES = (1e-10, 1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # relative to the mean variance of the inputs
 
 
@@ -95,7 +96,7 @@ class Covariance:
     targets: Tensor
 
     def error(self, fit: Fit) -> float:
-        """Mean squared error of `fit` on this data, summed over outputs, over their summed variance; 0 for no variance."""
+        """Mean squared error of `fit` on this data, summed over outputs, divided by their summed variance."""
         bias = self.target_mean - fit.weight @ self.input_mean - fit.bias
         explained = (fit.weight * (fit.weight @ self.inputs - 2 * self.cross.T)).sum(1)
         residual = (self.targets + explained + bias.square()).clamp_min(0).sum()
@@ -112,7 +113,7 @@ class Fit:
 
 
 def solve(data: Covariance, ridge: float, prior: Tensor | None = None) -> Fit:
-    """Ridge regression `argmin Σ‖W u + b - z‖² + λ‖W - prior‖²`, b free, λ = ridge · mean variance of the inputs · rows.
+    """Ridge regression `argmin Σ‖W u + b - z‖² + λ‖W - prior‖²`, b free, λ = ridge · rows · mean variance of inputs.
 
     Args:
         data: covariances.
@@ -137,12 +138,12 @@ def solve_held_out(
 
     Args:
         fitted: sums of the fitting part.
-        held_out: sums of the held-out part; without rows the first ridge is taken and the error is NaN.
+        held_out: sums of the held-out part; without rows `UNTESTED_RIDGE` is taken and the error is NaN.
         ridges: candidates, ascending; a larger one must win by more than rounding.
         prior: as in `solve`.
     """
     if not held_out.rows or len(ridges) == 1:
-        fit = solve((fitted + held_out).covariance(), ridges[0], prior)
+        fit = solve((fitted + held_out).covariance(), ridges[0] if len(ridges) == 1 else UNTESTED_RIDGE, prior)
         return fit, held_out.covariance().error(fit) if held_out.rows else float("nan")
     data, test = fitted.covariance(), held_out.covariance()
     errors = [test.error(solve(data, ridge, prior)) for ridge in ridges]

@@ -50,8 +50,8 @@ def replace_mechanisms(
 
     The mechanism of a removed unit is what a layer reads from it: an input channel of that layer, behind norm,
     activation, pooling, depthwise convolution or gate. `delete`: zero (`apply_plan`). `constant`: its mean, folded into
-    the reader's bias. `affine`: a ridge combination of kept input channels, folded into their columns. `refit`: the reader
-    is solved again (see `refit`). A bias goes into the BatchNorm behind the reader where there is one, so the
+    the reader's bias. `affine`: a ridge combination of kept input channels, folded into their columns. `refit`: the
+    reader is solved again (see `refit`). A bias goes into the BatchNorm behind the reader where there is one, so the
     structure is the plan's; else the reader gains a bias, which `Reduced.plan` says.
 
     Args:
@@ -108,11 +108,10 @@ class _Job:
     flow: Flow
     refused: dict[str, str]
     settings: Replacement
+    example_input: Tensor
 
     @classmethod
-    def prepare(
-        cls, model: nn.Module, plan: Plan, example_input: Tensor, kind: str, settings: Replacement
-    ) -> "_Job":
+    def prepare(cls, model: nn.Module, plan: Plan, example_input: Tensor, kind: str, settings: Replacement) -> "_Job":
         """Surgery, and who reads what goes."""
         reduced = apply_plan(model, plan, example_input)
         dense = apply_plan(model, Plan(plan.drop_blocks), example_input) if plan.drop_blocks else model
@@ -126,7 +125,7 @@ class _Job:
                 f"kind={kind!r}: layer {name!r} reads units of group {groups} that the plan removes, but {reason}; "
                 "protect the group or set unsupported='delete'"
             )
-        return cls(model, dense, reduced, readers, flow, refused, settings)
+        return cls(model, dense, reduced, readers, flow, refused, settings, example_input)
 
     def losing(self) -> list[Reader]:
         """The layers that lose input channels and can be changed."""
@@ -192,21 +191,9 @@ def _downstream(job: _Job) -> list[str]:
     lost = [position for position, name in enumerate(order) if job.readers[name].removed]
     first = min(lost, default=len(order))
     if job.dense is not job.model:
-        gone = [name for name, _ in job.model.named_modules() if name not in dict(job.dense.named_modules())]
-        before = observe_until(job, gone)
-        first = min(first, before)
+        original = dict.fromkeys(observe(job.model, job.example_input).layers)
+        first = min(first, next(position for position, name in enumerate(original) if name not in job.readers))
     return [name for name in order[first:] if not job.readers[name].obstacle]
-
-
-def observe_until(job: _Job, gone: Sequence[str]) -> int:
-    """Number of layers of the network without its dropped blocks that run before the first dropped layer."""
-    count = 0
-    gone = set(gone)
-    for name, module in job.model.named_modules():
-        if name in gone:
-            break
-        count += name in job.readers
-    return count
 
 
 _METHODS = {"delete": _delete, "constant": _constant, "affine": _affine, "refit": _refit}

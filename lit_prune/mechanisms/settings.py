@@ -5,6 +5,7 @@ from typing import Literal
 
 from lit_prune.errors import InputError
 
+ROWS_A_WEIGHT = 20
 KINDS = ("delete", "constant", "affine", "refit")
 
 
@@ -13,15 +14,16 @@ class Replacement:
     """Settings of `replace_mechanisms`.
 
     Attributes:
-        ridge: ridge of affine and refit, relative to the mean variance of the inputs; "held_out": refit takes the one of
-            a grid that serves held-out images best (affine: 1e-6).
+        ridge: ridge of affine and refit, relative to the mean variance of the inputs; "held_out": refit takes the one
+            of a grid that serves held-out images best (affine: 1e-6).
         parents: affine: kept channels that stand in for a removed one, the best correlated ones; None: all of them.
         border: where the constants go: "bias" (exact away from a zero-padded border) or "carrier" (exact; one of the
             removed channels stays in each group and carries them).
         scope: refit: "consumers" (layers that lose input channels) or "all" (every layer from the first change on).
         towards: refit: where the ridge pulls the weights, "zero" or the "weights" the layer has.
         images: most calibration images used.
-        rows: most positions (over all images) in one regression; more are sampled, seeded, equally many an image.
+        rows: refit: most positions (over all images) in one regression, but at least `ROWS_A_WEIGHT` times the length of
+            a patch; where there are more, equally many of each image are sampled, seeded.
         held_out: share of the batches that choose the ridge.
         unsupported: "refuse" raises for a layer in which nothing can stand in; "delete" leaves it with what is kept.
         seed: of the sampled positions.
@@ -33,7 +35,7 @@ class Replacement:
     scope: Literal["consumers", "all"] = "consumers"
     towards: Literal["zero", "weights"] = "zero"
     images: int = 4096
-    rows: int = 400_000
+    rows: int = 100_000
     held_out: float = 0.2
     unsupported: Literal["refuse", "delete"] = "refuse"
     seed: int = 0

@@ -132,7 +132,6 @@ def watching(model: nn.Module, stops: Mapping[str, Stop], before: bool) -> Itera
     handles, walks = [], []
     for stop in stops.values():
         handles += _layer_hooks(modules, stop, before)
-    handles.append(model.register_forward_pre_hook(lambda module, args: None))
 
     def start(images: Tensor) -> Walk:
         walks.append(Walk(_Watched(model, modules, stops, before), images))
@@ -150,9 +149,10 @@ def _layer_hooks(modules: dict[str, nn.Module], stop: Stop, before: bool) -> lis
     def on_input(module: nn.Module, args: tuple) -> None:
         walk = getattr(_running, "walk", None)
         if walk is not None and not walk.replaying:
-            walk.inputs[stop.layer] = args[0]
             if before and not stop.joined:
                 walk.stop(stop.layer, Seen(args[0]))
+            else:
+                walk.inputs[stop.layer] = args[0]
 
     def on_output(module: nn.Module, args: tuple, output: Tensor) -> None:
         walk = getattr(_running, "walk", None)
@@ -214,6 +214,8 @@ class _Additions(TorchFunctionMode):
         walk.replaying = True
         stop = self.watched.stops[layer]
         fresh = self.watched.modules[layer](inputs)
-        fresh = self.watched.modules[stop.norm](fresh) if stop.norm else fresh
+        tail.copy_(
+            self.watched.modules[stop.norm](fresh) if stop.norm else fresh
+        )  # also right for an addition in place
         walk.replaying = False
-        return function(fresh, other) if place == 0 else function(other, fresh)
+        return function(*args)

@@ -11,7 +11,7 @@ import jinja2
 
 from lit_prune.errors import InputError
 from lit_prune.files import whole_file, write_text
-from lit_prune.report import axes_figures, figures, tables
+from lit_prune.report import axes_figures, dynamics_figures, figures, structure_figures, tables
 from lit_prune.report.drawing import Picture, render_png, styled
 from lit_prune.report.run_folder import AbsentInput, RunFolder
 from lit_prune.report.tables import Table
@@ -48,6 +48,15 @@ SECTIONS: tuple[Section, ...] = (
     Section("training", "Training", figures.draw_training),
     Section("plane", "The two axes", axes_figures.draw_plane),
     Section("coupling", "Coupling of the axes", axes_figures.draw_coupling),
+    Section("dynamics", "Motion on the two axes", dynamics_figures.draw_dynamics),
+    Section("gradients", "Directions of change", dynamics_figures.draw_gradients),
+    Section("matrix", "Six metrics against each other", structure_figures.draw_matrix),
+    Section("collapse", "Target redundancy against task information", structure_figures.draw_collapse),
+    Section("depth", "Coupling by depth", structure_figures.draw_depth),
+    Section("groupings", "Groups on the two axes", structure_figures.draw_groupings),
+    Section("redundancy", "Pairwise redundancy", structure_figures.draw_redundancy),
+    Section("higher_order", "Graphs, hulls and triplets by depth", structure_figures.draw_higher_order),
+    Section("propagation", "From layer to layer", structure_figures.draw_propagation),
     Section("protocol", "Protocol", tables.tabulate_protocol),
     Section("config", "Configuration", _show_config),
     Section("files", "Files", tables.list_files),

@@ -1,6 +1,7 @@
 """The contents of a run folder, read when asked for."""
 
 import json
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,23 @@ class RunFolder:
         """`channels.parquet`: the channel table of one checkpoint; columns at least `CHANNEL_COLUMNS`."""
         return _read_channels(self.file("channels.parquet"))
 
+    def table(self, name: str, columns: Sequence[str] = ()) -> pd.DataFrame:
+        """A parquet table of the run.
+
+        Args:
+            name: path in the run folder.
+            columns: what must be in it.
+
+        Raises:
+            AbsentInput: the run does not have it, or not with these columns.
+            InputError: it cannot be read.
+        """
+        table = _read_parquet(self.file(name))
+        missing = [column for column in columns if column not in table]
+        if missing:
+            raise AbsentInput(f"{name} with {', '.join(missing)}")
+        return table
+
     @property
     def files(self) -> tuple[tuple[str, int], ...]:
         """Every file below the run folder but the report itself: path in it and size in bytes, sorted."""
@@ -149,11 +167,15 @@ def _parse_json(text: str, name: str) -> dict[str, Any]:
     return value
 
 
-def _read_channels(file: Path) -> pd.DataFrame:
+def _read_parquet(file: Path) -> pd.DataFrame:
     try:
-        table = pd.read_parquet(file)
+        return pd.read_parquet(file)
     except Exception as error:  # pyarrow and fastparquet raise their own families
         raise InputError(f"{file.name} cannot be read as parquet ({error}); trace or analyze again") from error
+
+
+def _read_channels(file: Path) -> pd.DataFrame:
+    table = _read_parquet(file)
     missing = [column for column in CHANNEL_COLUMNS if column not in table]
     if missing:
         raise InputError(f"{file.name} has no column {', '.join(missing)}; trace or analyze again")

@@ -1,12 +1,13 @@
 """Scores from what layers put out and what the layers after them read."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from lit_prune.activations import position_view
 from lit_prune.layers import removing, to_model, undisturbed
+from lit_prune.mechanisms.reconstruction import reconstruction_costs
 from lit_prune.scores.evidence import Evidence
 from lit_prune.structure.groups import Group, trace_groups
 
@@ -38,6 +39,18 @@ def cmr_logit(evidence: Evidence) -> dict[str, Tensor]:
     Source: the causal mechanism reduction paper; definitions in `mechanisms`.
     """
     return _group_scores(evidence, lambda module, values: values * input_weight_power(module), torch.Tensor.sum)
+
+
+def reconstruction(evidence: Evidence, per_mac: float) -> dict[str, Tensor]:
+    """Squared logit distortion that a unit adds when its readers are solved again without it, per multiply-add.
+
+    Units go in greedy order, the cheapest of those left first; meant for the replacement kind `refit` and global
+    allocation. `per_mac` is the power of the multiply-adds, 0 for no division. Per group, as `variance`; see
+    `lit_prune.mechanisms.reconstruction_costs`.
+    """
+    costs = reconstruction_costs(evidence.model, evidence.batches, evidence.example, per_mac, evidence.seed)
+    groups = trace_groups(evidence.model, evidence.example).groups
+    return _by_producer(evidence, {group: costs[group.name] for group in groups if group.name in costs})
 
 
 def input_weight_power(module: nn.Module) -> Tensor:
@@ -84,14 +97,18 @@ def _group_scores(
     modules = {name: evidence.model.get_submodule(name) for group in groups for name in group.consumers}
     variances = input_variances(evidence, modules)
     values = {name: channel_value(modules[name], spread) for name, spread in variances.items()}
+    return _by_producer(evidence, {group: _unit_values(group, values, reduce) for group in groups})
+
+
+def _by_producer(evidence: Evidence, unit_values: Mapping[Group, Tensor]) -> dict[str, Tensor]:
+    """Values of the groups' units, each [size], at the output channels of the layers that produce them."""
     scores: dict[str, Tensor] = {}
-    for group in groups:
-        unit_values = _unit_values(group, values, reduce)
+    for group, values in unit_values.items():
         for member in group.members:
             if member.module in group.producers and member.axis == "out":
                 channels = len(evidence.model.get_submodule(member.module).weight)
                 vector = scores.setdefault(member.module, torch.full((channels,), torch.nan, dtype=torch.float64))
-                vector[torch.tensor(member.positions)] = unit_values[:, None]
+                vector[torch.tensor(member.positions)] = values[:, None]
     return {name: scores[name] for name in evidence.layers if name in scores}
 
 

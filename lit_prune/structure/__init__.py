@@ -1,11 +1,12 @@
 """Structure: groups of coupled channels, what they cost, plans, and the surgery that carries them out."""
 
-from lit_prune.structure.allocation import Budget, group_scores, make_plan, plan_channels, plan_for_widths
+from lit_prune.structure.allocation import make_plan, plan_channels, plan_for_widths
 from lit_prune.structure.compact import build_network, load_compact, save_compact
 from lit_prune.structure.cost import Cost, CostModel, LayerCost, cost
 from lit_prune.structure.groups import ChannelGraph, Group, Member, group_role, trace_groups
 from lit_prune.structure.latency import measure_latency, profile
 from lit_prune.structure.plan import Plan
+from lit_prune.structure.ranking import Budget, group_scores
 from lit_prune.structure.surgery import apply_plan, check_invariants, kept_columns, transfer_tensors
 
 __all__ = [

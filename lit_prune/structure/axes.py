@@ -48,6 +48,11 @@ def is_channelwise(module: object) -> bool:
     return is_depthwise(module) or isinstance(module, (*BATCH_NORMS, *INSTANCE_NORMS, nn.PReLU))
 
 
+def is_single_prelu(module: object) -> bool:
+    """A PReLU with one parameter for all channels is an activation like any other."""
+    return isinstance(module, nn.PReLU) and module.num_parameters == 1
+
+
 def width(module: nn.Module | nn.Parameter, axis: str) -> int:
     """Number of channels that the attributes of a layer state; for a bare parameter the number of its values."""
     if isinstance(module, nn.Parameter):

@@ -53,8 +53,8 @@ def cost(model: nn.Module, example_input: Tensor) -> Cost:
     """Counts multiply-adds and parameters analytically in one forward pass; the model is left as it was found.
 
     Convolution: `positions · kernel · in / groups · out`; linear layer: `positions · in · out`; attention with L
-    queries, S keys and embedding width E: `2 · L · S · E` for the two products. Matrix products and functional layers outside
-    any layer module count under the module that calls them.
+    queries, S keys and embedding width E: `2 · L · S · E` for the two products. Matrix products and functional layers
+    outside any layer module count under the module that calls them.
 
     Args:
         model: any network.
@@ -173,10 +173,8 @@ def _count_einsum(args: tuple, kwargs: dict, output: Tensor) -> tuple[int, str]:
     equation, operands = args[0], args[1:] if isinstance(args[1], Tensor) else args[1]
     if not isinstance(equation, str) or "." in equation or len(operands) != 2:
         return 0, "attention"
-    terms = equation.replace(" ", "").split("->")[0].split(",")
-    sizes = {
-        index: size for term, tensor in zip(terms, operands, strict=True) for index, size in zip(term, tensor.shape)
-    }
+    indices = equation.replace(" ", "").split("->")[0].replace(",", "")
+    sizes = dict(zip(indices, (size for tensor in operands for size in tensor.shape), strict=True))
     macs = math.prod(sizes.values())
     return (macs if macs > output.numel() else 0), "attention"
 

@@ -5,7 +5,6 @@ between, every proposal is checked here, because the graph follows indices by ru
 pruning only if marks put on its channels arrive where it says (`probe`). The others are listed too, with the reason.
 """
 
-import difflib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -17,65 +16,35 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lit_prune.errors import InputError
 from lit_prune.structure import axes, probe, protection
 from lit_prune.structure.axes import PaddedShortcut
+from lit_prune.structure.coupling import (
+    Draft,
+    Group,
+    Member,
+    assemble_group,
+    assign_roles,
+    group_role,
+    lost_positions,
+    members_alike,
+)
 from lit_prune.structure.tracing import one_image, run, undisturbed
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import torch_pruning as tp
 
+__all__ = ["ChannelGraph", "Group", "Member", "group_role", "trace_groups"]
 
-@dataclass(frozen=True)
-class Member:
-    """One axis of one layer, or a bare parameter, that loses positions when the group loses units.
-
-    Attributes:
-        module: qualified name of the module (or of the parameter, such as a layer scale).
-        axis: "out" (also for norms, depthwise convolutions, PReLU and bare parameters) or "in".
-        positions: for each unit of the group its positions along the axis, the same number for every unit.
-    """
-
-    module: str
-    axis: str
-    positions: tuple[tuple[int, ...], ...]
-
-
-@dataclass(frozen=True)
-class Group:
-    """Channels that can only be removed together.
-
-    Attributes:
-        name: qualified name of the first producing convolution or linear layer, in module order.
-        size: number of units.
-        members: every axis that loses positions.
-        protected: "" or the reason why no unit may be removed.
-        producers: convolutions and linear layers (depthwise ones left out) that write the channels.
-        consumers: convolutions and linear layers that read them.
-        role: "planes" (trunk, see `group_role`) or "mid".
-    """
-
-    name: str
-    size: int
-    members: tuple[Member, ...]
-    protected: str = ""
-    producers: tuple[str, ...] = ()
-    consumers: tuple[str, ...] = ()
-    role: str = "mid"
-
-
-def group_role(group: Group) -> str:
-    """Role of a group in a network of blocks: "planes" or "mid".
-
-    "planes" is the trunk: channels that a residual add joins from several producers (the stem too where its output
-    feeds the first add), channels that pass through a padded shortcut, a stem that both the first block and its
-    projection shortcut read, and the projection that closes an inverted residual without a shortcut (it reads a
-    depthwise convolution, its own channels have none). Everything else is "mid": the width inside a block, with one
-    producer and perhaps a depthwise convolution or a gate that follows it. Plain networks (VGG, AlexNet) and
-    DenseNets have only "mid" groups.
-    """
-    return group.role
+_TYPES = tp.ops.OPTYPE
+_FORBIDDEN = (_TYPES.LN, _TYPES.GN, _TYPES.MHA)
+_LAYERS = (
+    *_FORBIDDEN,
+    *(_TYPES.CONV, _TYPES.DEPTHWISE_CONV, _TYPES.LINEAR, _TYPES.BN, _TYPES.IN, _TYPES.PRELU),
+    *(_TYPES.EMBED, _TYPES.LSTM, _TYPES.PARAMETER, _TYPES.CUSTOMIZED),
+)
+_ENOUGH = 50_000  # channels claimed by a group that cannot be pruned anyway: a fraction of a second's work
+_TOO_MANY = 1_000_000  # channels claimed by any group: ten times those of a wide ResNet's trunk
 
 
 @dataclass(frozen=True)
@@ -106,16 +75,7 @@ class ChannelGraph:
         Raises:
             InputError: unknown or protected group, unit out of range, nothing removed, or nothing left of a group.
         """
-        lost: dict[axes.Axis, set[int]] = {}
-        for name, units in removed.items():
-            group = _checked(self.by_name, name, units)
-            for member in group.members if units else ():
-                lost.setdefault((member.module, member.axis), set()).update(
-                    position for unit in set(units) for position in member.positions[unit]
-                )
-        if not lost:
-            raise InputError(f"removed={dict(removed)} removes no channel; name at least one unit of one group")
-        return {key: sorted(positions) for key, positions in lost.items()}
+        return lost_positions(self.by_name, removed)
 
     def remove(self, model: nn.Module, removed: Mapping[str, Sequence[int]]) -> None:
         """Removes units from `model` in place: weights, gradients, statistics and the attributes that state a width.
@@ -162,23 +122,14 @@ def trace_groups(model: nn.Module, example_input: Tensor) -> ChannelGraph:
     with undisturbed(model):
         image = one_image(model, example_input)
         run(model, image)
-        sites = _sites(model)
+        sites = probe.find_sites(model)
         drafts = _propose(model, image, sites)
         reasons = _contradictions(model, image, drafts, sites)
     protected = [replace(d.group, protected=d.group.protected or reasons.get(d.group.name, "")) for d in drafts]
-    return ChannelGraph(_with_roles(model, protected, drafts), sites.widths)
+    return ChannelGraph(assign_roles(model, protected, drafts), sites.widths)
 
 
-@dataclass(frozen=True)
-class _Draft:
-    """A proposed group, the operations its channels pass through, and whether an addition joins several producers."""
-
-    group: Group
-    operations: frozenset[str]
-    joined: bool
-
-
-def _contradictions(model: nn.Module, image: Tensor, drafts: list[_Draft], sites: probe.Sites) -> dict[str, str]:
+def _contradictions(model: nn.Module, image: Tensor, drafts: list[Draft], sites: probe.Sites) -> dict[str, str]:
     """Name -> reason for the groups that the network itself contradicts."""
     free = [draft.group for draft in drafts if not draft.group.protected]
     reasons = dict.fromkeys(probe.find_fed_by_input(model, image, free, sites), protection.INPUT)
@@ -186,59 +137,7 @@ def _contradictions(model: nn.Module, image: Tensor, drafts: list[_Draft], sites
     return reasons | {d.group.name: protection.suspicion(d.operations) for d in drafts if d.group.name in misled}
 
 
-def _sites(model: nn.Module) -> probe.Sites:
-    """Where the probe marks and looks: every layer where channels end, begin or pass one by one."""
-    sites = probe.Sites()
-    for name, module in model.named_modules():
-        if axes.is_boundary(module):
-            sites.writers[name] = sites.readers[name] = module
-            sites.widths |= {(name, axis): axes.width(module, axis) for axis in ("out", "in")}
-        elif axes.is_channelwise(module) and not _is_single_prelu(module):
-            sites.passers[name] = module
-            sites.widths[name, "out"] = axes.width(module, "out")
-    sites.widths |= {(name, "out"): parameter.numel() for name, parameter in model.named_parameters()}
-    return sites
-
-
-def _with_roles(model: nn.Module, groups: list[Group], drafts: list[_Draft]) -> tuple[Group, ...]:
-    """The groups with their roles, see `group_role`."""
-    joined = {name for draft in drafts if draft.joined for name in draft.group.producers}
-    sure = [draft.joined or protection.is_trunk(model, draft.group, joined) for draft in drafts]
-    read: dict[str, tuple[str, ...]] = {}  # layer -> producers of the depthwise width inside a block that it reads
-    for group, trunk in zip(groups, sure, strict=True):
-        if not trunk and protection.has_depthwise(model, group.members):
-            read |= dict.fromkeys(group.consumers, group.producers)
-    roles = [
-        "planes" if trunk or protection.is_projection(model, group, read) else "mid"
-        for group, trunk in zip(groups, sure, strict=True)
-    ]
-    return tuple(replace(group, role=role) for group, role in zip(groups, roles, strict=True))
-
-
-def _is_single_prelu(module: object) -> bool:
-    """A PReLU with one parameter for all channels is an activation like any other."""
-    return isinstance(module, nn.PReLU) and module.num_parameters == 1
-
-
-class _ShortcutPruner(tp.pruner.function.BasePruningFunc):
-    """Tells Torch-Pruning that the two sides of a `PaddedShortcut` lose channels independently."""
-
-    def prune_out_channels(self, layer: PaddedShortcut, idxs: Sequence[int]) -> nn.Module:
-        layer.prune_out(idxs)
-        return layer
-
-    def prune_in_channels(self, layer: PaddedShortcut, idxs: Sequence[int]) -> nn.Module:
-        layer.prune_in(idxs)
-        return layer
-
-    def get_out_channels(self, layer: PaddedShortcut) -> int:
-        return layer.out_channels
-
-    def get_in_channels(self, layer: PaddedShortcut) -> int:
-        return layer.in_channels
-
-
-def _propose(model: nn.Module, image: Tensor, sites: probe.Sites) -> list[_Draft]:
+def _propose(model: nn.Module, image: Tensor, sites: probe.Sites) -> list[Draft]:
     """Groups as Torch-Pruning's dependency graph sees them, with what the layers forbid, in module order."""
     inside: set = set()  # operations inside padded shortcuts, which are followed as one
     graph = tp.DependencyGraph()
@@ -264,28 +163,22 @@ def _propose(model: nn.Module, image: Tensor, sites: probe.Sites) -> list[_Draft
 
 @contextmanager
 def _bounded(widest: int) -> Iterator[list]:
-    """Keeps Torch-Pruning from doing the same work again and again while its graph is built and asked.
+    """Keeps Torch-Pruning within bounds of time while its graph is built and asked for groups.
 
     It maps indices once when it builds the graph, and not again for every group: nothing is cut in between. It infers
     the channels of a node once, not on every path to it, of which there are 2^L in a network of L residual adds. A
-    reshape that it cannot map (division by zero on a channel shuffle) stays unmapped. A group that claims more channels
-    than the widest layer has, or meets every edge many times (an endless round between reshapes), is given up with an
-    OverflowError. Where any of this leaves a map out, the check of positions rejects the group.
+    reshape that it cannot map (division by zero on a channel shuffle) stays unmapped; the check of positions then
+    rejects the group. A group that claims more channels than the widest layer has, or meets more edges than there are
+    (an endless round between reshapes; real groups meet a quarter of them), is given up with a LookupError, and so is a
+    large one that has met a layer which forbids pruning.
+
+    Yields:
+        A list with the latest group, complete or not.
     """
-    mapping, shapes = tp.dependency.index_mapping, tp.dependency.shape_infer
-    proposal = tp.dependency.Group
-    update, reshape, add = mapping.update_index_mapping, mapping.update_reshape_index_mapping, proposal.add_dep
-    known: dict[tuple, int | None] = {}
+    mapping, shapes, group = tp.dependency.index_mapping, tp.dependency.shape_infer, tp.dependency.Group
+    update, reshape, add = mapping.update_index_mapping, mapping.update_reshape_index_mapping, group.add_dep
     edges: list[int] = []
     latest: list[tp.dependency.Group] = []
-
-    def remembered(infer: Callable) -> Callable:
-        def infer_once(graph: tp.DependencyGraph, node: tp.dependency.Node, recursive_depth: list) -> int | None:
-            if (infer, node) not in known:
-                known[infer, node] = infer(graph, node, recursive_depth)
-            return known[infer, node]
-
-        return infer_once
 
     def update_once(graph: tp.DependencyGraph) -> None:
         if not edges:
@@ -300,24 +193,30 @@ def _bounded(widest: int) -> Iterator[list]:
         add(self, dep, idxs)
         latest[:] = [self]
         self.claims = getattr(self, "claims", 0) + len(idxs)
-        self.hopeless = getattr(self, "hopeless", False) or dep.target.type in _FORBIDDEN
-        endless = len(idxs) > widest or len(self) > edges[0]
-        if endless or (self.hopeless and self.claims > _ENOUGH):
+        self.forbidden = getattr(self, "forbidden", False) or dep.target.type in _FORBIDDEN
+        limit = _ENOUGH if self.forbidden else _TOO_MANY
+        if len(idxs) > widest or len(self) > edges[0] or self.claims > limit:
             raise LookupError("a group without end")
 
+    inferences = ("infer_out_channels_recursively", "infer_in_channels_recursively")
     with (
         patch.multiple(mapping, update_index_mapping=update_once, update_reshape_index_mapping=reshape_or_leave),
-        patch.multiple(shapes, **{name: remembered(getattr(shapes, name)) for name in _INFERENCES}),
-        patch.object(proposal, "add_dep", add_or_give_up),
+        patch.multiple(shapes, **{name: _remembered(getattr(shapes, name)) for name in inferences}),
+        patch.object(group, "add_dep", add_or_give_up),
     ):
         yield latest
 
 
-_INFERENCES = ("infer_out_channels_recursively", "infer_in_channels_recursively")
+def _remembered(infer: Callable) -> Callable:
+    """`infer(graph, node, recursive_depth)`, asked once for each node."""
+    known: dict[tp.dependency.Node, int | None] = {}
 
+    def infer_once(graph: tp.DependencyGraph, node: tp.dependency.Node, recursive_depth: list) -> int | None:
+        if node not in known:
+            known[node] = infer(graph, node, recursive_depth)
+        return known[node]
 
-_FORBIDDEN = (tp.ops.OPTYPE.LN, tp.ops.OPTYPE.GN, tp.ops.OPTYPE.MHA)
-_ENOUGH = 50_000  # channels claimed in all, a fraction of a second's work
+    return infer_once
 
 
 def _forward(model: nn.Module, image: Tensor, inside: set) -> list[Tensor]:
@@ -338,7 +237,7 @@ def _forward(model: nn.Module, image: Tensor, inside: set) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
 
 
-def _drafts(model: nn.Module, graph: tp.DependencyGraph, inside: set, latest: list) -> Iterator[_Draft]:
+def _drafts(model: nn.Module, graph: tp.DependencyGraph, inside: set, latest: list) -> Iterator[Draft]:
     """Asks for the group of every output channel that no earlier group has claimed."""
     covered: dict[str, set[int]] = {}
     names: set[str] = set()
@@ -362,10 +261,10 @@ def _drafts(model: nn.Module, graph: tp.DependencyGraph, inside: set, latest: li
         for (member, axis), positions in rows.items():
             if axis == "out":
                 covered.setdefault(member, set()).update(position for unit in positions for position in unit)
-        for members in _alike(rows, len(rest)):
-            group = _group(model, name, members, names, operations)
+        for members in members_alike(rows, len(rest)):
+            group = assemble_group(model, name, members, names, operations)
             names.add(group.name)
-            yield _Draft(group, frozenset(operations), joined)
+            yield Draft(group, frozenset(operations), joined)
 
 
 def _operations(proposal: tp.dependency.Group, inside: set) -> tuple[set[str], bool]:
@@ -374,33 +273,16 @@ def _operations(proposal: tp.dependency.Group, inside: set) -> tuple[set[str], b
     for item in proposal:
         node = item.dep.target
         operation = node.grad_fn
-        if node.type == tp.ops.OPTYPE.OUTPUT:
+        if node.type == _TYPES.OUTPUT:
             operations.add("output")
-        if node.name and node.type in _LAYER_TYPES or operation in inside or not hasattr(operation, "name"):
+        if node.name and node.type in _LAYERS or operation in inside or not hasattr(operation, "name"):
             continue
         operations.add(operation.name())
         if "constantpad" in operation.name().lower() and any(operation._saved_pad[4:]):
             operations.add("channel padding")
-        branches = {id(before) for before in node.inputs if before.type != tp.ops.OPTYPE.PARAMETER}
+        branches = {id(before) for before in node.inputs if before.type != _TYPES.PARAMETER}
         joined |= len(branches) > 1 and operation.name().startswith(("AddBackward", "SubBackward"))
     return operations, joined
-
-
-_LAYER_TYPES = (
-    tp.ops.OPTYPE.CONV,
-    tp.ops.OPTYPE.DEPTHWISE_CONV,
-    tp.ops.OPTYPE.LINEAR,
-    tp.ops.OPTYPE.BN,
-    tp.ops.OPTYPE.PRELU,
-    tp.ops.OPTYPE.LN,
-    tp.ops.OPTYPE.GN,
-    tp.ops.OPTYPE.IN,
-    tp.ops.OPTYPE.EMBED,
-    tp.ops.OPTYPE.LSTM,
-    tp.ops.OPTYPE.MHA,
-    tp.ops.OPTYPE.PARAMETER,
-    tp.ops.OPTYPE.CUSTOMIZED,
-)
 
 
 def _rows(graph: tp.DependencyGraph, proposal: tp.dependency.Group, units: list[int], operations: set[str]) -> dict:
@@ -409,9 +291,9 @@ def _rows(graph: tp.DependencyGraph, proposal: tp.dependency.Group, units: list[
     rows: dict[axes.Axis, list[list[int]]] = {}
     for item in proposal:
         node = item.dep.target
-        if node.type not in _LAYER_TYPES or _is_single_prelu(node.module):
+        if node.type not in _LAYERS or axes.is_single_prelu(node.module):
             continue
-        names = graph._param_to_name if node.type == tp.ops.OPTYPE.PARAMETER else graph._module2name
+        names = graph._param_to_name if node.type == _TYPES.PARAMETER else graph._module2name
         axis = "out" if graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
         row = rows.setdefault((names[node.module], axis), [[] for _ in units])
         for position, root in zip(item.idxs, item.root_idxs or item.idxs, strict=True):
@@ -424,49 +306,22 @@ def _rows(graph: tp.DependencyGraph, proposal: tp.dependency.Group, units: list[
     return rows
 
 
-def _alike(rows: dict[axes.Axis, list[list[int]]], size: int) -> list[tuple[Member, ...]]:
-    """Members for each set of units that take the same number of positions everywhere (concatenation splits them)."""
-    kinds: dict[tuple[int, ...], list[int]] = {}
-    for unit in range(size):
-        kinds.setdefault(tuple(len(set(row[unit])) for row in rows.values()), []).append(unit)
-    return [
-        tuple(
-            Member(name, axis, tuple(tuple(sorted(set(row[unit]))) for unit in units))
-            for count, ((name, axis), row) in zip(counts, rows.items(), strict=True)
-            if count
-        )
-        for counts, units in kinds.items()
-    ]
+class _ShortcutPruner(tp.pruner.function.BasePruningFunc):
+    """Tells Torch-Pruning that the two sides of a `PaddedShortcut` lose channels independently."""
 
+    def prune_out_channels(self, layer: PaddedShortcut, idxs: Sequence[int]) -> nn.Module:
+        layer.prune_out(idxs)
+        return layer
 
-def _group(model: nn.Module, root: str, members: tuple[Member, ...], taken: set[str], operations: set[str]) -> Group:
-    """A group with its name, roles of layers, and what its layers forbid."""
-    order = {name: position for position, (name, _) in enumerate(model.named_modules())}
-    weighted = [m for m in members if m.module in order and axes.is_weighted(model.get_submodule(m.module))]
-    mixing = [m for m in weighted if not axes.is_depthwise(model.get_submodule(m.module))]
-    producers = sorted({m.module for m in mixing if m.axis == "out"}, key=order.__getitem__)
-    consumers = sorted({m.module for m in mixing if m.axis == "in"}, key=order.__getitem__)
-    free = [name for name in (*producers, root) if name not in taken]
-    name = free[0] if free else f"{root}:{len(taken)}"
-    reason = protection.structural_reason(model, members, operations)
-    return Group(name, len(members[0].positions), members, reason, tuple(producers), tuple(consumers))
+    def prune_in_channels(self, layer: PaddedShortcut, idxs: Sequence[int]) -> nn.Module:
+        layer.prune_in(idxs)
+        return layer
 
+    def get_out_channels(self, layer: PaddedShortcut) -> int:
+        return layer.out_channels
 
-def _checked(groups: Mapping[str, Group], name: str, units: Sequence[int]) -> Group:
-    """The group, if the units can be removed from it."""
-    if name not in groups:
-        near = difflib.get_close_matches(name, groups, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"the groups are {', '.join(list(groups)[:8])}"
-        raise InputError(f"group {name!r} does not exist in this network: {hint}")
-    group = groups[name]
-    outside = [unit for unit in units if not 0 <= unit < group.size]
-    if outside:
-        raise InputError(f"group {name!r} has units 0 to {group.size - 1}, got {outside[0]}")
-    if units and group.protected:
-        raise InputError(f"group {name!r} is protected ({group.protected}): keep all its {group.size} units")
-    if len(set(units)) == group.size:
-        raise InputError(f"group {name!r} would lose all its {group.size} units: keep one at least")
-    return group
+    def get_in_channels(self, layer: PaddedShortcut) -> int:
+        return layer.in_channels
 
 
 _CUTTERS = (

@@ -1,8 +1,8 @@
 """A check of coupled channels that trusts no bookkeeping: mark channels with NaN and see where the marks arrive.
 
 NaN passes every operation that works channel by channel (norm in evaluation mode, activation, pooling, addition,
-multiplication, concatenation, reshape) and nothing else keeps it in place. So the channels of the units under test are set to
-NaN where they are produced, every reader (convolution, linear layer) notes which of its input channels are NaN and
+multiplication, concatenation, reshape) and nothing else keeps it in place. So the units under test are set to NaN
+where they are produced, every reader (convolution, linear layer) notes which of its input channels are NaN and
 cleans them, and a group is right exactly if the marks are at the positions that the group claims and nowhere else.
 A shifted padding, a channel shuffle, a norm over channels, attention or an unknown operation all fail the check.
 """
@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+
+from lit_prune.structure import axes
 
 _Marks = dict[tuple[str, str], np.ndarray]  # (module, axis) -> bool [width], True where NaN is put or expected
 
@@ -47,6 +49,20 @@ class Sites:
     readers: dict[str, nn.Module] = field(default_factory=dict)
     passers: dict[str, nn.Module] = field(default_factory=dict)
     widths: dict[tuple[str, str], int] = field(default_factory=dict)
+
+
+def find_sites(model: nn.Module) -> Sites:
+    """Where the probe marks and looks: every layer where channels end, begin or pass one by one."""
+    sites = Sites()
+    for name, module in model.named_modules():
+        if axes.is_boundary(module):
+            sites.writers[name] = sites.readers[name] = module
+            sites.widths |= {(name, axis): axes.width(module, axis) for axis in ("out", "in")}
+        elif axes.is_channelwise(module) and not axes.is_single_prelu(module):
+            sites.passers[name] = module
+            sites.widths[name, "out"] = axes.width(module, "out")
+    sites.widths |= {(name, "out"): parameter.numel() for name, parameter in model.named_parameters()}
+    return sites
 
 
 def find_misled(model: nn.Module, image: Tensor, groups: Sequence[_Group], sites: Sites) -> set[str]:

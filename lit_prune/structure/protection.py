@@ -40,7 +40,9 @@ def structural_reason(model: nn.Module, members: Sequence[_Member], operations: 
     """
     if any(word in operation.lower() for operation in operations for word in _ATTENTION_OPERATIONS):
         return ATTENTION
-    parts = sorted(((m.module, axes.find(model, m.module)) for m in members), key=lambda p: isinstance(p[1], nn.Parameter))
+    parts = sorted(
+        ((m.module, axes.find(model, m.module)) for m in members), key=lambda p: isinstance(p[1], nn.Parameter)
+    )
     reason = next((reason for name, module in parts if (reason := _layer_reason(name, module))), "")
     if reason or "untracked" in operations:
         return reason or UNTRACKED

@@ -51,7 +51,7 @@ class Steps:
         return np.bincount(self.group[self.order[:count]], minlength=len(self.sizes))
 
     def steps_to(self, widths: np.ndarray) -> np.ndarray:
-        """Steps needed in each group to get to a width of at most `widths`, or as near as there are steps, int64 [G]."""
+        """Steps that bring each group to at most `widths`, or as near as there are steps, int64 [G]."""
         totals = np.concatenate([[0], np.cumsum(self.units)])
         goal = totals[self.first[:-1]] + np.maximum(self.sizes - np.floor(widths + 1e-9), 0)
         return np.minimum(np.searchsorted(totals, goal), self.first[1:]) - self.first[:-1]

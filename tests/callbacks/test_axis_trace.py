@@ -2,17 +2,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from callbacks.axis_trace import AxisTrace, share_batches
+from lit_prune.dynamics import dynamics_table
 from lit_prune.errors import InputError
+from lit_prune.information.summaries import rank_persistence, velocity
 from lit_prune.measure import layer_table, measure
 
 EPOCHS = 4
@@ -96,7 +100,13 @@ def test_each_traced_epoch_holds_the_table_of_the_network_at_that_time(tmp_path)
             tables.append(measure(pl_module.backbone, trainer.datamodule.calibration_dataloader()))
 
     fit(tmp_path, AxisTrace(every_n_epochs=2), Measurer())
-    assert names(tmp_path) == ["epoch=000.parquet", "epoch=002.parquet", "epoch=004.parquet", "layers.parquet"]
+    assert names(tmp_path) == [
+        "dynamics.parquet",
+        "epoch=000.parquet",
+        "epoch=002.parquet",
+        "epoch=004.parquet",
+        "layers.parquet",
+    ]
     for epoch in (0, 2, 4):
         table = pd.read_parquet(tmp_path / "trace" / f"epoch={epoch:03d}.parquet")
         assert (table.pop("epoch") == epoch).all()
@@ -152,7 +162,7 @@ class Reseed(Callback):
 def test_a_fresh_fit_starts_the_trace_anew(tmp_path):
     fit(tmp_path, AxisTrace())
     fit(tmp_path, AxisTrace(), epochs=1)
-    assert names(tmp_path) == ["epoch=000.parquet", "epoch=001.parquet", "layers.parquet"]
+    assert names(tmp_path) == ["dynamics.parquet", "epoch=000.parquet", "epoch=001.parquet", "layers.parquet"]
     assert set(pd.read_parquet(tmp_path / "trace" / "layers.parquet")["epoch"]) == {0, 1}
 
 
@@ -165,6 +175,39 @@ def test_coupling_and_time_are_logged(tmp_path):
         layers[layers["layer"] == "4"]["coupling"].tolist()
     )
     assert (logged["trace/seconds"].dropna() > 0).sum() == 2
+
+
+def test_dynamics_agree_with_the_summaries_and_end_at_persistence_one(tmp_path):
+    fit(tmp_path, AxisTrace(), epochs=2)
+    trace = [pd.read_parquet(tmp_path / "trace" / f"epoch={epoch:03d}.parquet") for epoch in range(3)]
+    found = pd.read_parquet(tmp_path / "trace" / "dynamics.parquet").set_index(["epoch", "layer"])
+    for layer in ("0", "4", "6"):
+        rows = [table[table["layer"] == layer] for table in trace]
+        assert found.loc[(1, layer), "velocity"] == pytest.approx(velocity(rows[0], rows[1]), nan_ok=True)
+        for column, name in (("input_capture", "persistence_capture"), ("task_information", "persistence_task")):
+            assert found.loc[(0, layer), name] == pytest.approx(rank_persistence(rows[0], rows[2], column), nan_ok=True)
+            assert found.loc[(2, layer), name] == pytest.approx(1)
+    assert found.loc[0, "velocity"].isna().all()
+
+
+def test_dynamics_across_a_cut_are_not_defined():
+    channels = pd.DataFrame({"layer": "a", "depth": 0, "channel": range(6)})
+    random = np.random.default_rng(0)
+    epochs = []
+    for epoch, kept in enumerate((6, 6, 4, 4)):
+        values = {name: random.random(kept) for name in ("input_capture", "task_information")}
+        epochs.append(channels[:kept].assign(**values, epoch=epoch))
+    table = dynamics_table(pd.concat(epochs))
+    assert table["velocity"].isna().tolist() == [True, False, True, False]
+    assert table["persistence_task"].isna().tolist() == [True, True, False, False]
+
+
+def test_plane_is_a_picture_in_tensorboard(tmp_path):
+    fit(tmp_path, AxisTrace(), epochs=1, logger=TensorBoardLogger(tmp_path, name="", version="tensorboard"))
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    shots = events.Images("trace/plane")
+    assert len(shots) == 2 and shots[0].width > shots[0].height > 100
+    assert shots[0].encoded_image_string != shots[1].encoded_image_string
 
 
 def test_limit_takes_the_first_images(tmp_path):

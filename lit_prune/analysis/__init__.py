@@ -1,0 +1,1 @@
+"""What `analyze` computes beside the channel table: structure of layers, controls, comparisons of runs."""

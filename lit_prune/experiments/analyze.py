@@ -1,0 +1,262 @@
+"""The verb `analyze`: channel and layer tables of a network, with the extras and controls asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import nn
+
+from lit_prune.analysis import controls, damage, invariance, samples, structure
+from lit_prune.analysis.evidence import Analysis
+from lit_prune.analysis.request import AnalyzeRequest
+from lit_prune.files import whole_file, write_json
+from lit_prune.information.summaries import collapse
+from lit_prune.layers import Batches
+from lit_prune.measure import layer_table
+from lit_prune.run_record import write_run
+
+Frames = dict[str, pd.DataFrame]
+Watch = Callable[[Iterable, str], Iterable]
+KEYS = {"channels": ["layer", "channel"], "layers": ["layer"]}
+SHOWN = {
+    "channels": "N",
+    "coupling": "I_X\nI_T",
+    "collapse": "I_T\nRed_T",
+    "norm_capture": "‖w‖\nI_X",
+    "rand_index": "ARI",
+    "null_95": "ARI\nnull",
+    "modularity_redundancy": "Q_R",
+    "modularity_excess": "Q_S",
+    "mean_hull_size": "hull",
+    "triplet_ratio": "S3/S2",
+}
+CAPTION = "Two names over each other: Spearman correlation over channels. null: 95th percentile of shuffles."
+
+
+@dataclass(frozen=True)
+class Part:
+    """One extra: what makes it, which tables it gives, which settings it depends on beside the common ones."""
+
+    build: Callable[[Analysis], Frames]
+    outputs: tuple[str, ...]
+    settings: tuple[str, ...] = ()
+
+
+COMMON = ("target", "layers", "limit", "protocol")
+BASE = "base"
+PARTS: dict[str, Part] = {
+    BASE: Part(lambda analysis: {"channels": analysis.channels}, ("channels",)),
+    "groupings": Part(structure.groupings, ("channels", "layers"), ("seed",)),
+    "graphs": Part(structure.graphs, ("channels", "layers", "table")),
+    "hulls": Part(structure.hulls, ("channels", "layers")),
+    "triplets": Part(structure.triplets, ("layers",), ("seed",)),
+    "propagation": Part(structure.propagation, ("table",)),
+    "boundary": Part(structure.boundary, ("layers",)),
+    "variants": Part(invariance.variants, ("channels", "layers")),
+    "targets": Part(controls.targets, ("channels", "table"), ("seed",)),
+    "partners": Part(controls.partners, ("table",), ("seed", "partner_counts")),
+    "label_permutation": Part(controls.label_permutation, ("table",), ("seed",)),
+    "reparameterisation": Part(invariance.reparameterisation, ("table",), ("seed",)),
+    "calibration_sizes": Part(controls.calibration_sizes, ("table",), ("seed", "sizes")),
+    "exact": Part(invariance.exact, ("table",), ("samples",)),
+    "broja": Part(samples.broja, ("channels", "layers"), ("samples", "bins")),
+    "ksg": Part(samples.ksg, ("channels", "layers"), ("samples", "seed")),
+    "damage": Part(damage.damage, ("table",)),
+}
+
+
+def analyze(
+    model: nn.Module,
+    batches: Batches,
+    request: AnalyzeRequest = AnalyzeRequest(),  # noqa: B008  (frozen)
+    *,
+    run_dir: str | Path | None = None,
+    record: dict[str, Any] | None = None,
+    watch: Watch = lambda items, _: items,
+) -> Frames:
+    """Channel table, layer table and one table a control of a network, from one pass where the extras allow it.
+
+    With a run folder every extra is written as soon as it is done, to `analysis/<extra>.<table>.parquet`, and one that
+    is there already for the same network, data and settings is not computed again; at the end `channels.parquet` and
+    `layers.parquet` hold all that belongs together, also from earlier calls. `run.json` gets the key `analysis`.
+
+    Args:
+        model: a classifier; left as found.
+        batches: (images, labels) pairs that can be read more than once: a list or a DataLoader.
+        request: extras and settings.
+        run_dir: where to write; None writes nothing. `lesions.parquet` in it serves the extra `damage`.
+        record: plain values that say which data and which network these are, for run.json and for the decision
+            whether an extra is there already.
+        watch: wraps what takes long, given a description, for a progress bar.
+
+    Returns:
+        `channels`, `layers`, and under an extra's name its table: `graphs`, `propagation`, `targets`, `partners`,
+        `label_permutation`, `reparameterisation`, `calibration_sizes`, `exact`, `damage`. Columns: see the extras'
+        functions in `lit_prune.analysis`.
+
+    Raises:
+        InputError: as `lit_prune.measure`; an extra that this network or these lesions do not allow.
+    """
+    folder = None if run_dir is None else Path(run_dir)
+    store = Store(folder, fingerprint(model, record or {}), request)
+    lesions = _read_lesions(folder) if "damage" in request.extras else None
+    wanted = (BASE, *(extra for extra in PARTS if extra in request.extras))
+    missing = [name for name in wanted if store.read(name) is None]
+    analysis = Analysis(
+        model, batches, replace(request, extras=tuple(extra for extra in missing if extra != BASE)), lesions, watch
+    )
+    for name in watch(missing, "extras"):
+        store.write(name, PARTS[name].build(analysis))
+    tables = store.tables()
+    if folder is not None:
+        for name in ("channels", "layers"):
+            _write_parquet(folder / f"{name}.parquet", tables[name])
+        _write_record(folder, {**(record or {}), "request": request.to_dict(), "extras": sorted(store.names())})
+    return tables
+
+
+def fingerprint(model: nn.Module, record: dict[str, Any]) -> str:
+    """Hash of a network's parameters and buffers, and of the record that goes with it."""
+    digest = hashlib.sha256(json.dumps(record, sort_keys=True, default=str).encode())
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class Store:
+    """Results of extras, in memory and in a run folder.
+
+    Args:
+        folder: the run folder, or None.
+        identity: what network and data they are of.
+        request: the settings.
+    """
+
+    def __init__(self, folder: Path | None, identity: str, request: AnalyzeRequest) -> None:
+        self._folder, self._identity, self._request = folder, identity, request
+        self._known: dict[str, Frames] = {}
+
+    def signature(self, name: str) -> str:
+        """Hash of all that an extra's result depends on."""
+        settings = self._request.to_dict()
+        chosen = {key: settings[key] for key in (*COMMON, *PARTS[name].settings)}
+        text = json.dumps([self._identity, name, chosen], sort_keys=True)
+        if name == "damage" and self._folder is not None and (self._folder / "lesions.parquet").exists():
+            text += hashlib.sha256((self._folder / "lesions.parquet").read_bytes()).hexdigest()
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _files(self, name: str) -> dict[str, Path]:
+        return {output: self._folder / "analysis" / f"{name}.{output}.parquet" for output in PARTS[name].outputs}
+
+    def read(self, name: str) -> Frames | None:
+        """An extra's tables, or None if they are not there for these settings."""
+        if name not in self._known and self._folder is not None:
+            files = self._files(name)
+            if all(file.is_file() for file in files.values()):
+                frames = {output: pd.read_parquet(file) for output, file in files.items()}
+                if all(frame.attrs.get("signature") == self.signature(name) for frame in frames.values()):
+                    self._known[name] = frames
+        return self._known.get(name)
+
+    def write(self, name: str, frames: Frames) -> None:
+        """Keeps an extra's tables, each file whole or not at all."""
+        self._known[name] = frames
+        if self._folder is not None:
+            for output, file in self._files(name).items():
+                frame = frames[output].copy()
+                frame.attrs["signature"] = self.signature(name)
+                _write_parquet(file, frame)
+
+    def names(self) -> list[str]:
+        """Extras that are there for these settings."""
+        return [name for name in PARTS if name != BASE and self.read(name) is not None]
+
+    def tables(self) -> Frames:
+        """The channel and the layer table with the columns of all extras that are there, and the extras' own tables."""
+        channels = self.read(BASE)["channels"]
+        layers = layer_table(channels)
+        live = channels.groupby("layer", sort=False)
+        layers["collapse"] = layers["layer"].map({name: collapse(rows) for name, rows in live})
+        tables = {"channels": channels, "layers": layers}
+        for name in self.names():
+            frames = self.read(name)
+            for output, keys in KEYS.items():
+                if output in frames:
+                    tables[output] = tables[output].merge(frames[output], on=keys, how="left", sort=False)
+            if "table" in frames:
+                tables[name] = frames["table"]
+        for table in tables.values():
+            table.attrs.clear()
+        return tables
+
+
+def _read_lesions(folder: Path | None) -> pd.DataFrame | None:
+    file = None if folder is None else folder / "lesions.parquet"
+    return pd.read_parquet(file) if file is not None and file.is_file() else None
+
+
+def _write_parquet(file: Path, table: pd.DataFrame) -> None:
+    with whole_file(file) as partial:
+        table.to_parquet(partial, index=False)
+
+
+def _write_record(folder: Path, analysis: dict[str, Any]) -> None:
+    """Adds the key `analysis` to run.json, or begins the file."""
+    file = folder / "run.json"
+    if file.is_file():
+        write_json(file, {**json.loads(file.read_text(encoding="utf-8")), "analysis": analysis})
+    else:
+        write_run(folder, {"verb": "analyze", "analysis": analysis})
+
+
+@contextmanager
+def progress_bars() -> Iterator[Watch]:
+    """A `watch` for `analyze` that shows each loop as a bar while it lasts."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, transient=True) as progress:
+
+        def watch(items: Iterable, description: str) -> Iterator:
+            task = progress.add_task(description, total=operator.length_hint(items, 0) or None)
+            try:
+                for item in items:
+                    yield item
+                    progress.advance(task)
+            finally:
+                progress.remove_task(task)
+
+        yield watch
+
+
+def result_rows(layers: pd.DataFrame) -> Table:
+    """The layer table for the terminal: what there is of the columns that say most, and their means."""
+    columns = [column for column in SHOWN if column in layers]
+    table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False, title="Layers", caption=CAPTION)
+    table.add_column("layer", no_wrap=True, min_width=12)
+    for column in columns:
+        table.add_column(SHOWN[column], justify="right", no_wrap=True)
+    for row in layers.itertuples():
+        table.add_row(row.layer, *(_format(getattr(row, column)) for column in columns))
+    means = layers[columns].mean()
+    table.add_section()
+    table.add_row("mean", *("" if column == "channels" else _format(float(means[column])) for column in columns))
+    return table
+
+
+def _format(value: float | int) -> str:
+    if isinstance(value, int | np.integer):
+        return str(value)
+    return "–" if value != value else f"{value:.2f}"

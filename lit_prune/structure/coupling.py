@@ -1,0 +1,167 @@
+"""Groups of coupled channels as plain values: members, names, roles, and what removing units takes from each layer."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from lit_prune.errors import InputError
+from lit_prune.structure import axes, protection
+
+
+@dataclass(frozen=True)
+class Member:
+    """One axis of one layer, or a bare parameter, that loses positions when the group loses units.
+
+    Attributes:
+        module: qualified name of the module (or of the parameter, such as a layer scale).
+        axis: "out" (also for norms, depthwise convolutions, PReLU and bare parameters) or "in".
+        positions: for each unit of the group its positions along the axis, the same number for every unit.
+    """
+
+    module: str
+    axis: str
+    positions: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Channels that can only be removed together.
+
+    Attributes:
+        name: qualified name of the first producing convolution or linear layer, in module order.
+        size: number of units.
+        members: every axis that loses positions.
+        protected: "" or the reason why no unit may be removed.
+        producers: convolutions and linear layers (depthwise ones left out) that write the channels.
+        consumers: convolutions and linear layers that read them.
+        role: "planes" (trunk, see `group_role`) or "mid".
+    """
+
+    name: str
+    size: int
+    members: tuple[Member, ...]
+    protected: str = ""
+    producers: tuple[str, ...] = ()
+    consumers: tuple[str, ...] = ()
+    role: str = "mid"
+
+
+def group_role(group: Group) -> str:
+    """Role of a group in a network of blocks: "planes" or "mid".
+
+    "planes" is the trunk: channels that a residual add joins from several producers (the stem too where its output
+    feeds the first add), channels that pass through a padded shortcut, a stem that both the first block and its
+    projection shortcut read, and the projection that closes an inverted residual without a shortcut (it reads a
+    depthwise convolution, its own channels have none). Everything else is "mid": the width inside a block, with one
+    producer and perhaps a depthwise convolution or a gate that follows it. Plain networks (VGG, AlexNet) and
+    DenseNets have only "mid" groups.
+    """
+    return group.role
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A proposed group, the operations its channels pass through, and whether an addition joins several producers.
+
+    `operations` holds autograd names, and "output", "untracked", "channel padding" where these apply.
+    """
+
+    group: Group
+    operations: frozenset[str]
+    joined: bool
+
+
+def lost_positions(groups: Mapping[str, Group], removed: Mapping[str, Sequence[int]]) -> dict[axes.Axis, list[int]]:
+    """Positions that each (module, axis) loses when the groups lose the given units, ascending.
+
+    Raises:
+        InputError: unknown or protected group, unit out of range, nothing removed, or nothing left of a group.
+    """
+    lost: dict[axes.Axis, set[int]] = {}
+    for name, units in removed.items():
+        group = _checked(groups, name, units)
+        for member in group.members if units else ():
+            positions = (position for unit in set(units) for position in member.positions[unit])
+            lost.setdefault((member.module, member.axis), set()).update(positions)
+    if not lost:
+        raise InputError(f"removed={dict(removed)} removes no channel; name at least one unit of one group")
+    return {key: sorted(positions) for key, positions in lost.items()}
+
+
+def members_alike(rows: dict[axes.Axis, list[list[int]]], size: int) -> list[tuple[Member, ...]]:
+    """Members for each set of units that take the same number of positions everywhere.
+
+    A concatenation that is added to the output of one wide layer makes several such sets of the wide layer's units.
+
+    Args:
+        rows: (name, axis) -> for each unit its positions.
+        size: number of units.
+    """
+    kinds: dict[tuple[int, ...], list[int]] = {}
+    for unit in range(size):
+        kinds.setdefault(tuple(len(set(row[unit])) for row in rows.values()), []).append(unit)
+    return [
+        tuple(
+            Member(name, axis, tuple(tuple(sorted(set(row[unit]))) for unit in units))
+            for count, ((name, axis), row) in zip(counts, rows.items(), strict=True)
+            if count
+        )
+        for counts, units in kinds.items()
+    ]
+
+
+def assemble_group(
+    model: nn.Module, root: str, members: tuple[Member, ...], taken: set[str], operations: set[str]
+) -> Group:
+    """A group with its name, its producers and consumers, and the reason if its layers forbid pruning.
+
+    Args:
+        model: the network.
+        root: the layer whose channels were asked for; names the group if nothing else does.
+        members: its members.
+        taken: names that other groups have.
+        operations: see `Draft`.
+    """
+    order = {name: position for position, (name, _) in enumerate(model.named_modules())}
+    weighted = [m for m in members if m.module in order and axes.is_weighted(model.get_submodule(m.module))]
+    mixing = [m for m in weighted if not axes.is_depthwise(model.get_submodule(m.module))]
+    producers = sorted({m.module for m in mixing if m.axis == "out"}, key=order.__getitem__)
+    consumers = sorted({m.module for m in mixing if m.axis == "in"}, key=order.__getitem__)
+    free = [name for name in (*producers, root) if name not in taken]
+    name = free[0] if free else f"{root}:{len(taken)}"
+    reason = protection.structural_reason(model, members, operations)
+    return Group(name, len(members[0].positions), members, reason, tuple(producers), tuple(consumers))
+
+
+def assign_roles(model: nn.Module, groups: Sequence[Group], drafts: Sequence[Draft]) -> tuple[Group, ...]:
+    """The groups with their roles, see `group_role`."""
+    joined = {name for draft in drafts if draft.joined for name in draft.group.producers}
+    sure = [draft.joined or protection.is_trunk(model, draft.group, joined) for draft in drafts]
+    read: dict[str, tuple[str, ...]] = {}  # layer -> producers of the depthwise width inside a block that it reads
+    for group, trunk in zip(groups, sure, strict=True):
+        if not trunk and protection.has_depthwise(model, group.members):
+            read |= dict.fromkeys(group.consumers, group.producers)
+    roles = [
+        "planes" if trunk or protection.is_projection(model, group, read) else "mid"
+        for group, trunk in zip(groups, sure, strict=True)
+    ]
+    return tuple(replace(group, role=role) for group, role in zip(groups, roles, strict=True))
+
+
+def _checked(groups: Mapping[str, Group], name: str, units: Sequence[int]) -> Group:
+    """The group, if the units can be removed from it."""
+    if name not in groups:
+        near = difflib.get_close_matches(name, groups, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"the groups are {', '.join(list(groups)[:8])}"
+        raise InputError(f"group {name!r} does not exist in this network: {hint}")
+    group = groups[name]
+    outside = [unit for unit in units if not 0 <= unit < group.size]
+    if outside:
+        raise InputError(f"group {name!r} has units 0 to {group.size - 1}, got {outside[0]}")
+    if units and group.protected:
+        raise InputError(f"group {name!r} is protected ({group.protected}): keep all its {group.size} units")
+    if len(set(units)) == group.size:
+        raise InputError(f"group {name!r} would lose all its {group.size} units: keep one at least")
+    return group

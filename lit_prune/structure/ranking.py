@@ -1,0 +1,166 @@
+"""What is asked for (a budget), and the score of each unit of each group that may be pruned."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.stats import rankdata
+from torch import Tensor
+
+from lit_prune.errors import InputError
+from lit_prune.structure.groups import ChannelGraph, Group
+
+Ranks = Mapping[str, Tensor]
+
+BUDGETS = ("macs", "params", "channels", "latency")
+ALLOCATIONS = ("global", "uniform", "layerwise")
+
+
+def _centred(scores: np.ndarray, live: np.ndarray) -> np.ndarray:
+    return (scores - live.mean()) / (live.std() or 1.0)
+
+
+NORMALISATIONS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {  # (scores, finite scores) -> scores
+    "none": lambda scores, live: scores,
+    "layer_mean": lambda scores, live: scores / (np.abs(live).mean() or 1.0),
+    "layer_max": lambda scores, live: scores / (np.abs(live).max() or 1.0),
+    "rank": lambda scores, live: (rankdata(scores) - 0.5) / len(scores),
+    "z": _centred,
+}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may be kept, and how it is shared out.
+
+    Attributes:
+        kind: what is counted: "macs", "params", "channels" (units of the prunable groups) or "latency" (seconds,
+            measured; only `make_plan` can).
+        keep: share kept of the present network, in (0, 1]; with "layerwise" a dict group name -> share.
+        allocation: "global" (one threshold over all groups), "uniform" (the same share in every group), "layerwise".
+        round_to: widths are multiples of it (a group that loses nothing keeps its width).
+        normalisation: of the scores inside each group before the global threshold: "none", "layer_mean" and
+            "layer_max" (of absolute values), "rank" (to quantiles), "z".
+        cap: largest share of a group that may go.
+        only: "mid", "planes" (see `group_role`), group names, or None for all.
+        protect: names of groups that stay whole.
+    """
+
+    kind: str = "macs"
+    keep: float | Mapping[str, float] = 0.5
+    allocation: str = "global"
+    round_to: int = 1
+    normalisation: str = "none"
+    cap: float = 0.95
+    only: str | Iterable[str] | None = None
+    protect: Iterable[str] = ()
+
+    def __post_init__(self) -> None:
+        """Checks the values.
+
+        Raises:
+            InputError: one is outside its range.
+        """
+        for name, value, allowed in (
+            ("budget", self.kind, BUDGETS),
+            ("allocation", self.allocation, ALLOCATIONS),
+            ("normalisation", self.normalisation, tuple(NORMALISATIONS)),
+        ):
+            if value not in allowed:
+                raise InputError(f"{name}={value!r} is unknown; use one of {', '.join(allowed)}")
+        if self.round_to < 1 or not 0 <= self.cap <= 1:
+            raise InputError(f"round_to={self.round_to} must be at least 1 and cap={self.cap} within [0, 1]")
+        object.__setattr__(self, "protect", _names("protect", self.protect))
+        if self.only is not None and self.only not in ("mid", "planes"):
+            object.__setattr__(self, "only", _names("only", self.only))
+        self._check_keep()
+
+    def _check_keep(self) -> None:
+        if (self.allocation == "layerwise") != isinstance(self.keep, Mapping):
+            raise InputError(
+                f"allocation={self.allocation!r} does not go with keep={self.keep!r}; 'layerwise' takes a dict "
+                "{group: share kept}, the others one number"
+            )
+        for share in self.keep.values() if isinstance(self.keep, Mapping) else (self.keep,):
+            if not 0 < share <= 1:
+                raise InputError(f"budget outside (0,1]: keep={share}; give the share to keep, such as 0.5")
+
+
+def group_scores(graph: ChannelGraph, ranks: Ranks, request: Budget) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Normalised score of each unit of each group to be pruned, and notes on the groups left out.
+
+    Args:
+        graph: the groups.
+        ranks: layer name -> scores [N].
+        request: says which groups, and the normalisation.
+
+    Returns:
+        group name -> float64 [size]; `{"allocation", "round_to", "normalisation", "protected", "without_scores"}`.
+
+    Raises:
+        InputError: NaN scores, a wrong length, an unknown group name, or no group left.
+    """
+    groups = _selected(graph, request)
+    raw = {group.name: _mean_score(graph, group, ranks) for group in groups}
+    normalise = NORMALISATIONS[request.normalisation]
+    scores = {}
+    for name, values in raw.items():
+        if values is not None:
+            live = values[np.isfinite(values)]
+            normalised = normalise(values, live) if len(live) else values
+            scores[name] = np.clip(normalised, -1e300, 1e300)  # infinite marks stay first or last and can be averaged
+    if not scores:
+        raise InputError(
+            f"nothing to prune: {len(graph.prunable)} of {len(graph.groups)} groups are prunable, {len(groups)} of "
+            f"them selected (only={request.only!r}, protect={list(request.protect)}), none with scores in ranks"
+        )
+    notes = {
+        "allocation": request.allocation,
+        "round_to": request.round_to,
+        "normalisation": request.normalisation,
+        "protected": {group.name: group.protected for group in graph.groups if group.protected},
+        "without_scores": [name for name, values in raw.items() if values is None],
+    }
+    return scores, notes
+
+
+def _names(argument: str, value: str | Iterable[str]) -> tuple[str, ...]:
+    if isinstance(value, str):
+        raise InputError(f"{argument}={value!r} is one string; give a list of group names")
+    return tuple(value)
+
+
+def _selected(graph: ChannelGraph, request: Budget) -> list[Group]:
+    """The prunable groups that the request names."""
+    only = request.only if isinstance(request.only, tuple) else ()
+    for argument, names in (("only", only), ("protect", request.protect)):
+        for name in names:
+            if name not in graph.by_name:
+                some = ", ".join(list(graph.by_name)[:6])
+                raise InputError(f"{argument}: no group is called {name!r}; some groups: {some}")
+    for name in only:
+        if graph.by_name[name].protected:
+            raise InputError(f"only: group {name!r} is protected ({graph.by_name[name].protected}); leave it out")
+    wanted = [group for group in graph.prunable if group.name not in request.protect]
+    if isinstance(request.only, str):
+        return [group for group in wanted if group.role == request.only]
+    return wanted if request.only is None else [group for group in wanted if group.name in only]
+
+
+def _mean_score(graph: ChannelGraph, group: Group, ranks: Ranks) -> np.ndarray | None:
+    """Score of each unit, the mean over the members that have ranks, float64 [size]; None if none has."""
+    rows = []
+    for member in group.members:
+        if member.axis == "out" and member.module in ranks:
+            values = ranks[member.module].detach().double().cpu().numpy()
+            width = graph.widths[member.module, "out"]
+            if values.shape != (width,):
+                raise InputError(
+                    f"ranks[{member.module!r}] has shape {list(values.shape)}, the layer has {width} channels"
+                )
+            if np.isnan(values).any():
+                channel = int(np.flatnonzero(np.isnan(values))[0])
+                raise InputError(f"ranks[{member.module!r}] is NaN at channel {channel}; give every channel a score")
+            rows.append(values[np.array(member.positions)].mean(1))
+    return np.mean(rows, axis=0) if rows else None

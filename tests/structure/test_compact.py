@@ -1,0 +1,149 @@
+"""The compact folder gives back the same network, whole or not at all."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from lit_prune.backbones import build_backbone
+from lit_prune.errors import InputError
+from lit_prune.structure import Plan, apply_plan, load_compact, make_plan, save_compact
+
+ARGUMENTS = {"num_classes": 10}
+
+
+class Tied(nn.Module):
+    """A network of the user's own whose last two layers share a bias."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, width, 3)
+        self.first, self.second = nn.Linear(width, 4), nn.Linear(width, 4)
+        self.second.bias = self.first.bias
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = torch.relu(self.conv(images)).mean((2, 3))
+        return self.first(features) + self.second(features)
+
+
+@pytest.fixture
+def saved(tmp_path, random_ranks):
+    """A compact ResNet-20 after a block stage and a channel stage, its images and its folder."""
+    torch.manual_seed(0)
+    model, images = build_backbone("cifar_resnet20", **ARGUMENTS), torch.randn(2, 3, 32, 32)
+    plans = [Plan(("layer1.1", "layer3.2"))]
+    model = apply_plan(model, plans[0], images)
+    plans.append(make_plan(model, random_ranks(model), images, keep=0.5))
+    model = apply_plan(model, plans[1], images)
+    model(images)  # moves the norm statistics
+    arguments = {**ARGUMENTS, "pretrained": False}
+    shape = (3, 32, 32)
+    save_compact(
+        tmp_path / "compact", model, backbone="cifar_resnet20", arguments=arguments, input_shape=shape, plans=plans
+    )
+    return model.eval(), images, tmp_path / "compact"
+
+
+def test_loaded_network_gives_the_same_bits_and_trains(saved) -> None:
+    model, images, folder = saved
+    loaded = load_compact(folder)
+    assert not loaded.training
+    assert torch.equal(loaded(images), model(images))
+    loaded.train()(images).sum().backward()
+    assert all(parameter.grad is not None for parameter in loaded.parameters())
+
+
+def test_folder_holds_plain_weights_structure_and_report(saved) -> None:
+    model, _, folder = saved
+    assert {file.name for file in folder.iterdir()} == {"model.safetensors", "structure.json", "report.json"}
+    weights = load_file(folder / "model.safetensors")
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    structure = json.loads((folder / "structure.json").read_text())
+    assert structure["backbone"] == "cifar_resnet20" and structure["input_shape"] == [3, 32, 32]
+    assert [file.name for file in folder.parent.iterdir()] == ["compact"]
+
+
+def test_own_network_by_import_path_keeps_precision_and_ties(tmp_path, monkeypatch) -> None:
+    (tmp_path / "own_network.py").write_text("def make(width):\n    return BUILDER(width)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    import own_network
+
+    own_network.BUILDER = Tied
+    model, images = Tied(6).to(torch.bfloat16).eval(), torch.randn(1, 3, 8, 8, dtype=torch.bfloat16)
+    plan = Plan((), {"conv": (0, 2, 5)}, {"conv": 6})
+    small = apply_plan(model, plan, images)
+    details = {"backbone": "own_network:make", "arguments": {"width": 6}, "input_shape": (3, 8, 8), "plans": [plan]}
+    save_compact(tmp_path / "compact", small, **details)
+    loaded = load_compact(tmp_path / "compact")
+    assert torch.equal(loaded(images), small(images))
+    assert loaded.first.bias is loaded.second.bias and loaded.conv.out_channels == 3
+
+
+def test_loading_draws_no_random_numbers_from_the_caller(saved) -> None:
+    before = torch.get_rng_state()
+    load_compact(saved[2])
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def damage_weights(folder) -> None:
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(data)
+
+
+def change_structure(**changes):
+    def change(folder) -> None:
+        structure = json.loads((folder / "structure.json").read_text())
+        (folder / "structure.json").write_text(json.dumps({**structure, **changes}))
+
+    return change
+
+
+def drop_key(folder) -> None:
+    structure = json.loads((folder / "structure.json").read_text())
+    del structure["plans"]
+    (folder / "structure.json").write_text(json.dumps(structure))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (damage_weights, "sha256"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "missing"),
+        (lambda folder: (folder / "structure.json").unlink(), "no compact folder"),
+        (lambda folder: (folder / "structure.json").write_text("{"), "no compact folder"),
+        (lambda folder: (folder / "structure.json").write_text("[]"), "format"),
+        (change_structure(format="other"), "format"),
+        (change_structure(plans=[{"format": "other"}]), "plan"),
+        (change_structure(plans=[]), "does not fit"),
+        (change_structure(plans=3), "damaged"),
+        (change_structure(input_shape="a"), "damaged"),
+        (change_structure(backbone="cifar_resnet32"), "."),
+        (change_structure(backbone="no_such_package:make"), "cannot be imported"),
+        (drop_key, "damaged"),
+    ],
+)
+def test_damaged_folders_are_refused_in_one_line(saved, damage, words: str) -> None:
+    damage(saved[2])
+    with pytest.raises(InputError, match=words) as caught:
+        load_compact(saved[2])
+    assert "\n" not in str(caught.value)
+
+
+def test_only_a_compact_folder_is_replaced_and_a_failure_leaves_the_old_one(saved, tmp_path, monkeypatch) -> None:
+    model, images, folder = saved
+    details = {"backbone": "x", "arguments": {}, "input_shape": (3, 32, 32), "plans": []}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("keep")
+    with pytest.raises(InputError, match="something else"):
+        save_compact(tmp_path / "mine", model, **details)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "keep"
+    before = (folder / "structure.json").read_text()
+    with pytest.raises(TypeError):
+        save_compact(folder, model, **details | {"arguments": {"x": object()}})
+    assert (folder / "structure.json").read_text() == before
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["compact", "mine"]
+    save_compact(folder, model, **details)
+    assert json.loads((folder / "structure.json").read_text())["backbone"] == "x"

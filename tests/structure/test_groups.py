@@ -1,0 +1,296 @@
+"""Groups say the truth: a pruned network is the dense one whose removed channels are zero wherever they are read."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision import models
+
+from lit_prune.errors import InputError
+from lit_prune.structure import ChannelGraph, check_invariants, group_role, trace_groups
+
+
+class FunctionalPadNet(nn.Module):
+    """Option A with a functional channel padding between two stages: 4 channels, then 8 with 2 zeros on each side."""
+
+    def __init__(self, before: int = 2) -> None:
+        super().__init__()
+        self.before = before
+        self.conv1 = nn.Conv2d(3, 4, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(4)
+        self.inner1 = nn.Conv2d(4, 6, 3, padding=1)
+        self.inner2 = nn.Conv2d(6, 4, 3, padding=1)
+        self.down1 = nn.Conv2d(4, 6, 3, stride=2, padding=1)
+        self.down2 = nn.Conv2d(6, 8, 3, padding=1)
+        self.linear = nn.Linear(8, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        trunk = F.relu(self.bn1(self.conv1(images)))
+        trunk = F.relu(trunk + self.inner2(F.relu(self.inner1(trunk))))
+        padded = F.pad(trunk[:, :, ::2, ::2], (0, 0, 0, 0, self.before, 4 - self.before))
+        trunk = F.relu(padded + self.down2(F.relu(self.down1(trunk))))
+        return self.linear(trunk.mean((2, 3)))
+
+
+class ShuffleNet(nn.Module):
+    """A channel shuffle between two convolutions, and a plain pair after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
+        self.conv2 = nn.Conv2d(8, 6, 3, padding=1)
+        self.conv3 = nn.Conv2d(6, 5, 3, padding=1)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.conv1(images)
+        batch, channels, height, width = features.shape
+        shuffled = features.view(batch, 2, channels // 2, height, width).transpose(1, 2).reshape(features.shape)
+        return self.head(self.conv3(F.relu(self.conv2(F.relu(shuffled)))).mean((2, 3)))
+
+
+class InputNet(nn.Module):
+    """The input is added to one convolution's output and concatenated with another's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.added = nn.Conv2d(3, 3, 3, padding=1)
+        self.beside = nn.Conv2d(3, 4, 3, padding=1)
+        self.last = nn.Conv2d(7, 5, 3, padding=1)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = torch.cat([F.relu(self.beside(images + self.added(images))), images], 1)
+        return self.head(F.relu(self.last(features)).mean((2, 3)))
+
+
+def random_removal(graph: ChannelGraph, share: float = 0.4) -> dict[str, list[int]]:
+    """A random part of the units of every prunable group that has two at least."""
+    draw = np.random.default_rng(0)
+    counts = {group.name: min(max(1, int(share * group.size)), group.size - 1) for group in graph.prunable}
+    sizes = {group.name: group.size for group in graph.groups}
+    return {name: sorted(draw.choice(sizes[name], n, replace=False).tolist()) for name, n in counts.items() if n}
+
+
+def zeroed_output(model: nn.Module, images: Tensor, graph: ChannelGraph, removed: dict[str, list[int]]) -> Tensor:
+    """Output of the dense network when every layer and norm writes zeros for the removed channels.
+
+    Only where a channel is written comes from the graph; how it travels and who reads it is the dense network's own.
+    """
+    handles = []
+    for name, units in removed.items():
+        for member in graph.by_name[name].members:
+            module = dict(model.named_modules()).get(member.module)
+            if member.axis == "out" and module is not None:
+                positions = [p for unit in units for p in member.positions[unit]]
+                handles.append(module.register_forward_hook(_zero(positions, isinstance(module, nn.Linear))))
+    with torch.no_grad():
+        output = model(images)
+    for handle in handles:
+        handle.remove()
+    return output
+
+
+def _zero(positions: list[int], last: bool):
+    return lambda module, args, output: output.index_fill(-1 if last else 1, torch.tensor(positions), 0.0)
+
+
+NAMES = ("resnet18", "cifar_resnet20", "wide_stem", "convnet", "vgg11_bn", "alexnet", "mobilenet_v2", "efficientnet")
+NAMES += ("densenet", "squeezenet", "mixed", "vit", "deit", "convnext")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pruned_network_equals_dense_network_with_removed_channels_zeroed(build, name: str) -> None:
+    model, images = build(name)
+    graph = trace_groups(model, images)
+    removed = random_removal(graph)
+    expected = zeroed_output(model, images, graph, removed)
+    graph.remove(model, removed)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "cifar_resnet20", "mobilenet_v2", "mixed"])
+def test_every_channel_that_is_not_output_or_input_is_prunable(build, name: str) -> None:
+    model, images = build(name)
+    graph = trace_groups(model, images)
+    assert [group.protected for group in graph.groups if group.protected] == ["it is the network's output"]
+    written = {
+        (m.module, p) for g in graph.groups for m in g.members if m.axis == "out" for u in m.positions for p in u
+    }
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear | nn.BatchNorm2d)}
+    assert {(n, p) for n, m in layers.items() for p in range(len(m.weight))} <= written
+
+
+def test_functional_channel_padding_protects_the_trunk_and_leaves_the_mids() -> None:
+    torch.manual_seed(0)
+    for before in (2, 0):  # with no zeros in front the positions are right, but the pad would not shrink
+        model, images = FunctionalPadNet(before).eval(), torch.randn(2, 3, 8, 8)
+        graph = trace_groups(model, images)
+        assert {group.name for group in graph.prunable} == {"inner1", "down1"}
+        trunk = [group for group in graph.groups if {"conv1", "inner2", "down2"} & set(group.producers)]
+        assert all("padding" in group.protected for group in trunk)
+        removed = random_removal(graph)
+        expected = zeroed_output(model, images, graph, removed)
+        graph.remove(model, removed)
+        torch.testing.assert_close(model(images), expected, atol=1e-5, rtol=0)
+
+
+def test_shuffled_channels_are_protected_and_the_others_are_not() -> None:
+    torch.manual_seed(0)
+    graph = trace_groups(ShuffleNet(), torch.randn(1, 3, 8, 8))
+    assert {group.name for group in graph.prunable} == {"conv2", "conv3"}
+
+
+def test_channels_joined_with_the_input_are_protected() -> None:
+    torch.manual_seed(0)
+    model, images = InputNet().eval(), torch.randn(2, 3, 8, 8)
+    graph = trace_groups(model, images)
+    assert "input" in graph.by_name["added"].protected
+    removed = random_removal(graph)
+    expected = zeroed_output(model, images, graph, removed)
+    graph.remove(model, removed)
+    torch.testing.assert_close(model(images), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("module", "word"),
+    [
+        (nn.GroupNorm(2, 8), "GroupNorm"),
+        (nn.Conv2d(8, 8, 3, groups=2), "grouped"),
+        (nn.LocalResponseNorm(3), "positions"),
+        (nn.InstanceNorm2d(8, track_running_stats=True), "statistics"),
+        (nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 1)), "reparametrised"),
+    ],
+)
+def test_layers_that_mix_or_cannot_be_cut_protect_their_channels(module: nn.Module, word: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), module, nn.ReLU(), nn.Conv2d(8, 4, 1), nn.Flatten(), nn.LazyLinear(2))
+    images = torch.randn(1, 3, 8, 8)
+    model(images)
+    graph = trace_groups(model, images)
+    assert word in graph.by_name["0"].protected
+    assert graph.by_name["3"].protected == ""
+
+
+def test_shared_weights_protect_their_layers() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
+    model[2].weight = model[0].weight
+    graph = trace_groups(model, torch.randn(1, 6))
+    assert "share" in graph.by_name["0"].protected and "share" in graph.by_name["2"].protected
+
+
+@pytest.mark.parametrize("name", ["vit", "deit", "convnext"])
+def test_transformers_and_convnext_lose_mlp_width_only(build, name: str) -> None:
+    model, images = build(name)
+    graph = trace_groups(model, images)
+    assert graph.prunable
+    for group in graph.prunable:
+        (producer,), (consumer,) = group.producers, group.consumers
+        assert isinstance(model.get_submodule(producer), nn.Linear)
+        assert group.size == model.get_submodule(consumer).in_features == model.get_submodule(producer).out_features
+    if name == "deit":
+        assert "attention" in graph.by_name["blocks.0.attn.qkv"].protected
+
+
+def _state(model: nn.Module) -> dict:
+    return {
+        "modes": [module.training for module in model.modules()],
+        "required": [parameter.requires_grad for parameter in model.parameters()],
+        "identities": [id(parameter) for parameter in model.parameters()],
+        "grads": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
+        "values": {name: value.clone() for name, value in model.state_dict().items()},
+        "hooks": [len(module._forward_hooks) for module in model.modules()],
+    }
+
+
+@pytest.mark.parametrize("mode", ["plain", "no_grad", "inference_mode"])
+def test_tracing_leaves_the_model_and_the_random_state_as_found(build, mode: str) -> None:
+    model, images = build("cifar_resnet20")
+    seen = []
+    model.layer1.register_forward_hook(lambda *_: seen.append(1))
+    model.train()
+    model.layer2.eval()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model.linear.weight.requires_grad_(True)
+    model.linear.weight.grad = torch.ones_like(model.linear.weight)
+    before, random_state = _state(model), torch.get_rng_state()
+    with {"plain": torch.enable_grad, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode}[mode]():
+        graph = trace_groups(model, images)
+    after = _state(model)
+    assert len(graph.prunable) == 12
+    assert not seen
+    for key in ("modes", "required", "identities", "hooks"):
+        assert before[key] == after[key], key
+    torch.testing.assert_close(before["grads"], after["grads"], rtol=0, atol=0)
+    torch.testing.assert_close(before["values"], after["values"], rtol=0, atol=0)
+    assert torch.equal(random_state, torch.get_rng_state())
+
+
+def test_removal_keeps_flags_and_memory_format_and_updates_attributes(build) -> None:
+    model, images = build("mixed")
+    model = model.to(memory_format=torch.channels_last).train()
+    model.right.eval()
+    model.left.weight.requires_grad_(False)
+    graph = trace_groups(model, images)
+    graph.remove(model, {"up": [0, 3], "wide": [1], "right": [2]})
+    assert (model.up.in_channels, model.up.out_channels) == (7, 5)
+    assert (model.depthwise.groups, model.depthwise.in_channels, model.norm.num_features) == (5, 5, 5)
+    assert (model.hidden.in_features, model.prelu.num_parameters, tuple(model.scale.shape)) == (20, 7, (7, 1, 1))
+    assert not model.left.weight.requires_grad and model.right.weight.requires_grad
+    assert model.training and not model.right.training
+    assert model.left.weight.is_contiguous(memory_format=torch.channels_last)
+    model(images).sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("removed", "words"),
+    [
+        ({}, "removes no channel"),
+        ({"conv1": []}, "removes no channel"),
+        ({"convx": [0]}, "did you mean"),
+        ({"linear": [0]}, "protected"),
+        ({"layer1.0.conv1": [16]}, "units 0 to 15"),
+        ({"layer1.0.conv1": range(16)}, "keep one"),
+    ],
+)
+def test_wrong_removals_are_named(build, removed: dict, words: str) -> None:
+    model, images = build("cifar_resnet20")
+    with pytest.raises(InputError, match=words):
+        trace_groups(model, images).remove(model, removed)
+
+
+def test_a_network_that_does_not_take_the_image_is_an_input_error(build) -> None:
+    with pytest.raises(InputError, match="1, 5, 32, 32"):
+        trace_groups(build("convnet")[0], torch.randn(1, 5, 32, 32))
+
+
+def test_roles_follow_the_blocks(build) -> None:
+    roles = {}
+    for name in ("resnet18", "cifar_resnet20", "mobilenet_v2", "efficientnet", "vgg11_bn"):
+        model, images = build(name)
+        roles[name] = {group.name: group_role(group) for group in trace_groups(model, images).prunable}
+    for name in ("resnet18", "cifar_resnet20"):
+        assert all((role == "mid") == (".conv1" in group) for group, role in roles[name].items())
+    for group, role in roles["mobilenet_v2"].items():
+        projection = group == "features.1.conv.1" or group.endswith("conv.2")
+        assert (role == "planes") == projection, group
+    assert set(roles["vgg11_bn"].values()) == {"mid"}
+    assert all(role == "mid" for group, role in roles["efficientnet"].items() if ".se." in group)
+
+
+def test_stem_read_by_block_and_projection_shortcut_is_trunk() -> None:
+    graph = trace_groups(models.ResNet(models.resnet.Bottleneck, [1, 1, 1, 1]), torch.randn(1, 3, 32, 32))
+    assert {group.name for group in graph.prunable if group.role == "planes"} == {
+        *("conv1", "layer1.0.conv3", "layer2.0.conv3", "layer3.0.conv3", "layer4.0.conv3")
+    }
+
+
+def test_a_broken_residual_is_named(build) -> None:
+    model, images = build("resnet18")
+    graph = trace_groups(model, images)
+    check_invariants(model, graph)
+    model.layer2[0].downsample[0] = nn.Conv2d(64, 100, 1, stride=2, bias=False)
+    with pytest.raises(RuntimeError, match=r"layer2\.0\.downsample\.0"):
+        check_invariants(model, graph)

@@ -1,0 +1,45 @@
+"""Measured figures: the shape of the measurement, not its value."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from lit_prune.errors import InputError
+from lit_prune.structure import cost, measure_latency, profile
+
+
+class Counting(nn.Module):
+    """Notes what it is called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+        self.calls: list[tuple] = []
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.calls.append((tuple(images.shape), self.training, torch.is_grad_enabled()))
+        return self.layer(images)
+
+
+def test_passes_are_warmed_up_in_evaluation_mode_without_gradients() -> None:
+    model = Counting().train()
+    assert measure_latency(model, (4,), batch_size=5, repeats=2) > 0
+    assert model.calls == [((5, 4), False, False)] * 5  # three to warm up, two timed
+    assert model.training
+
+
+def test_profile_reports_the_keys_of_the_report_and_the_size_on_disk(build, tmp_path) -> None:
+    model, images = build("convnet")
+    figures = profile(model, images, accuracy=0.5)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    counted = cost(model, images)
+    assert set(figures) == {"accuracy", "macs", "params", "latency_ms", "throughput", "bytes"}
+    assert (figures["accuracy"], figures["macs"], figures["params"]) == (0.5, counted.macs, counted.params)
+    assert figures["bytes"] == (tmp_path / "model.safetensors").stat().st_size
+    assert figures["throughput"] > 0 and figures["latency_ms"] > 0
+
+
+def test_wrong_counts_are_refused() -> None:
+    with pytest.raises(InputError, match="batch_size=0"):
+        measure_latency(Counting(), (4,), batch_size=0)
