@@ -18,7 +18,7 @@ from rich.console import Console
 from lit_prune.data import ImageData
 from lit_prune.errors import InputError
 from lit_prune.experiments.compress import schedule_sweep
-from lit_prune.export import export_compact
+from lit_prune.export import ExportError, export_compact
 from lit_prune.files import write_text
 from lit_prune.modules import LitClassifier
 from lit_prune.report import result_table, write_report
@@ -51,7 +51,11 @@ def export(run_dir: str, formats: list[str] = ["onnx", "torch_export"], to: str 
     """
     folder = Path(run_dir)
     compact = folder / "compact" if (folder / "compact").is_dir() else folder
-    for name, result in export_compact(compact, Path(to) if to else folder / "export", tuple(formats)).items():
+    try:
+        results = export_compact(compact, Path(to) if to else folder / "export", tuple(formats))
+    except ExportError as error:
+        raise SystemExit(f"error: {one_line(str(error))}") from None  # exit code 1: the input was right
+    for name, result in results.items():
         print(f"{name}: {result['file']}, largest difference {result['max_abs_difference']:.2e}")
 
 

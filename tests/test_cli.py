@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+import lit_prune
 from lit_prune.cli import main
+from lit_prune.modules import LitClassifier
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["fit", "-c", str(ROOT / "tests" / "tiny_run.yaml")]
@@ -46,6 +48,18 @@ def test_a_run_writes_its_folder_and_a_second_start_changes_nothing(tmp_path, ca
     assert "another configuration (data.init_args.batch_size)" in line
     main(["report", "--run_dir", str(run_dir)])
     assert (run_dir / "report.html").stat().st_size > 10_000
+
+
+def test_test_verb_rebuilds_the_pruned_network_of_a_checkpoint(tmp_path):
+    run_dir = tmp_path / "run"
+    main([*TINY, "--run_dir", str(run_dir)])
+    records = [json.loads(line) for line in (run_dir / "stages.jsonl").read_text().splitlines()]
+    last = str(run_dir / "checkpoints" / "last.ckpt")
+    cli = main(["test", *TINY[1:], "--run_dir", str(tmp_path / "test"), "--ckpt_path", last])
+    accuracy = cli.trainer.callback_metrics["test/accuracy"].item()
+    assert accuracy == pytest.approx(records[-1]["accuracy"]["after_repair"], abs=1e-6)
+    module = LitClassifier.load_from_checkpoint(last, map_location="cpu", weights_only=True)
+    assert lit_prune.cost(module.backbone, module.example_input).macs == records[-1]["macs"]["after"]
 
 
 @pytest.mark.parametrize(

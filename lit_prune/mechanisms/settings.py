@@ -22,8 +22,8 @@ class Replacement:
         scope: refit: "consumers" (layers that lose input channels) or "all" (every layer from the first change on).
         towards: refit: where the ridge pulls the weights, "zero" or the "weights" the layer has.
         images: most calibration images used.
-        rows: refit: most positions (over all images) in one regression, but at least `ROWS_A_WEIGHT` times the length of
-            a patch; where there are more, equally many of each image are sampled, seeded.
+        rows: refit: most positions (over all images) in one regression, but at least `ROWS_A_WEIGHT` times the length
+            of a patch; where there are more, equally many of each image are sampled, seeded.
         held_out: share of the batches that choose the ridge.
         unsupported: "refuse" raises for a layer in which nothing can stand in; "delete" leaves it with what is kept.
         seed: of the sampled positions.

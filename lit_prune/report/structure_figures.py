@@ -225,8 +225,8 @@ def draw_propagation(run: RunFolder) -> Picture:
     return Picture(
         figure,
         f"Spearman correlations over the channels of the next layer, of {len(pairs)} pairs of consecutive layers: a "
-        "source metric averaged by weight norms against the destination's own metric. Left: mean over pairs. Right: "
-        "each pair by depth, local to local, target to target, and across.",
+        "source metric averaged by weight norms against the destination's own metric. Left: mean over pairs, "
+        "colours up to the largest value. Right: each pair by depth, local to local, target to target, and across.",
     )
 
 

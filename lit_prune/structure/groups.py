@@ -151,11 +151,11 @@ def _propose(model: nn.Module, image: Tensor, sites: probe.Sites) -> list[Draft]
             verbose=False,
         )
         drafts = list(_drafts(model, graph, inside, latest))
-    shared = protection.shared_weights(model)
+    shared = protection.shared_axes(model)
     overlaps = protection.overlapping([draft.group.members for draft in drafts])
     for position, (draft, overlap) in enumerate(zip(drafts, overlaps, strict=True)):
         reason = draft.group.protected or (protection.OVERLAP if overlap else "")
-        if not reason and any(member.module in shared for member in draft.group.members):
+        if not reason and any((m.module, m.axis) in shared for m in draft.group.members):
             reason = "its layers share weights"
         drafts[position] = replace(draft, group=replace(draft.group, protected=reason))
     return drafts

@@ -77,13 +77,17 @@ def _weight_reason(name: str, module: nn.Module) -> str:
     return ""
 
 
-def shared_weights(model: nn.Module) -> set[str]:
-    """Names of the modules that hold a parameter which another module holds too."""
-    holders: dict[int, list[str]] = {}
+def shared_axes(model: nn.Module) -> set[axes.Axis]:
+    """Axes of layers that cannot lose positions because another module holds the same parameter.
+
+    A shared weight forbids both axes, any other shared parameter (a bias) the output.
+    """
+    holders: dict[int, list[tuple[str, str]]] = {}
     for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            holders.setdefault(id(parameter), []).append(name)
-    return {name for names in holders.values() if len(names) > 1 for name in names}
+        for key, parameter in module.named_parameters(recurse=False):
+            holders.setdefault(id(parameter), []).append((name, key))
+    shared = [site for sites in holders.values() if len(sites) > 1 for site in sites]
+    return {(name, "out") for name, _ in shared} | {(name, "in") for name, key in shared if key == "weight"}
 
 
 def overlapping(groups: Sequence[tuple[_Member, ...]]) -> list[bool]:

@@ -10,6 +10,14 @@ import pandas as pd
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
+from lit_prune.dynamics import dynamics_table
+from lit_prune.information.propagation import METRICS as ROUTED
+
+LAYER_COLUMNS = (
+    "coupling", "rand_index", "null_95", "modularity_redundancy", "modularity_excess", "mean_hull_size",
+    "singleton_ratio", "saturated_ratio", "triplet_ratio",
+)  # fmt: skip
+
 WIDTHS = {
     "conv1": 16, "layer1.0.conv1": 16, "layer1.0.conv2": 16, "layer2.0.conv1": 32, "layer2.0.conv2": 32,
     "layer2.1.conv1": 32, "layer2.1.conv2": 32, "layer3.0.conv1": 64, "layer3.0.conv2": 64,
@@ -105,6 +113,37 @@ def result_record() -> dict:
     return {"dense": dense, "compact": compact, "stages": stages}
 
 
+def write_analysis(folder: Path) -> None:
+    """What `analyze` and the tracing callbacks write: tables of the last epoch's channels, cosines, dynamics."""
+    random, channels = np.random.default_rng(5), channel_table(EPOCHS).drop(columns="epoch")
+    channels["weight_norm"] = random.random(len(channels))
+    channels["target_redundancy"] = channels["task_information"].clip(upper=0.2)
+    channels["target_excess"] = 0.1 * random.random(len(channels))
+    channels["dead"] = channels["input_capture"].isna()
+    channels["local_group"] = random.integers(0, 3, len(channels))
+    channels.to_parquet(folder / "channels.parquet")
+    layers = channels[["layer", "depth"]].drop_duplicates(ignore_index=True)
+    for column in LAYER_COLUMNS:
+        layers[column] = 0.5 * random.random(len(layers))
+    layers.assign(null_mean=0.0).to_parquet(folder / "layers.parquet")
+    (folder / "analysis").mkdir()
+    names = list(layers["layer"])
+    pairs = [(i, j, abs(np.sin(1 + i * j))) for i in range(11) for j in range(11)]
+    graphs = pd.DataFrame(pairs, columns=["channel", "peer", "redundancy"])
+    graphs.assign(layer="layer1.0.conv1").to_parquet(folder / "analysis" / "graphs.table.parquet")
+    flows = [(a, b, s, d) for a, b in zip(names, names[1:], strict=False) for s in ROUTED for d in ROUTED]
+    flows = pd.DataFrame(flows, columns=["source", "destination", "source_metric", "destination_metric"])
+    flows["rank_correlation"] = 0.2 * random.normal(size=len(flows))
+    flows.to_parquet(folder / "analysis" / "propagation.table.parquet")
+    trace = pd.concat([channel_table(epoch) for epoch in range(EPOCHS + 1)], ignore_index=True)
+    dynamics = dynamics_table(trace)
+    dynamics.to_parquet(folder / "trace" / "dynamics.parquet")
+    cosines = dynamics[["epoch", "layer", "depth"]].copy()
+    for name in ("capture_task", "update_capture", "update_task"):
+        cosines[name] = 0.1 * random.normal(size=len(cosines))
+    cosines.to_parquet(folder / "trace" / "gradients.parquet")
+
+
 def make_run(folder: Path) -> Path:
     """Writes the whole run below `folder`; epochs 5 and 6 were logged, lost in an interruption, and run again."""
     for name in ("trace", "compact"):
@@ -116,6 +155,7 @@ def make_run(folder: Path) -> Path:
     (folder / "compact" / "report.json").write_text(json.dumps(result_record()))
     for epoch in range(EPOCHS + 1):
         channel_table(epoch).to_parquet(folder / "trace" / f"epoch={epoch:03d}.parquet")
+    write_analysis(folder)
     write_events(folder / "tensorboard" / "version_0", 0, 7, shift=0.001)
     write_events(folder / "tensorboard" / "version_1", 5, EPOCHS)
     return folder

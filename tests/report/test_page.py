@@ -19,7 +19,9 @@ from lit_prune.report.figures import collect_widths, draw_path, draw_training
 from lit_prune.report.page import SECTIONS
 from lit_prune.report.run_folder import CHANNEL_COLUMNS, RunFolder, layer_order
 
-PICTURES = ("path", "widths", "training", "plane", "coupling")
+ANALYSED = ("matrix", "collapse", "depth", "groupings", "redundancy", "higher_order", "propagation")
+TRACED = ("dynamics", "gradients")
+PICTURES = ("path", "widths", "training", "plane", "coupling", *TRACED, *ANALYSED)
 
 
 class Page(HTMLParser):
@@ -48,6 +50,12 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def page(full_run: Path) -> str:
     return write_report(full_run).read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def without_drawing(monkeypatch):
+    """Figures are made but not rendered: the tests that use this look at the text of the page."""
+    monkeypatch.setattr("lit_prune.report.page.render_png", lambda figure: b"\x89PNG")
 
 
 def test_full_run_shows_every_section_in_order_and_misses_none(page: str):
@@ -81,12 +89,15 @@ def test_page_is_the_same_when_made_again(page: str, full_run: Path):
     assert write_report(full_run).read_text(encoding="utf-8") == page
 
 
+@pytest.mark.usefixtures("without_drawing")
 @pytest.mark.parametrize(
     "removed, sections",
     [
         ("compact", {"Result"}),
         ("stages.jsonl", {"Structural stages", "Cost and accuracy", "Layer widths"}),
-        ("trace", {"The two axes", "Coupling of the axes"}),
+        ("trace", {"Coupling of the axes", "Motion on the two axes", "Directions of change"}),
+        ("layers.parquet", {"Coupling by depth", "Groups on the two axes", "Graphs, hulls and triplets by depth"}),
+        ("analysis", {"Pairwise redundancy", "From layer to layer"}),
         ("tensorboard", {"Training"}),
         ("run.json", {"Protocol"}),
     ],
@@ -102,6 +113,7 @@ def test_absent_input_is_named_at_the_end(full_run: Path, tmp_path: Path, remove
     assert Page(html).sections == [s.key for s in SECTIONS if s.title not in sections] + ["absent"]
 
 
+@pytest.mark.usefixtures("without_drawing")
 def test_damaged_inputs_are_named_with_the_reason_and_the_rest_is_shown(full_run: Path, tmp_path: Path, caplog):
     run = tmp_path / "run"
     shutil.copytree(full_run, run)
@@ -113,10 +125,11 @@ def test_damaged_inputs_are_named_with_the_reason_and_the_rest_is_shown(full_run
     end = html[html.index("Not in this run") :]
     assert "stages.jsonl line 2 is not JSON" in end and "epoch=003.parquet cannot be read" in end
     assert "no object compact" in end
-    assert Page(html).sections == ["training", "protocol", "config", "files", "absent"]
+    assert Page(html).sections == ["training", *TRACED, *ANALYSED, "protocol", "config", "files", "absent"]
     assert len(caplog.records) == 6
 
 
+@pytest.mark.usefixtures("without_drawing")
 def test_names_from_the_run_are_escaped(full_run: Path, tmp_path: Path):
     run = tmp_path / "a<b>&c"
     shutil.copytree(full_run, run)
