@@ -22,7 +22,7 @@ from lit_prune.modules import LitClassifier, Recipe
 from lit_prune.repair import Distillation, Repair, recalibrate_batchnorm
 from lit_prune.report import result_table
 from lit_prune.run_record import Network, write_compact, write_stages
-from lit_prune.stages import DenseCost, PruningStage, plan_stage
+from lit_prune.stages import DenseCost, PruningStage, cut, plan_stage
 from lit_prune.structure import (
     Plan,
     cost,
@@ -224,7 +224,9 @@ class StagedPruning(Callback):
         carry = (lambda tensors: _slice(tensors, old, plan, example)) if self.optimizer is None else None
         with rewired(trainer, carry):
             clock = time.perf_counter()
-            module.apply_plan(plan)
+            batches = trainer.datamodule.calibration_dataloader()
+            network, plan = cut(old, plan, stage, batches, example)
+            module.adopt(network, plan)
             module.phase_start = trainer.current_epoch
             record["seconds"]["surgery"] = time.perf_counter() - clock
             record["accuracy"]["after_surgery"] = self._evaluate(trainer, module).accuracy

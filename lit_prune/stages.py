@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lit_prune.backbones import Block, dropped_by_keep_configuration, find_blocks
 from lit_prune.errors import InputError
 from lit_prune.information.labels import block_information
+from lit_prune.mechanisms import Replacement, replace_mechanisms
 from lit_prune.scores import score
 from lit_prune.structure import Plan, apply_plan, cost, make_plan, measure_latency
 
@@ -35,6 +36,8 @@ class PruningStage:
         round_to: widths are multiples of it.
         cap: largest share of one group that may go.
         protect: names of groups that stay whole.
+        replace: what stands in for removed channels (`lit_prune.replace_mechanisms`): nothing (`delete`), their means
+            (`constant`), combinations of kept channels (`affine`), or the readers solved again (`refit`).
     """
 
     kind: Literal["blocks", "planes", "mid", "channels"]
@@ -50,6 +53,7 @@ class PruningStage:
     round_to: int = 1
     cap: float = 0.95
     protect: tuple[str, ...] = ()
+    replace: Literal["delete", "constant", "affine", "refit"] = "delete"
 
     def __post_init__(self) -> None:
         """Checks the ranges.
@@ -65,6 +69,8 @@ class PruningStage:
             raise InputError(f"stage {self.kind}: epoch must be >= 0, got epoch={self.epoch}")
         given = [name for name in (*BLOCK_AMOUNTS,) if getattr(self, name) is not None]
         allowed = BLOCK_AMOUNTS if self.kind == "blocks" else ("keep",)
+        if self.kind == "blocks" and self.replace != "delete":
+            raise InputError(f"stage blocks: a whole block has no stand-in, got replace={self.replace}; use delete")
         if len(given) != 1 or given[0] not in allowed:
             raise InputError(f"stage {self.kind}: give exactly one of {', '.join(allowed)}, got {given or 'none'}")
 
@@ -200,6 +206,20 @@ def plan_channels(
         only=None if stage.kind == "channels" else stage.kind,
         protect=stage.protect,
     )
+
+
+def cut(
+    model: nn.Module, plan: Plan, stage: PruningStage, batches: Batches, example_input: Tensor
+) -> tuple[nn.Module, Plan]:
+    """The network after the plan with the stage's stand-ins in place, and the plan that rebuilds its structure.
+
+    Layers in which nothing can stand in (a reader that is not affine) are left with what is kept.
+    """
+    if stage.replace == "delete":
+        return apply_plan(model, plan, example_input), plan
+    settings = Replacement(unsupported="delete")
+    reduced = replace_mechanisms(model, plan, batches, example_input, stage.replace, settings=settings)
+    return reduced.model, reduced.plan
 
 
 def plan_stage(

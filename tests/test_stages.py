@@ -94,6 +94,7 @@ def test_a_budget_already_met_is_an_error_that_says_what_the_network_costs(resne
         ({"kind": "mid", "remove_ratio": 0.5}, "give exactly one of keep"),
         ({"kind": "mid", "keep": 0.0}, r"keep must lie in \(0, 1\], got keep=0.0"),
         ({"kind": "blocks", "remove_ratio": 1.0}, r"remove_ratio must lie in \(0, 1\)"),
+        ({"kind": "blocks", "remove_ratio": 0.5, "replace": "refit"}, "a whole block has no stand-in"),
         ({"kind": "mid", "keep": 0.5, "epoch": -1}, "epoch must be >= 0"),
     ],
 )

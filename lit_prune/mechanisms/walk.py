@@ -102,7 +102,7 @@ class Walk:
         _running.walk = self
         self._go.acquire()
         try:
-            with torch.no_grad(), torch.inference_mode(False):
+            with torch.inference_mode(False), torch.no_grad():  # in this order: the first switches gradients on
                 if not self._cancelled:
                     self.output = model(to_model(model, images))
         except _Cancelled:

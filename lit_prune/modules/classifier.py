@@ -200,9 +200,9 @@ class LitClassifier(LightningModule):
         else:
             nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], limit)
 
-    def apply_plan(self, plan: Plan) -> None:
-        """Replaces the backbone by its pruned copy and remembers the plan; the trainer knows nothing of it yet."""
-        self.backbone = apply_plan(self.backbone, plan, self.example_input)
+    def adopt(self, backbone: nn.Module, plan: Plan) -> None:
+        """Takes over the network that `plan` made of the present one; the trainer knows nothing of it yet."""
+        self.backbone = backbone
         self.plans.append(plan)
 
     def structure(self) -> dict[str, Any]:
@@ -233,5 +233,6 @@ class LitClassifier(LightningModule):
                 f"this run is configured for {self.backbone_name} {self.arguments}"
             )
         for plan in saved["plans"][len(self.plans) :]:
-            self.apply_plan(Plan.from_dict(plan))
+            replayed = Plan.from_dict(plan)
+            self.adopt(apply_plan(self.backbone, replayed, self.example_input), replayed)
         self.phase_start = saved["phase_start"]

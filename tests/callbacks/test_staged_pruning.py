@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -129,6 +130,19 @@ def test_checkpoint_of_another_network_is_refused(run, tmp_path, make_run):
     other = LitClassifier("cifar_resnet32", 10, data.image_shape)
     with pytest.raises(InputError, match="checkpoint of another network: it holds cifar_resnet20"):
         trainer.fit(other, datamodule=data, ckpt_path=folder / "checkpoints" / "last.ckpt")
+
+
+@pytest.mark.parametrize("kind", ["constant", "affine", "refit"])
+def test_stand_ins_survive_training_and_the_compact_folder(tmp_path, make_run, kind):
+    trainer, module, data = make_run(tmp_path, stages=[("mid", 1)], max_epochs=2)
+    staged = next(callback for callback in trainer.callbacks if hasattr(callback, "stages"))
+    staged.stages = (replace(staged.stages[0], replace=kind),)
+    trainer.fit(module, datamodule=data)
+    compact = load_compact(tmp_path / "compact")
+    images, _ = next(iter(data.val_dataloader()))
+    assert torch.equal(compact(images), module.backbone.eval()(images))
+    record = json.loads((tmp_path / "stages.jsonl").read_text())
+    assert record["protocol"]["stage"]["replace"] == kind and record["macs"]["after"] <= 0.5 * record["macs"]["dense"]
 
 
 def test_frontier_hands_over_the_last_stage_whose_repair_held(tmp_path, make_run):
