@@ -1,6 +1,5 @@
 """Removes structure in stages during `fit`: plan, surgery, recalibration, distillation, record, compact model."""
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,6 +21,7 @@ from lit_prune.modules import LitClassifier, Recipe
 from lit_prune.repair import Distillation, Repair, recalibrate_batchnorm
 from lit_prune.report import result_table
 from lit_prune.run_record import Network, write_compact, write_stages
+from lit_prune.stage_record import complete_record, describe_record, open_record, plain
 from lit_prune.stages import DenseCost, PruningStage, cut, plan_stage
 from lit_prune.structure import (
     Plan,
@@ -215,7 +215,9 @@ class StagedPruning(Callback):
         """One stage: figures before, plan, surgery, recalibration, fresh optimizer, teacher, record."""
         if not self.dense:
             self._meet_dense(trainer, module)
-        record = self._open_record(stage, trainer, module)
+        before = self.records[-1]["accuracy"]["after_repair"] if self.records else self.dense["accuracy"]
+        record = open_record(len(self.records), stage, self.dense, before, cost(module.backbone, module.example_input))
+        record["protocol"] = self._protocol(stage, trainer.max_epochs)
         clock = time.perf_counter()
         plan = self._shared_plan(stage, trainer, module)
         record["seconds"]["plan"] = time.perf_counter() - clock
@@ -235,10 +237,10 @@ class StagedPruning(Callback):
             record["seconds"]["recalibration"] = time.perf_counter() - clock
             record["accuracy"]["after_recalibration"] = self._evaluate(trainer, module).accuracy
         self._attach_teacher(trainer, module)
-        self._complete_record(record, plan, module)
+        complete_record(record, plan, cost(module.backbone, module.example_input))
         self.records.append(record)
         if trainer.is_global_zero:
-            Console().print(_sentence(record))
+            Console().print(describe_record(record))
 
     def _meet_dense(self, trainer: Trainer, module: LitClassifier) -> None:
         """Figures of the dense network, as it is and recalibrated; saves it as the teacher."""
@@ -309,7 +311,7 @@ class StagedPruning(Callback):
             plans = module.plans[self.dense["plans"] :]
             columns = kept_columns(teacher, plans, head, module.example_input)
         width = module.backbone.get_submodule(head).in_features
-        if len(columns or range(teacher.get_submodule(head).in_features)) != width:
+        if self.repair.beta and len(columns or range(teacher.get_submodule(head).in_features)) != width:
             raise InputError(f"teacher {self.teacher_folder} has other features than the student; set repair beta to 0")
         self._distillation = Distillation(self.repair, module.backbone, teacher, head, columns)
         module.loss_terms["distillation"] = self._distillation
@@ -320,46 +322,18 @@ class StagedPruning(Callback):
             self._distillation = None
         module.loss_terms.pop("distillation", None)
 
-    def _open_record(self, stage: PruningStage, trainer: Trainer, module: LitClassifier) -> dict[str, Any]:
-        counted = cost(module.backbone, module.example_input)
-        before = self.records[-1]["accuracy"]["after_repair"] if self.records else self.dense["accuracy"]
-        return {
-            "stage": len(self.records),
-            "name": stage.kind,
-            "kind": stage.kind,
-            "epoch": trainer.current_epoch,
-            "macs": {"dense": self.dense["macs"], "before": counted.macs},
-            "params": {"dense": self.dense["params"], "before": counted.params},
-            "accuracy": {
-                "dense": self.dense["accuracy"],
-                "dense_recalibrated": self.dense["accuracy_recalibrated"],
-                "before": before,
-                "after_repair": math.nan,
-            },
-            "widths": {name: {"before": layer.out_channels, "after": 0} for name, layer in counted.layers.items()},
-            "protocol": {
-                "stage": _plain(stage.to_dict()),
-                "repair": self.repair.to_dict(),
-                "optimizer": "continued" if self.optimizer is None else "fresh, made for the phase",
-                "removal": "physical",
-                "recalibration_batches": self.recalibration_batches,
-                "probe_limit": self.probe_limit,
-                "repair_epochs": self._repair_epochs(stage, trainer.max_epochs),
-            },
-            "seconds": {},
-        }
-
-    def _repair_epochs(self, stage: PruningStage, max_epochs: int) -> int:
+    def _protocol(self, stage: PruningStage, max_epochs: int) -> dict[str, Any]:
+        """How the stage was carried out, for its record."""
         later = [other.epoch for other in self.stages if other.epoch > stage.epoch]
-        return (min(later) if later else max_epochs) - stage.epoch
-
-    def _complete_record(self, record: dict[str, Any], plan: Plan, module: LitClassifier) -> None:
-        counted = cost(module.backbone, module.example_input)
-        record["plan"] = plan.to_dict()
-        record["macs"]["after"], record["params"]["after"] = counted.macs, counted.params
-        for name, layer in counted.layers.items():
-            record["widths"][name]["after"] = layer.out_channels
-        record["seconds"]["repair"] = 0.0
+        return {
+            "stage": plain(stage.to_dict()),
+            "repair": self.repair.to_dict(),
+            "optimizer": "continued" if self.optimizer is None else "fresh, made for the phase",
+            "removal": "physical",
+            "recalibration_batches": self.recalibration_batches,
+            "probe_limit": self.probe_limit,
+            "repair_epochs": (min(later) if later else max_epochs) - stage.epoch,
+        }
 
 
 def _slice(tensors: dict[str, Tensor], old: torch.nn.Module, plan: Plan, example: Tensor) -> dict[str, Tensor]:
@@ -367,21 +341,3 @@ def _slice(tensors: dict[str, Tensor], old: torch.nn.Module, plan: Plan, example
     prefix = "backbone."
     inner = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return {prefix + name: tensor for name, tensor in transfer_tensors(old, plan, example, inner).items()}
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists: checkpoints load with weights_only, JSON knows no tuples."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _sentence(record: dict[str, Any]) -> str:
-    """What a stage did, in one line for the terminal."""
-    accuracy, macs = record["accuracy"], record["macs"]
-    return (
-        f"epoch {record['epoch']}: stage {record['name']} · MACs {macs['before'] / 1e6:.1f} M → "
-        f"{macs['after'] / 1e6:.1f} M "
-        f"({macs['after'] / macs['dense']:.0%} of dense) · accuracy {accuracy['before']:.2%} → after surgery "
-        f"{accuracy['after_surgery']:.2%} → recalibrated {accuracy['after_recalibration']:.2%}"
-    )

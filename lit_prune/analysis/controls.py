@@ -76,7 +76,8 @@ def _table_of_target(analysis: Analysis, name: str) -> pd.DataFrame:
     for layer in analysis.layers:
         task, _ = target_correlations(sums.layers[layer].to("cpu"), target_deviation(sums), analysis.request.protocol)
         values.append(task_information(task).nanmean(1))
-    return table.assign(task_information=torch.cat(values).masked_fill(torch.tensor(table["dead"].values), torch.nan))
+    information = torch.cat(values).masked_fill(torch.from_numpy(table["dead"].to_numpy(copy=True)), torch.nan)
+    return table.assign(task_information=information.numpy())
 
 
 def partners(analysis: Analysis) -> Frames:

@@ -127,9 +127,12 @@ class Distillation:
         with torch.no_grad():
             target = self.teacher(step.images)
         wanted = self._teacher_tap.take()
+        value = alpha * self._compare(step.logits, target)
+        if not beta:
+            return value
         if self.columns is not None:
             wanted = wanted[..., self.columns.to(wanted.device)]
-        return alpha * self._compare(step.logits, target) + beta * cosine_distance(features, wanted)
+        return value + beta * cosine_distance(features, wanted)
 
     def _compare(self, student: Tensor, teacher: Tensor) -> Tensor:
         if self.repair.form == "kl":

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lit_prune.activations import position_view
 from lit_prune.layers import removing, to_model, undisturbed
+from lit_prune.mechanisms.curvature import measure_curvature
 from lit_prune.mechanisms.reconstruction import reconstruction_costs
 from lit_prune.scores.evidence import Evidence
 from lit_prune.structure.groups import Group, trace_groups
@@ -53,6 +54,21 @@ def reconstruction(evidence: Evidence, per_mac: float) -> dict[str, Tensor]:
     return _by_producer(evidence, {group: costs[group.name] for group in groups if group.name in costs})
 
 
+def cmr_const(evidence: Evidence) -> dict[str, Tensor]:
+    """Rise of the loss when a unit takes its best constant: gradient and Gauss-Newton curvature of the cross-entropy.
+
+    At a linear softmax head the curvature is exact. Summed over a unit's positions and consumers; per group, as
+    `variance`.
+
+    Source: the causal mechanism reduction paper, equation 9.
+    """
+    groups = _read_groups(evidence)
+    names = sorted({name for group in groups for name in group.consumers})
+    curvatures = measure_curvature(evidence.model, names, evidence.batches, evidence.seed)
+    values = {name: curvature.scores() for name, curvature in curvatures.items()}
+    return _by_producer(evidence, {group: _unit_values(group, values, torch.Tensor.sum) for group in groups})
+
+
 def input_weight_power(module: nn.Module) -> Tensor:
     """‖W[:,c]‖² of each input channel c of a Conv2d (grouped ones too) or Linear, float64 [C]."""
     weight = module.weight.detach().to("cpu", torch.float64)
@@ -93,11 +109,16 @@ def _group_scores(
     evidence: Evidence, channel_value: Callable[[nn.Module, Tensor], Tensor], reduce: Callable
 ) -> dict[str, Tensor]:
     """Values of the consumers' input channels, reduced over a unit's positions and consumers, by producer."""
-    groups = [group for group in trace_groups(evidence.model, evidence.example).groups if group.consumers]
+    groups = _read_groups(evidence)
     modules = {name: evidence.model.get_submodule(name) for group in groups for name in group.consumers}
     variances = input_variances(evidence, modules)
     values = {name: channel_value(modules[name], spread) for name, spread in variances.items()}
     return _by_producer(evidence, {group: _unit_values(group, values, reduce) for group in groups})
+
+
+def _read_groups(evidence: Evidence) -> list[Group]:
+    """The groups that some layer reads."""
+    return [group for group in trace_groups(evidence.model, evidence.example).groups if group.consumers]
 
 
 def _by_producer(evidence: Evidence, unit_values: Mapping[Group, Tensor]) -> dict[str, Tensor]:

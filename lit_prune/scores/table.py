@@ -44,6 +44,7 @@ SCORES: dict[str, Score] = {
     "activation_rms": Score(outputs.activation_rms, "local", "activations"),
     "variance": Score(outputs.variance, "local", "activations"),
     "cmr_logit": Score(outputs.cmr_logit, "local", "activations"),
+    "cmr_const": Score(outputs.cmr_const, "target", "gradients"),
     "reconstruction": Score(outputs.reconstruction, "mixed", "gradients", (1.0,)),
     "composite_ix": Score(axes.composite_ix, "local", "activations"),
     "ix_minus_redundancy": Score(axes.ix_minus_redundancy, "local", "activations", (0.5,)),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lit_prune.analysis.request import AnalyzeRequest, Extra
-from lit_prune.cli import main
+from lit_prune.cli import build_cli, main
 from lit_prune.errors import InputError
 from lit_prune.experiments.analyze import PARTS, analyze
 from lit_prune.measure import measure
@@ -47,9 +47,8 @@ def test_every_extra_adds_its_columns_or_its_table_and_the_model_stays_as_found(
     pd.testing.assert_frame_equal(channels[measure(tiny_net, batches).columns], measure(tiny_net, batches))
     for column in ("local_group", "redundancy_community", "hull_size", "folded_norm", "task_information_ksg"):
         assert channels[column].notna().any(), column
-    np.testing.assert_allclose(
-        channels["broja_shared"] + channels["broja_unique"], channels["broja_shared"] + channels["broja_unique"]
-    )
+    shared, unique = channels["broja_shared"], channels["broja_unique"]
+    np.testing.assert_allclose(channels["broja_irrecoverable_loss"], unique / (shared + unique), atol=1e-6)
     for column in ("collapse", "rand_index", "modularity_excess", "triplet_ratio", "norm_capture", "ksg_task"):
         assert layers[column].notna().any(), column
     for name in ("channels", "layers"):
@@ -146,3 +145,11 @@ def test_the_verb_reads_a_checkpoint_of_a_pruned_run_and_the_report_shows_it(tmp
             main([*command, *wrong])
         assert exit_.value.code == 2 and words in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("name", ["everyday", "controls"])
+def test_the_configurations_of_the_verb_are_valid(name):
+    root = Path(__file__).resolve().parents[2] / "configs"
+    files = ("base.yaml", "data/digits.yaml", "model/cifar_resnet20.yaml", f"experiment/analyze_{name}.yaml")
+    cli = build_cli(["analyze", *(part for file in files for part in ("-c", str(root / file)))], run=False)
+    assert set(cli.config["analyze"]["request"]["extras"]) <= set(get_args(Extra))

@@ -8,6 +8,7 @@ from lit_prune.mechanisms import Replacement, replace_mechanisms
 from lit_prune.mechanisms.flow import observe
 from lit_prune.mechanisms.patches import PositionSample, input_rows, output_rows
 from lit_prune.mechanisms.regression import PairSums, solve, solve_held_out
+from lit_prune.mechanisms.walk import watching
 from lit_prune.structure import Plan, apply_plan
 
 IMAGE = torch.zeros(1, 3, 6, 6, dtype=torch.float64)
@@ -209,3 +210,14 @@ def test_sampled_positions_are_seeded_distinct_and_in_range():
     assert torch.equal(*draws)
     assert all(len(set(row.tolist())) == 5 and max(row) < 30 for row in draws[0])
     assert PositionSample(30, seed=1).draw(4, 30) is None
+
+
+def test_waiting_passes_keep_no_graph(trunk, batches):
+    stops = {stop.layer: stop for stop in observe(trunk, IMAGE).stops(["first.conv2", "second.conv2"])}
+    with watching(trunk, stops, before=False) as start:
+        walk = start(batches[0][0])
+        for layer in stops:
+            seen = walk.advance(layer)
+            assert not seen.inputs.requires_grad and not seen.output.requires_grad
+        assert walk.advance() is None
+        torch.testing.assert_close(walk.output, trunk(batches[0][0]).detach())

@@ -1,0 +1,185 @@
+"""Second-order replacement risk: gradients and curvature of the loss in the values that a layer reads."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_prune.errors import InputError
+from lit_prune.layers import Batches, removing, to_model, undisturbed
+from lit_prune.mechanisms.patches import channel_dim
+
+CLASSES = 10  # up to so many classes the curvature is exact in the label, above it is sampled
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """Means over images of products of gradients, for the input channels of one layer.
+
+    With g_p the gradient of the cross-entropy in a channel's value a_p at position p: `G = Σ_p g_p`, `v = Σ_p g_p·a_p`.
+    A constant c in place of the channel changes the loss by `c·G - v` to first order. The curvature is Gauss-Newton:
+    the mean over labels drawn from the network's own softmax. It is the exact Hessian where the logits are affine in
+    the values, as in a linear softmax head.
+
+    Attributes:
+        gradient: E G for the true labels, float64 [C].
+        product: E v for the true labels, [C].
+        hessian: E G Gᵀ for the network's labels, [C, C].
+        mixed: E G vᵀ for the network's labels, [C, C].
+        power: E v² for the network's labels, [C].
+    """
+
+    gradient: Tensor
+    product: Tensor
+    hessian: Tensor
+    mixed: Tensor
+    power: Tensor
+
+    def constants(self) -> Tensor:
+        """Best constant of each channel alone, `(hᵀa - 1ᵀg)/(1ᵀh)`; 0 where there is no curvature, [C].
+
+        Source: causal mechanism reduction, equation 7.
+        """
+        curved = self.hessian.diagonal() > 0
+        wanted = self.mixed.diagonal() - self.gradient
+        return torch.where(curved, wanted / torch.where(curved, self.hessian.diagonal(), 1), 0)
+
+    def scores(self) -> Tensor:
+        """Rise of the loss when each channel alone takes its best constant, [C], nats.
+
+        Source: causal mechanism reduction, equation 9.
+        """
+        wanted = self.mixed.diagonal() - self.gradient
+        return 0.5 * self.power - self.product - 0.5 * wanted * self.constants()
+
+    def joint_constants(self, replaced: Sequence[int], ridge: float = 1e-6) -> Tensor:
+        """Best constants when all of `replaced` go at once, [len(replaced)]: the cross-unit curvature counted.
+
+        Solves `H_SS c = E[G (Σ_S v)] - E[G]`.
+
+        Args:
+            replaced: channels.
+            ridge: relative to the mean of H's diagonal, towards the constants that each channel would have alone.
+        """
+        chosen = list(replaced)
+        hessian = self.hessian[chosen][:, chosen]
+        wanted = self.mixed[chosen][:, chosen].sum(1) - self.gradient[chosen]
+        alone = self.constants()[chosen]
+        loading = (ridge * hessian.diagonal().mean()).clamp_min(torch.finfo(torch.float64).tiny)
+        change = torch.linalg.solve(hessian + loading * torch.eye(len(chosen)).to(hessian), wanted - hessian @ alone)
+        return alone + change
+
+    def risk(self, replaced: Sequence[int], constants: Tensor) -> float:
+        """Second-order rise of the loss when `replaced` take `constants`, up to the term that no constant changes.
+
+        Args:
+            replaced: channels.
+            constants: [len(replaced)].
+        """
+        chosen = list(replaced)
+        hessian = self.hessian[chosen][:, chosen]
+        wanted = self.mixed[chosen][:, chosen].sum(1) - self.gradient[chosen]
+        return float(0.5 * constants @ hessian @ constants - constants @ wanted)
+
+    def off_diagonal_ratio(self, block: int = 32, blocks: int = 50, seed: int = 0) -> float:
+        """Mean over seeded blocks of `‖H_B - diag(H_B)‖_F / ‖H_B‖_F`; 0 for a block without curvature.
+
+        Args:
+            block: channels in a block (all of them where there are fewer).
+            blocks: how many blocks.
+            seed: of the blocks.
+
+        Source: causal mechanism reduction, proposition 5.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        ratios = []
+        for _ in range(blocks):
+            chosen = torch.randperm(len(self.hessian), generator=generator)[:block]
+            part = self.hessian[chosen][:, chosen]
+            norm = part.norm()
+            ratios.append(float((part - part.diagonal().diag()).norm() / norm) if norm > 0 else 0.0)
+        return sum(ratios) / len(ratios)
+
+
+def measure_curvature(model: nn.Module, layers: Sequence[str], batches: Batches, seed: int = 0) -> dict[str, Curvature]:
+    """Curvature of the mean cross-entropy in the input channels of each layer.
+
+    Up to `CLASSES` classes every label is weighted with its softmax probability (one backward pass a class); above, one
+    label an image is drawn. Layers may lie behind each other: each is differentiated with the others left alone.
+
+    Args:
+        model: any classifier; left as found.
+        layers: names of convolutions and linear layers.
+        batches: (images, labels).
+        seed: of the drawn labels.
+
+    Raises:
+        InputError: no images.
+    """
+    sums: dict[str, list[Tensor]] = {}
+    inputs: dict[str, Tensor] = {}
+    generator = torch.Generator().manual_seed(seed)
+
+    def keeper(name: str):
+        return lambda module, args: inputs.__setitem__(name, args[0])
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(keeper(name)) for name in layers]
+    count = 0
+    with removing(handles), undisturbed(model, gradients=True):
+        for images, labels in batches:
+            logits = model(to_model(model, images).clone().requires_grad_())
+            for part in _label_parts(logits, labels.to(logits.device), generator):
+                _add(sums, model, inputs, logits, part)
+            count += len(images)
+    if not count:
+        raise InputError("batches: no batch of (images, labels) in it; give at least one")
+    return {name: Curvature(*(total / count for total in totals)) for name, totals in sums.items()}
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """Labels [B] to differentiate, their weights [B], and whether they are the true ones."""
+
+    values: Tensor
+    weights: Tensor
+    true: bool
+
+
+def _label_parts(logits: Tensor, labels: Tensor, generator: torch.Generator) -> list[_Labels]:
+    probabilities = logits.detach().softmax(1)
+    ones = torch.ones_like(probabilities[:, 0])
+    parts = [_Labels(labels, ones, True)]
+    if logits.shape[1] <= CLASSES:
+        classes = range(logits.shape[1])
+        return parts + [_Labels(torch.full_like(labels, k), probabilities[:, k], False) for k in classes]
+    drawn = torch.multinomial(probabilities.cpu(), 1, generator=generator)[:, 0].to(labels.device)
+    return [*parts, _Labels(drawn, ones, False)]
+
+
+def _add(
+    sums: dict[str, list[Tensor]], model: nn.Module, inputs: Mapping[str, Tensor], logits: Tensor, labels: _Labels
+) -> None:
+    """Adds the products of one labelling's gradients."""
+    names = list(inputs)
+    loss = F.cross_entropy(logits, labels.values, reduction="sum")
+    gradients = torch.autograd.grad(loss, [inputs[name] for name in names], retain_graph=True)
+    weights = labels.weights.double().cpu()[:, None]
+    for name, gradient in zip(names, gradients, strict=True):
+        dim = channel_dim(model.get_submodule(name))
+        g, a = (
+            t.detach().double().movedim(dim, -1).reshape(len(t), -1, t.shape[dim]) for t in (gradient, inputs[name])
+        )
+        total, product = g.sum(1).cpu(), (g * a).sum(1).cpu()  # G, v: [B, C]
+        if name not in sums:
+            wide = total.shape[1]
+            shapes = [(wide,), (wide,), (wide, wide), (wide, wide), (wide,)]
+            sums[name] = [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
+        if labels.true:
+            parts = [(weights * total).sum(0), (weights * product).sum(0)]
+            sums[name][:2] = [old + new for old, new in zip(sums[name][:2], parts, strict=True)]
+        else:
+            weighted = (weights * total).T
+            parts = [weighted @ total, weighted @ product, (weights * product.square()).sum(0)]
+            sums[name][2:] = [old + new for old, new in zip(sums[name][2:], parts, strict=True)]

@@ -1,0 +1,218 @@
+"""Interchange interventions: does the reduced network answer as the original does when kept units are swapped?"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lit_prune.errors import InputError
+from lit_prune.layers import Batches, removing, to_model, undisturbed
+from lit_prune.mechanisms.certificate import Certificate, certify
+from lit_prune.mechanisms.consumers import Reader, find_readers
+from lit_prune.mechanisms.flow import observe
+from lit_prune.mechanisms.patches import channel_dim
+from lit_prune.mechanisms.replacement import Reduced
+from lit_prune.structure import Plan, apply_plan
+
+
+@dataclass(frozen=True)
+class Swaps:
+    """Which interventions are made.
+
+    Attributes:
+        pairs: number R of (base, source) pairs, drawn with replacement; the two images differ.
+        probability: chance p that a kept unit is taken from the source.
+        images: most images the pairs are drawn from.
+        batch_size: pairs that run together.
+        seed: of pairs and masks.
+    """
+
+    pairs: int = 2000
+    probability: float = 0.5
+    images: int = 2000
+    batch_size: int = 128
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks the ranges.
+
+        Raises:
+            InputError: a value outside its range.
+        """
+        if self.pairs < 1 or self.images < 2 or self.batch_size < 1:
+            raise InputError(f"pairs={self.pairs} and batch_size must be at least 1, images={self.images} at least 2")
+        if not 0 <= self.probability <= 1:
+            raise InputError(f"probability={self.probability} must lie in [0, 1]")
+
+
+@dataclass(frozen=True)
+class Interchange:
+    """Agreement of two networks under the same interventions.
+
+    Attributes:
+        layer: the layer whose input channels were swapped.
+        low: logits of the original network, float32 [R, K].
+        high: logits of the reduced network, [R, K].
+    """
+
+    layer: str
+    low: Tensor
+    high: Tensor
+
+    @property
+    def agreement(self) -> Tensor:
+        """Whether the top classes are equal, float64 [R]."""
+        return (self.low.argmax(1) == self.high.argmax(1)).double()
+
+    @property
+    def divergence(self) -> Tensor:
+        """KL(low ‖ high) of the softmax outputs in nats, float64 [R]."""
+        low, high = (logits.double().log_softmax(1) for logits in (self.low, self.high))
+        return (low.exp() * (low - high)).sum(1)
+
+    @property
+    def iia(self) -> float:
+        """Interchange intervention accuracy, the share of equal top classes."""
+        return float(self.agreement.mean())
+
+    @property
+    def kl(self) -> float:
+        """Mean KL(low ‖ high) in nats."""
+        return float(self.divergence.mean())
+
+    @property
+    def certificate(self) -> Certificate:
+        """Lower bounds on `iia`."""
+        return certify(self.low, self.high)
+
+    def report(self) -> dict[str, Any]:
+        """Plain values: layer, pairs, iia, kl and the fields of the certificate."""
+        found = {"layer": self.layer, "pairs": len(self.low), "iia": self.iia, "kl": self.kl}
+        return found | {"certificate": asdict(self.certificate)}
+
+
+DEFAULT_SWAPS = Swaps()
+
+
+def interchange(
+    low: nn.Module,
+    reduced: Reduced,
+    batches: Batches,
+    example_input: Tensor,
+    layer: str | None = None,
+    *,
+    swaps: Swaps = DEFAULT_SWAPS,
+) -> Interchange:
+    """Runs both networks on pairs of images with the same kept units taken from the source image.
+
+    The units are the input channels of one layer. In the original network the channels that the plan removes keep the
+    base image's own values; the reduced network has none of them. Each network takes the swapped values from its own
+    run on the source. Networks are left as found.
+
+    Args:
+        low: the original network.
+        reduced: what `replace_mechanisms` made of it.
+        batches: (images, labels) the pairs are drawn from; labels are not read.
+        example_input: [B, C, H, W], for tracing.
+        layer: convolution or linear layer; None: the last one that loses input channels.
+        swaps: how many pairs, which probability, which seed.
+
+    Raises:
+        InputError: fewer than two images, or a layer that is unknown or runs more than once.
+
+    Source: causal mechanism reduction, section 5.3 (state map: projection on kept units).
+    """
+    reader = _reader(low, reduced.plan, example_input, layer)
+    images = _gather(batches, swaps.images)
+    results: tuple[list[Tensor], list[Tensor]] = ([], [])
+    with undisturbed(low), undisturbed(reduced.model):
+        for base, source, mask in _pairs(len(images), len(reader.kept), swaps):
+            for network, kept, found in zip(
+                (low, reduced.model), (reader.kept, range(len(reader.kept))), results, strict=True
+            ):
+                found.append(_swapped(network, reader.name, kept, (images[base], images[source]), mask))
+    return Interchange(reader.name, torch.cat(results[0]), torch.cat(results[1]))
+
+
+def paired_bootstrap(
+    one: Sequence[float] | Tensor, other: Sequence[float] | Tensor, resamples: int = 1000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Mean of `one - other` over paired units (seeds, or swaps), with its 95 % percentile interval.
+
+    Args:
+        one: a value a unit.
+        other: the value of the same unit under the other method.
+        resamples: bootstrap samples.
+        seed: of the samples.
+
+    Returns:
+        (mean, lower, upper).
+
+    Raises:
+        InputError: the two differ in length, or are empty.
+    """
+    first, second = np.asarray(one, dtype=float), np.asarray(other, dtype=float)
+    if first.shape != second.shape or not len(first):
+        raise InputError(f"paired_bootstrap needs equally many values, got {len(first)} and {len(second)}")
+    difference = first - second
+    drawn = np.random.default_rng(seed).integers(len(difference), size=(resamples, len(difference)))
+    lower, upper = np.quantile(difference[drawn].mean(1), (0.025, 0.975))
+    return float(difference.mean()), float(lower), float(upper)
+
+
+def _reader(low: nn.Module, plan: Plan, example_input: Tensor, layer: str | None) -> Reader:
+    dense = apply_plan(low, Plan(plan.drop_blocks), example_input) if plan.drop_blocks else low
+    readers = find_readers(dense, plan, example_input, observe(dense, example_input))
+    usable = {name: reader for name, reader in readers.items() if not reader.obstacle}
+    if layer is None:
+        layer = next((name for name in reversed(usable) if usable[name].removed), None)
+    if layer not in usable:
+        why = readers[layer].obstacle if layer in readers else "no such layer loses input channels"
+        raise InputError(f"layer={layer!r} cannot be swapped: {why}; some layers: {', '.join(list(usable)[-4:])}")
+    return usable[layer]
+
+
+def _gather(batches: Batches, limit: int) -> Tensor:
+    parts, count = [], 0
+    for images, _ in batches:
+        parts.append(images[: limit - count])
+        count += len(parts[-1])
+        if count >= limit:
+            break
+    if count < 2:
+        raise InputError(f"batches: {count} images, an interchange needs at least two")
+    return torch.cat(parts)
+
+
+def _pairs(images: int, units: int, swaps: Swaps) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Base and source indices [B] and masks [B, units], batch by batch."""
+    generator = torch.Generator().manual_seed(swaps.seed)
+    base = torch.randint(images, (swaps.pairs,), generator=generator)
+    source = (base + torch.randint(1, images, (swaps.pairs,), generator=generator)) % images
+    mask = torch.rand(swaps.pairs, units, generator=generator) < swaps.probability
+    size = swaps.batch_size
+    yield from zip(base.split(size), source.split(size), mask.split(size), strict=True)
+
+
+def _swapped(model: nn.Module, layer: str, kept: Sequence[int], pair: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
+    """Logits of the base images, the masked ones of the `kept` channels taken from the source images, on the CPU."""
+    module = model.get_submodule(layer)
+    taken: list[Tensor] = []
+
+    def hook(module: nn.Module, args: tuple) -> tuple | None:
+        if not taken:
+            taken.append(args[0].clone())
+            return None
+        dim = channel_dim(module) % args[0].dim()
+        chosen = torch.zeros(len(mask), args[0].shape[dim], dtype=torch.bool)
+        chosen[:, list(kept)] = mask
+        shape = [1] * args[0].dim()
+        shape[0], shape[dim] = chosen.shape
+        return (torch.where(chosen.to(args[0].device).view(shape), taken[0], args[0]), *args[1:])
+
+    with removing([module.register_forward_pre_hook(hook)]):
+        model(to_model(model, pair[1]))
+        return model(to_model(model, pair[0])).cpu()
