@@ -10,10 +10,10 @@ demo: $(VENV)/installed  ## train, trace, cut, repair and export a ResNet-20 on 
 	$(BIN)/python train.py report --run_dir $(RUN)
 
 test: $(VENV)/installed lint  ## style and the default test suite
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/installed  ## the tests that take minutes
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

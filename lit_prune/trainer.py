@@ -47,7 +47,7 @@ class Trainer(pl.Trainer):
         """Trained network and a budget in, repaired compact model out: the stages of a pruning callback, at once.
 
         The stages come from the `callbacks.StagedPruning` of the configuration (`configs/prune/`), the trained weights
-        from `--model.weights`, `--model.pretrained` or `--model.checkpoint`.
+        from `--model.weights` or `--model.pretrained`.
 
         Args:
             model: the trained network.

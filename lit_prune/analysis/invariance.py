@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lit_prune.activations import position_view
 from lit_prune.analysis.controls import by_layer, kendall
 from lit_prune.analysis.evidence import Analysis
 from lit_prune.errors import InputError
@@ -198,7 +199,9 @@ def exact(analysis: Analysis) -> Frames:
                 "layer": name,
                 "images": int(sums.images),
                 "tau_input_capture": kendall(local_axis.input_capture(first), local_axis.input_capture(second)),
-                "largest_difference": float(((first - second).abs() / first)[live].max()),
+                "largest_difference": float(((first - second).abs() / first)[live].max())
+                if live.any()
+                else float("nan"),
             }
         )
     return {"table": pd.DataFrame(rows)}
@@ -224,7 +227,7 @@ def _patch_covariances(analysis: Analysis, layers: dict[str, nn.Module], limit: 
 
     def adder(name: str):
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            patches = _patches(layer, inputs[0].detach()).double().cpu()  # [G, S, d]
+            patches = _patches(layer, inputs[0].detach(), analysis.request.protocol.token).double().cpu()  # [G, S, d]
             known = sums.setdefault(name, [0, 0, 0])
             known[0] += patches.shape[1]
             known[1] = known[1] + patches.sum(1)
@@ -240,10 +243,10 @@ def _patch_covariances(analysis: Analysis, layers: dict[str, nn.Module], limit: 
     return {name: second - first[:, :, None] * first[:, None] for name, (first, second) in means.items()}
 
 
-def _patches(layer: nn.Module, inputs: Tensor) -> Tensor:
-    """What each kernel sees, [G, samples, d]."""
+def _patches(layer: nn.Module, inputs: Tensor, token: int | None) -> Tensor:
+    """What each kernel sees, [G, samples, d]; of tokens the one that is measured."""
     if isinstance(layer, nn.Linear):
-        return inputs.reshape(1, -1, inputs.shape[-1])
+        return position_view(layer, inputs, token).flatten(0, 1)[None]
     shape = {"dilation": layer.dilation, "padding": layer.padding, "stride": layer.stride}
     patches = functional.unfold(inputs, layer.kernel_size, **shape)  # [B, C·k², P]
     patches = patches.view(len(inputs), layer.groups, -1, patches.shape[2])

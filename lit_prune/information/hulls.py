@@ -70,7 +70,12 @@ def full_explanation(correlations: Tensor) -> Tensor:
         correlations: [N, N] of live channels.
     """
     ridged = correlations.double() + RIDGE * torch.eye(len(correlations), device=correlations.device)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(ridged)).diagonal()
+    factor, failed = torch.linalg.cholesky_ex(ridged)
+    if bool(failed):  # fewer samples than channels, and float32 rounding above the ridge
+        values, vectors = torch.linalg.eigh(ridged)
+        inverse = (vectors.square() / values.clamp_min(RIDGE)).sum(1)
+    else:
+        inverse = torch.cholesky_inverse(factor).diagonal()
     return (ridged.diagonal() - 1 / inverse).clamp(0, 1)
 
 

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from lit_prune.mechanisms.flow import Flow
-from lit_prune.structure import Plan, axes, trace_groups
+from lit_prune.structure import ChannelGraph, Plan, axes
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class Reader:
         removed: input channels (columns) that go, ascending.
         kept: input channels that stay.
         outputs: output channels that stay.
+        written: output channels of the layer afterwards: `outputs`, and carriers of constants where there are some.
         groups: names of the groups whose units it loses.
         obstacle: "" or why its columns cannot be replaced.
     """
@@ -25,20 +26,20 @@ class Reader:
     removed: tuple[int, ...]
     kept: tuple[int, ...]
     outputs: tuple[int, ...]
+    written: tuple[int, ...]
     groups: tuple[str, ...]
     obstacle: str
 
 
-def find_readers(model: nn.Module, plan: Plan, example_input: Tensor, flow: Flow) -> dict[str, Reader]:
+def find_readers(model: nn.Module, plan: Plan, graph: ChannelGraph, flow: Flow) -> dict[str, Reader]:
     """The layers that run, in forward order, with the input columns and output channels that the plan takes from them.
 
     Args:
         model: the network before the plan's channels go, without the plan's blocks.
         plan: what to keep.
-        example_input: [B, C, H, W].
+        graph: of `model`.
         flow: of `model`.
     """
-    graph = trace_groups(model, example_input)
     removed = {group: plan.removed(group) for group in plan.keep_channels if plan.removed(group)}
     lost = graph.removed_positions(removed) if removed else {}
     groups: dict[str, list[str]] = {}
@@ -52,7 +53,9 @@ def find_readers(model: nn.Module, plan: Plan, example_input: Tensor, flow: Flow
         kept = {side: _rest(axes.width(module, side), lost.get((name, side), [])) for side in ("in", "out")}
         obstacle = _obstacle(module, flow.layers.count(name))
         columns = tuple(lost.get((name, "in"), ()))
-        readers[name] = Reader(name, columns, kept["in"], kept["out"], tuple(groups.get(name, ())), obstacle)
+        readers[name] = Reader(
+            name, columns, kept["in"], kept["out"], kept["out"], tuple(groups.get(name, ())), obstacle
+        )
     return readers
 
 

@@ -75,11 +75,13 @@ def output_errors(
             module = reduced.get_submodule(reader.name)
             dim = channel_dim(module)
             target = taken(before[reader.name], reader.outputs, dim).movedim(dim, -1).flatten(0, -2)
-            result = after[reader.name].movedim(dim, -1).flatten(0, -2)
+            result = after[reader.name]
+            rows = [place for place, channel in enumerate(reader.written) if channel in set(reader.outputs)]
+            result = taken(result, rows, dim).movedim(dim, -1).flatten(0, -2)
             norm = norms.get(reader.name, "")
             if norm:
                 means = [network.get_submodule(norm).running_mean for network in (original, reduced)]
-                result = result + (means[0][list(reader.outputs)] - means[1])
+                result = result + (means[0][list(reader.outputs)] - means[1][rows])
             errors[reader.name].add(target, result)
         seen += len(batch)
     return errors

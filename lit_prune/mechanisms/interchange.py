@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from lit_prune.errors import InputError
 from lit_prune.layers import Batches, removing, to_model, undisturbed
+from lit_prune.mechanisms.carrier import carrier_columns
 from lit_prune.mechanisms.certificate import Certificate, certify
-from lit_prune.mechanisms.consumers import Reader, find_readers
+from lit_prune.mechanisms.consumers import find_readers
 from lit_prune.mechanisms.flow import observe
 from lit_prune.mechanisms.patches import channel_dim
 from lit_prune.mechanisms.replacement import Reduced
-from lit_prune.structure import Plan, apply_plan
+from lit_prune.structure import Plan, apply_plan, trace_groups
 
 
 @dataclass(frozen=True)
@@ -125,16 +126,14 @@ def interchange(
 
     Source: causal mechanism reduction, section 5.3 (state map: projection on kept units).
     """
-    reader = _reader(low, reduced.plan, example_input, layer)
+    layer, *kept = _interface(low, reduced, example_input, layer)
     images = _gather(batches, swaps.images)
     results: tuple[list[Tensor], list[Tensor]] = ([], [])
     with undisturbed(low), undisturbed(reduced.model):
-        for base, source, mask in _pairs(len(images), len(reader.kept), swaps):
-            for network, kept, found in zip(
-                (low, reduced.model), (reader.kept, range(len(reader.kept))), results, strict=True
-            ):
-                found.append(_swapped(network, reader.name, kept, (images[base], images[source]), mask))
-    return Interchange(reader.name, torch.cat(results[0]), torch.cat(results[1]))
+        for base, source, mask in _pairs(len(images), len(kept[0]), swaps):
+            for network, channels, found in zip((low, reduced.model), kept, results, strict=True):
+                found.append(_swapped(network, layer, channels, (images[base], images[source]), mask))
+    return Interchange(layer, torch.cat(results[0]), torch.cat(results[1]))
 
 
 def paired_bootstrap(
@@ -163,16 +162,23 @@ def paired_bootstrap(
     return float(difference.mean()), float(lower), float(upper)
 
 
-def _reader(low: nn.Module, plan: Plan, example_input: Tensor, layer: str | None) -> Reader:
+def _interface(
+    low: nn.Module, reduced: Reduced, example_input: Tensor, layer: str | None
+) -> tuple[str, list[int], list[int]]:
+    """The layer, and its kept input channels as they are numbered in the original and in the reduced network."""
+    plan = reduced.plan
     dense = apply_plan(low, Plan(plan.drop_blocks), example_input) if plan.drop_blocks else low
-    readers = find_readers(dense, plan, example_input, observe(dense, example_input))
+    graph = trace_groups(dense, example_input)
+    readers = find_readers(dense, reduced.plan, graph, observe(dense, example_input))
     usable = {name: reader for name, reader in readers.items() if not reader.obstacle}
     if layer is None:
         layer = next((name for name in reversed(usable) if usable[name].removed), None)
     if layer not in usable:
         why = readers[layer].obstacle if layer in readers else "no such layer loses input channels"
         raise InputError(f"layer={layer!r} cannot be swapped: {why}; some layers: {', '.join(list(usable)[-4:])}")
-    return usable[layer]
+    constant = carrier_columns(graph, reduced.carriers, usable[layer])
+    pairs = [(old, new) for new, old in enumerate(usable[layer].kept) if old not in constant]
+    return layer, [old for old, _ in pairs], [new for _, new in pairs]
 
 
 def _gather(batches: Batches, limit: int) -> Tensor:

@@ -1,24 +1,27 @@
 """Replaces the mechanisms that a plan removes and compiles what is left into a smaller dense network."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
 from lit_prune.layers import Batches
-from lit_prune.mechanisms.consumers import Reader, find_readers
+from lit_prune.mechanisms.carrier import carried_value, carrier_columns, light_carriers, pads_with_zeros
+from lit_prune.mechanisms.consumers import Reader
 from lit_prune.mechanisms.errors import output_errors
-from lit_prune.mechanisms.flow import Flow, observe
+from lit_prune.mechanisms.flow import observe
 from lit_prune.mechanisms.folding import add_to_output, set_weight
+from lit_prune.mechanisms.job import Job
 from lit_prune.mechanisms.refit import Pair, refit
 from lit_prune.mechanisms.settings import KINDS, Replacement
-from lit_prune.mechanisms.stand_ins import affine, collect_inputs, constants, fold
-from lit_prune.structure import Plan, apply_plan
+from lit_prune.mechanisms.stand_ins import Folded, affine, collect_inputs, constants, fold
+from lit_prune.structure import Plan
 
 DEFAULT_REPLACEMENT = Replacement()
 AFFINE_RIDGE = 1e-6
+Done = tuple[dict[str, dict], list[str]]  # report by layer, layers that gained a bias
 
 
 @dataclass(frozen=True)
@@ -29,12 +32,15 @@ class Reduced:
         model: the smaller dense network; no masks, no hooks.
         report: plain values: `kind`, `images`, `groups` (kept, removed, readers), `layers` (one entry a layer changed:
             kept, removed, `error` of its output relative to the output's variance, ...), `refused`.
-        plan: the plan to replay for the structure of `model`; beyond the plan given it may name biases that were added.
+        plan: the plan to replay for the structure of `model`; beyond the plan given it may name biases that were added
+            and keep a carrier in some groups.
+        carriers: group -> unit that stays only to carry constants (`border="carrier"`).
     """
 
     model: nn.Module
     report: dict[str, Any]
     plan: Plan
+    carriers: Mapping[str, int] = field(default_factory=dict)
 
 
 def replace_mechanisms(
@@ -71,13 +77,13 @@ def replace_mechanisms(
     if kind not in KINDS:
         raise InputError(f"kind={kind!r} is unknown; use one of {', '.join(KINDS)}")
     images = _images(batches, settings.images)
-    job = _Job.prepare(model, plan, example_input, kind, settings)
-    layers, gained = _METHODS[kind](job, images)
+    job = Job.prepare(model, plan, example_input, kind, settings)
+    layers, gained = _METHODS[kind](job, images, settings)
     readers = [job.readers[name] for name in layers]
     errors = output_errors(job.dense, job.reduced, readers, job.flow.norms, images)
     for name, entry in layers.items():
         entry |= _shape(job.readers[name]) | errors[name].report(entry.pop("border", 0.0))
-    final = replace(plan, added_biases=tuple(dict.fromkeys((*plan.added_biases, *gained)))) if gained else plan
+    final = replace(job.plan, added_biases=tuple(dict.fromkeys((*plan.added_biases, *gained))))
     report = {
         "kind": kind,
         "images": sum(map(len, images)),
@@ -85,51 +91,7 @@ def replace_mechanisms(
         "layers": layers,
         "refused": job.refused,
     }
-    return Reduced(job.reduced, report, final)
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One replacement.
-
-    Attributes:
-        model: the original network.
-        dense: the same without the plan's blocks.
-        reduced: without the plan's channels too; changed in place.
-        readers: layers of `dense` in forward order.
-        flow: of `dense`.
-        refused: layer -> why nothing stands in for what it loses.
-    """
-
-    model: nn.Module
-    dense: nn.Module
-    reduced: nn.Module
-    readers: Mapping[str, Reader]
-    flow: Flow
-    refused: dict[str, str]
-    settings: Replacement
-    example_input: Tensor
-
-    @classmethod
-    def prepare(cls, model: nn.Module, plan: Plan, example_input: Tensor, kind: str, settings: Replacement) -> "_Job":
-        """Surgery, and who reads what goes."""
-        reduced = apply_plan(model, plan, example_input)
-        dense = apply_plan(model, Plan(plan.drop_blocks), example_input) if plan.drop_blocks else model
-        flow = observe(dense, example_input)
-        readers = find_readers(dense, plan, example_input, flow)
-        refused = {r.name: r.obstacle for r in readers.values() if r.removed and r.obstacle and kind != "delete"}
-        if refused and settings.unsupported == "refuse":
-            name, reason = next(iter(refused.items()))
-            groups = ", ".join(readers[name].groups)
-            raise InputError(
-                f"kind={kind!r}: layer {name!r} reads units of group {groups} that the plan removes, but {reason}; "
-                "protect the group or set unsupported='delete'"
-            )
-        return cls(model, dense, reduced, readers, flow, refused, settings, example_input)
-
-    def losing(self) -> list[Reader]:
-        """The layers that lose input channels and can be changed."""
-        return [reader for reader in self.readers.values() if reader.removed and not reader.obstacle]
+    return Reduced(job.reduced, report, final, job.carriers)
 
 
 def _images(batches: Batches, limit: int) -> list[Tensor]:
@@ -144,54 +106,69 @@ def _images(batches: Batches, limit: int) -> list[Tensor]:
     return images
 
 
-def _delete(job: _Job, images: Sequence[Tensor]) -> tuple[dict[str, dict], list[str]]:
+def _delete(job: Job, images: Sequence[Tensor], settings: Replacement) -> Done:
     return {reader.name: {} for reader in job.losing()}, []
 
 
-def _constant(job: _Job, images: Sequence[Tensor]) -> tuple[dict[str, dict], list[str]]:
-    return _folded(job, images, parents=0)
+def _constant(job: Job, images: Sequence[Tensor], settings: Replacement) -> Done:
+    return _folded(job, images, 0, AFFINE_RIDGE)
 
 
-def _affine(job: _Job, images: Sequence[Tensor]) -> tuple[dict[str, dict], list[str]]:
-    return _folded(job, images, job.settings.parents)
+def _affine(job: Job, images: Sequence[Tensor], settings: Replacement) -> Done:
+    ridge = AFFINE_RIDGE if settings.ridge == "held_out" else settings.ridge
+    return _folded(job, images, settings.parents, ridge)
 
 
-def _folded(job: _Job, images: Sequence[Tensor], parents: int | None) -> tuple[dict[str, dict], list[str]]:
+def _folded(job: Job, images: Sequence[Tensor], parents: int | None, ridge: float) -> Done:
     """Constants (no parents) or affine combinations, fitted on the network before the surgery."""
     readers = job.losing()
     inputs = collect_inputs(job.dense, [reader.name for reader in readers], images)
-    ridge = AFFINE_RIDGE if job.settings.ridge == "held_out" else job.settings.ridge
-    report, gained = {}, []
+    gained = light_carriers(job.reduced, job.graph, job.plan, job.carriers, job.flow)
+    report = {}
     for reader in readers:
         sums = inputs[reader.name].sums
         stand_in = constants(sums, reader) if parents == 0 else affine(sums, reader, parents, ridge)
         folded = fold(job.dense.get_submodule(reader.name), reader, stand_in, inputs[reader.name].size)
-        set_weight(job.reduced.get_submodule(reader.name), folded.weight)
-        if add_to_output(job.reduced, reader.name, job.flow.norms.get(reader.name, ""), folded.shift):
-            gained.append(reader.name)
-        report[reader.name] = {
-            "rows": int(sums.samples),
-            "unexplained": stand_in.unexplained,
-            "border": folded.border,
-        } | ({"ridge": ridge} if parents != 0 else {})
+        border, created = _write(job, reader, folded, images[0][:2])
+        gained += [reader.name] if created else []
+        report[reader.name] = {"rows": int(sums.samples), "unexplained": stand_in.unexplained, "border": border}
+        report[reader.name] |= {"ridge": ridge} if parents != 0 else {}
+    light_carriers(job.reduced, job.graph, job.plan, job.carriers, job.flow)  # a reader may write carriers itself
     return report, gained
 
 
-def _refit(job: _Job, images: Sequence[Tensor]) -> tuple[dict[str, dict], list[str]]:
+def _write(job: Job, reader: Reader, folded: Folded, images: Tensor) -> tuple[float, bool]:
+    """Puts a folded map into the reduced network; the border error left, and whether the reader gained a bias."""
+    columns = carrier_columns(job.graph, job.carriers, reader)
+    module = job.reduced.get_submodule(reader.name)
+    places = {column: place for place, column in enumerate(sorted((*reader.kept, *columns)))}
+    weight = folded.weight.new_zeros(len(folded.weight), len(places), *folded.weight.shape[2:])
+    weight[:, [places[column] for column in reader.kept]] = folded.weight
+    carried = bool(columns) and pads_with_zeros(module)
+    if carried:
+        value = carried_value(job.reduced, reader.name, places[columns[0]], images)
+        weight[:, places[columns[0]]] = folded.carried[:, 0] / value
+    set_weight(module, weight)
+    if carried:
+        return 0.0, False
+    return folded.border, add_to_output(job.reduced, reader.name, job.flow.norms.get(reader.name, ""), folded.shift)
+
+
+def _refit(job: Job, images: Sequence[Tensor], settings: Replacement) -> Done:
     names = [reader.name for reader in job.losing()]
-    if job.settings.scope == "all" or not names:
-        names = _downstream(job)
+    if settings.scope == "all" or not names:
+        names = _downstream(job, images[0])
     stops = job.flow.stops(names)
-    return refit(Pair(job.model, job.reduced), stops, dict(job.readers), images, job.settings)
+    return refit(Pair(job.model, job.reduced), stops, dict(job.readers), images, settings)
 
 
-def _downstream(job: _Job) -> list[str]:
+def _downstream(job: Job, images: Tensor) -> list[str]:
     """Every layer that can be solved again and whose input may have changed."""
     order = list(job.readers)
     lost = [position for position, name in enumerate(order) if job.readers[name].removed]
     first = min(lost, default=len(order))
     if job.dense is not job.model:
-        original = dict.fromkeys(observe(job.model, job.example_input).layers)
+        original = dict.fromkeys(observe(job.model, images).layers)
         first = min(first, next(position for position, name in enumerate(original) if name not in job.readers))
     return [name for name in order[first:] if not job.readers[name].obstacle]
 

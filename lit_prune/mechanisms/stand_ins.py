@@ -141,7 +141,7 @@ def fold(module: nn.Module, reader: Reader, stand_in: StandIn, size: tuple[int, 
 
     Source: causal mechanism reduction, proposition 1.
     """
-    weight = module.weight.detach().to(stand_in.offsets)[list(reader.outputs)]
+    weight = module.weight.detach().to(stand_in.offsets)[list(reader.written)]
     lost, rest = weight[:, list(reader.removed)], weight[:, list(reader.kept)]
     rest = rest + torch.einsum("oj...,jk->ok...", lost, stand_in.coefficients)
     carried = torch.einsum("oj...,j->o...", lost, stand_in.offsets)[:, None]

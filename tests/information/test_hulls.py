@@ -109,3 +109,14 @@ def test_bad_matrices_are_refused():
         greedy_hulls(torch.tensor([[1.0, torch.nan], [torch.nan, 1.0]]))
     with pytest.raises(InputError, match="largest"):
         greedy_hulls(torch.eye(3), largest=0)
+
+
+def test_full_explanation_of_fewer_samples_than_channels_is_one_in_spite_of_rounding():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(30, 90, generator=generator)
+    rounded = torch.corrcoef(values.T).double() + 2e-6 * torch.randn(90, 90, generator=generator)
+    rounded = ((rounded + rounded.T) / 2).fill_diagonal_(1)
+    full = full_explanation(rounded)
+    assert bool((full > 0.999).all() & (full <= 1).all())
+    hulls = greedy_hulls(rounded)
+    assert bool(((hulls.explained >= 0) & (hulls.explained <= 1)).all())

@@ -10,7 +10,7 @@ from lit_prune.mechanisms import Replacement, replace_mechanisms
 from lit_prune.mechanisms.consumers import find_readers
 from lit_prune.mechanisms.flow import observe
 from lit_prune.mechanisms.stand_ins import affine, collect_inputs, constants
-from lit_prune.structure import Plan, apply_plan, load_compact, save_compact
+from lit_prune.structure import Plan, apply_plan, load_compact, save_compact, trace_groups
 
 EXACT = {"rtol": 0, "atol": 1e-10}
 
@@ -66,7 +66,7 @@ def images(batches: int = 4, size: int = 8, seed: int = 0):
 def intervened(net: nn.Module, batches, parents):
     """The original network with hooks that put the stand-ins where each layer reads the removed channels."""
     net = copy.deepcopy(net)
-    readers = [r for r in find_readers(net, PLAN, IMAGE, observe(net, IMAGE)).values() if r.removed]
+    readers = [r for r in find_readers(net, PLAN, trace_groups(net, IMAGE), observe(net, IMAGE)).values() if r.removed]
     sums = collect_inputs(net, [reader.name for reader in readers], [batch for batch, _ in batches])
     for reader in readers:
         found = sums[reader.name].sums
@@ -116,6 +116,41 @@ def test_zero_padding_leaves_a_border_error_that_the_report_states():
     measured = (compiled - exact).square().sum(1).mean() / variance
     assert entry["border_error"] == pytest.approx(float(measured.detach()), rel=1e-9)
     torch.testing.assert_close(compiled[..., 1:-1, 1:-1], exact[..., 1:-1, 1:-1], **EXACT)
+
+
+@pytest.mark.parametrize(("kind", "parents"), [("constant", 0), ("affine", 3)])
+def test_a_carrier_channel_makes_zero_padded_replacement_exact(kind, parents):
+    net, batches = seeded(Chain(padding=1)), images()
+    settings = Replacement(parents=parents, border="carrier")
+    reduced = replace_mechanisms(net, PLAN, batches, IMAGE, kind, settings=settings)
+    assert reduced.carriers == {"conv2": 0}  # conv1 is read by a 1x1 convolution, which needs none
+    assert reduced.model.conv2.out_channels == 5 and reduced.plan.keep_channels["conv2"] == (0, 1, 2, 4, 6)
+    expected = intervened(net, batches, parents)
+    for batch, _ in images(seed=5):
+        torch.testing.assert_close(reduced.model(batch), expected(batch), **EXACT)
+    inexact = replace_mechanisms(net, PLAN, batches, IMAGE, kind, settings=Replacement(parents=parents))
+    assert not torch.allclose(inexact.model(batch), expected(batch), atol=1e-4)
+    assert reduced.report["layers"]["conv3"]["error"] < inexact.report["layers"]["conv3"]["error"]
+
+
+def test_a_carrier_runs_through_a_residual_trunk(tiny_net):
+    net, batches = tiny_net.double(), images()
+    plan = Plan(keep_channels={"stem.0": (0, 1, 3, 5), "conv1": (0, 1, 4)}, sizes={"stem.0": 6, "conv1": 8})
+    reduced = replace_mechanisms(net, plan, batches, IMAGE, "constant", settings=Replacement(border="carrier"))
+    seen = []
+    reduced.model.head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    reduced.model(batches[0][0])
+    place = reduced.plan.keep_channels["stem.0"].index(reduced.carriers["stem.0"])
+    torch.testing.assert_close(seen[0][:, place], torch.ones(12, dtype=torch.float64))
+    assert all(entry["border_error"] == 0 for entry in reduced.report["layers"].values())
+
+
+def test_a_carrier_in_place_of_the_only_removed_unit_is_refused():
+    plan = Plan(keep_channels={"conv2": (0, 1, 2, 3, 4, 5)}, sizes={"conv2": 7})
+    with pytest.raises(InputError, match="one unit a group"):
+        replace_mechanisms(
+            seeded(Chain(padding=1)), plan, images(), IMAGE, "constant", settings=Replacement(border="carrier")
+        )
 
 
 def test_delete_is_apply_plan():
