@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import nn
 
 from lit_prune.files import write_json, write_text
-from lit_prune.structure import Plan, apply_plan, build_network, profile, save_compact
+from lit_prune.structure import Plan, apply_plan, build_network, compare_profiles, save_compact
 
 if TYPE_CHECKING:
     from lit_prune.modules import LitClassifier
@@ -82,7 +82,7 @@ def stage_profiles(network: Network, dense: dict[str, Any], records: list[dict[s
     """Measured figures of the dense network, of each stage's network and of the compact one.
 
     Latency and throughput depend on the structure alone, so the intermediate networks are rebuilt with random weights;
-    all are measured here, one after the other in one process. A stage's accuracy is the one after recalibration and
+    all are measured here, in turns in one process. A stage's accuracy is the one after recalibration and
     before repair; the compact network's is the one after the last repair.
 
     Returns:
@@ -92,13 +92,14 @@ def stage_profiles(network: Network, dense: dict[str, Any], records: list[dict[s
     model = build_network(network.backbone, network.arguments).eval()
     for plan in network.plans[: dense["plans"]]:
         model = apply_plan(model, plan, example)
-    figures: dict[str, Any] = {"dense": profile(model, example, accuracy=dense["accuracy"]), "stages": []}
+    models, accuracies = [model], [dense["accuracy"]]
     for record in records:
-        model = apply_plan(model, Plan.from_dict(record["plan"]), example)
-        measured = profile(model, example, accuracy=record["accuracy"]["after_recalibration"])
-        figures["stages"].append({"name": record["name"], **measured})
-    figures["compact"] = {**measured, "accuracy": records[-1]["accuracy"]["after_repair"]}
-    return figures
+        models.append(apply_plan(models[-1], Plan.from_dict(record["plan"]), example))
+        accuracies.append(record["accuracy"]["after_recalibration"])
+    measured = compare_profiles(models, example, accuracies)
+    stages = [{"name": r["name"], **figures} for r, figures in zip(records, measured[1:], strict=True)]
+    compact = {**measured[-1], "accuracy": records[-1]["accuracy"]["after_repair"]}
+    return {"dense": measured[0], "compact": compact, "stages": stages}
 
 
 def write_compact(run_dir: Path, network: Network, dense: dict[str, Any], records: list[dict[str, Any]]) -> Table:

@@ -4,7 +4,7 @@ from lit_prune.structure.allocation import make_plan, plan_channels, plan_for_wi
 from lit_prune.structure.compact import build_network, load_compact, save_compact
 from lit_prune.structure.cost import Cost, CostModel, LayerCost, cost
 from lit_prune.structure.groups import ChannelGraph, Group, Member, group_role, trace_groups
-from lit_prune.structure.latency import measure_latency, profile
+from lit_prune.structure.latency import compare_latencies, compare_profiles, measure_latency, profile
 from lit_prune.structure.plan import Plan
 from lit_prune.structure.ranking import Budget, group_scores
 from lit_prune.structure.surgery import apply_plan, check_invariants, kept_columns, transfer_tensors
@@ -21,6 +21,8 @@ __all__ = [
     "apply_plan",
     "build_network",
     "check_invariants",
+    "compare_latencies",
+    "compare_profiles",
     "cost",
     "group_role",
     "group_scores",
