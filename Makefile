@@ -19,8 +19,8 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(VENV)/installed  ## every script of benchmarks/
-	set -e; for script in benchmarks/*.py; do $(BIN)/python $$script; done
+bench: $(VENV)/installed  ## every script of benchmarks/, one table: benchmarks/results.md
+	$(BIN)/python benchmarks/run_all.py
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -6,7 +6,6 @@ For each: plan, surgery, forward, backward, save, load (bit-equal outputs) and r
 `plan ms` is the planning after the graph is built.
 """
 
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from rows import Row, choose, main
 
 from lit_prune import Plan, apply_plan, cost, load_compact, save_compact, score
 from lit_prune.backbones import build_backbone
@@ -41,8 +41,8 @@ BACKBONES = {
 }
 
 
-def examine(title: str, shape: tuple[int, int, int], options: dict) -> list[str]:
-    """One row of the table; an exception is a row that says so."""
+def examine(title: str, shape: tuple[int, int, int], options: dict) -> tuple[list[str], Row]:
+    """Cells of one backbone and its row."""
     name, arguments = title.split(" ")[0], {"num_classes": 100, **options}
     torch.manual_seed(0)
     model = build_backbone(name, **arguments).eval()
@@ -60,7 +60,11 @@ def examine(title: str, shape: tuple[int, int, int], options: dict) -> list[str]
     works = check(model, small, plan, example, name, arguments)
     figures = [f"{dense.macs / 1e6:,.1f}", f"{compact.macs / 1e6:,.1f}", f"{compact.macs / dense.macs:.1%}"]
     figures += [f"{dense.params / 1e6:.2f}", f"{compact.params / 1e6:.2f}", f"{traced:.1f}", f"{planned * 1e3:.0f}"]
-    return [title, "x".join(map(str, shape)), *figures, works]
+    cells = [title, "x".join(map(str, shape)), *figures, works]
+    row = Row(
+        f"{title}: MACs kept of a plan for half", compact.macs / dense.macs, unit="of dense", detail=f"works: {works}"
+    )
+    return cells, row
 
 
 def check(model, small, plan: Plan, example: torch.Tensor, name: str, arguments: dict) -> str:
@@ -83,17 +87,20 @@ def check(model, small, plan: Plan, example: torch.Tensor, name: str, arguments:
     return "broken: " + ", ".join(broken) if broken else ("yes" if met is True else f"yes; {met}")
 
 
-def main(names: list[str]) -> None:
-    """Prints the table for the named backbones, or all."""
+def rows(names: list[str]) -> list[Row]:
+    """Prints the table for the named backbones, or all; returns what is kept of each."""
     table = Table("backbone", "input", title="Half of the MACs, by kernel norm relative to the layer's mean")
     for column in ("MACs M", "compact M", "kept", "params M", "compact M", "trace s", "plan ms"):
         table.add_column(column, justify="right")
     table.add_column("forward, backward, save, load, replay")
-    for title, (shape, options) in BACKBONES.items():
-        if not names or title in names:
-            table.add_row(*examine(title, shape, options))
+    found = []
+    for title in choose(names, list(BACKBONES)):
+        cells, row = examine(title, *BACKBONES[title])
+        table.add_row(*cells)
+        found.append(row)
     Console(width=150).print(table)
+    return found
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(rows, __doc__)
