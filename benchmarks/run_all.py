@@ -35,7 +35,8 @@ def machine() -> str:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no accelerator"
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     processor = names[0] if names else platform.machine()
-    return f"{processor}, {os.cpu_count()} cores, one thread used, {device}; Python {platform.python_version()}, {versions}"
+    python = platform.python_version()
+    return f"{processor}, {os.cpu_count()} cores, one thread used, {device}; Python {python}, {versions}"
 
 
 def run_script(name: str) -> list[Row] | None:
