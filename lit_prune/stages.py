@@ -10,8 +10,8 @@ from lit_prune.backbones import Block, dropped_by_keep_configuration, find_block
 from lit_prune.errors import InputError
 from lit_prune.information.labels import block_information
 from lit_prune.mechanisms import Replacement, replace_mechanisms
-from lit_prune.scores import score
-from lit_prune.structure import Plan, apply_plan, cost, make_plan, measure_latency
+from lit_prune.scores import Evidence, plan_method
+from lit_prune.structure import Budget, CostModel, Plan, apply_plan, cost, measure_latency
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 BLOCK_AMOUNTS = ("remove_ratio", "remove_count", "keep_blocks", "keep")
@@ -30,7 +30,7 @@ class PruningStage:
         keep_blocks: blocks only: hand-written keep configuration `{stage: [indices of the blocks kept]}`.
         keep: share of the *dense* network's budget left after this stage, in (0, 1].
         budget: what `keep` counts: `macs`, `params`, `latency`, or `channels` (the share of this stage's channels).
-        score: name of the channel score, higher = keep (`lit_prune.scores.SCORES`).
+        score: name of the method that ranks the channels (`lit_prune.scores.SCORES`), such as `hybrid`.
         allocation: `global` (one threshold) or `uniform` (the same share everywhere).
         normalisation: of the scores before a global threshold: none, layer_mean, layer_max, rank or z.
         round_to: widths are multiples of it.
@@ -182,7 +182,6 @@ def plan_channels(
     Raises:
         InputError: the network is already within the budget, or a score or budget is invalid.
     """
-    ranks = score(model, stage.score, batches, seed=seed)
     keep = stage.keep
     if stage.budget in ("macs", "params"):
         keep = stage.keep * getattr(dense, stage.budget) / getattr(cost(model, example_input), stage.budget)
@@ -193,19 +192,19 @@ def plan_channels(
             f"stage {stage.kind} removes nothing: the network already costs {stage.keep / keep:.1%} of the dense "
             f"{stage.budget}, keep={stage.keep} asks for no less"
         )
-    return make_plan(
-        model,
-        ranks,
-        example_input,
-        budget=stage.budget,
-        keep=keep,
-        allocation=stage.allocation,
-        round_to=stage.round_to,
-        normalisation=stage.normalisation,
-        cap=stage.cap,
-        only=None if stage.kind == "channels" else stage.kind,
-        protect=stage.protect,
+    request = Budget(
+        stage.budget,
+        keep,
+        stage.allocation,
+        stage.round_to,
+        stage.normalisation,
+        stage.cap,
+        None if stage.kind == "channels" else stage.kind,
+        stage.protect,
     )
+    evidence = Evidence(model, batches, seed=seed)
+    cost_model = CostModel.build(model, evidence.graph, example_input)
+    return plan_method(evidence, stage.score, evidence.graph, cost_model, request)
 
 
 def cut(

@@ -1,5 +1,8 @@
 """Channel scores: higher = keep."""
 
-from lit_prune.scores.table import SCORES, Score, score
+from lit_prune.scores.evidence import Evidence
+from lit_prune.scores.method import Method, Score
+from lit_prune.scores.planning import plan_method
+from lit_prune.scores.table import SCORES, find_score, score
 
-__all__ = ["SCORES", "Score", "score"]
+__all__ = ["SCORES", "Evidence", "Method", "Score", "find_score", "plan_method", "score"]

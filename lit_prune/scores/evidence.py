@@ -1,6 +1,6 @@
 """What a score may look at, computed once and on demand."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 
 import pandas as pd
@@ -14,6 +14,9 @@ from lit_prune.layers import Batches, following_norms, peek, select_layers
 from lit_prune.measure import channel_table, collect_sums
 from lit_prune.moments import ActivationSums
 from lit_prune.protocol import Protocol
+from lit_prune.structure.groups import ChannelGraph, trace_groups
+
+Couplings = dict[str, list[tuple[str, Tensor]]]
 
 
 class Evidence:
@@ -22,15 +25,25 @@ class Evidence:
     Attributes:
         model: the network.
         layers: its scored layers by name, in module order.
-        seed: of random scores.
+        seed: of random scores and of clusterings.
     """
 
-    def __init__(self, model: nn.Module, batches: Batches | None, table: pd.DataFrame | None, seed: int) -> None:
+    def __init__(
+        self, model: nn.Module, batches: Batches | None, table: pd.DataFrame | None = None, seed: int = 0
+    ) -> None:
         self.model = model
         self.layers = select_layers(model)
         self.seed = seed
         self._batches = list(batches) if isinstance(batches, Iterator) else batches  # it may be read more than once
         self._table = table
+        self._known: dict[tuple, dict[str, Tensor]] = {}
+
+    def once(self, function: Callable[..., dict[str, Tensor]], *parameters: object) -> dict[str, Tensor]:
+        """`function(evidence, *parameters)`, computed at the first call and remembered."""
+        key = (function, *parameters)
+        if key not in self._known:
+            self._known[key] = function(self, *parameters)
+        return self._known[key]
 
     @property
     def batches(self) -> Batches:
@@ -47,6 +60,25 @@ class Evidence:
     def example(self) -> Tensor:
         """The first batch of images."""
         return peek(self.batches)[0]
+
+    @cached_property
+    def graph(self) -> ChannelGraph:
+        """The groups of coupled channels."""
+        return trace_groups(self.model, self.example)
+
+    @cached_property
+    def couplings(self) -> Couplings:
+        """Group name -> its scored layers, each with the positions of every unit, int64 [size, positions].
+
+        Without batches nothing can be traced: then each layer is a group of its own.
+        """
+        if self._batches is None:
+            return {name: [(name, torch.arange(len(layer.weight))[:, None])] for name, layer in self.layers.items()}
+        found: Couplings = {}
+        for group in self.graph.groups:
+            members = [m for m in group.members if m.axis == "out" and m.module in self.layers]
+            found[group.name] = [(member.module, torch.tensor(member.positions)) for member in members]
+        return {name: parts for name, parts in found.items() if parts}
 
     @cached_property
     def sums(self) -> ActivationSums:

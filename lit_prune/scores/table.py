@@ -1,38 +1,13 @@
 """The table of scores, and `score`, which looks one up and applies it."""
 
-import difflib
-import inspect
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
-
 import pandas as pd
-import torch
 from torch import Tensor, nn
 
-from lit_prune.errors import InputError
 from lit_prune.layers import Batches
-from lit_prune.scores import axes, gradients, labels, outputs, weights
+from lit_prune.scores import axes, gradients, labels, mixtures, outputs, weights
 from lit_prune.scores.evidence import Evidence
-
-
-@dataclass(frozen=True)
-class Score:
-    """One entry of `SCORES`.
-
-    Attributes:
-        function: from `Evidence` (and parameters) to {layer name: float64 [N]}, higher = keep.
-        axis: which kind of information it uses; reports group by it.
-        cost: what it has to look at.
-        defaults: values of its parameters, `name(0.5)` overrides them in order.
-    """
-
-    function: Callable[..., dict[str, Tensor]]
-    axis: Literal["local", "target", "baseline", "mixed"]
-    cost: Literal["weights", "activations", "gradients", "labels"]
-    defaults: tuple[float, ...] = ()
-
+from lit_prune.scores.method import SPARSITY, Method, Score
+from lit_prune.scores.names import parse_method
 
 SCORES: dict[str, Score] = {
     "magnitude": Score(weights.magnitude, "baseline", "weights"),
@@ -54,6 +29,9 @@ SCORES: dict[str, Score] = {
     "label_information": Score(labels.label_information, "target", "labels"),
     "conditional_information": Score(labels.conditional_information, "target", "labels"),
 }
+SCORES["hybrid"] = Score(
+    mixtures.hybrid, "mixed", "gradients", (Method(SCORES["taylor"]), Method(SCORES["composite_ix"]))
+)
 
 
 def score(
@@ -66,11 +44,13 @@ def score(
 
     Args:
         model: any network; left as found.
-        name: a name of `SCORES`, with parameters where it has them: `ix_minus_redundancy(0.5)`.
+        name: a name of `SCORES`, with parameters where it has them: `ix_minus_redundancy(0.5)`,
+            `hybrid(taylor, composite_ix)`. A score that depends on the sparsity takes it as its parameter, as in
+            `cap_a(0.9)`; `plan_method` fills in what its budget asks for.
         batches: iterable of (images, labels); not needed by `magnitude`, `random` and `fpgm`, nor, given `table`, by
             those made of its columns. A pass over them measures the channel table if it is not given.
         table: a channel table from `measure`, so that many scores share one pass.
-        seed: of `random`.
+        seed: of `random` and of clusterings.
 
     Returns:
         Layer name to float64 [N] on the CPU. Layers a score is not defined for are left out.
@@ -78,39 +58,13 @@ def score(
     Raises:
         InputError: unknown name (near matches are listed), wrong parameters, missing batches.
     """
-    entry, parameters = find_score(name)
-    evidence = Evidence(model, batches, table, seed)
-    scores = entry.function(evidence, *parameters)
-    dead = evidence.dead()
-    return {layer: _with_dead_last(values, dead.get(layer)) for layer, values in scores.items()}
+    return find_score(name).at(SPARSITY).ranks(Evidence(model, batches, table, seed))
 
 
-def find_score(name: str) -> tuple[Score, tuple[float, ...]]:
+def find_score(name: str) -> Method:
     """The entry of `SCORES` and its parameters for a name such as `fpgm` or `ix_minus_redundancy(0.5)`.
 
     Raises:
         InputError: as in `score`.
     """
-    match = re.fullmatch(r"\s*(\w+)\s*(?:\(([^()]*)\))?\s*", name)
-    plain = match[1] if match else name
-    if plain not in SCORES:
-        near = difflib.get_close_matches(plain, SCORES, n=3, cutoff=0.5) or list(SCORES)
-        raise InputError(f"score: {name!r} is unknown; did you mean {', '.join(near)}?")
-    entry = SCORES[plain]
-    try:
-        given = tuple(float(text) for text in match[2].split(",")) if match[2] else ()
-    except ValueError:
-        raise InputError(f"score: {name!r} has a parameter that is not a number; write {plain}(0.5)") from None
-    if len(given) > len(entry.defaults):
-        names = list(inspect.signature(entry.function).parameters)[1:]
-        raise InputError(f"score: {name!r} has too many parameters; {plain} takes ({', '.join(names)})")
-    return entry, given + entry.defaults[len(given) :]
-
-
-def _with_dead_last(values: Tensor, dead: Tensor | None) -> Tensor:
-    """The scores with dead and undefined channels one below the lowest of the others."""
-    last = ~values.isfinite()
-    if dead is not None:
-        last = last | dead
-    lowest = values[~last].min() - 1 if not last.all() else values.new_zeros(())
-    return torch.where(last, lowest, values)
+    return parse_method(name, SCORES)

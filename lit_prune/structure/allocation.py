@@ -61,7 +61,7 @@ def make_plan(
     graph = trace_groups(model, example_input)
     cost_model = CostModel.build(model, graph, example_input)
     if budget == "latency" and allocation != "layerwise":
-        return _plan_latency(model, graph, cost_model, ranks, request, example_input)
+        return plan_latency(model, graph, cost_model, ranks, request, example_input)
     return plan_channels(graph, cost_model, ranks, request)
 
 
@@ -78,7 +78,7 @@ def plan_channels(graph: ChannelGraph, cost_model: CostModel, ranks: Ranks, requ
     if request.allocation == "layerwise":
         return _plan_layerwise(graph, cost_model, scores, request, notes)
     if request.kind == "latency":
-        raise InputError("budget='latency' has to run the network; use make_plan")
+        raise InputError("budget='latency' has to run the network; use make_plan or plan_method")
     columns = np.array([cost_model.names.index(name) for name in scores])
     steps = Steps.build(list(scores.values()), request.round_to, request.cap)
     price = _price(cost_model, columns, request.kind)
@@ -186,7 +186,7 @@ def _plan_layerwise(
     return replace(plan, notes=notes | found)
 
 
-def _plan_latency(
+def plan_latency(
     model: nn.Module, graph: ChannelGraph, cost_model: CostModel, ranks: Ranks, request: Budget, example_input: Tensor
 ) -> Plan:
     """Bisection over the share of MACs with trial surgery, until the measured latency of the batch is within budget."""

@@ -101,8 +101,8 @@ def group_scores(graph: ChannelGraph, ranks: Ranks, request: Budget) -> tuple[di
     Raises:
         InputError: NaN scores, a wrong length, an unknown group name, or no group left.
     """
-    groups = _selected(graph, request)
-    raw = {group.name: _mean_score(graph, group, ranks) for group in groups}
+    groups = selected_groups(graph, request)
+    raw = {group.name: unit_scores(graph, group, ranks) for group in groups}
     normalise = NORMALISATIONS[request.normalisation]
     scores = {}
     for name, values in raw.items():
@@ -131,7 +131,7 @@ def _names(argument: str, value: str | Iterable[str]) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _selected(graph: ChannelGraph, request: Budget) -> list[Group]:
+def selected_groups(graph: ChannelGraph, request: Budget) -> list[Group]:
     """The prunable groups that the request names."""
     only = request.only if isinstance(request.only, tuple) else ()
     for argument, names in (("only", only), ("protect", request.protect)):
@@ -148,7 +148,7 @@ def _selected(graph: ChannelGraph, request: Budget) -> list[Group]:
     return wanted if request.only is None else [group for group in wanted if group.name in only]
 
 
-def _mean_score(graph: ChannelGraph, group: Group, ranks: Ranks) -> np.ndarray | None:
+def unit_scores(graph: ChannelGraph, group: Group, ranks: Ranks) -> np.ndarray | None:
     """Score of each unit, the mean over the members that have ranks, float64 [size]; None if none has."""
     rows = []
     for member in group.members:

@@ -1,0 +1,68 @@
+"""What an entry of the table of scores is, and a score together with the values of its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lit_prune.scores.evidence import Evidence
+
+Axis = Literal["local", "target", "baseline", "mixed"]
+SPARSITY = 0.8  # taken for a score that depends on the sparsity where no plan says how much goes
+
+
+@dataclass(frozen=True)
+class Score:
+    """One entry of `SCORES`.
+
+    Attributes:
+        function: from `Evidence` (and parameters) to {layer name: float64 [N]}, higher = keep.
+        axis: which kind of information it uses; reports group by it.
+        cost: the most expensive thing it looks at.
+        defaults: values of its parameters, `name(0.5)` overrides them in order. None stands for the share of channels
+            that the plan removes, a `Method` for another score.
+    """
+
+    function: Callable[..., dict[str, Tensor]]
+    axis: Axis
+    cost: Literal["weights", "activations", "gradients", "labels"]
+    defaults: tuple[Any, ...] = ()
+
+
+class Method(NamedTuple):
+    """A score with the values of its parameters.
+
+    Attributes:
+        score: the entry of the table.
+        parameters: numbers, words, other methods, or None for a sparsity that is not known yet.
+    """
+
+    score: Score
+    parameters: tuple[Any, ...] = ()
+
+    def at(self, sparsity: float) -> Method:
+        """The method with the share of channels removed filled in."""
+        filled = (
+            sparsity if value is None else value.at(sparsity) if isinstance(value, Method) else value
+            for value in self.parameters
+        )
+        return Method(self.score, tuple(filled))
+
+    def ranks(self, evidence: Evidence) -> dict[str, Tensor]:
+        """Scores by layer, each finite float64 [N]; dead and undefined channels one below the lowest of the others."""
+        values = evidence.once(self.score.function, *self.parameters)
+        dead = evidence.dead()
+        return {layer: dead_last(scores, dead.get(layer)) for layer, scores in values.items()}
+
+
+def dead_last(values: Tensor, dead: Tensor | None) -> Tensor:
+    """The scores with dead and undefined channels one below the lowest of the others."""
+    last = ~values.isfinite()
+    if dead is not None:
+        last = last | dead
+    lowest = values[~last].min() - 1 if not last.all() else values.new_zeros(())
+    return torch.where(last, lowest, values)

@@ -1,0 +1,58 @@
+"""From the name of any method and a budget to a plan."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from lit_prune.scores.evidence import Evidence
+from lit_prune.scores.table import find_score
+from lit_prune.structure.allocation import plan_channels, plan_latency
+from lit_prune.structure.cost import CostModel
+from lit_prune.structure.groups import ChannelGraph
+from lit_prune.structure.plan import Plan
+from lit_prune.structure.ranking import Budget, selected_groups
+
+
+def plan_method(evidence: Evidence, method: str, graph: ChannelGraph, cost_model: CostModel, request: Budget) -> Plan:
+    """Plan of any method under a budget; what the evidence has measured is not measured again.
+
+    Make the evidence once for many methods and budgets: `Evidence(model, batches)`, `graph = evidence.graph`,
+    `cost_model = CostModel.build(model, graph, evidence.example)`.
+
+    Args:
+        evidence: the network and its calibration batches.
+        method: name of a score, with parameters where it has them (`lit_prune.scores.SCORES`).
+        graph: groups of the evidence's network.
+        cost_model: of the same network.
+        request: the budget; latency is measured with one image.
+
+    Returns:
+        As `make_plan`, with the method's name among the notes.
+
+    Raises:
+        InputError: as in `score` and `make_plan`.
+    """
+    sparsity = channel_sparsity(graph, cost_model, request)
+    ranks = find_score(method).at(sparsity).ranks(evidence)
+    if request.kind == "latency" and request.allocation != "layerwise":
+        plan = plan_latency(evidence.model, graph, cost_model, ranks, request, evidence.example[:1])
+    else:
+        plan = plan_channels(graph, cost_model, ranks, request)
+    return replace(plan, notes={**plan.notes, "method": method})
+
+
+def channel_sparsity(graph: ChannelGraph, cost_model: CostModel, request: Budget) -> float:
+    """Share of the selected channels that a budget takes away, whatever the scores, in [0, 1).
+
+    What is asked for where the budget counts channels; else the share that a uniform plan within the budget removes
+    (for latency, a uniform plan with that share of the multiply-adds).
+    """
+    if request.kind == "channels" and not isinstance(request.keep, Mapping):
+        return 1 - request.keep
+    kind = "macs" if request.kind == "latency" else request.kind
+    allocation = "uniform" if request.allocation == "global" else request.allocation
+    groups = selected_groups(graph, request)
+    zeros = {name: torch.zeros(graph.widths[name, "out"]) for group in groups for name in group.producers}
+    plan = plan_channels(graph, cost_model, zeros, replace(request, kind=kind, allocation=allocation))
+    return sum(len(plan.removed(group.name)) for group in groups) / sum(group.size for group in groups)

@@ -1,0 +1,37 @@
+"""From values of layers to values of coupled units and back, so that a rule inside a layer holds for whole groups."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lit_prune.scores.evidence import Evidence
+
+
+def unit_means(evidence: Evidence, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Mean of each unit's values over its coupled layers, those without a value (NaN) left out.
+
+    Args:
+        evidence: says what is coupled.
+        values: layer -> [N]; groups without any of these layers are absent from the result.
+
+    Returns:
+        Group name -> [size].
+    """
+    found = {}
+    for group, parts in evidence.couplings.items():
+        rows = [values[layer][positions].nanmean(1) for layer, positions in parts if layer in values]
+        if rows:
+            found[group] = torch.stack(rows).nanmean(0)
+    return found
+
+
+def to_layers(evidence: Evidence, units: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The units' values [size] at every coupled layer's channels [N]; NaN at channels of groups that are not given."""
+    found: dict[str, Tensor] = {}
+    for group, values in units.items():
+        for layer, positions in evidence.couplings[group]:
+            channels = len(evidence.layers[layer].weight)
+            vector = found.setdefault(layer, torch.full((channels,), torch.nan, dtype=torch.float64))
+            vector[positions] = values[:, None]
+    return {layer: found[layer] for layer in evidence.layers if layer in found}
