@@ -29,6 +29,7 @@ class Curvature:
         hessian: E G Gᵀ for the network's labels, [C, C].
         mixed: E G vᵀ for the network's labels, [C, C].
         power: E v² for the network's labels, [C].
+        method: "exact", "gauss_newton" or "hutchinson" (diagonals only).
     """
 
     gradient: Tensor
@@ -36,6 +37,7 @@ class Curvature:
     hessian: Tensor
     mixed: Tensor
     power: Tensor
+    method: str = "gauss_newton"
 
     def constants(self) -> Tensor:
         """Best constant of each channel alone, `(hᵀa - 1ᵀg)/(1ᵀh)`; 0 where there is no curvature, [C].
@@ -62,7 +64,12 @@ class Curvature:
         Args:
             replaced: channels.
             ridge: relative to the mean of H's diagonal, towards the constants that each channel would have alone.
+
+        Raises:
+            InputError: only diagonals were estimated.
         """
+        if self.method == "hutchinson":
+            raise InputError("objective='joint_loss' needs cross-unit curvature; use curvature='gauss_newton'")
         chosen = list(replaced)
         hessian = self.hessian[chosen][:, chosen]
         wanted = self.mixed[chosen][:, chosen].sum(1) - self.gradient[chosen]
@@ -130,7 +137,7 @@ def measure_curvature(model: nn.Module, layers: Sequence[str], batches: Batches,
     with removing(handles), undisturbed(model, gradients=True):
         for images, labels in batches:
             logits = model(to_model(model, images).clone().requires_grad_())
-            for part in _label_parts(logits, labels.to(logits.device), generator):
+            for part in label_parts(logits, labels, generator):
                 _add(sums, model, inputs, logits, part)
             count += len(images)
     if not count:
@@ -139,7 +146,7 @@ def measure_curvature(model: nn.Module, layers: Sequence[str], batches: Batches,
 
 
 @dataclass(frozen=True)
-class _Labels:
+class Labels:
     """Labels [B] to differentiate, their weights [B], and whether they are the true ones."""
 
     values: Tensor
@@ -147,19 +154,23 @@ class _Labels:
     true: bool
 
 
-def _label_parts(logits: Tensor, labels: Tensor, generator: torch.Generator) -> list[_Labels]:
+def label_parts(logits: Tensor, labels: Tensor, generator: torch.Generator) -> list[Labels]:
+    """The true labels with weight 1, then the network's own: all of few classes by probability, else one drawn each."""
+    if labels is None or labels.is_floating_point():
+        raise InputError("labels: gradients of the loss need one class label (int64) for each calibration image")
+    labels = labels.to(logits.device)
     probabilities = logits.detach().softmax(1)
     ones = torch.ones_like(probabilities[:, 0])
-    parts = [_Labels(labels, ones, True)]
+    parts = [Labels(labels, ones, True)]
     if logits.shape[1] <= CLASSES:
         classes = range(logits.shape[1])
-        return parts + [_Labels(torch.full_like(labels, k), probabilities[:, k], False) for k in classes]
+        return parts + [Labels(torch.full_like(labels, k), probabilities[:, k], False) for k in classes]
     drawn = torch.multinomial(probabilities.cpu(), 1, generator=generator)[:, 0].to(labels.device)
-    return [*parts, _Labels(drawn, ones, False)]
+    return [*parts, Labels(drawn, ones, False)]
 
 
 def _add(
-    sums: dict[str, list[Tensor]], model: nn.Module, inputs: Mapping[str, Tensor], logits: Tensor, labels: _Labels
+    sums: dict[str, list[Tensor]], model: nn.Module, inputs: Mapping[str, Tensor], logits: Tensor, labels: Labels
 ) -> None:
     """Adds the products of one labelling's gradients."""
     names = list(inputs)

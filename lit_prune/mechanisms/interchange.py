@@ -1,6 +1,6 @@
 """Interchange interventions: does the reduced network answer as the original does when kept units are swapped?"""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -127,12 +127,28 @@ def interchange(
     Source: causal mechanism reduction, section 5.3 (state map: projection on kept units).
     """
     layer, *kept = _interface(low, reduced, example_input, layer)
-    images = _gather(batches, swaps.images)
+    columns = [[[column] for column in side] for side in kept]
+    return swap_units((low, reduced.model), layer, columns, gather_images(batches, swaps.images), swaps)
+
+
+def swap_units(
+    networks: Sequence[nn.Module], layer: str, units: Sequence[Sequence[Sequence[int]]], images: Tensor, swaps: Swaps
+) -> Interchange:
+    """Interchange of units that are one or several input channels of `layer` each.
+
+    Args:
+        networks: the original and the reduced one; left as found.
+        layer: where the units are read, the same name in both.
+        units: for each network the columns of each kept unit, in the same order of units.
+        images: the pairs are drawn from them, [n, C, H, W].
+        swaps: how many pairs, which probability, which seed.
+    """
+    everything = draw_pairs(len(images), len(units[0]), swaps)
     results: tuple[list[Tensor], list[Tensor]] = ([], [])
-    with undisturbed(low), undisturbed(reduced.model):
-        for base, source, mask in _pairs(len(images), len(kept[0]), swaps):
-            for network, channels, found in zip((low, reduced.model), kept, results, strict=True):
-                found.append(_swapped(network, layer, channels, (images[base], images[source]), mask))
+    with undisturbed(networks[0]), undisturbed(networks[1]):
+        for base, source, mask in zip(*(part.split(swaps.batch_size) for part in everything), strict=True):
+            for network, columns, found in zip(networks, units, results, strict=True):
+                found.append(_swapped(network, layer, columns, (images[base], images[source]), mask))
     return Interchange(layer, torch.cat(results[0]), torch.cat(results[1]))
 
 
@@ -181,7 +197,12 @@ def _interface(
     return layer, [old for old, _ in pairs], [new for _, new in pairs]
 
 
-def _gather(batches: Batches, limit: int) -> Tensor:
+def gather_images(batches: Batches, limit: int) -> Tensor:
+    """The first `limit` images as one tensor.
+
+    Raises:
+        InputError: there are fewer than two.
+    """
     parts, count = [], 0
     for images, _ in batches:
         parts.append(images[: limit - count])
@@ -193,19 +214,22 @@ def _gather(batches: Batches, limit: int) -> Tensor:
     return torch.cat(parts)
 
 
-def _pairs(images: int, units: int, swaps: Swaps) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Base and source indices [B] and masks [B, units], batch by batch."""
+def draw_pairs(images: int, units: int, swaps: Swaps) -> tuple[Tensor, Tensor, Tensor]:
+    """Base and source indices [R] and masks [R, units]; base and source differ."""
     generator = torch.Generator().manual_seed(swaps.seed)
     base = torch.randint(images, (swaps.pairs,), generator=generator)
     source = (base + torch.randint(1, images, (swaps.pairs,), generator=generator)) % images
     mask = torch.rand(swaps.pairs, units, generator=generator) < swaps.probability
-    size = swaps.batch_size
-    yield from zip(base.split(size), source.split(size), mask.split(size), strict=True)
+    return base, source, mask
 
 
-def _swapped(model: nn.Module, layer: str, kept: Sequence[int], pair: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
-    """Logits of the base images, the masked ones of the `kept` channels taken from the source images, on the CPU."""
+def _swapped(
+    model: nn.Module, layer: str, units: Sequence[Sequence[int]], pair: tuple[Tensor, Tensor], mask: Tensor
+) -> Tensor:
+    """Logits of the base images, the channels of masked `units` taken from the source images, on the CPU."""
     module = model.get_submodule(layer)
+    columns = [column for unit in units for column in unit]
+    wide = mask.repeat_interleave(torch.tensor([len(unit) for unit in units]), dim=1)
     taken: list[Tensor] = []
 
     def hook(module: nn.Module, args: tuple) -> tuple | None:
@@ -214,7 +238,7 @@ def _swapped(model: nn.Module, layer: str, kept: Sequence[int], pair: tuple[Tens
             return None
         dim = channel_dim(module) % args[0].dim()
         chosen = torch.zeros(len(mask), args[0].shape[dim], dtype=torch.bool)
-        chosen[:, list(kept)] = mask
+        chosen[:, columns] = wide
         shape = [1] * args[0].dim()
         shape[0], shape[dim] = chosen.shape
         return (torch.where(chosen.to(args[0].device).view(shape), taken[0], args[0]), *args[1:])

@@ -11,16 +11,17 @@ from lit_prune.layers import Batches
 from lit_prune.mechanisms.carrier import carried_value, carrier_columns, light_carriers, pads_with_zeros
 from lit_prune.mechanisms.consumers import Reader
 from lit_prune.mechanisms.errors import output_errors
+from lit_prune.mechanisms.fitting import check_objective, collect_evidence, fit_stand_in
 from lit_prune.mechanisms.flow import observe
 from lit_prune.mechanisms.folding import add_to_output, set_weight
 from lit_prune.mechanisms.job import Job
 from lit_prune.mechanisms.refit import Pair, refit
 from lit_prune.mechanisms.settings import KINDS, Replacement
-from lit_prune.mechanisms.stand_ins import Folded, affine, collect_inputs, constants, fold
+from lit_prune.mechanisms.stand_ins import Folded, fold
 from lit_prune.structure import Plan
 
 DEFAULT_REPLACEMENT = Replacement()
-AFFINE_RIDGE = 1e-6
+Batch = tuple[Tensor, Tensor]  # images, labels
 Done = tuple[dict[str, dict], list[str]]  # report by layer, layers that gained a bias
 
 
@@ -63,7 +64,7 @@ def replace_mechanisms(
     Args:
         model: the original network.
         plan: what to keep; its blocks are dropped first.
-        batches: unaugmented (images, labels); labels are not read.
+        batches: unaugmented (images, labels); labels are read only where `settings.objective` is a loss.
         example_input: [B, C, H, W], for tracing.
         kind: "delete", "constant", "affine" or "refit".
         settings: see `Replacement`.
@@ -76,9 +77,11 @@ def replace_mechanisms(
     """
     if kind not in KINDS:
         raise InputError(f"kind={kind!r} is unknown; use one of {', '.join(KINDS)}")
-    images = _images(batches, settings.images)
+    check_objective(kind, settings)
+    taken = take_batches(batches, settings.images)
+    images = [batch for batch, _ in taken]
     job = Job.prepare(model, plan, example_input, kind, settings)
-    layers, gained = _METHODS[kind](job, images, settings)
+    layers, gained = _METHODS[kind](job, taken, settings)
     readers = [job.readers[name] for name in layers]
     errors = output_errors(job.dense, job.reduced, readers, job.flow.norms, images)
     for name, entry in layers.items():
@@ -94,45 +97,49 @@ def replace_mechanisms(
     return Reduced(job.reduced, report, final, job.carriers)
 
 
-def _images(batches: Batches, limit: int) -> list[Tensor]:
-    images, count = [], 0
-    for batch, _ in batches:
-        images.append(batch[: limit - count])
-        count += len(images[-1])
+def take_batches(batches: Batches, limit: int) -> list[Batch]:
+    """The first `limit` images with their labels, batch by batch.
+
+    Raises:
+        InputError: there is no image.
+    """
+    taken, count = [], 0
+    for images, labels in batches:
         if count >= limit:
             break
+        taken.append((images[: limit - count], None if labels is None else labels[: limit - count]))
+        count += len(taken[-1][0])
     if not count:
         raise InputError("batches: no batch of (images, labels) in it; give at least one")
-    return images
+    return taken
 
 
-def _delete(job: Job, images: Sequence[Tensor], settings: Replacement) -> Done:
+def _delete(job: Job, batches: Sequence[Batch], settings: Replacement) -> Done:
     return {reader.name: {} for reader in job.losing()}, []
 
 
-def _constant(job: Job, images: Sequence[Tensor], settings: Replacement) -> Done:
-    return _folded(job, images, 0, AFFINE_RIDGE)
+def _constant(job: Job, batches: Sequence[Batch], settings: Replacement) -> Done:
+    return _folded(job, batches, "constant", settings)
 
 
-def _affine(job: Job, images: Sequence[Tensor], settings: Replacement) -> Done:
-    ridge = AFFINE_RIDGE if settings.ridge == "held_out" else settings.ridge
-    return _folded(job, images, settings.parents, ridge)
+def _affine(job: Job, batches: Sequence[Batch], settings: Replacement) -> Done:
+    return _folded(job, batches, "affine", settings)
 
 
-def _folded(job: Job, images: Sequence[Tensor], parents: int | None, ridge: float) -> Done:
-    """Constants (no parents) or affine combinations, fitted on the network before the surgery."""
+def _folded(job: Job, batches: Sequence[Batch], kind: str, settings: Replacement) -> Done:
+    """Constants or affine combinations, fitted on the network before the surgery."""
     readers = job.losing()
-    inputs = collect_inputs(job.dense, [reader.name for reader in readers], images)
+    inputs = collect_evidence(job.dense, [reader.name for reader in readers], batches, kind, settings)
     gained = light_carriers(job.reduced, job.graph, job.plan, job.carriers, job.flow)
     report = {}
     for reader in readers:
-        sums = inputs[reader.name].sums
-        stand_in = constants(sums, reader) if parents == 0 else affine(sums, reader, parents, ridge)
-        folded = fold(job.dense.get_submodule(reader.name), reader, stand_in, inputs[reader.name].size)
-        border, created = _write(job, reader, folded, images[0][:2])
+        module, found = job.dense.get_submodule(reader.name), inputs[reader.name]
+        stand_in, said = fit_stand_in(reader, module.weight, found, kind, settings)
+        folded = fold(module, reader, stand_in, found.size)
+        border, created = _write(job, reader, folded, batches[0][0][:2])
         gained += [reader.name] if created else []
-        report[reader.name] = {"rows": int(sums.samples), "unexplained": stand_in.unexplained, "border": border}
-        report[reader.name] |= {"ridge": ridge} if parents != 0 else {}
+        report[reader.name] = {"rows": int(found.sums.samples), "unexplained": stand_in.unexplained, "border": border}
+        report[reader.name] |= said
     light_carriers(job.reduced, job.graph, job.plan, job.carriers, job.flow)  # a reader may write carriers itself
     return report, gained
 
@@ -154,7 +161,8 @@ def _write(job: Job, reader: Reader, folded: Folded, images: Tensor) -> tuple[fl
     return folded.border, add_to_output(job.reduced, reader.name, job.flow.norms.get(reader.name, ""), folded.shift)
 
 
-def _refit(job: Job, images: Sequence[Tensor], settings: Replacement) -> Done:
+def _refit(job: Job, batches: Sequence[Batch], settings: Replacement) -> Done:
+    images = [batch for batch, _ in batches]
     names = [reader.name for reader in job.losing()]
     if settings.scope == "all" or not names:
         names = _downstream(job, images[0])

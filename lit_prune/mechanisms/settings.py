@@ -16,7 +16,14 @@ class Replacement:
     Attributes:
         ridge: ridge of affine and refit, relative to the mean variance of the inputs; "held_out": refit takes the one
             of a grid that serves held-out images best (affine: 1e-6).
-        parents: affine: kept channels that stand in for a removed one, the best correlated ones; None: all of them.
+        parents: affine: kept channels that stand in for a removed one; None: all of them.
+        parent_rule: which ones: the best by `pearson` correlation, by `weighted_pearson` (correlation times the cosine
+            of the two channels' outgoing weights; both absolute), or `random` ones.
+        objective: what constants and affine stand-ins are fitted to: "distortion" (squared error of the value: means
+            and least squares), "loss" (second-order rise of the loss, each removed channel alone), "joint_loss"
+            (constants only: all removed channels of a layer together). The last two read labels.
+        curvature: of the loss: "gauss_newton", or "hutchinson" (random probes of the Hessian's diagonal; constants
+            only).
         border: where the constants go: "bias" (exact away from a zero-padded border) or "carrier" (exact; one of the
             removed channels stays in each group and carries them).
         scope: refit: "consumers" (layers that lose input channels) or "all" (every layer from the first change on).
@@ -26,11 +33,14 @@ class Replacement:
             of a patch; where there are more, equally many of each image are sampled, seeded.
         held_out: share of the batches that choose the ridge.
         unsupported: "refuse" raises for a layer in which nothing can stand in; "delete" leaves it with what is kept.
-        seed: of the sampled positions.
+        seed: of sampled positions, drawn labels, probes and random parents.
     """
 
     ridge: float | Literal["held_out"] = "held_out"
     parents: int | None = 16
+    parent_rule: Literal["pearson", "weighted_pearson", "random"] = "pearson"
+    objective: Literal["distortion", "loss", "joint_loss"] = "distortion"
+    curvature: Literal["gauss_newton", "hutchinson"] = "gauss_newton"
     border: Literal["bias", "carrier"] = "bias"
     scope: Literal["consumers", "all"] = "consumers"
     towards: Literal["zero", "weights"] = "zero"
@@ -51,6 +61,9 @@ class Replacement:
             "scope": ("consumers", "all"),
             "towards": ("zero", "weights"),
             "unsupported": ("refuse", "delete"),
+            "parent_rule": ("pearson", "weighted_pearson", "random"),
+            "objective": ("distortion", "loss", "joint_loss"),
+            "curvature": ("gauss_newton", "hutchinson"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

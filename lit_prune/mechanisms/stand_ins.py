@@ -8,9 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_prune.activations import position_view
+from lit_prune.errors import InputError
 from lit_prune.layers import removing, to_model, undisturbed
 from lit_prune.mechanisms.consumers import Reader
+from lit_prune.mechanisms.risk import solve_ridged
+from lit_prune.mechanisms.settings import Replacement
 from lit_prune.moments import LayerSums
+
+DEFAULT_REPLACEMENT = Replacement()
 
 
 @dataclass(frozen=True)
@@ -28,12 +33,15 @@ class StandIn:
     Attributes:
         offsets: θ0, float64 [removed].
         coefficients: θ, float64 [removed, kept].
-        unexplained: share of the removed channels' summed variance that is left.
+        unexplained: share of the removed channels' summed variance that is left; NaN where variance is not what was
+            fitted.
+        singular: removed channels whose system could be solved only with the ridge.
     """
 
     offsets: Tensor
     coefficients: Tensor
     unexplained: float
+    singular: int = 0
 
 
 def collect_inputs(model: nn.Module, layers: Sequence[str], images: Sequence[Tensor]) -> dict[str, InputSums]:
@@ -74,42 +82,80 @@ def constants(sums: LayerSums, reader: Reader) -> StandIn:
     return StandIn(mean[removed], mean.new_zeros(len(removed), len(reader.kept)), 1.0)
 
 
-def affine(sums: LayerSums, reader: Reader, parents: int | None, ridge: float) -> StandIn:
-    """Ridge regression of each removed channel on its best correlated kept channels of the same layer.
+def affine(sums: LayerSums, reader: Reader, parents: Tensor, ridge: float) -> StandIn:
+    """Ridge regression of each removed channel on kept channels of the same layer.
 
     Args:
         sums: of the layer's input channels.
         reader: which go and which stay.
-        parents: how many kept channels; None or more than there are: all.
+        parents: places within `reader.kept`, int64 [removed, r], see `choose_parents`.
         ridge: relative to the parents' mean variance, above 0.
 
     Source: causal mechanism reduction, affine case of theorem 1 with uniform curvature and no gradient.
     """
     removed, kept = list(reader.removed), list(reader.kept)
-    mean = sums.first / sums.samples
-    covariance = sums.second / sums.samples - torch.outer(mean, mean)
-    mean = mean + sums.shift
+    mean, covariance = input_moments(sums)
     inner, cross = covariance[kept][:, kept], covariance[kept][:, removed]  # [K, K], [K, R]
-    count = len(kept) if parents is None else min(parents, len(kept))
-    chosen = _best_correlated(covariance, kept, removed, count)  # [R, count]
-    blocks = inner[chosen[:, :, None], chosen[:, None, :]]  # [R, count, count]
-    scale = blocks.diagonal(dim1=1, dim2=2).mean(1) if count else cross.new_zeros(len(removed))
-    loading = (ridge * scale).clamp_min(torch.finfo(torch.float64).tiny)[:, None]
-    blocks = blocks + torch.diag_embed(loading.expand(-1, count))
-    theta = torch.linalg.solve(blocks, cross.T.gather(1, chosen)[..., None])[..., 0]
-    coefficients = cross.new_zeros(len(removed), len(kept)).scatter_(1, chosen, theta)
+    if parents.shape[1] == len(kept):  # all of them: one system for all removed channels
+        parents = torch.arange(len(kept)).expand(len(removed), -1)
+        scale = inner.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+        loaded = inner + ridge * scale * torch.eye(len(kept), dtype=inner.dtype)
+        coefficients = torch.linalg.solve(loaded, cross).T
+        singular = len(removed) * int(torch.linalg.cholesky_ex(inner).info > 0)
+    else:
+        blocks = inner[parents[:, :, None], parents[:, None, :]]  # [R, r, r]
+        theta, flags = solve_ridged(blocks, cross.T.gather(1, parents), ridge)
+        coefficients = cross.new_zeros(len(removed), len(kept)).scatter_(1, parents, theta)
+        singular = int(flags.sum())
     left = covariance.diagonal()[removed] - (coefficients * (2 * cross.T - coefficients @ inner)).sum(1)
     total = covariance.diagonal()[removed].sum()
     unexplained = float(left.clamp_min(0).sum() / total) if total > 0 else 0.0
-    return StandIn(mean[removed] - coefficients @ mean[kept], coefficients, unexplained)
+    return StandIn(mean[removed] - coefficients @ mean[kept], coefficients, unexplained, singular)
 
 
-def _best_correlated(covariance: Tensor, kept: list[int], removed: list[int], count: int) -> Tensor:
-    """Places within `kept` of the channels best correlated with each removed one, int64 [R, count], ascending."""
-    spread = covariance.diagonal().clamp_min(0).sqrt()
-    scale = torch.outer(spread[removed], spread[kept])
-    strength = torch.where(scale > 0, covariance[removed][:, kept].abs() / scale, 0)
+def input_moments(sums: LayerSums) -> tuple[Tensor, Tensor]:
+    """Mean [C] and population covariance [C, C], float64."""
+    mean = sums.first / sums.samples
+    return mean + sums.shift, sums.second / sums.samples - torch.outer(mean, mean)
+
+
+def choose_parents(
+    sums: LayerSums, reader: Reader, weight: Tensor, settings: Replacement = DEFAULT_REPLACEMENT
+) -> Tensor:
+    """Places within `reader.kept` of the channels that stand in for each removed one, int64 [removed, r], ascending.
+
+    Args:
+        sums: of the layer's input channels.
+        reader: which go and which stay.
+        weight: of the reader, [O, C, *taps].
+        settings: how many parents (all of them where there are fewer), by which rule, which seed.
+
+    Raises:
+        InputError: fewer images than parents.
+    """
+    removed, kept = list(reader.removed), list(reader.kept)
+    count = len(kept) if settings.parents is None else min(settings.parents, len(kept))
+    if settings.parents is not None and count >= int(sums.samples):
+        raise InputError(
+            f"parents={settings.parents}: {int(sums.samples)} calibration samples are too few for layer "
+            f"{reader.name!r}; use more images or fewer parents"
+        )
+    if settings.parent_rule == "random":
+        generator = torch.Generator().manual_seed(settings.seed)
+        strength = torch.rand(len(removed), len(kept), generator=generator)
+    else:
+        strength = correlations(input_moments(sums)[1], removed, kept)
+        if settings.parent_rule == "weighted_pearson":
+            columns = F.normalize(weight.detach().double().cpu().movedim(1, 0).flatten(1), dim=1)  # [C, O·taps]
+            strength = strength * (columns[removed] @ columns[kept].T).abs()
     return strength.topk(count, dim=1).indices.sort(1).values
+
+
+def correlations(covariance: Tensor, some: list[int], others: list[int]) -> Tensor:
+    """|Pearson correlation| of each pair, [some, others]; 0 where a variance is 0."""
+    spread = covariance.diagonal().clamp_min(0).sqrt()
+    scale = torch.outer(spread[some], spread[others])
+    return torch.where(scale > 0, covariance[some][:, others].abs() / scale, 0)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from lit_prune.errors import InputError
 from lit_prune.mechanisms import Replacement, replace_mechanisms
 from lit_prune.mechanisms.consumers import find_readers
 from lit_prune.mechanisms.flow import observe
-from lit_prune.mechanisms.stand_ins import affine, collect_inputs, constants
+from lit_prune.mechanisms.stand_ins import affine, choose_parents, collect_inputs, constants
 from lit_prune.structure import Plan, apply_plan, load_compact, save_compact, trace_groups
 
 EXACT = {"rtol": 0, "atol": 1e-10}
@@ -70,7 +70,9 @@ def intervened(net: nn.Module, batches, parents):
     sums = collect_inputs(net, [reader.name for reader in readers], [batch for batch, _ in batches])
     for reader in readers:
         found = sums[reader.name].sums
-        stand_in = constants(found, reader) if parents == 0 else affine(found, reader, parents, 1e-6)
+        weight, settings = net.get_submodule(reader.name).weight, Replacement(parents=parents)
+        chosen = choose_parents(found, reader, weight, settings)
+        stand_in = constants(found, reader) if parents == 0 else affine(found, reader, chosen, 1e-6)
 
         def hook(module, args, reader=reader, stand_in=stand_in):
             values = args[0].movedim(1, -1).clone()

@@ -1,0 +1,124 @@
+"""Which stand-in a reader gets: kind and objective, from what was measured at its input."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lit_prune.errors import InputError
+from lit_prune.layers import Batches
+from lit_prune.mechanisms.consumers import Reader
+from lit_prune.mechanisms.curvature import Curvature, measure_curvature
+from lit_prune.mechanisms.hutchinson import hutchinson_curvature
+from lit_prune.mechanisms.risk import RiskRows, measure_rows, weighted_affine
+from lit_prune.mechanisms.settings import Replacement
+from lit_prune.mechanisms.stand_ins import StandIn, affine, choose_parents, collect_inputs, constants
+from lit_prune.moments import LayerSums
+
+AFFINE_RIDGE = 1e-6
+
+
+@dataclass(frozen=True)
+class InputEvidence:
+    """What is known of one layer's input channels.
+
+    Attributes:
+        sums: first and second moments.
+        size: of the map that the layer reads; () for a linear layer.
+        curvature: second-order risk of constants; None where the objective does not need it.
+        rows: second-order risk sample by sample; None likewise.
+    """
+
+    sums: LayerSums
+    size: tuple[int, ...] = ()
+    curvature: Curvature | None = None
+    rows: RiskRows | None = None
+
+
+def collect_evidence(
+    model: nn.Module, layers: Sequence[str], batches: Batches, kind: str, settings: Replacement
+) -> dict[str, InputEvidence]:
+    """What `fit_stand_in` needs of each layer, measured on the network before the surgery.
+
+    Args:
+        model: the network; left as found.
+        layers: readers that lose channels.
+        batches: (images, labels); labels are read where the objective is a loss.
+        kind: "constant" or "affine".
+        settings: objective, curvature, seed.
+    """
+    inputs = collect_inputs(model, layers, [images for images, _ in batches])
+    curvatures: Mapping[str, Curvature] = {}
+    rows: dict[str, RiskRows] = {}
+    if settings.objective != "distortion" and kind == "constant":
+        estimated = settings.curvature == "hutchinson"
+        measure = hutchinson_curvature if estimated else measure_curvature
+        curvatures = measure(model, layers, batches, seed=settings.seed)
+    elif settings.objective == "loss":
+        rows = {name: measure_rows(model, name, batches, settings.seed) for name in layers}
+    return {
+        name: InputEvidence(inputs[name].sums, inputs[name].size, curvatures.get(name), rows.get(name))
+        for name in layers
+    }
+
+
+def fit_stand_in(
+    reader: Reader, weight: Tensor, evidence: InputEvidence, kind: str, settings: Replacement
+) -> tuple[StandIn, dict]:
+    """The stand-in of a reader's removed channels, and what the report says about it.
+
+    Args:
+        reader: which go and which stay.
+        weight: of the reader, [O, C, *taps].
+        evidence: of its input.
+        kind: "constant" or "affine".
+        settings: objective, parents, ridge.
+
+    Raises:
+        InputError: an objective that the kind does not have.
+    """
+    check_objective(kind, settings)
+    if kind == "constant":
+        if settings.objective == "distortion":
+            return constants(evidence.sums, reader), {}
+        curvature, removed = evidence.curvature, list(reader.removed)
+        joint = settings.objective == "joint_loss"
+        offsets = curvature.joint_constants(removed) if joint else curvature.constants()[removed]
+        return _constant_stand_in(offsets, reader), {"curvature": curvature.method}
+    ridge = AFFINE_RIDGE if settings.ridge == "held_out" else settings.ridge
+    parents = choose_parents(evidence.sums, reader, weight, settings)
+    if settings.objective == "distortion":
+        stand_in = affine(evidence.sums, reader, parents, ridge)
+        said = {}
+    else:
+        stand_in = _weighted(evidence.rows, reader, parents, ridge)
+        said = {"curvature": evidence.rows.method}
+    return stand_in, said | {"ridge": ridge, "singular": stand_in.singular, "parents": parents.shape[1]}
+
+
+def check_objective(kind: str, settings: Replacement) -> None:
+    """Refuses combinations that have no meaning.
+
+    Raises:
+        InputError: such a combination.
+    """
+    if settings.objective == "joint_loss" and kind != "constant":
+        raise InputError(f"objective='joint_loss' is for kind='constant', got kind={kind!r}; use objective='loss'")
+    if settings.objective != "distortion" and kind not in ("constant", "affine"):
+        raise InputError(f"objective={settings.objective!r} is for constant and affine, got kind={kind!r}")
+    if settings.curvature == "hutchinson" and kind == "affine" and settings.objective != "distortion":
+        raise InputError("curvature='hutchinson' is for constants; affine stand-ins use curvature='gauss_newton'")
+
+
+def _constant_stand_in(offsets: Tensor, reader: Reader) -> StandIn:
+    return StandIn(offsets, offsets.new_zeros(len(offsets), len(reader.kept)), math.nan)
+
+
+def _weighted(rows: RiskRows, reader: Reader, parents: Tensor, ridge: float) -> StandIn:
+    channels = torch.tensor(reader.kept)[parents]  # [R, r]
+    fit = weighted_affine(rows, reader.removed, channels, ridge)
+    coefficients = fit.coefficients.new_zeros(len(reader.removed), len(reader.kept))
+    coefficients.scatter_(1, parents, fit.coefficients)
+    return StandIn(fit.offsets, coefficients, math.nan, fit.singular)

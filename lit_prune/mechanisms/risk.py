@@ -1,0 +1,235 @@
+"""Second-order replacement risk sample by sample: what affine stand-ins are fitted to when the loss is the measure."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_prune.errors import InputError
+from lit_prune.layers import Batches, removing, to_model, undisturbed
+from lit_prune.mechanisms.curvature import Curvature, label_parts
+from lit_prune.mechanisms.patches import PositionSample, output_rows
+
+NUMBERS_AT_ONCE = 4_000_000  # float64 values of one batch of designs: 32 MB
+MOST_ROWS = 20_000
+
+
+@dataclass(frozen=True)
+class RiskRows:
+    """Values, gradients and diagonal curvature of the loss at the input channels of one layer, float64 [rows, C].
+
+    Attributes:
+        values: a.
+        gradient: ∂L/∂a for the true labels.
+        curvature: ∂²L/∂a², at least 0.
+        images: images the rows come from; a mean over images divides sums over rows by it.
+        method: "exact" or "gauss_newton".
+    """
+
+    values: Tensor
+    gradient: Tensor
+    curvature: Tensor
+    images: float
+    method: str
+
+
+@dataclass(frozen=True)
+class WeightedFit:
+    """Affine stand-ins of some channels: `offsets` [R], `coefficients` [R, r] on the chosen parents, `risk` [R] nats.
+
+    `singular`: how many of the normal equations could be solved only with the ridge.
+    """
+
+    offsets: Tensor
+    coefficients: Tensor
+    risk: Tensor
+    singular: int
+
+
+def weighted_affine(rows: RiskRows, replaced: Sequence[int], parents: Tensor, ridge: float) -> WeightedFit:
+    """Minimises `gᵀ(Φθ - a) + ½ (Φθ - a)ᵀ D (Φθ - a)` plus a ridge for each replaced channel, D = diag(h).
+
+    The intercept is not penalised, so that without parents the constant of equation 7 comes out. A channel without any
+    curvature gets its mean.
+
+    Args:
+        rows: the second-order data.
+        replaced: channels j, [R].
+        parents: channels that stand in for each, int64 [R, r].
+        ridge: relative to the mean diagonal of the parents' weighted covariance, at least 0.
+
+    Returns:
+        The fits; their risk is the mean over images.
+
+    Raises:
+        InputError: fewer rows than coefficients.
+
+    Source: causal mechanism reduction, affine case of theorem 1.
+    """
+    count = parents.shape[1]
+    if len(rows.values) < count + 1:
+        raise InputError(
+            f"parents={count}: {len(rows.values)} calibration samples are too few for {count} parents and an offset; "
+            "use more images or fewer parents"
+        )
+    chunk = max(1, NUMBERS_AT_ONCE // (len(rows.values) * max(1, count)))
+    replaced = torch.as_tensor(list(replaced))
+    parts = [
+        _fit(rows, one, parent, ridge) for one, parent in zip(replaced.split(chunk), parents.split(chunk), strict=True)
+    ]
+    columns = [torch.cat(values) for values in zip(*parts, strict=True)]
+    return WeightedFit(*columns[:3], int(columns[3].sum()))
+
+
+def _fit(rows: RiskRows, replaced: Tensor, parents: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    a, g, h = (values[:, replaced].T for values in (rows.values, rows.gradient, rows.curvature))  # [R, n]
+    total = h.sum(1)
+    flat = total <= 1e-12 * rows.curvature.sum(0).amax()
+    h = torch.where(flat[:, None], 1.0, h)
+    g = torch.where(flat[:, None], 0.0, g)
+    total = h.sum(1)
+    design = rows.values.T[parents]  # [R, r, n]
+    centre = (design @ h[..., None])[..., 0] / total[:, None]  # [R, r]
+    mean = (h * a).sum(1) / total
+    centred = design - centre[..., None]
+    weighted = centred * h[:, None]
+    gram = weighted @ centred.mT  # [R, r, r]
+    wanted = (weighted @ (a - mean[:, None])[..., None] - centred @ g[..., None])[..., 0]
+    theta, singular = solve_ridged(gram, wanted, ridge)
+    offsets = mean - (theta * centre).sum(1) - g.sum(1) / total
+    change = offsets[:, None] + (theta[:, None] @ design)[:, 0] - a
+    risk = (g * change + 0.5 * h * change.square()).sum(1) / rows.images
+    return offsets, theta, torch.where(flat, 0.0, risk), singular
+
+
+def solve_ridged(gram: Tensor, wanted: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Solutions of `(gram + λ I) θ = wanted`, λ = ridge · mean diagonal, and which would be singular without λ.
+
+    Args:
+        gram: positive semidefinite, [R, r, r].
+        wanted: [R, r].
+        ridge: at least 0; where that does not suffice it is raised tenfold until it does.
+    """
+    count = gram.shape[-1]
+    if not count:
+        return wanted.clone(), torch.zeros(len(wanted), dtype=torch.bool)
+    scale = gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(torch.float64).tiny)
+    eye = torch.eye(count, dtype=gram.dtype)
+    bare, failed = torch.linalg.cholesky_ex(gram)
+    pivots = bare.diagonal(dim1=1, dim2=2).square().amin(1)
+    singular = (failed > 0) | (pivots <= 1e-12 * scale)
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(gram + (ridge * scale)[:, None, None] * eye)
+        if not failed.any():
+            return torch.cholesky_solve(wanted[..., None], factor)[..., 0], singular
+        ridge = max(10 * ridge, 1e-12)
+
+
+@dataclass(frozen=True)
+class SoftmaxHead:
+    """A linear classifier over units with cross-entropy on top: gradients and curvature in closed form, exact.
+
+    Attributes:
+        values: what the classifier reads, float64 [n, C].
+        labels: int64 [n].
+        weight: float64 [K, C].
+        bias: float64 [K].
+    """
+
+    values: Tensor
+    labels: Tensor
+    weight: Tensor
+    bias: Tensor
+
+    @cached_property
+    def probabilities(self) -> Tensor:
+        """Softmax outputs p, [n, K]."""
+        return (self.values @ self.weight.T + self.bias).softmax(1)
+
+    @cached_property
+    def expected(self) -> Tensor:
+        """E_k W[k, j] under p, [n, C]."""
+        return self.probabilities @ self.weight
+
+    @cached_property
+    def gradient(self) -> Tensor:
+        """∂L/∂a, [n, C]."""
+        _check_labels(self.labels, len(self.values), len(self.weight))
+        return self.expected - self.weight[self.labels]
+
+    def rows(self) -> RiskRows:
+        """The samples' gradients and curvature `Var_p W[:, j]`."""
+        curvature = self.probabilities @ self.weight.square() - self.expected.square()
+        return RiskRows(self.values, self.gradient, curvature.clamp_min(0), len(self.values), "exact")
+
+    def curvature(self) -> Curvature:
+        """Means over the samples, cross-unit terms included; H_s = Wᵀ (diag p - p pᵀ) W."""
+        p, a, n = self.probabilities, self.values, len(self.values)
+        spread = torch.diag(p.sum(0)) - p.T @ p  # [K, K]
+        hessian = self.weight.T @ spread @ self.weight / n
+        mixed = self.weight.T @ ((p.T @ a) * self.weight - p.T @ (a * self.expected)) / n
+        power = (self.rows().curvature * a.square()).mean(0)
+        gradient = self.gradient
+        return Curvature(gradient.mean(0), (gradient * a).mean(0), hessian, mixed, power, "exact")
+
+
+def _check_labels(labels: Tensor | None, images: int, classes: int) -> None:
+    if labels is None or len(labels) != images or labels.is_floating_point():
+        raise InputError("labels: cmr_const and cmr_affine need one class label (int64) for each calibration image")
+    if int(labels.max()) >= classes or int(labels.min()) < 0:
+        raise InputError(f"labels: {int(labels.max())} is no class of a head with {classes} outputs")
+
+
+def measure_rows(model: nn.Module, layer: str, batches: Batches, seed: int = 0) -> RiskRows:
+    """Gradients and Gauss-Newton curvature at the input of one layer, position by position.
+
+    Positions count as independent (the diagonal approximation); where there are many, a seeded sample of each image is
+    taken, and `images` is scaled so that sums over rows estimate sums over all positions.
+
+    Args:
+        model: any classifier; left as found.
+        layer: a convolution or linear layer.
+        batches: (images, labels).
+        seed: of drawn labels and positions.
+
+    Raises:
+        InputError: no images.
+    """
+    found: dict[str, Tensor] = {}
+    generator = torch.Generator().manual_seed(seed)
+    module = model.get_submodule(layer)
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    batches = [(images, labels) for images, labels in batches]
+    total = sum(len(images) for images, _ in batches)
+    if not total:
+        raise InputError("batches: no batch of (images, labels) in it; give at least one")
+    sample, share = PositionSample(max(1, MOST_ROWS // total), seed), 1.0
+    handle = module.register_forward_pre_hook(lambda module, args: found.__setitem__("inputs", args[0]))
+    with removing([handle]), undisturbed(model, gradients=True):
+        for images, labels in batches:
+            logits = model(to_model(model, images).clone().requires_grad_())
+            inputs = found["inputs"]
+            positions = inputs.numel() // len(inputs) // inputs.shape[-1 if isinstance(module, nn.Linear) else 1]
+            chosen = sample.draw(len(inputs), positions)
+            share = 1.0 if chosen is None else chosen.shape[1] / positions
+            parts.append(_batch_rows(module, inputs, logits, label_parts(logits, labels, generator), chosen))
+    values, gradient, curvature = (torch.cat(column) for column in zip(*parts, strict=True))
+    return RiskRows(values, gradient, curvature, total * share, "gauss_newton")
+
+
+def _batch_rows(module: nn.Module, inputs: Tensor, logits: Tensor, parts: list, chosen: Tensor | None) -> tuple:
+    shape = output_rows(module, inputs.detach(), chosen).double()
+    gradient, curvature = torch.zeros_like(shape), torch.zeros_like(shape)
+    repeats = len(shape) // len(inputs)
+    for part in parts:
+        loss = F.cross_entropy(logits, part.values, reduction="sum")
+        (found,) = torch.autograd.grad(loss, inputs, retain_graph=True)
+        rows = output_rows(module, found, chosen).double()
+        if part.true:
+            gradient = rows
+        else:
+            curvature += part.weights.double().repeat_interleave(repeats)[:, None] * rows.square()
+    return shape.cpu(), gradient.cpu(), curvature.cpu()
