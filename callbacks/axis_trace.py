@@ -1,33 +1,22 @@
 """Watches every channel on the two axes while the network trains."""
 
-import time
 from pathlib import Path
 
 import pandas as pd
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
 
-from callbacks.tracing import (
-    backbone_of,
-    calibration_batches,
-    check_cadence,
-    is_fresh,
-    share_batches,
-    trace_folder,
-)
+from callbacks.tracing import Trace, calibration_batches, trace_folder
 from lit_prune.dynamics import dynamics_table
-from lit_prune.errors import InputError
 from lit_prune.files import whole_file
 from lit_prune.information.target_axis import TARGETS
 from lit_prune.measure import channel_table, collect_sums, layer_table
 from lit_prune.protocol import DEFAULT_PROTOCOL, Protocol
 from lit_prune.report.axes_figures import plane_pixels
 
-__all__ = ["AxisTrace", "share_batches", "write_epoch"]
 
-
-class AxisTrace(Callback):
+class AxisTrace(Trace):
     """Writes the channel table of the network at initialisation and after every k-th training epoch.
 
     Hooks: `on_train_start` (initialisation, skipped on resume), `on_train_epoch_end`, and `on_train_end` for the
@@ -57,6 +46,8 @@ class AxisTrace(Callback):
             batch than ranks.
     """
 
+    log_key = "trace"
+
     def __init__(
         self,
         every_n_epochs: int = 1,
@@ -66,50 +57,33 @@ class AxisTrace(Callback):
         protocol: Protocol | None = None,
         plane: bool = True,
     ) -> None:
-        check_cadence(every_n_epochs, limit)
-        if target not in TARGETS:
-            raise InputError(f"target: {target!r} is not one of {', '.join(TARGETS)}")
-        self.every_n_epochs = every_n_epochs
-        self.layers = layers
-        self.target = target
-        self.limit = limit
+        super().__init__(every_n_epochs, layers, target, limit, tuple(TARGETS))
         self.protocol = protocol or DEFAULT_PROTOCOL
         self.plane = plane
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Traces the initialisation of a fresh fit."""
-        if is_fresh(trainer):
-            if trainer.is_global_zero:
-                _clear(trace_folder(trainer))
-            self._trace(trainer, pl_module, epoch=0)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Traces the state after every `every_n_epochs`-th epoch."""
-        finished = trainer.current_epoch + 1
-        if finished % self.every_n_epochs == 0:
-            self._trace(trainer, pl_module, epoch=finished)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the dynamics of the trace, on rank 0."""
         if trainer.is_global_zero:
             write_dynamics(trace_folder(trainer))
 
-    def _trace(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> None:
-        start = time.perf_counter()
-        backbone = backbone_of(self, pl_module)
+    def trace(self, trainer: Trainer, backbone: nn.Module, epoch: int) -> str:
+        """Adds the ranks' sums; rank 0 writes and logs."""
         batches = calibration_batches(self, trainer, self.limit)
         sums = collect_sums(backbone, batches, self.target, self.layers, self.protocol).all_reduce()
         if not trainer.is_global_zero:
-            return
+            return ""
         channels = channel_table(backbone, sums, self.protocol)
         layers = write_epoch(trace_folder(trainer), epoch, channels)
-        seconds = time.perf_counter() - start
-        defined = layers.dropna(subset="coupling")
-        scalars = {f"trace/{row.layer}/coupling": row.coupling for row in defined.itertuples()}
+        scalars = {f"trace/{row.layer}/coupling": row.coupling for row in layers.dropna(subset="coupling").itertuples()}
         for logger in trainer.loggers:
-            logger.log_metrics(scalars | {"trace/seconds": seconds}, step=trainer.global_step)
+            logger.log_metrics(scalars, step=trainer.global_step)
             self._show_plane(logger, channels, epoch, trainer.global_step)
-        rank_zero_info(f"trace: epoch {epoch}, {len(layers)} layers, {sums.images} images, {seconds:.2f} s")
+        return f"trace: epoch {epoch}, {len(layers)} layers, {sums.images} images"
+
+    def clear(self, folder: Path) -> None:
+        """Removes the files that this callback writes."""
+        for file in [*folder.glob("epoch=*.parquet"), folder / "layers.parquet", folder / "dynamics.parquet"]:
+            file.unlink(missing_ok=True)
 
     def _show_plane(self, logger: Logger, channels: pd.DataFrame, epoch: int, step: int) -> None:
         if self.plane and isinstance(logger, TensorBoardLogger):
@@ -146,9 +120,3 @@ def write_dynamics(folder: Path) -> None:
         table = dynamics_table(pd.concat([pd.read_parquet(file) for file in files], ignore_index=True))
         with whole_file(folder / "dynamics.parquet") as partial:
             table.to_parquet(partial, index=False)
-
-
-def _clear(folder: Path) -> None:
-    """Removes the trace of an earlier run, which would mix with the new one."""
-    for file in [*folder.glob("epoch=*.parquet"), folder / "layers.parquet", folder / "dynamics.parquet"]:
-        file.unlink(missing_ok=True)

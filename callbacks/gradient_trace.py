@@ -1,21 +1,21 @@
 """Watches which way each layer moves while the network trains: against both information gradients."""
 
-import time
+from pathlib import Path
 
 import pandas as pd
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch import Trainer
+from torch import nn
 
-from callbacks.tracing import backbone_of, calibration_batches, check_cadence, is_fresh, trace_folder
+from callbacks.tracing import Trace, calibration_batches, trace_folder
 from lit_prune.directions import collect_directions, direction_table
-from lit_prune.errors import InputError
 from lit_prune.files import whole_file
 from lit_prune.information.target_axis import TARGETS
 
 COSINES = ("capture_task", "update_capture", "update_task")
+SINGLE_TARGETS = tuple(name for name in TARGETS if name != "one_vs_rest")
 
 
-class GradientTrace(Callback):
+class GradientTrace(Trace):
     """Writes the cosines of ∇I_X, ∇I_T and the direction of descent -∇L, layer by layer, over training.
 
     Hooks: `on_train_start` (initialisation, skipped on resume) and `on_train_epoch_end`. Nothing is kept in the
@@ -40,6 +40,8 @@ class GradientTrace(Callback):
             batch than ranks.
     """
 
+    log_key = "trace/gradients"
+
     def __init__(
         self,
         every_n_epochs: int = 1,
@@ -47,43 +49,25 @@ class GradientTrace(Callback):
         target: str = "true_margin",
         limit: int | None = 1000,
     ) -> None:
-        check_cadence(every_n_epochs, limit)
-        if target not in TARGETS or target == "one_vs_rest":
-            known = ", ".join(name for name in TARGETS if name != "one_vs_rest")
-            raise InputError(f"target: {target!r} is not one of {known}")
-        self.every_n_epochs = every_n_epochs
-        self.layers = layers
-        self.target = target
-        self.limit = limit
+        super().__init__(every_n_epochs, layers, target, limit, SINGLE_TARGETS)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Traces the initialisation of a fresh fit."""
-        if is_fresh(trainer):
-            if trainer.is_global_zero:
-                (trace_folder(trainer) / "gradients.parquet").unlink(missing_ok=True)
-            self._trace(trainer, pl_module, epoch=0)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Traces the state after every `every_n_epochs`-th epoch."""
-        finished = trainer.current_epoch + 1
-        if finished % self.every_n_epochs == 0:
-            self._trace(trainer, pl_module, epoch=finished)
-
-    def _trace(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> None:
-        start = time.perf_counter()
-        backbone = backbone_of(self, pl_module)
+    def trace(self, trainer: Trainer, backbone: nn.Module, epoch: int) -> str:
+        """Adds the ranks' sums; rank 0 writes and logs."""
         batches = calibration_batches(self, trainer, self.limit)
         sums = collect_directions(backbone, batches, self.target, self.layers).all_reduce()
         if not trainer.is_global_zero:
-            return
+            return ""
         table = direction_table(backbone, sums)
         table.insert(0, "epoch", epoch)
         self._write(trainer, table)
-        seconds = time.perf_counter() - start
-        means = {f"trace/gradients/{name}": table[name].mean() for name in COSINES if table[name].notna().any()}
+        means = {f"{self.log_key}/{name}": table[name].mean() for name in COSINES if table[name].notna().any()}
         for logger in trainer.loggers:
-            logger.log_metrics(means | {"trace/gradients/seconds": seconds}, step=trainer.global_step)
-        rank_zero_info(f"gradients: epoch {epoch}, {len(table)} layers, {sums.images} images, {seconds:.2f} s")
+            logger.log_metrics(means, step=trainer.global_step)
+        return f"gradients: epoch {epoch}, {len(table)} layers, {sums.images} images"
+
+    def clear(self, folder: Path) -> None:
+        """Removes the file that this callback writes."""
+        (folder / "gradients.parquet").unlink(missing_ok=True)
 
     @staticmethod
     def _write(trainer: Trainer, table: pd.DataFrame) -> None:

@@ -1,13 +1,97 @@
-"""What the tracing callbacks share: the calibration images, the network, the folder."""
+"""What the tracing callbacks share: when to trace, on which images, what it costs, where the files go."""
 
-from collections.abc import Iterator
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
 from lit_prune.layers import Batches
+
+
+class Trace(Callback, ABC):
+    """Traces the network at initialisation and after every k-th training epoch, and says what that cost.
+
+    Hooks: `on_train_start` (initialisation, skipped on resume) and `on_train_epoch_end`; `on_train_epoch_start` and
+    `on_train_batch_end` keep the time that training takes. Nothing is kept in the callback's state.
+
+    Args:
+        every_n_epochs: trace after epochs n-1, 2n-1, ... (counted from 0).
+        layers: names or fnmatch patterns of the layers; None takes every Conv2d and Linear.
+        target: task variable, as in `lit_prune.measure`.
+        limit: number of calibration images; None takes all.
+        targets: task variables to choose from.
+
+    Raises:
+        InputError: a value out of range.
+    """
+
+    def __init__(
+        self, every_n_epochs: int, layers: list[str] | None, target: str, limit: int | None, targets: Sequence[str]
+    ) -> None:
+        if every_n_epochs < 1:
+            raise InputError(f"every_n_epochs: {every_n_epochs} is below 1")
+        if limit is not None and limit < 1:
+            raise InputError(f"limit: {limit} is below 1; give a number of images, or None for all")
+        if target not in targets:
+            raise InputError(f"target: {target!r} is not one of {', '.join(targets)}")
+        self.every_n_epochs = every_n_epochs
+        self.layers = layers
+        self.target = target
+        self.limit = limit
+        self._began = self._trained = time.perf_counter()
+
+    @abstractmethod
+    def trace(self, trainer: Trainer, backbone: nn.Module, epoch: int) -> str:
+        """Traces the network after `epoch` finished epochs, on every rank; says on rank 0 what was traced."""
+
+    @abstractmethod
+    def clear(self, folder: Path) -> None:
+        """Removes the trace of an earlier run from `trace/`, which would mix with the new one."""
+
+    @property
+    @abstractmethod
+    def log_key(self) -> str:
+        """Prefix of what is logged."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Traces the initialisation of a fresh fit."""
+        if is_fresh(trainer):
+            if trainer.is_global_zero:
+                self.clear(trace_folder(trainer))
+            self._timed(trainer, pl_module, epoch=0)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the clock of the epoch."""
+        self._began = self._trained = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        """Reads the clock; what comes after the last batch is not training."""
+        self._trained = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Traces the state after every `every_n_epochs`-th epoch."""
+        finished = trainer.current_epoch + 1
+        if finished % self.every_n_epochs == 0:
+            self._timed(trainer, pl_module, epoch=finished)
+
+    def _timed(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> None:
+        """Traces, logs the seconds, prints them with their share of the epoch's training."""
+        start = time.perf_counter()
+        said = self.trace(trainer, backbone_of(self, pl_module), epoch)
+        seconds = time.perf_counter() - start
+        training = self._trained - self._began
+        share = f", {seconds / training:.0%} of the epoch's training" if epoch and training > 0 else ""
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.log_metrics({f"{self.log_key}/seconds": seconds}, step=trainer.global_step)
+        rank_zero_info(f"{said}, {seconds:.2f} s{share}")
 
 
 def share_batches(batches: Batches, rank: int, ranks: int, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
@@ -62,11 +146,3 @@ def backbone_of(callback: Callback, pl_module: LightningModule) -> nn.Module:
         names = type(callback).__name__, type(pl_module).__name__
         raise InputError(f"{names[0]}: {names[1]} has no `backbone`; name its network so")
     return getattr(backbone, "_orig_mod", backbone)
-
-
-def check_cadence(every_n_epochs: int, limit: int | None) -> None:
-    """Raises InputError unless both are positive (None: no limit)."""
-    if every_n_epochs < 1:
-        raise InputError(f"every_n_epochs: {every_n_epochs} is below 1")
-    if limit is not None and limit < 1:
-        raise InputError(f"limit: {limit} is below 1; give a number of images, or None for all")

@@ -6,16 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-def launch(run_dir: Path, devices: int, **variables: str) -> subprocess.CompletedProcess:
+def launch(run_dir: Path, devices: int, config: str = "two_process_run", **variables: str):
     """One `fit` on small digits through the command line, as a user would start it."""
     command = [sys.executable, str(REPOSITORY / "train.py"), "fit"]
-    command += ["-c", str(REPOSITORY / "tests" / "two_process_run.yaml"), "--run_dir", str(run_dir)]
+    command += ["-c", str(REPOSITORY / "tests" / f"{config}.yaml"), "--run_dir", str(run_dir)]
     command += ["--trainer.devices", str(devices)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY / "tests"), **variables}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=REPOSITORY)
@@ -63,3 +64,48 @@ def test_a_killed_run_resumes_on_two_processes_or_on_one(two_processes, tmp_path
     if resumed_on == 2:
         assert all(torch.equal(got[name], wanted[name]) for name in wanted)
     assert (tmp_path / "run" / "compact" / "report.json").exists()
+
+
+TRACES = "two_process_traces"
+
+
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("traced")
+    result = launch(folder, 2, TRACES)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return folder
+
+
+def trace_tables(run_dir: Path) -> dict[str, pd.DataFrame]:
+    return {file.name: pd.read_parquet(file) for file in sorted((run_dir / "trace").glob("*.parquet"))}
+
+
+def test_ranks_stay_equal_under_the_regulariser(traced):
+    sums = checksums(traced)
+    assert sums["rank0"] == sums["rank1"] and len(set(sums["rank0"])) == 2
+
+
+def test_both_traces_of_two_processes_are_those_of_one(traced, tmp_path):
+    """At initialisation, where the networks are the same; later ones differ, for each rank has its own batch norm."""
+    result = launch(tmp_path, 1, TRACES)
+    assert result.returncode == 0, result.stderr[-3000:]
+    one, two = trace_tables(tmp_path), trace_tables(traced)
+    assert one.keys() == two.keys() and {"gradients.parquet", "epoch=000.parquet"} < one.keys()
+    pd.testing.assert_frame_equal(one["epoch=000.parquet"], two["epoch=000.parquet"], rtol=1e-4, atol=1e-6)
+    first = [tables["gradients.parquet"].query("epoch == 0") for tables in (one, two)]
+    pd.testing.assert_frame_equal(*first, atol=1e-5)
+    assert two["gradients.parquet"]["epoch"].unique().tolist() == [0, 1, 2]
+
+
+def test_a_killed_traced_run_resumes_on_two_processes_to_the_same_traces(traced, tmp_path):
+    killed = launch(tmp_path, 2, TRACES, KILL_AT_EPOCH="1")
+    assert killed.returncode != 0 and not (tmp_path / "trace" / "dynamics.parquet").exists()
+    resumed = launch(tmp_path, 2, TRACES)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    got, wanted = weights(tmp_path), weights(traced)
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+    found, expected = trace_tables(tmp_path), trace_tables(traced)
+    assert found.keys() == expected.keys()
+    for name, table in expected.items():
+        pd.testing.assert_frame_equal(found[name], table)

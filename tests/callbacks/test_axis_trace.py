@@ -13,7 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from callbacks.axis_trace import AxisTrace, share_batches
+from callbacks.axis_trace import AxisTrace
+from callbacks.tracing import share_batches
 from lit_prune.dynamics import dynamics_table
 from lit_prune.errors import InputError
 from lit_prune.information.summaries import rank_persistence, velocity
