@@ -17,7 +17,7 @@ NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
 def select_layers(model: nn.Module, layers: Sequence[str] | str | None = None) -> dict[str, nn.Module]:
-    """The Conv2d and Linear modules with more than one output channel, by qualified name, in module order.
+    """The Conv2d and Linear modules by qualified name, in module order.
 
     Args:
         model: any network.
@@ -26,7 +26,7 @@ def select_layers(model: nn.Module, layers: Sequence[str] | str | None = None) -
     Raises:
         InputError: a pattern matches no layer.
     """
-    found = {n: m for n, m in model.named_modules() if isinstance(m, CHANNEL_LAYERS) and m.weight.shape[0] > 1}
+    found = {n: m for n, m in model.named_modules() if isinstance(m, CHANNEL_LAYERS)}
     if layers is None:
         return found
     patterns = [layers] if isinstance(layers, str) else list(layers)

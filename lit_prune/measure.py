@@ -42,7 +42,8 @@ def measure(
         model: a classifier (its output is logits [B, K]); left as found.
         batches: iterable of (images [B, C, H, W], labels int64 [B]).
         target: the task variable, one of `target_axis.TARGETS`.
-        layers: names or fnmatch patterns of Conv2d and Linear layers; None takes all with more than one channel.
+        layers: names or fnmatch patterns of Conv2d and Linear layers; None takes all. Of a
+            layer with one channel the columns that need peers are NaN.
         protocol: the conventions, recorded with a result by `protocol.to_dict()`.
 
     Returns:

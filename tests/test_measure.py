@@ -202,6 +202,18 @@ def test_a_layer_with_one_live_channel_has_information_and_no_peers(tiny_net):
     assert table[["peer_overlap", "target_redundancy", "target_excess"]].isna().all(axis=None)
 
 
+def test_a_layer_with_one_channel_has_a_row_without_peers():
+    torch.manual_seed(0)
+    narrow = nn.Sequential(nn.Conv2d(3, 1, 3), nn.ReLU(), nn.Conv2d(1, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    table = measure(nn.Sequential(narrow, nn.Linear(5, 4)), batches())
+    assert table.groupby("layer", sort=False).size().tolist() == [1, 5, 4]
+    row = table.iloc[0]
+    assert row["input_capture"] == pytest.approx(0.5 * math.log(2)) and not row["dead"]
+    assert row["task_information"] > 0
+    assert row[["peer_overlap", "target_redundancy", "target_excess"]].isna().all()
+    assert math.isnan(layer_table(table)["coupling"][0])
+
+
 def test_a_constant_target_is_undefined_not_noise(tiny_net):
     with torch.no_grad():
         tiny_net.head.weight.zero_()

@@ -34,7 +34,8 @@ def broja(analysis: Analysis) -> Frames:
         for name, atom in atoms.items():
             columns[f"broja_{name}"] = torch.full_like(information, torch.nan).index_copy(0, pairs[:, 0], atom).numpy()
         channels.append(columns)
-        layers.append({"layer": layer, **_broja_ranks(columns, rows), "broja_gap": float(found.gap.max())})
+        gap = float(found.gap.max()) if len(pairs) else float("nan")  # a lone live channel has no peer
+        layers.append({"layer": layer, **_broja_ranks(columns, rows), "broja_gap": gap})
     return {"channels": pd.concat(channels, ignore_index=True), "layers": pd.DataFrame(layers)}
 
 

@@ -7,7 +7,7 @@ import pandas as pd
 import torch
 
 from lit_prune.analysis.evidence import Analysis, LayerFacts
-from lit_prune.information.graphs import Partition, excess_graph, greedy_modularity, redundancy_graph
+from lit_prune.information.graphs import excess_graph, greedy_modularity, redundancy_graph
 from lit_prune.information.groupings import LOCAL_FEATURES, TARGET_FEATURES, group_channels, grouping_agreement
 from lit_prune.information.hulls import greedy_hulls
 from lit_prune.information.propagation import propagation_matrix, routing_norms
@@ -17,7 +17,6 @@ from lit_prune.structure import trace_groups
 
 Frames = dict[str, pd.DataFrame]
 SHOWN_LAYERS, SHOWN_CHANNELS = 3, 128
-WIDEST_GRAPH = 2048  # joining communities takes minutes beyond: it grows with the cube of the channels
 
 
 def groupings(analysis: Analysis) -> Frames:
@@ -66,17 +65,16 @@ def _graphs(facts: LayerFacts) -> dict[str, torch.Tensor]:
 def graphs(analysis: Analysis) -> Frames:
     """Modularity of the redundancy graph R and the target-excess graph S of each layer.
 
-    Channel column: redundancy_community. Layer columns: modularity_redundancy (Q_R), modularity_excess (Q_S), NaN (and
-    -1 for the communities) in layers of more than 2048 channels. Table
-    `graphs`: layer, channel, peer, redundancy, excess of all pairs of the first 128 channels of an early, a middle and
-    a late layer.
+    Channel column: redundancy_community. Layer columns: modularity_redundancy (Q_R), modularity_excess (Q_S), NaN for a
+    graph without edges. Table `graphs`: layer, channel, peer, redundancy, excess of all pairs of the first 128 channels
+    of an early, a middle and a late layer.
     """
     names = analysis.layers
     shown = {names[int(place)] for place in np.linspace(0, len(names) - 1, SHOWN_LAYERS)}
     channels, layers, pairs = [], [], []
     for layer in names:
         weights = _graphs(analysis.facts(layer))
-        parts = {name: _partition(graph) for name, graph in weights.items()}
+        parts = {name: greedy_modularity(graph) for name, graph in weights.items()}
         layers.append({"layer": layer, **{f"modularity_{name}": part.modularity for name, part in parts.items()}})
         communities = parts["redundancy"].communities.numpy()
         channels.append(
@@ -89,12 +87,6 @@ def graphs(analysis: Analysis) -> Frames:
         "layers": pd.DataFrame(layers),
         "table": pd.concat(pairs, ignore_index=True),
     }
-
-
-def _partition(graph: torch.Tensor) -> Partition:
-    if len(graph) > WIDEST_GRAPH:
-        return Partition(float("nan"), torch.full((len(graph),), -1))
-    return greedy_modularity(graph)
 
 
 def _pair_table(layer: str, weights: dict[str, torch.Tensor]) -> pd.DataFrame:

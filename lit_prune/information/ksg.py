@@ -43,9 +43,8 @@ def ksg_information(
     varying = (values != values[0]).any(0) & (target != target[0]).any()
     information = torch.full_like(values[0], torch.nan)
     if varying.any():
-        information[varying] = torch.from_numpy(
-            mutual_info_regression(
-                values[:, varying].numpy(), target.numpy(), n_neighbors=neighbours, random_state=seed, n_jobs=jobs
-            )
+        found = mutual_info_regression(
+            values[:, varying].numpy(), target.numpy(), n_neighbors=neighbours, random_state=seed, n_jobs=jobs
         )
+        information[varying] = torch.from_numpy(found).double()  # whole numbers where all are clipped at 0
     return information

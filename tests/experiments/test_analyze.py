@@ -25,6 +25,16 @@ def batches():
     return [(torch.randn(30, 3, 8, 8, generator=generator), torch.arange(30) % 4) for _ in range(2)]
 
 
+def test_every_extra_survives_a_layer_with_one_channel_and_says_nan_there(tiny_net, batches):
+    narrow = torch.nn.Sequential(torch.nn.Conv2d(3, 1, 1), torch.nn.BatchNorm2d(1), torch.nn.Conv2d(1, 3, 1), tiny_net)
+    tables = analyze(narrow.eval(), batches, AnalyzeRequest(extras=EVERYTHING, sizes=(20,)))
+    row = tables["layers"].iloc[0]
+    assert row["channels"] == 1 and not row["dead"]
+    undefined = ["coupling", "rand_index", "modularity_redundancy", "modularity_excess", "triplet_ratio", "broja_gap"]
+    assert row[undefined].isna().all()
+    assert tables["layers"].iloc[2:][["coupling", "broja_gap"]].notna().all(axis=None)
+
+
 class CountingNet(torch.nn.Module):
     """Counts the images that go through a network."""
 

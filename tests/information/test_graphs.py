@@ -31,6 +31,16 @@ def test_partition_and_modularity_are_those_of_networkx(nodes, ratio, seed):
     assert found.modularity == pytest.approx(quality, abs=1e-12)
 
 
+def test_planted_communities_are_found_in_a_graph_whose_rows_are_dropped_many_times():
+    """512 nodes join down to four, so that the rows are halved seven times on the way."""
+    member = torch.arange(512) % 4
+    noise = random_graph(512, 1, 0)
+    weights = noise * 0.01 + (member[:, None] == member).double()
+    found = greedy_modularity(weights, ratio=0.24)
+    assert [found.communities[member == c].unique().numel() for c in range(4)] == [1, 1, 1, 1]
+    assert found.modularity == pytest.approx(0.75, abs=0.01)
+
+
 def test_equal_cliques_have_modularity_one_minus_one_over_their_number():
     weights = torch.block_diag(*[torch.ones(5, 5)] * 4)
     found = greedy_modularity(weights, ratio=1.0)
