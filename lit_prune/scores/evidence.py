@@ -1,20 +1,21 @@
 """What a score may look at, computed once and on demand."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
+from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from lit_prune.activations import pooled_outputs
 from lit_prune.errors import InputError
 from lit_prune.information import local_axis
 from lit_prune.layers import Batches, following_norms, peek, select_layers
-from lit_prune.measure import channel_table, collect_sums
+from lit_prune.measure import channel_table
 from lit_prune.moments import ActivationSums
-from lit_prune.protocol import Protocol
-from lit_prune.structure.groups import ChannelGraph, trace_groups
+from lit_prune.scores import independence, inputs
+from lit_prune.scores.passes import Collector, Pooled, Saliency, Sums, run_pass
+from lit_prune.structure.groups import ChannelGraph, Group, trace_groups
 
 Couplings = dict[str, list[tuple[str, Tensor]]]
 
@@ -26,6 +27,7 @@ class Evidence:
         model: the network.
         layers: its scored layers by name, in module order.
         seed: of random scores and of clusterings.
+        passes: how often the batches have been run through `gather`.
     """
 
     def __init__(
@@ -36,6 +38,8 @@ class Evidence:
         self.seed = seed
         self._batches = list(batches) if isinstance(batches, Iterator) else batches  # it may be read more than once
         self._table = table
+        self.passes = 0
+        self._collected: dict[str, Any] = {}
         self._known: dict[tuple, dict[str, Tensor]] = {}
 
     def once(self, function: Callable[..., dict[str, Tensor]], *parameters: object) -> dict[str, Tensor]:
@@ -67,6 +71,11 @@ class Evidence:
         return trace_groups(self.model, self.example)
 
     @cached_property
+    def read_groups(self) -> tuple[Group, ...]:
+        """The groups that some layer reads."""
+        return tuple(group for group in self.graph.groups if group.consumers)
+
+    @cached_property
     def couplings(self) -> Couplings:
         """Group name -> its scored layers, each with the positions of every unit, int64 [size, positions].
 
@@ -80,10 +89,24 @@ class Evidence:
             found[group.name] = [(member.module, torch.tensor(member.positions)) for member in members]
         return {name: parts for name, parts in found.items() if parts}
 
-    @cached_property
+    def gather(self, needs: Iterable[str]) -> None:
+        """Collects what is not there yet of the needs (keys of `COLLECTORS`), all of it in one pass."""
+        missing = [need for need in dict.fromkeys(needs) if need not in self._collected]
+        if missing:
+            collectors = {need: COLLECTORS[need](self) for need in missing}
+            run_pass(self.model, self.batches, list(collectors.values()))
+            self.passes += 1
+            self._collected |= {need: collector.result() for need, collector in collectors.items()}
+
+    def collected(self, need: str) -> Any:
+        """Result of one collector; a pass of its own if `gather` has not been told of it before."""
+        self.gather([need])
+        return self._collected[need]
+
+    @property
     def sums(self) -> ActivationSums:
-        """Sums of all layers' raw outputs, with the true margin as task variable if the channel table is not given."""
-        return collect_sums(self.model, self.batches, target=None if self._table is not None else "true_margin")
+        """Sums of all layers' raw outputs, with the true margin as task variable."""
+        return self.collected("sums")
 
     @cached_property
     def table(self) -> pd.DataFrame:
@@ -97,10 +120,10 @@ class Evidence:
         found = {layer: modules[norm].weight for layer, norm in following_norms(self.model, self.example).items()}
         return {layer: gamma.detach().double().abs().cpu() for layer, gamma in found.items() if gamma is not None}
 
-    @cached_property
-    def pooled(self) -> tuple[dict[str, Tensor], Tensor]:
-        """Pooled raw outputs [n, N] of each layer (the first token of a token layer), and labels [n]; n ≤ 5000."""
-        return pooled_outputs(self.model, tuple(self.layers), self.batches, token=Protocol().token)
+    @property
+    def needs_sums(self) -> bool:
+        """Whether dead channels are told from a pass, because no table was given."""
+        return self._table is None and self._batches is not None
 
     def column(self, name: str) -> dict[str, Tensor]:
         """A column of the channel table by layer, each float64 [N] in channel order."""
@@ -111,7 +134,18 @@ class Evidence:
         """Dead channels by layer, boolean [N]; empty when there is neither a table nor data to tell from."""
         if self._table is not None:
             return {layer: values.bool() for layer, values in self.column("dead").items()}
-        if self._batches is None:
+        if not self.needs_sums:
             return {}
         powers = {layer: local_axis.signal_power(sums).cpu() for layer, sums in self.sums.layers.items()}
         return {layer: local_axis.dead_channels(power) for layer, power in powers.items()}
+
+
+COLLECTORS: dict[str, Callable[[Evidence], Collector]] = {
+    "sums": lambda evidence: Sums(evidence.model),
+    "pooled": lambda evidence: Pooled(evidence.model),
+    "saliency": lambda evidence: Saliency(evidence.model),
+    "input_variances": lambda evidence: inputs.InputVariances(evidence.model, evidence.read_groups),
+    "unit_covariances": lambda evidence: inputs.UnitCovariances(evidence.model, evidence.read_groups),
+    "independence": lambda evidence: independence.Independence(evidence.model),
+}
+"""What a pass can collect, by the name that `Score.needs` uses."""

@@ -25,12 +25,15 @@ class Score:
         cost: the most expensive thing it looks at.
         defaults: values of its parameters, `name(0.5)` overrides them in order. None stands for the share of channels
             that the plan removes, a `Method` for another score.
+        needs: what it reads from a pass over the data, names of `evidence.COLLECTORS`; told beforehand, everything is
+            collected in one pass. A channel table is made from "sums".
     """
 
     function: Callable[..., dict[str, Tensor]]
     axis: Axis
     cost: Literal["weights", "activations", "gradients", "labels"]
     defaults: tuple[Any, ...] = ()
+    needs: tuple[str, ...] = ()
 
 
 class Method(NamedTuple):
@@ -52,8 +55,15 @@ class Method(NamedTuple):
         )
         return Method(self.score, tuple(filled))
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What the score and the methods among its parameters read from a pass."""
+        inner = (need for value in self.parameters if isinstance(value, Method) for need in value.needs)
+        return (*self.score.needs, *inner)
+
     def ranks(self, evidence: Evidence) -> dict[str, Tensor]:
         """Scores by layer, each finite float64 [N]; dead and undefined channels one below the lowest of the others."""
+        evidence.gather((*self.needs, *(("sums",) if evidence.needs_sums else ())))
         values = evidence.once(self.score.function, *self.parameters)
         dead = evidence.dead()
         return {layer: dead_last(scores, dead.get(layer)) for layer, scores in values.items()}

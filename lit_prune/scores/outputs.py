@@ -1,16 +1,20 @@
 """Scores from what layers put out and what the layers after them read."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from lit_prune.activations import position_view
-from lit_prune.layers import removing, to_model, undisturbed
+from lit_prune.information import local_axis
+from lit_prune.information.hulls import full_explanation, greedy_hulls
 from lit_prune.mechanisms.curvature import measure_curvature
 from lit_prune.mechanisms.reconstruction import reconstruction_costs
+from lit_prune.moments import LayerSums
 from lit_prune.scores.evidence import Evidence
-from lit_prune.structure.groups import Group, trace_groups
+from lit_prune.scores.inputs import input_weight_power, reads
+from lit_prune.scores.relations import correlations
+from lit_prune.scores.units import to_layers
+from lit_prune.structure.groups import Group
 
 
 def activation_rms(evidence: Evidence) -> dict[str, Tensor]:
@@ -23,10 +27,40 @@ def activation_rms(evidence: Evidence) -> dict[str, Tensor]:
     return scores
 
 
+def chip(evidence: Evidence) -> dict[str, Tensor]:
+    """Channel independence: mean over images of the nuclear norm that the raw output [N, positions] loses without i.
+
+    Source: Sui et al. 2021, equation 4; see `independence.nuclear_drops`.
+    """
+    return evidence.collected("independence")
+
+
+def compact_support(evidence: Evidence) -> dict[str, Tensor]:
+    """z(I_X) - z(C) over a layer's live channels, C_i = E_full/max(1, |H_i|) the compact peer support.
+
+    A channel that few peers explain well is worth less than its input capture says (the keep-side of the lesion score).
+
+    Source: the two-axis paper, appendix K.2.
+    """
+    captures, scores = evidence.column("input_capture"), {}
+    for layer, sums in evidence.sums.layers.items():
+        support = greedy_hulls(correlations(sums)).compact_support
+        live = support.isfinite()
+        scores[layer] = torch.full_like(support, torch.nan)
+        scores[layer][live] = _standardised(captures[layer][live]) - _standardised(support[live])
+    return scores
+
+
+def _standardised(values: Tensor) -> Tensor:
+    """Values with mean 0 and population standard deviation 1; zeros where they do not vary."""
+    deviation = values.std(correction=0)
+    return (values - values.mean()) / deviation if deviation > 0 else torch.zeros_like(values)
+
+
 def variance(evidence: Evidence) -> dict[str, Tensor]:
     """Var(a_j) of the post-activation value, as the next layers read it: mean over consumers (VBP).
 
-    One value per unit of a coupled group, given under the name of each of its producers; layers that nothing reads (the
+    One value per unit of a coupled group, given under the name of each of its layers; layers that nothing reads (the
     classifier) are left out.
     """
     return _group_scores(evidence, lambda module, values: values, torch.Tensor.mean)
@@ -42,6 +76,47 @@ def cmr_logit(evidence: Evidence) -> dict[str, Tensor]:
     return _group_scores(evidence, lambda module, values: values * input_weight_power(module), torch.Tensor.sum)
 
 
+def mipp(evidence: Evidence) -> dict[str, Tensor]:
+    """Information of the next layer that a unit alone carries, in nats, summed over the layers that read it.
+
+    With Y' = Σ_i W[:,i]·a_i + noise of variance σ0² on each output and Gaussian a, what is lost without unit i is
+    I(Y'; a_i | others) = ½·log(1 + v_i·‖W[:,i]‖²/σ0²), v_i = 1/(Σ⁻¹)_ii the variance of a_i that the other units leave.
+    Σ is the covariance of what the reader is given, over images and positions (a kernel's taps count as one reading);
+    σ0² the noise floor of the reader's own outputs.
+
+    Source: mutual-information preserving pruning (Westphal et al. 2024) is the idea; the closed form is ours.
+    """
+    totals: dict[str, Tensor] = {}
+    covariances = evidence.collected("unit_covariances")
+    for group in evidence.read_groups:
+        readers = {m.module: torch.tensor(m.positions) for m in group.members if reads(group, m)}
+        parts = [
+            _carried(covariances[group.name, reader], _weight_power(evidence, reader, positions))
+            for reader, positions in readers.items()
+            if (group.name, reader) in covariances
+        ]
+        if parts:
+            totals[group.name] = torch.stack(parts).sum(0)
+    return to_layers(evidence, totals)
+
+
+def _weight_power(evidence: Evidence, reader: str, positions: Tensor) -> Tensor:
+    """‖W[:,i]‖²/σ0² of each unit, [size]."""
+    noise = local_axis.noise_floor(local_axis.signal_power(evidence.sums.layers[reader]).cpu())
+    return input_weight_power(evidence.model.get_submodule(reader))[positions].sum(1) / noise
+
+
+def _carried(sums: LayerSums, power: Tensor) -> Tensor:
+    """½·log(1 + v·power) of each unit, [size]; 0 for one that does not vary."""
+    joint = local_axis.covariance(sums.samples, sums.first, sums.second)
+    spread = joint.diagonal().clamp_min(0)
+    live = ~local_axis.dead_channels(spread)
+    found = torch.zeros_like(spread)
+    explained = full_explanation(local_axis.correlation_matrix(joint)[live][:, live])
+    found[live] = 0.5 * torch.log1p(spread[live] * (1 - explained) * power[live])
+    return found.nan_to_num(0.0)
+
+
 def reconstruction(evidence: Evidence, per_mac: float) -> dict[str, Tensor]:
     """Squared logit distortion that a unit adds when its readers are solved again without it, per multiply-add.
 
@@ -50,8 +125,7 @@ def reconstruction(evidence: Evidence, per_mac: float) -> dict[str, Tensor]:
     `lit_prune.mechanisms.reconstruction_costs`.
     """
     costs = reconstruction_costs(evidence.model, evidence.batches, evidence.example, per_mac, evidence.seed)
-    groups = trace_groups(evidence.model, evidence.example).groups
-    return _by_producer(evidence, {group: costs[group.name] for group in groups if group.name in costs})
+    return to_layers(evidence, costs)
 
 
 def cmr_const(evidence: Evidence) -> dict[str, Tensor]:
@@ -62,75 +136,20 @@ def cmr_const(evidence: Evidence) -> dict[str, Tensor]:
 
     Source: the causal mechanism reduction paper, equation 9.
     """
-    groups = _read_groups(evidence)
+    groups = evidence.read_groups
     names = sorted({name for group in groups for name in group.consumers})
     curvatures = measure_curvature(evidence.model, names, evidence.batches, evidence.seed)
     values = {name: curvature.scores() for name, curvature in curvatures.items()}
-    return _by_producer(evidence, {group: _unit_values(group, values, torch.Tensor.sum) for group in groups})
-
-
-def input_weight_power(module: nn.Module) -> Tensor:
-    """‖W[:,c]‖² of each input channel c of a Conv2d (grouped ones too) or Linear, float64 [C]."""
-    weight = module.weight.detach().to("cpu", torch.float64)
-    groups = getattr(module, "groups", 1)
-    return weight.reshape(groups, len(weight) // groups, weight.shape[1], -1).square().sum((1, 3)).flatten()
-
-
-def input_variances(evidence: Evidence, modules: dict[str, nn.Module]) -> dict[str, Tensor]:
-    """Population variance of each input channel of the named layers over images and positions, float64 [C]."""
-    moments: dict[str, tuple[float, Tensor, Tensor]] = {}
-
-    def observer(name: str):
-        def hook(module: nn.Module, inputs: tuple) -> None:
-            values = position_view(module, inputs[0].detach(), token=None).float()
-            spread, mean = torch.var_mean(values.flatten(0, 1), dim=0, correction=0)
-            part = (values.shape[0] * values.shape[1], mean.double().cpu(), spread.double().cpu())
-            moments[name] = _pooled(moments[name], part) if name in moments else part
-
-        return hook
-
-    handles = [module.register_forward_pre_hook(observer(name)) for name, module in modules.items()]
-    with removing(handles), undisturbed(evidence.model):
-        for images, _ in evidence.batches:
-            evidence.model(to_model(evidence.model, images))
-    return {name: spread for name, (_, _, spread) in moments.items()}
-
-
-def _pooled(one: tuple, other: tuple) -> tuple[float, Tensor, Tensor]:
-    """Count, mean and variance of two samples put together (Chan et al. 1983)."""
-    count = one[0] + other[0]
-    share = other[0] / count
-    move = other[1] - one[1]
-    spread = (1 - share) * one[2] + share * other[2] + share * (1 - share) * move.square()
-    return count, one[1] + share * move, spread
+    return to_layers(evidence, {group.name: _unit_values(group, values, torch.Tensor.sum) for group in groups})
 
 
 def _group_scores(
     evidence: Evidence, channel_value: Callable[[nn.Module, Tensor], Tensor], reduce: Callable
 ) -> dict[str, Tensor]:
     """Values of the consumers' input channels, reduced over a unit's positions and consumers, by producer."""
-    groups = _read_groups(evidence)
-    modules = {name: evidence.model.get_submodule(name) for group in groups for name in group.consumers}
-    variances = input_variances(evidence, modules)
-    values = {name: channel_value(modules[name], spread) for name, spread in variances.items()}
-    return _by_producer(evidence, {group: _unit_values(group, values, reduce) for group in groups})
-
-
-def _read_groups(evidence: Evidence) -> list[Group]:
-    """The groups that some layer reads."""
-    return [group for group in trace_groups(evidence.model, evidence.example).groups if group.consumers]
-
-
-def _by_producer(evidence: Evidence, unit_values: Mapping[Group, Tensor]) -> dict[str, Tensor]:
-    """Values of the groups' units, each [size], at the output channels of the layers that produce them."""
-    scores: dict[str, Tensor] = {}
-    for group, values in unit_values.items():
-        for member in group.members:
-            if member.module in group.producers and member.axis == "out":
-                channels = len(evidence.model.get_submodule(member.module).weight)
-                vector = scores.setdefault(member.module, torch.full((channels,), torch.nan, dtype=torch.float64))
-                vector[torch.tensor(member.positions)] = values[:, None]
-    return {name: scores[name] for name in evidence.layers if name in scores}
+    variances = evidence.collected("input_variances")
+    values = {name: channel_value(evidence.model.get_submodule(name), spread) for name, spread in variances.items()}
+    return to_layers(evidence, {group.name: _unit_values(group, values, reduce) for group in evidence.read_groups})
 
 
 def _unit_values(group: Group, values: dict[str, Tensor], reduce: Callable) -> Tensor:

@@ -4,30 +4,43 @@ import pandas as pd
 from torch import Tensor, nn
 
 from lit_prune.layers import Batches
-from lit_prune.scores import axes, gradients, labels, mixtures, outputs, weights
+from lit_prune.scores import axes, clusters, gradients, labels, mixtures, outputs, weights
 from lit_prune.scores.evidence import Evidence
 from lit_prune.scores.method import SPARSITY, Method, Score
 from lit_prune.scores.names import parse_method
 
+_SUMS, _LABELS = ("sums",), ("pooled",)
+_INPUTS, _UNITS = ("input_variances",), ("unit_covariances", "sums")
+_BOTH = ("sums", "saliency")
+
 SCORES: dict[str, Score] = {
     "magnitude": Score(weights.magnitude, "baseline", "weights"),
-    "taylor": Score(gradients.taylor, "baseline", "gradients"),
+    "taylor": Score(gradients.taylor, "baseline", "gradients", needs=("saliency",)),
     "random": Score(weights.random, "baseline", "weights"),
     "fpgm": Score(weights.fpgm, "baseline", "weights"),
+    "chip": Score(outputs.chip, "baseline", "activations", needs=("independence",)),
     "network_slimming": Score(weights.network_slimming, "baseline", "weights"),
+    "group_norm": Score(weights.group_norm, "baseline", "weights"),
     "proxy": Score(weights.proxy, "baseline", "weights"),
-    "activation_rms": Score(outputs.activation_rms, "local", "activations"),
-    "variance": Score(outputs.variance, "local", "activations"),
-    "cmr_logit": Score(outputs.cmr_logit, "local", "activations"),
+    "activation_rms": Score(outputs.activation_rms, "local", "activations", needs=_SUMS),
+    "variance": Score(outputs.variance, "local", "activations", needs=_INPUTS),
+    "mipp": Score(outputs.mipp, "baseline", "activations", needs=_UNITS),
+    "cmr_logit": Score(outputs.cmr_logit, "local", "activations", needs=_INPUTS),
     "cmr_const": Score(outputs.cmr_const, "target", "gradients"),
     "reconstruction": Score(outputs.reconstruction, "mixed", "gradients", (1.0,)),
     "composite_ix": Score(axes.composite_ix, "local", "activations"),
     "ix_minus_redundancy": Score(axes.ix_minus_redundancy, "local", "activations", (0.5,)),
     "magnitude_plus_ix": Score(axes.magnitude_plus_ix, "local", "activations", (1.0,)),
+    "compact_support": Score(outputs.compact_support, "local", "activations", needs=_SUMS),
+    "cap": Score(clusters.cap, "local", "labels"),
+    "cap_qgw": Score(clusters.cap_qgw, "local", "gradients", needs=_BOTH),
+    "cap_a": Score(clusters.cap_a, "local", "gradients", (None,), needs=_BOTH),
+    "spectral_rs": Score(clusters.spectral_rs, "local", "labels", needs=_SUMS),
     "composite_pid": Score(axes.composite_pid, "target", "labels"),
     "pid_no_red": Score(axes.pid_no_red, "target", "labels"),
-    "label_information": Score(labels.label_information, "target", "labels"),
-    "conditional_information": Score(labels.conditional_information, "target", "labels"),
+    "spectral_pid_rs": Score(clusters.spectral_pid_rs, "target", "labels", needs=_SUMS),
+    "label_information": Score(labels.label_information, "target", "labels", needs=_LABELS),
+    "conditional_information": Score(labels.conditional_information, "target", "labels", needs=_LABELS),
 }
 SCORES["hybrid"] = Score(
     mixtures.hybrid, "mixed", "gradients", (Method(SCORES["taylor"]), Method(SCORES["composite_ix"]))

@@ -35,3 +35,23 @@ def to_layers(evidence: Evidence, units: Mapping[str, Tensor]) -> dict[str, Tens
             vector = found.setdefault(layer, torch.full((channels,), torch.nan, dtype=torch.float64))
             vector[positions] = values[:, None]
     return {layer: found[layer] for layer in evidence.layers if layer in found}
+
+
+def unit_matrices(evidence: Evidence, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Mean over coupled layers of relations between channels, [size, size]; 0 where no layer has a value.
+
+    Args:
+        evidence: says what is coupled.
+        matrices: layer -> [N, N].
+    """
+    found = {}
+    for group, parts in evidence.couplings.items():
+        blocks = []
+        for layer, positions in parts:
+            if layer in matrices:
+                size, width = positions.shape
+                flat = positions.flatten()
+                blocks.append(matrices[layer][flat][:, flat].view(size, width, size, width).nanmean((1, 3)))
+        if blocks:
+            found[group] = torch.stack(blocks).nanmean(0).nan_to_num(0.0)
+    return found

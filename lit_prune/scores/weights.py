@@ -1,11 +1,15 @@
 """Scores that look at weights alone. Each is a dict: layer name to float64 [N], higher = keep."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_prune.errors import InputError
 from lit_prune.layers import weight_rows
 from lit_prune.scores.evidence import Evidence
+from lit_prune.scores.inputs import input_weight_power
+from lit_prune.scores.units import to_layers
+from lit_prune.structure import axes
+from lit_prune.structure.groups import Member
 
 
 def magnitude(evidence: Evidence) -> dict[str, Tensor]:
@@ -52,6 +56,36 @@ def proxy(evidence: Evidence) -> dict[str, Tensor]:
         if name in evidence.norms:
             scores[name] = scores[name] + _over_mean(evidence.norms[name])
     return scores
+
+
+def group_norm(evidence: Evidence) -> dict[str, Tensor]:
+    """Mean over a coupled group's tensors of ‖·‖² of a unit's weights in each, over its mean within the group.
+
+    The tensors are the weights of the layers that write the unit, of those that read it, of the norms and of the
+    depthwise convolutions on the way; biases do not count. Where there is no depthwise convolution this is DepGraph's
+    group norm as Torch-Pruning computes it (`GroupMagnitudeImportance`, p = 2, reduction and normaliser "mean").
+
+    Source: Fang et al. 2023, equation 9.
+    """
+    means = {}
+    for group in evidence.graph.groups:
+        rows = [_member_power(evidence.model, member) for member in group.members]
+        rows = [row for row in rows if row is not None]
+        if rows:
+            means[group.name] = _over_mean(torch.stack(rows).mean(0))
+    return to_layers(evidence, means)
+
+
+def _member_power(model: nn.Module, member: Member) -> Tensor | None:
+    """Squared norm of each unit's weights in one member, float64 [size]; None where it has no weights."""
+    module = axes.find(model, member.module)
+    if isinstance(module, nn.Parameter) or getattr(module, "weight", None) is None:
+        return None
+    positions = torch.tensor(member.positions)
+    if member.axis == "in":
+        return input_weight_power(module)[positions].sum(1)
+    weight = module.weight.detach().to("cpu", torch.float64)
+    return weight.reshape(len(weight), -1).square().sum(1)[positions].sum(1)
 
 
 def _over_mean(values: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from lit_prune.errors import InputError
 from lit_prune.information.labels import ClassSums, conditional_order, label_information
 from lit_prune.measure import measure
 from lit_prune.scores import SCORES, score
-from lit_prune.scores.outputs import input_weight_power
+from lit_prune.scores.inputs import input_weight_power
 from lit_prune.scores.table import find_score
 
 NAMES = [*SCORES, "ix_minus_redundancy(0.25)", "magnitude_plus_ix(2)"]

@@ -1,0 +1,36 @@
+"""Pairwise relations between the channels of each layer, from the evidence's sums; NaN at dead channels."""
+
+import torch
+from torch import Tensor
+
+from lit_prune.information import local_axis
+from lit_prune.information.graphs import excess_graph, redundancy_graph
+from lit_prune.measure import target_correlations, target_deviation
+from lit_prune.moments import LayerSums
+from lit_prune.scores.evidence import Evidence
+
+
+def correlations(sums: LayerSums) -> Tensor:
+    """ρ over images and positions, [N, N]; NaN in the rows and columns of dead channels."""
+    joint = local_axis.covariance(sums.samples, sums.first, sums.second).cpu()
+    return _without_dead(local_axis.correlation_matrix(joint), sums)
+
+
+def redundancy_between(evidence: Evidence) -> dict[str, Tensor]:
+    """R_ij = g(ρ_ij) of each layer's channels, nats, [N, N], diagonal 0."""
+    return {layer: redundancy_graph(correlations(sums)) for layer, sums in evidence.sums.layers.items()}
+
+
+def excess_between(evidence: Evidence) -> dict[str, Tensor]:
+    """S_ij, the target excess of each pair, nats, [N, N], diagonal 0."""
+    deviation = target_deviation(evidence.sums)
+    found = {}
+    for layer, sums in evidence.sums.layers.items():
+        task, between = target_correlations(sums.to("cpu"), deviation)
+        found[layer] = _without_dead(excess_graph(task[:, 0], between), sums)
+    return found
+
+
+def _without_dead(matrix: Tensor, sums: LayerSums) -> Tensor:
+    dead = local_axis.dead_channels(local_axis.signal_power(sums)).cpu()
+    return matrix.masked_fill(dead[:, None] | dead, torch.nan)
