@@ -27,6 +27,7 @@ from lit_prune.trainer import Trainer, last_checkpoint
 
 MACHINE_KEYS = ("accelerator", "devices", "num_nodes", "strategy", "enable_progress_bar", "enable_model_summary")
 TRAINING_VERBS = ("fit", "compress")
+VERBS = ("analyze", "compress", "sweep")
 
 
 def report(run_dir: str) -> None:
@@ -100,7 +101,7 @@ class PruneCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Verbs that need a model and data, with the arguments that are not on the command line."""
-        return {**LightningCLI.subcommands(), "analyze": {"model", "datamodule"}, "compress": {"model", "datamodule"}}
+        return {**LightningCLI.subcommands(), **{verb: {"model", "datamodule"} for verb in VERBS}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the run folder and takes the classifier's sizes from the data."""

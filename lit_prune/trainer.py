@@ -10,6 +10,8 @@ from lit_prune.analysis.request import AnalyzeRequest
 from lit_prune.data import ImageData
 from lit_prune.errors import InputError
 from lit_prune.experiments.analyze_run import analyze_run
+from lit_prune.experiments.sweep_request import SweepRequest
+from lit_prune.experiments.sweep_run import sweep_run
 from lit_prune.modules import LitClassifier
 
 
@@ -93,3 +95,27 @@ class Trainer(pl.Trainer):
             ckpt_path: checkpoint of a `fit`, pruned or not.
         """
         analyze_run(self, model, datamodule, request, compare or [], ckpt_path)
+
+    def sweep(
+        self,
+        model: LitClassifier,
+        datamodule: ImageData,
+        request: SweepRequest = SweepRequest(),  # noqa: B008  (frozen)
+        checkpoints: list[str] | None = None,
+    ) -> None:
+        """Methods × sparsities × seeds under one protocol: accuracy against the share of FLOPs removed.
+
+        Every cell is written to `sweep/cells/` of the run folder when it is done, and a sweep that was stopped goes on
+        from there; failed cells are tried again. At the end `sweep.parquet` has one row a cell, and `sweep/` the areas
+        under the curves, the paired gaps between axes, the leave-one-seed-out choice, the weight sweeps, the recovery
+        budgets and the comparison of allocations. Exit code 1 where a cell failed.
+
+        Args:
+            model: the network; its weights come from `checkpoints`, else from `--model.weights` or
+                `--model.pretrained`, else from `checkpoints/last.ckpt` of the run folder.
+            datamodule: the images it was trained on: calibration and recovery use the training split, accuracy the
+                test split.
+            request: what to sweep over, and the protocol.
+            checkpoints: checkpoints of a fit or files of weights, all of this backbone; several are model seeds.
+        """
+        sweep_run(self, model, datamodule, request, checkpoints or [])

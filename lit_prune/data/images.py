@@ -1,8 +1,9 @@
 """The base of all data modules: splits, loaders, the calibration subset, the fingerprint."""
 
+import copy
 import hashlib
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from lightning import LightningDataModule
@@ -242,6 +243,24 @@ class ImageData(LightningDataModule):
     def predict_dataloader(self) -> Loader:
         """The test batches, labels included."""
         return self._exact_loader("test")
+
+    def subset_dataloader(self, split: str, limit: int | None = None) -> Loader:
+        """The first `limit` images of a class-balanced order of a split (None: all), unaugmented, alike on every rank.
+
+        Args:
+            split: one of `available_splits`.
+            limit: number of images; more than there are takes all.
+        """
+        order = stratified_order(self._source(split).labels, seeded_generator(self.seed, "subset", split))[:limit]
+        return self._loader(split, EpochSampler(order, self.eval_batch_size, shuffle=False))
+
+    def redrawn(self, seed: int) -> Self:
+        """The same splits, but calibration images, training order and augmentation are drawn with `seed`."""
+        self._source("train")  # the split itself stays the one of the old seed
+        other = copy.copy(self)
+        other.seed = seed
+        other.__dict__.pop("_calibration_order", None)
+        return other
 
     # --- calibration
 
