@@ -1,5 +1,6 @@
 """Data modules: one class a data set, all with the loaders of `ImageData`."""
 
+from lit_prune.data.boolean_circuit import BooleanCircuitData
 from lit_prune.data.cifar import CIFAR10Data, CIFAR100Data
 from lit_prune.data.digits import DigitsData
 from lit_prune.data.folder import ImageFolderData
@@ -9,6 +10,7 @@ from lit_prune.data.mnist import MNISTData
 from lit_prune.data.tiny_imagenet import TinyImageNetData
 
 __all__ = [
+    "BooleanCircuitData",
     "CIFAR10Data",
     "CIFAR100Data",
     "DigitsData",

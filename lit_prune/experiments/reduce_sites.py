@@ -1,0 +1,334 @@
+"""Where a reduction happens: the classifier's inputs, a group of channels, or the heads of an attention."""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lit_prune.errors import InputError
+from lit_prune.evaluation import evaluate
+from lit_prune.experiments.reduce_head import HeadSite
+from lit_prune.layers import removing, to_model, undisturbed
+from lit_prune.mechanisms import Interchange, Reduced, Replacement, Swaps, interchange, replace_mechanisms
+from lit_prune.mechanisms.curvature import Curvature, measure_curvature
+from lit_prune.mechanisms.heads import (
+    HEAD_SCORES,
+    HeadMoments,
+    find_attention,
+    head_columns,
+    is_attention,
+    measure_heads,
+    remove_heads,
+)
+from lit_prune.mechanisms.interchange import gather_images, swap_units
+from lit_prune.scores import score
+from lit_prune.structure import Budget, ChannelGraph, Group, Plan, trace_groups
+from lit_prune.structure.ranking import group_scores
+
+Batches = list[tuple[Tensor, Tensor]]
+
+
+class State(Protocol):
+    """A reduction under way: which of the original units stay, and what the last step reported."""
+
+    kept: tuple[int, ...]
+    report: dict[str, Any]
+
+
+class Site(Protocol):
+    """A layer whose units can be scored, replaced and verified.
+
+    Attributes:
+        size: number of units.
+        curvature_method: how second derivatives are taken.
+    """
+
+    size: int
+    curvature_method: str
+
+    def begin(self, batches: Batches) -> Any:
+        """State with all units, and what calibration images are read for."""
+
+    def rank(self, state: Any, name: str, seed: int) -> Tensor:
+        """Scores of the units that are left, higher = keep."""
+
+    def reduce(self, state: Any, kept: Sequence[int], kind: str, settings: Replacement) -> Any:
+        """State with only `kept` of the original units left."""
+
+    def test(self, batches: Batches) -> Any:
+        """What `verify` needs of the test images."""
+
+    def verify(self, state: Any, test: Any, swaps: Swaps) -> tuple[float, Interchange]:
+        """Accuracy, and agreement with the original under interchange."""
+
+    def network(self, state: Any) -> tuple[nn.Module, Plan | None]:
+        """The compiled network, and the plan of its structure where a plan can say it."""
+
+
+@dataclass(frozen=True)
+class GroupState:
+    """A network on its way down; `model` has the units `kept` of the original's group."""
+
+    batches: Batches
+    model: nn.Module
+    kept: tuple[int, ...]
+    report: dict[str, Any]
+    added_biases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class GroupSite:
+    """A group of channels inside the network; every step runs the network.
+
+    Attributes:
+        model: the original.
+        group: the group.
+        example: [1, C, H, W].
+    """
+
+    model: nn.Module
+    group: Group
+    example: Tensor
+    curvature_method: str = "gauss_newton"
+
+    @property
+    def size(self) -> int:
+        """Number of units."""
+        return self.group.size
+
+    def begin(self, batches: Batches) -> GroupState:
+        """The original network."""
+        return GroupState(batches, self.model, tuple(range(self.size)), {})
+
+    def rank(self, state: GroupState, name: str, seed: int) -> Tensor:
+        """Scores by `lit_prune.score` on the network as it is now."""
+        return unit_scores(state.model, self.group.name, name, state.batches, seed)
+
+    def reduce(self, state: GroupState, kept: Sequence[int], kind: str, settings: Replacement) -> GroupState:
+        """One more `replace_mechanisms`."""
+        places = tuple(place for place, unit in enumerate(state.kept) if unit in set(kept))
+        plan = Plan((), {self.group.name: places}, {self.group.name: len(state.kept)})
+        found = replace_mechanisms(state.model, plan, state.batches, self.example, kind, settings=settings)
+        biases = tuple(dict.fromkeys((*state.added_biases, *found.plan.added_biases)))
+        return GroupState(state.batches, found.model, tuple(sorted(kept)), _said(found.report), biases)
+
+    def test(self, batches: Batches) -> Batches:
+        """The images themselves."""
+        return batches
+
+    def verify(self, state: GroupState, test: Batches, swaps: Swaps) -> tuple[float, Interchange]:
+        """Runs both networks."""
+        reduced = Reduced(state.model, {}, self._plan(state))
+        found = interchange(self.model, reduced, test, self.example, swaps=swaps)
+        return evaluate(state.model, test).accuracy, found
+
+    def network(self, state: GroupState) -> tuple[nn.Module, Plan]:
+        """The network of the state."""
+        return state.model, self._plan(state)
+
+    def curvature(self, state: GroupState, seed: int) -> dict[str, Curvature]:
+        """Curvature at each reader of the group."""
+        return measure_curvature(self.model, self.group.consumers, state.batches, seed)
+
+    def _plan(self, state: GroupState) -> Plan:
+        name = self.group.name
+        return Plan((), {name: state.kept}, {name: self.size}, added_biases=state.added_biases)
+
+
+def _said(report: dict[str, Any]) -> dict[str, Any]:
+    """What a replacement says about its readers, one value a field (the largest error, the total of systems)."""
+    layers = report["layers"]
+    said: dict[str, Any] = {"kind": report["kind"], "readers": list(layers), "refused": report["refused"]}
+    for key, merge in (("error", max), ("border_error", max), ("singular", sum)):
+        values = [entry[key] for entry in layers.values() if key in entry]
+        said |= {key: merge(values)} if values else {}
+    for key in ("ridge", "curvature", "parents"):
+        values = [entry[key] for entry in layers.values() if key in entry]
+        said |= {key: values[0]} if values else {}
+    return said
+
+
+@dataclass(frozen=True)
+class HeadsState:
+    """An attention on its way down."""
+
+    batches: Batches
+    model: nn.Module
+    kept: tuple[int, ...]
+    report: dict[str, Any]
+
+    def moments(self, name: str, seed: int) -> HeadMoments:
+        """What its heads put out."""
+        return measure_heads(self.model, name, self.batches, seed)
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """The heads of one attention module.
+
+    Attributes:
+        model: the original.
+        name: its attention.
+    """
+
+    model: nn.Module
+    name: str
+    curvature_method: str = "gauss_newton"
+
+    @cached_property
+    def size(self) -> int:
+        """Number of heads."""
+        return find_attention(self.model, self.name).num_heads
+
+    def begin(self, batches: Batches) -> HeadsState:
+        """The original network."""
+        return HeadsState(batches, self.model, tuple(range(self.size)), {})
+
+    def rank(self, state: HeadsState, name: str, seed: int) -> Tensor:
+        """Scores of `HEAD_SCORES`.
+
+        Raises:
+            InputError: another name.
+        """
+        if name not in HEAD_SCORES:
+            raise InputError(f"score={name!r} is not for attention heads; use one of {', '.join(HEAD_SCORES)}")
+        if name == "random":
+            return torch.rand(len(state.kept), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        moments = state.moments(self.name, seed)
+        if name == "cmr_const":
+            return moments.risk(moments.foldable_constants())
+        if name == "cmr_logit":
+            return moments.distortion(find_attention(state.model, self.name).proj.weight)
+        return moments.removal_scores() if name == "head_removal" else moments.variance()
+
+    def reduce(self, state: HeadsState, kept: Sequence[int], kind: str, settings: Replacement) -> HeadsState:
+        """Removes heads; "constant" puts foldable constants in their place.
+
+        Raises:
+            InputError: another kind or objective.
+        """
+        if kind not in ("delete", "constant") or settings.objective == "joint_loss":
+            raise InputError(f"kind={kind!r}, objective={settings.objective!r}: heads can be deleted or made constant")
+        removed = [place for place, unit in enumerate(state.kept) if unit not in set(kept)]
+        constants = None
+        if kind == "constant":
+            constants = state.moments(self.name, settings.seed).foldable_constants(settings.objective)
+        smaller = remove_heads(state.model, self.name, removed, constants)
+        return HeadsState(state.batches, smaller, tuple(sorted(kept)), {"kind": kind})
+
+    def test(self, batches: Batches) -> Batches:
+        """The images themselves."""
+        return batches
+
+    def verify(self, state: HeadsState, test: Batches, swaps: Swaps) -> tuple[float, Interchange]:
+        """Runs both networks; a unit is a head's output at all positions."""
+        wide = find_attention(self.model, self.name).head_dim
+        columns = [
+            [head_columns([head], wide).tolist() for head in heads] for heads in (state.kept, range(len(state.kept)))
+        ]
+        images = gather_images(test, swaps.images)
+        found = swap_units((self.model, state.model), f"{self.name}.proj", columns, images, swaps)
+        return evaluate(state.model, test).accuracy, found
+
+    def network(self, state: HeadsState) -> tuple[nn.Module, None]:
+        """The network of the state; heads are outside of what a plan can say."""
+        return state.model, None
+
+
+def unit_scores(model: nn.Module, group: str, name: str, batches: Batches, seed: int) -> Tensor:
+    """Scores of the units of one group, [size].
+
+    Raises:
+        InputError: the score says nothing about the group.
+    """
+    ranks = score(model, name, batches, seed=seed)
+    values, _ = group_scores(trace_groups(model, batches[0][0][:1]), ranks, Budget(only=(group,)))
+    return torch.as_tensor(values[group])
+
+
+def find_site(model: nn.Module, layer: str | None, example: Tensor) -> Site:
+    """The site that `layer` names.
+
+    Args:
+        model: the network.
+        layer: a group, the classifier, a linear layer or convolution that alone reads a group, or an attention module;
+            None: the classifier's inputs.
+        example: [1, C, H, W].
+
+    Raises:
+        InputError: there is no such layer (near matches are named), its units cannot be removed, or what reads them is
+            not affine.
+    """
+    modules = dict(model.named_modules())
+    last = last_affine(model, example)
+    layer = last if layer is None else layer
+    if layer is None:
+        raise InputError("request.layer: the network does not end in a linear layer; name a group of channels")
+    if is_attention(modules.get(layer)):
+        return AttentionSite(model, find_attention(model, layer) and layer)
+    graph = trace_groups(model, example)
+    if layer == last:
+        feeding = [group for group in graph.prunable if group.consumers == (last,) and _reads_alone(model, group, last)]
+        return HeadSite(model, last, feeding[0] if feeding else None, example)
+    group = graph.by_name.get(layer) or _read_by(graph, layer)
+    if group is None:
+        raise InputError(_not_found(layer, modules, graph, last))
+    if group.protected:
+        raise InputError(f"request.layer={layer!r}: its units cannot be removed: {group.protected}")
+    if group.consumers == (last,) and _reads_alone(model, group, last):
+        return HeadSite(model, last, group, example)
+    _check_affine(model, layer, group)
+    return GroupSite(model, group, example)
+
+
+def last_affine(model: nn.Module, example: Tensor) -> str | None:
+    """Name of the linear layer whose output is the network's output, None where there is none."""
+    outputs: dict[int, str] = {}
+    held: list[Tensor] = []
+
+    def keeper(name: str):
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+            outputs[id(output)] = name
+            held.append(output)
+
+        return hook
+
+    linear = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    handles = [module.register_forward_hook(keeper(name)) for name, module in linear]
+    with removing(handles), undisturbed(model):
+        return outputs.get(id(model(to_model(model, example))))
+
+
+def _reads_alone(model: nn.Module, group: Group, head: str) -> bool:
+    """Whether a unit of the group is one input of the head (not a flattened map)."""
+    return group.size == model.get_submodule(head).in_features
+
+
+def _read_by(graph: ChannelGraph, layer: str) -> Group | None:
+    """The group that `layer` reads, if it reads one."""
+    read = [group for group in graph.groups if layer in group.consumers]
+    return read[0] if len(read) == 1 else None
+
+
+def _check_affine(model: nn.Module, layer: str, group: Group) -> None:
+    if not group.consumers:
+        raise InputError(f"request.layer={layer!r}: no affine layer reads its units, so nothing can be folded")
+    for name in group.consumers:
+        module = model.get_submodule(name)
+        if not isinstance(module, nn.Linear | nn.Conv2d) or getattr(module, "groups", 1) > 1:
+            raise InputError(
+                f"request.layer={layer!r}: its reader {name!r} ({type(module).__name__}) is not affine in one unit at "
+                "a time; choose a layer that linear layers or ungrouped convolutions read"
+            )
+
+
+def _not_found(layer: str, modules: dict[str, nn.Module], graph: ChannelGraph, last: str | None) -> str:
+    known = [*graph.by_name, *(name for name, module in modules.items() if is_attention(module)), *([last] or [])]
+    known = list(dict.fromkeys(name for name in known if name))
+    near = difflib.get_close_matches(layer, known, n=3, cutoff=0.4) or known[-4:]
+    kind = f"is a {type(modules[layer]).__name__}, not a layer with units" if layer in modules else "is not there"
+    return f"request.layer={layer!r} {kind}; did you mean {', '.join(near)}?"
