@@ -43,8 +43,7 @@ def cap(evidence: Evidence) -> dict[str, Tensor]:
 def cap_qgw(evidence: Evidence) -> dict[str, Tensor]:
     """`cap` on √(n(taylor)·n(cap)), each channel's place in the order as a quantile of its group, in (0, 1)."""
     values = {group: (gradient * ours).sqrt() for group, (gradient, ours) in _both(evidence).items()}
-    guarded = _guarded(evidence, values, PROTECTED_SHARE)
-    return to_layers(evidence, {group: _on_live(found, _quantiles) for group, found in guarded.items()})
+    return to_layers(evidence, _guarded(evidence, values, PROTECTED_SHARE, _quantiles))
 
 
 def cap_a(evidence: Evidence, sparsity: float) -> dict[str, Tensor]:
@@ -93,8 +92,10 @@ def _both(evidence: Evidence) -> dict[str, tuple[Tensor, Tensor]]:
     return {group: (_on_live(gradient[group], scaled), _on_live(ours[group], scaled)) for group in ours}
 
 
-def _guarded(evidence: Evidence, values: Units, protected_share: float) -> Units:
-    """Each group's values dealt out in the guarded order of its k-means clusters."""
+def _guarded(
+    evidence: Evidence, values: Units, protected_share: float, deal: Callable[[Tensor, Tensor], Tensor] = follow
+) -> Units:
+    """Scores of each group's units in the guarded order of its k-means clusters: `deal(values, order)`."""
     metrics = [_live_units(evidence, evidence.column(name)) for name in LOCAL_FEATURES]
     found = {}
     for group, scores in values.items():
@@ -102,7 +103,7 @@ def _guarded(evidence: Evidence, values: Units, protected_share: float) -> Units
 
         def dealt(live: Tensor, features: Tensor = features, scores: Tensor = scores) -> Tensor:
             clusters = kmeans_clusters(features[scores.isfinite()], evidence.seed)
-            return follow(live, guarded_order(live, clusters, protected_share))
+            return deal(live, guarded_order(live, clusters, protected_share))
 
         found[group] = _on_live(scores, dealt)
     return found
@@ -130,11 +131,9 @@ def _on_live(values: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     return found
 
 
-def _quantiles(values: Tensor) -> Tensor:
-    """Place in ascending order as a quantile, (0, 1); equal values in index order."""
-    places = torch.empty_like(values)
-    places[values.argsort(stable=True)] = (torch.arange(len(values)).double() + 0.5) / len(values)
-    return places
+def _quantiles(values: Tensor, order: Tensor) -> Tensor:
+    """Each channel's place in the order as a quantile, in (0, 1)."""
+    return follow((torch.arange(len(values)).double() + 0.5) / len(values), order)
 
 
 def _unit_scale(weights: Tensor) -> Tensor:

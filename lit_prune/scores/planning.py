@@ -1,15 +1,18 @@
 """From the name of any method and a budget to a plan."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
+from typing import Any
 
 import torch
+from torch import nn
 
 from lit_prune.scores.evidence import Evidence
 from lit_prune.scores.table import find_score
 from lit_prune.structure.allocation import plan_channels, plan_latency
-from lit_prune.structure.cost import CostModel
+from lit_prune.structure.cost import CostModel, cost
 from lit_prune.structure.groups import ChannelGraph
+from lit_prune.structure.masking import mask_channels, plan_masks
 from lit_prune.structure.plan import Plan
 from lit_prune.structure.ranking import Budget, selected_groups
 
@@ -40,6 +43,31 @@ def plan_method(evidence: Evidence, method: str, graph: ChannelGraph, cost_model
     else:
         plan = plan_channels(graph, cost_model, ranks, request)
     return replace(plan, notes={**plan.notes, "method": method})
+
+
+def mask_method(evidence: Evidence, method: str, request: Budget) -> tuple[nn.Module, dict[str, Any]]:
+    """The network with a method's removed channels masked, one convolution at a time: for comparison only.
+
+    The protocol of the two-axis paper's companion code: every layer is a unit of its own under the same threshold, raw
+    outputs become zero, a residual add still carries the other branch. Name it `removal="mask"` in every result.
+
+    Args:
+        evidence: as in `plan_method`.
+        method: as in `plan_method`.
+        request: a budget of "macs" or "channels", shared out "global" or "uniform".
+
+    Returns:
+        A masked copy, and plain values: `removal`, `method`, `kept` (layer -> channels; give it to `mask_channels` to
+        mask another copy), `macs` and `dense_macs` (counted as if removed), `channels` (share that stays), `met`.
+
+    Raises:
+        InputError: as in `score` and `plan_masks`.
+    """
+    sparsity = 1 - request.keep if isinstance(request.keep, float | int) else 0.0
+    ranks = find_score(method).at(sparsity).ranks(evidence)
+    plan = plan_masks(evidence.graph, cost(evidence.model, evidence.example), ranks, request)
+    found = asdict(plan) | {"kept": {name: list(channels) for name, channels in plan.kept.items()}}
+    return mask_channels(evidence.model, plan.kept), {"removal": "mask", "method": method, **found}
 
 
 def channel_sparsity(graph: ChannelGraph, cost_model: CostModel, request: Budget) -> float:

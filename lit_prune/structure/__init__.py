@@ -5,6 +5,7 @@ from lit_prune.structure.compact import build_network, load_compact, save_compac
 from lit_prune.structure.cost import Cost, CostModel, LayerCost, cost
 from lit_prune.structure.groups import ChannelGraph, Group, Member, group_role, trace_groups
 from lit_prune.structure.latency import compare_latencies, compare_profiles, measure_latency, profile
+from lit_prune.structure.masking import MaskPlan, mask_channels, plan_masks
 from lit_prune.structure.plan import Plan
 from lit_prune.structure.ranking import Budget, group_scores
 from lit_prune.structure.surgery import apply_plan, check_invariants, kept_columns, transfer_tensors
@@ -16,6 +17,7 @@ __all__ = [
     "CostModel",
     "Group",
     "LayerCost",
+    "MaskPlan",
     "Member",
     "Plan",
     "apply_plan",
@@ -29,9 +31,11 @@ __all__ = [
     "kept_columns",
     "load_compact",
     "make_plan",
+    "mask_channels",
     "measure_latency",
     "plan_channels",
     "plan_for_widths",
+    "plan_masks",
     "profile",
     "save_compact",
     "trace_groups",

@@ -103,13 +103,7 @@ def group_scores(graph: ChannelGraph, ranks: Ranks, request: Budget) -> tuple[di
     """
     groups = selected_groups(graph, request)
     raw = {group.name: unit_scores(graph, group, ranks) for group in groups}
-    normalise = NORMALISATIONS[request.normalisation]
-    scores = {}
-    for name, values in raw.items():
-        if values is not None:
-            live = values[np.isfinite(values)]
-            normalised = normalise(values, live) if len(live) else values
-            scores[name] = np.clip(normalised, -1e300, 1e300)  # infinite marks stay first or last and can be averaged
+    scores = {name: normalise(values, request.normalisation) for name, values in raw.items() if values is not None}
     if not scores:
         raise InputError(
             f"nothing to prune: {len(graph.prunable)} of {len(graph.groups)} groups are prunable, {len(groups)} of "
@@ -123,6 +117,15 @@ def group_scores(graph: ChannelGraph, ranks: Ranks, request: Budget) -> tuple[di
         "without_scores": [name for name, values in raw.items() if values is None],
     }
     return scores, notes
+
+
+def normalise(scores: np.ndarray, how: str) -> np.ndarray:
+    """Scores of one group on the scale that `Budget.normalisation` names, float64 [size].
+
+    Infinite marks stay first or last, as numbers that can be averaged.
+    """
+    live = scores[np.isfinite(scores)]
+    return np.clip(NORMALISATIONS[how](scores, live) if len(live) else scores, -1e300, 1e300)
 
 
 def _names(argument: str, value: str | Iterable[str]) -> tuple[str, ...]:
