@@ -31,8 +31,8 @@ class Decorrelation(Callback):
         seed: of the channel draws.
 
     Raises:
-        InputError: a value out of range; at fit start: a module without `backbone` or `loss_terms`, or without a
-            convolution of two channels.
+        InputError: a value out of range; at fit start: a module without `backbone` or `loss_terms`, without a
+            convolution of two channels, or with a compiled training step.
 
     Source: the two-axis paper, appendix O and table 17.
     """
@@ -56,6 +56,11 @@ class Decorrelation(Callback):
         """Puts the term into the loss."""
         if not hasattr(pl_module, "loss_terms"):
             raise InputError(f"Decorrelation: {type(pl_module).__name__} has no `loss_terms`; use a LitClassifier")
+        if getattr(pl_module, "compilation", False):
+            raise InputError(
+                "model.compile: the channel draws of Decorrelation cannot be compiled; set it to false, or remove the "
+                "callback"
+            )
         spaced_convolutions(backbone_of(self, pl_module))
         pl_module.loss_terms["decorrelation"] = self.term
 
@@ -105,7 +110,10 @@ class Decorrelation(Callback):
         """Forward hook of a chosen layer."""
         if not (self._active and layer.training):
             return
-        order = torch.randperm(output.shape[1], generator=self._draw)[:CHANNELS].to(output.device)
+        order = torch.randperm(output.shape[1], generator=self._draw)[:CHANNELS]
+        if output.is_cuda:
+            order = order.pin_memory()  # copied without waiting for the device
+        order = order.to(output.device, non_blocking=True)
         with torch.set_grad_enabled(self.weight > 0), torch.autocast(output.device.type, enabled=False):
             values = output.index_select(1, order).float()  # a copy: a ReLU in place may follow
             self._overlaps.append(sampled_overlap(values, min(REFERENCES, len(order))))

@@ -202,6 +202,7 @@ class StagedPruning(Callback):
         write_stages(run_dir, self.records)
         if not self.failed:
             return write_compact(run_dir, Network.of(module), self.dense, self.records)
+        trainer.strategy.checkpoint_io.teardown()  # waits for checkpoints that are still being written
         held = len(self.records) - 1
         if not held:
             raise InputError(
@@ -298,7 +299,7 @@ class StagedPruning(Callback):
         folder = Path(self.teacher_folder or Path(trainer.default_root_dir) / "teacher")
         if not folder.is_dir():
             raise InputError(f"teacher missing: {folder} is no folder; it is written before the first stage of a run")
-        return load_compact(folder).to(module.device)
+        return load_compact(folder).to(module.device, memory_format=module.memory_format)
 
     def _attach_teacher(self, trainer: Trainer, module: LitClassifier) -> None:
         """Puts the distillation term into the module's loss."""

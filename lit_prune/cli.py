@@ -12,15 +12,18 @@ from jsonargparse import ArgumentParser, auto_cli
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 
 from lit_prune.data import ImageData
 from lit_prune.errors import InputError
 from lit_prune.experiments.compress import schedule_sweep
+from lit_prune.experiments.suite import Suite, device_slots, preview, run_suite
 from lit_prune.export import ExportError, export_compact
 from lit_prune.files import write_text
 from lit_prune.modules import LitClassifier
+from lit_prune.modules.execution import check_precision
 from lit_prune.report import result_table, write_report
 from lit_prune.run_record import write_run
 from lit_prune.trainer import Trainer, last_checkpoint
@@ -58,6 +61,45 @@ def export(run_dir: str, formats: list[str] = ["onnx", "torch_export"], to: str 
         raise SystemExit(f"error: {one_line(str(error))}") from None  # exit code 1: the input was right
     for name, result in results.items():
         print(f"{name}: {result['file']}, largest difference {result['max_abs_difference']:.2e}")
+
+
+def suite(
+    base: dict[str, Any],
+    networks: dict[str, dict[str, Any]],
+    seeds: list[int],
+    run_dir: str = "runs/suite",
+    options: list[str] = [],  # noqa: B006
+    dry_run: bool = False,
+    devices: int | None = None,
+    runs_per_device: int = 1,
+    part: int = 0,
+    parts: int = 1,
+) -> None:
+    """Trains networks × seeds, each in a folder of its own; finished runs are skipped, interrupted ones go on.
+
+    Args:
+        base: configuration of every `fit`.
+        networks: by name, what is added to `base` for that network.
+        seeds: one run of every network for each.
+        run_dir: a run's folder in it is `NETWORK/seed=SEED`; the results of all go to `suite.parquet`.
+        options: further command line arguments of every `fit`, such as `["--data.root", "DATA"]`.
+        dry_run: print what would be done and its estimated cost, and do nothing.
+        devices: devices to spread the runs over, one process each; default: all CUDA devices, one process on the CPU.
+        runs_per_device: runs at the same time on each.
+        part: number of this process among `parts` that share the suite, such as the tasks of a SLURM job.
+        parts: processes that share the suite.
+    """
+    asked = Suite(Path(run_dir), base, networks, tuple(seeds), tuple(options))
+    slots = device_slots(devices, runs_per_device)
+    table = preview(asked, len(slots), fit_parts) if dry_run else run_suite(asked, slots, part, parts)
+    Console().print(table)
+
+
+def fit_parts(args: list[str]) -> tuple[LitClassifier, ImageData, dict[str, Any]]:
+    """Model, data and trainer settings of a `fit` command line, which is not carried out."""
+    cli = build_cli(args, run=False)
+    settings = cli.parser.instantiate_classes(cli.config)["fit"]
+    return settings["model"], settings["data"], dict(settings["trainer"])
 
 
 FOLDER_VERBS: dict[str, Callable[..., None]] = {"export": export, "report": report}
@@ -131,7 +173,13 @@ class PruneCLI(LightningCLI):
             logger = self.subcommand in TRAINING_VERBS and TensorBoardLogger(
                 self.run_dir, name="", version="tensorboard", default_hp_metric=False
             )
-        return super().instantiate_trainer(callbacks=callbacks, logger=logger, **kwargs)
+        given = settings.get("plugins") or []
+        plugins = given if isinstance(given, list) else [given]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, AsyncCheckpointIO()]  # training goes on while a checkpoint is written
+        trainer = super().instantiate_trainer(callbacks=callbacks, logger=logger, **kwargs)
+        check_precision(str(trainer.precision), trainer.strategy.root_device, asked=settings.get("precision"))
+        return trainer
 
     def before_fit(self) -> None:
         """Enters the run folder: refuses another run's, resumes this run's."""
@@ -223,6 +271,12 @@ def run(args: Sequence[str]) -> Any:
             parser_class=FolderParser,
             as_positional=False,
         )
+    if verb == "suite":
+        parser = FolderParser(prog="lit-prune suite", description=suite.__doc__.splitlines()[0])
+        parser.add_argument("-c", "--config", action="config", help="YAML file with these arguments.")
+        parser.add_function_arguments(suite, as_positional=False)
+        asked = parser.parse_args(list(args[1:])).as_dict()
+        return suite(**{name: value for name, value in asked.items() if name != "config"})
     return build_cli(args)
 
 
@@ -261,6 +315,7 @@ class FolderParser(ArgumentParser):
 
 DESCRIPTION = (
     "Train a vision network, watch its channels, prune it in stages, repair it, hand over a smaller dense one. "
+    "`lit-prune suite -c FILE` trains networks × seeds. "
     "Two more verbs read a run folder: `lit-prune report --run_dir DIR`, `lit-prune export --run_dir DIR`."
 )
 

@@ -35,18 +35,20 @@ def evaluate(
     """
     modes = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
-    sums = torch.zeros(3, dtype=torch.float64)  # correct, summed loss, images
+    results = torch.zeros(2, dtype=torch.float64, device=device)  # correct, summed loss
+    count = 0
     model.eval()
     try:
         for images, labels in batches:
-            labels = labels.to(device)
-            logits = model(images.to(device)).double()
-            correct = (logits.argmax(1) == labels).sum()
+            labels = labels.to(device, non_blocking=True)
+            logits = model(images.to(device, non_blocking=True)).double()
             loss = F.cross_entropy(logits, labels, reduction="sum")
-            sums += torch.stack([correct, loss, torch.tensor(len(labels), device=device)]).double().cpu()
+            results += torch.stack([(logits.argmax(1) == labels).sum().double(), loss])
+            count += len(labels)
     finally:
         for module, mode in modes.items():
             module.training = mode
+    sums = torch.tensor([*results.tolist(), count], dtype=torch.float64)  # the one time that it waits for the device
     sums = sums if reduce is None else reduce(sums)
     if not sums[2]:
         raise InputError("evaluation got no batches: give at least one (images, labels) batch")

@@ -139,7 +139,7 @@ def _products(layer: nn.Conv2d | nn.Linear, inputs: Tensor, driven: Tensor, size
     shape = (groups * rows, *layer.weight.shape[1:])
     gradient = driven.reshape(images, groups * rows, *size)
     products = nn.grad.conv2d_weight(inputs, shape, gradient, layer.stride, padding, layer.dilation, groups)
-    return products.view(groups, rows, -1)
+    return products.reshape(groups, rows, -1)
 
 
 def _padded(layer: nn.Conv2d, inputs: Tensor) -> tuple[Tensor, tuple[int, int]]:

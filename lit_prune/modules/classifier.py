@@ -13,6 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lit_prune.backbones import load_weights
 from lit_prune.errors import InputError
+from lit_prune.modules.execution import CompiledForward, check_compile, check_precision
 from lit_prune.modules.loss import LossTerm, TrainingStep
 from lit_prune.modules.schedule import PhaseCosine
 from lit_prune.structure import Plan, apply_plan, build_network
@@ -47,6 +48,10 @@ class LitClassifier(LightningModule):
         optimizer: made anew for each phase that has no optimizer of its own.
         scheduler: its schedule; `lit_prune.modules.PhaseCosine` adapts to the length of the phase.
         label_smoothing: of the cross-entropy, in [0, 1).
+        channels_last: keep weights and images in the memory order that convolutions on recent devices are fastest in.
+        compile: put the training step's forward and backward pass through torch.compile, anew after each surgery: true,
+            a mode of inductor (`reduce-overhead`, `max-autotune`) or another back end. Evaluation and the measurements
+            of callbacks run the network as it is.
     """
 
     def __init__(
@@ -60,15 +65,23 @@ class LitClassifier(LightningModule):
         optimizer: OptimizerCallable = torch.optim.SGD,
         scheduler: LRSchedulerCallable | None = None,
         label_smoothing: float = 0.0,
+        channels_last: bool = False,
+        compile: bool | str = False,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["optimizer", "scheduler", "weights", "pretrained"])
+        self.save_hyperparameters(
+            ignore=["optimizer", "scheduler", "weights", "pretrained", "channels_last", "compile"]
+        )
         self.backbone_name = backbone
         self.image_shape = tuple(int(size) for size in image_shape)
         self.arguments = {"num_classes": num_classes, "in_channels": self.image_shape[0], **(arguments or {})}
         self.backbone = build_network(backbone, self.arguments, pretrained=pretrained)
         if weights is not None:
             load_weights(self.backbone, weights)
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.backbone = self.backbone.to(memory_format=self.memory_format)
+        self.compilation = compile
+        self._compiled: CompiledForward | None = None
         self.is_trained = pretrained or weights is not None
         self.recipe = Recipe(optimizer, scheduler)
         self.repair_recipe: Recipe | None = None
@@ -77,6 +90,7 @@ class LitClassifier(LightningModule):
         self.plans: list[Plan] = []
         self.phase_start = 0
         self.phase_boundaries: tuple[int, ...] = ()
+        self.broken: Tensor | bool = False
         self.accuracy = nn.ModuleDict(
             {
                 split: MulticlassAccuracy(num_classes, average="micro", validate_args=False)
@@ -105,14 +119,33 @@ class LitClassifier(LightningModule):
         """Recipe of the current phase: the repair's after the first stage, where there is one."""
         return self.repair_recipe if self.plans and self.repair_recipe else self.recipe
 
+    def setup(self, stage: str) -> None:
+        """Refuses what cannot be carried out on this device.
+
+        Raises:
+            InputError: compilation or precision is not supported here.
+        """
+        if stage == "fit":
+            device = self.trainer.strategy.root_device
+            check_precision(str(self.trainer.precision), device)
+            check_compile(self.compilation, device)
+
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, K] of `images` [B, C, H, W]."""
-        return self.backbone(images)
+        return self.backbone(images.contiguous(memory_format=self.memory_format))
+
+    def _training_forward(self, images: Tensor) -> Tensor:
+        """Logits of laid out images, compiled where asked for."""
+        if self.compilation is False:
+            return self.backbone(images)
+        if self._compiled is None:
+            self._compiled = CompiledForward(self.backbone, self.compilation)
+        return self._compiled(images)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
-        """Cross-entropy plus every loss term, each logged under `train/`."""
-        images, labels = batch
-        logits = self(images)
+        """Cross-entropy plus every loss term, each logged under `train/`; waits for the device when it logs only."""
+        images, labels = batch[0].contiguous(memory_format=self.memory_format), batch[1]
+        logits = self._training_forward(images)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         phase_epoch = self.current_epoch - self.phase_start
         step = TrainingStep(self.backbone, images, labels, logits, batch_index, phase_epoch, self.phase_epochs)
@@ -121,7 +154,7 @@ class LitClassifier(LightningModule):
             self.log(f"train/{name}", value.detach(), on_step=False, on_epoch=True)
             loss = loss + value
         self.broken |= ~torch.isfinite(loss.detach())
-        if self.trainer.global_step % self.trainer.log_every_n_steps == 0:
+        if self.trainer.is_last_batch or (batch_index + 1) % self.trainer.log_every_n_steps == 0:
             self.check_finite()
         self.accuracy["fit"](logits.detach(), labels)
         self.log("train/loss", loss.detach(), on_step=False, on_epoch=True, prog_bar=True)
@@ -158,12 +191,8 @@ class LitClassifier(LightningModule):
             if isinstance(entry.scheduler, PhaseCosine):
                 entry.scheduler.begin(steps * self.schedule_epochs)
 
-    def on_train_epoch_end(self) -> None:
-        """Stops a run whose loss is not finite before a checkpoint is written from it."""
-        self.check_finite()
-
     def check_finite(self) -> None:
-        """Raises InputError where a loss since the epoch began was NaN or infinite."""
+        """Raises InputError where a loss since the epoch began was NaN or infinite; waits for the device."""
         if self.broken:
             raise InputError(
                 f"loss is NaN or infinite in epoch {self.current_epoch}, at or before step {self.trainer.global_step}; "
@@ -202,8 +231,9 @@ class LitClassifier(LightningModule):
 
     def adopt(self, backbone: nn.Module, plan: Plan) -> None:
         """Takes over the network that `plan` made of the present one; the trainer knows nothing of it yet."""
-        self.backbone = backbone
+        self.backbone = backbone.to(memory_format=self.memory_format)
         self.plans.append(plan)
+        self._compiled = None
 
     def structure(self) -> dict[str, Any]:
         """Backbone name, arguments, plans and phase, as plain values."""
@@ -215,7 +245,8 @@ class LitClassifier(LightningModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the structure."""
+        """Adds the structure; a network whose loss is not finite is not saved."""
+        self.check_finite()
         checkpoint[STRUCTURE_KEY] = self.structure()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

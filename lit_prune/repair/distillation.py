@@ -114,7 +114,8 @@ class Distillation:
     ) -> None:
         self.repair = repair
         self.teacher = teacher.eval().requires_grad_(False)
-        self.columns = None if columns is None else torch.tensor(columns, dtype=torch.long)
+        device = next(teacher.parameters()).device  # a copy in every step would make it wait
+        self.columns = None if columns is None else torch.tensor(columns, dtype=torch.long, device=device)
         self._student_tap = FeatureTap(student.get_submodule(head))
         self._teacher_tap = FeatureTap(teacher.get_submodule(head))
 
@@ -131,7 +132,7 @@ class Distillation:
         if not beta:
             return value
         if self.columns is not None:
-            wanted = wanted[..., self.columns.to(wanted.device)]
+            wanted = wanted[..., self.columns]
         return value + beta * cosine_distance(features, wanted)
 
     def _compare(self, student: Tensor, teacher: Tensor) -> Tensor:
