@@ -11,7 +11,15 @@ import jinja2
 
 from lit_prune.errors import InputError
 from lit_prune.files import whole_file, write_text
-from lit_prune.report import axes_figures, dynamics_figures, figures, structure_figures, tables
+from lit_prune.report import (
+    axes_figures,
+    dynamics_figures,
+    figures,
+    lesion_figures,
+    lesion_tables,
+    structure_figures,
+    tables,
+)
 from lit_prune.report.drawing import Picture, render_png, styled
 from lit_prune.report.run_folder import AbsentInput, RunFolder
 from lit_prune.report.tables import Table
@@ -57,6 +65,12 @@ SECTIONS: tuple[Section, ...] = (
     Section("redundancy", "Pairwise redundancy", structure_figures.draw_redundancy),
     Section("higher_order", "Graphs, hulls and triplets by depth", structure_figures.draw_higher_order),
     Section("propagation", "From layer to layer", structure_figures.draw_propagation),
+    Section("damage", "Lesions", lesion_figures.draw_damage),
+    Section("ranking", "Scores and the damage of lesions", lesion_tables.tabulate_ranking),
+    Section("recovery", "Replacement by peers", lesion_figures.draw_recovery),
+    Section("replacement", "Recovery by least damage", lesion_tables.tabulate_replacement),
+    Section("matched", "Recovery at matched task information", lesion_tables.tabulate_matched),
+    Section("selection", "One score against two axes", lesion_figures.draw_selection),
     Section("protocol", "Protocol", tables.tabulate_protocol),
     Section("config", "Configuration", _show_config),
     Section("files", "Files", tables.list_files),

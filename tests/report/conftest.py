@@ -11,6 +11,7 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from lit_prune.dynamics import dynamics_table
+from lit_prune.experiments.lesion import write_tables
 from lit_prune.information.propagation import METRICS as ROUTED
 
 LAYER_COLUMNS = (
@@ -144,6 +145,19 @@ def write_analysis(folder: Path) -> None:
     cosines.to_parquet(folder / "trace" / "gradients.parquet")
 
 
+def write_lesions(folder: Path) -> None:
+    """What `lesion` writes: damage that grows with depth, recovery that follows the peers."""
+    random = np.random.default_rng(6)
+    lesions = pd.read_parquet(folder / "channels.parquet")
+    lesions["third"] = np.array(["shallow", "mid", "deep"])[3 * lesions["depth"] // (1 + lesions["depth"].max())]
+    lesions["peer_r2"], lesions["hull_size"] = random.random(len(lesions)), random.integers(1, 11, len(lesions))
+    lesions["compact_support"] = lesions["peer_r2"] / lesions["hull_size"]
+    lesions["damage"] = np.exp(random.normal(-5, 2, len(lesions))) - 1e-3
+    lesions["recovery"] = lesions["peer_r2"] + 0.4 * random.normal(size=len(lesions))
+    lesions.to_parquet(folder / "lesions.parquet")
+    write_tables(folder / "lesions", lesions, seed=0)
+
+
 def make_run(folder: Path) -> Path:
     """Writes the whole run below `folder`; epochs 5 and 6 were logged, lost in an interruption, and run again."""
     for name in ("trace", "compact"):
@@ -156,6 +170,7 @@ def make_run(folder: Path) -> Path:
     for epoch in range(EPOCHS + 1):
         channel_table(epoch).to_parquet(folder / "trace" / f"epoch={epoch:03d}.parquet")
     write_analysis(folder)
+    write_lesions(folder)
     write_events(folder / "tensorboard" / "version_0", 0, 7, shift=0.001)
     write_events(folder / "tensorboard" / "version_1", 5, EPOCHS)
     return folder

@@ -20,8 +20,9 @@ from lit_prune.report.page import SECTIONS
 from lit_prune.report.run_folder import CHANNEL_COLUMNS, RunFolder, layer_order
 
 ANALYSED = ("matrix", "collapse", "depth", "groupings", "redundancy", "higher_order", "propagation")
+LESIONED = ("damage", "ranking", "recovery", "replacement", "matched", "selection")
 TRACED = ("dynamics", "gradients")
-PICTURES = ("path", "widths", "training", "plane", "coupling", *TRACED, *ANALYSED)
+PICTURES = ("path", "widths", "training", "plane", "coupling", *TRACED, *ANALYSED, "damage", "recovery", "selection")
 
 
 class Page(HTMLParser):
@@ -125,7 +126,7 @@ def test_damaged_inputs_are_named_with_the_reason_and_the_rest_is_shown(full_run
     end = html[html.index("Not in this run") :]
     assert "stages.jsonl line 2 is not JSON" in end and "epoch=003.parquet cannot be read" in end
     assert "no object compact" in end
-    assert Page(html).sections == ["training", *TRACED, *ANALYSED, "protocol", "config", "files", "absent"]
+    assert Page(html).sections == ["training", *TRACED, *ANALYSED, *LESIONED, "protocol", "config", "files", "absent"]
     assert len(caplog.records) == 6
 
 
