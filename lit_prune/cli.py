@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import ArgumentParser, auto_cli
+from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -19,6 +20,8 @@ from rich.console import Console
 from lit_prune.data import ImageData
 from lit_prune.errors import InputError
 from lit_prune.experiments.compress import schedule_sweep
+from lit_prune.experiments.reduce_request import ReduceRequest
+from lit_prune.experiments.reduce_run import Setup, reduce_run
 from lit_prune.experiments.suite import Suite, device_slots, preview, run_suite
 from lit_prune.export import ExportError, export_compact
 from lit_prune.files import write_text
@@ -30,7 +33,7 @@ from lit_prune.trainer import Trainer, last_checkpoint
 
 MACHINE_KEYS = ("accelerator", "devices", "num_nodes", "strategy", "enable_progress_bar", "enable_model_summary")
 TRAINING_VERBS = ("fit", "compress")
-VERBS = ("analyze", "compress", "sweep")
+VERBS = ("analyze", "compress", "lesion", "reduce", "sweep")
 
 
 def report(run_dir: str) -> None:
@@ -138,7 +141,13 @@ def one_line(message: str, longest: int = 400) -> str:
 
 
 class PruneCLI(LightningCLI):
-    """LightningCLI with a run folder, resuming, and the project's verbs."""
+    """LightningCLI with a run folder, resuming, and the project's verbs.
+
+    Attributes:
+        fits_networks: whether a verb that does not train by itself is training a network just now.
+    """
+
+    fits_networks = False
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -166,11 +175,12 @@ class PruneCLI(LightningCLI):
         """Trainer that logs and saves under the run folder."""
         settings = self._get(self.config_init, "trainer")
         callbacks = list(settings.get("callbacks") or [])
-        if self.subcommand in TRAINING_VERBS and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
+        trains = self.subcommand in TRAINING_VERBS or self.fits_networks
+        if trains and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
             callbacks.append(last_checkpoint(self.run_dir))
         logger = settings.get("logger")
         if logger in (None, True):
-            logger = self.subcommand in TRAINING_VERBS and TensorBoardLogger(
+            logger = trains and TensorBoardLogger(
                 self.run_dir, name="", version="tensorboard", default_hp_metric=False
             )
         given = settings.get("plugins") or []
@@ -207,6 +217,21 @@ class PruneCLI(LightningCLI):
         last = run_dir / "checkpoints" / "last.ckpt"
         fresh = {"model": self.model, "datamodule": self.datamodule, "ckpt_path": str(last) if last.exists() else None}
         self.trainer.compress(**{**arguments, **fresh})
+
+    def reduce(self, request: ReduceRequest, ckpt_path: str | None = None, **_: Any) -> None:
+        """Runs `reduce` with networks that it may train itself, one a seed."""
+        setup = Setup(self.trainer, self.model, self.datamodule, ckpt_path, self._make_network)
+        reduce_run(setup, request)
+
+    def _make_network(self, seed: int, run_dir: Path) -> tuple[Trainer, LitClassifier, ImageData]:
+        """Trainer, untrained module and data of the configuration, for one seed in a folder of its own."""
+        settings = self.config[self.subcommand]
+        settings["run_dir"] = settings["trainer"]["default_root_dir"] = str(run_dir)
+        settings["data"]["init_args"]["seed"] = seed
+        seed_everything(seed, workers=True)
+        self.fits_networks = True
+        self.instantiate_classes()
+        return self.trainer, self.model, self.datamodule
 
     def _enter_run_folder(self) -> None:
         self._dump_config()

@@ -10,8 +10,12 @@ from lit_prune.analysis.request import AnalyzeRequest
 from lit_prune.data import ImageData
 from lit_prune.errors import InputError
 from lit_prune.experiments.analyze_run import analyze_run
+from lit_prune.experiments.lesion_run import lesion_run
+from lit_prune.experiments.reduce_request import ReduceRequest
+from lit_prune.experiments.reduce_run import Setup, reduce_run
 from lit_prune.experiments.sweep_request import SweepRequest
 from lit_prune.experiments.sweep_run import sweep_run
+from lit_prune.interventions import LesionRequest
 from lit_prune.modules import LitClassifier
 
 
@@ -119,3 +123,50 @@ class Trainer(pl.Trainer):
             checkpoints: checkpoints of a fit or files of weights, all of this backbone; several are model seeds.
         """
         sweep_run(self, model, datamodule, request, checkpoints or [])
+
+    def lesion(
+        self,
+        model: LitClassifier,
+        datamodule: ImageData,
+        request: LesionRequest = LesionRequest(),  # noqa: B008  (frozen)
+        compare: list[str] | None = None,
+        ckpt_path: str | None = None,
+    ) -> None:
+        """Sets single channels to zero, or to what their peers say of them, and measures the rise of the loss.
+
+        Nothing is trained. Writes `lesions.parquet`, `lesions/` (what the lesions say of peers, scores and the axes)
+        and the key `lesion` of `run.json` in the run folder. A layer is written when it is done, and one that is there
+        already for the same network, images and settings is not computed again. One process, on the first device.
+
+        Args:
+            model: the network; its weights come from `ckpt_path`, else from `--model.weights` or `--model.pretrained`,
+                else from `checkpoints/last.ckpt` of the run folder.
+            datamodule: the images it was trained on: metrics and the peers' fit use the calibration images, losses the
+                validation split (the test split where there is none).
+            request: layers, channels and settings.
+            compare: run folders with lesions; the tables of these and this run together go to `lesions/pooled/`.
+            ckpt_path: checkpoint of a `fit`, pruned or not.
+        """
+        lesion_run(self, model, datamodule, request, compare or [], ckpt_path)
+
+    def reduce(
+        self,
+        model: LitClassifier,
+        datamodule: ImageData,
+        request: ReduceRequest = ReduceRequest(),  # noqa: B008  (frozen)
+        ckpt_path: str | None = None,
+    ) -> None:
+        """Mechanism replacement: score, keep, compile, verify by interchange, perhaps train on; tables of it all.
+
+        Writes `reduction.json` in the run folder after every cell (method, width, calibration size, seed); a cell that
+        is there already for the same network, images and settings is not computed again. One process, first device.
+
+        Args:
+            model: the network; its weights come from `ckpt_path`, else from `--model.weights` or `--model.pretrained`,
+                else from `checkpoints/last.ckpt` of the run folder. Where there are none, one network a seed is trained
+                first, in the folder `seed=N` of the run folder, as `fit` would.
+            datamodule: calibration and test images.
+            request: layer, widths, methods, seeds.
+            ckpt_path: checkpoint of a `fit`, pruned or not.
+        """
+        reduce_run(Setup(self, model, datamodule, ckpt_path), request)
