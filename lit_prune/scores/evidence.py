@@ -15,6 +15,7 @@ from lit_prune.measure import channel_table
 from lit_prune.moments import ActivationSums
 from lit_prune.scores import independence, inputs
 from lit_prune.scores.passes import Collector, Pooled, Saliency, Sums, run_pass
+from lit_prune.scores.risk_samples import RiskSamples
 from lit_prune.structure.groups import ChannelGraph, Group, trace_groups
 
 Couplings = dict[str, list[tuple[str, Tensor]]]
@@ -74,6 +75,12 @@ class Evidence:
     def read_groups(self) -> tuple[Group, ...]:
         """The groups that some layer reads."""
         return tuple(group for group in self.graph.groups if group.consumers)
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """The layers that read a group, in module order."""
+        reading = {name for group in self.read_groups for name in group.consumers}
+        return tuple(name for name, _ in self.model.named_modules() if name in reading)
 
     @cached_property
     def couplings(self) -> Couplings:
@@ -146,6 +153,7 @@ COLLECTORS: dict[str, Callable[[Evidence], Collector]] = {
     "saliency": lambda evidence: Saliency(evidence.model),
     "input_variances": lambda evidence: inputs.InputVariances(evidence.model, evidence.read_groups),
     "unit_covariances": lambda evidence: inputs.UnitCovariances(evidence.model, evidence.read_groups),
+    "risk_rows": lambda evidence: RiskSamples(evidence.model, evidence.readers, evidence.seed),
     "independence": lambda evidence: independence.Independence(evidence.model),
 }
 """What a pass can collect, by the name that `Score.needs` uses."""

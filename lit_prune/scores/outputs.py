@@ -136,11 +136,15 @@ def cmr_const(evidence: Evidence) -> dict[str, Tensor]:
 
     Source: the causal mechanism reduction paper, equation 9.
     """
-    groups = evidence.read_groups
-    names = sorted({name for group in groups for name in group.consumers})
-    curvatures = measure_curvature(evidence.model, names, evidence.batches, evidence.seed)
+    curvatures = measure_curvature(evidence.model, evidence.readers, evidence.batches, evidence.seed)
     values = {name: curvature.scores() for name, curvature in curvatures.items()}
-    return to_layers(evidence, {group.name: _unit_values(group, values, torch.Tensor.sum) for group in groups})
+    return summed_over_readers(evidence, values)
+
+
+def summed_over_readers(evidence: Evidence, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Values of the readers' input channels, [C] each, summed over a unit's positions and readers, by layer."""
+    units = {group.name: _unit_values(group, values, torch.Tensor.sum) for group in evidence.read_groups}
+    return to_layers(evidence, units)
 
 
 def _group_scores(

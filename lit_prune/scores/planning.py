@@ -1,6 +1,6 @@
 """From the name of any method and a budget to a plan."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -43,6 +43,11 @@ def plan_method(evidence: Evidence, method: str, graph: ChannelGraph, cost_model
     else:
         plan = plan_channels(graph, cost_model, ranks, request)
     return replace(plan, notes={**plan.notes, "method": method})
+
+
+def method_needs(methods: Iterable[str]) -> tuple[str, ...]:
+    """What these methods read from a pass, dead channels included: `evidence.gather(method_needs(...))` is one pass."""
+    return tuple(dict.fromkeys(["sums", *(need for method in methods for need in find_score(method).needs)]))
 
 
 def mask_method(evidence: Evidence, method: str, request: Budget) -> tuple[nn.Module, dict[str, Any]]:

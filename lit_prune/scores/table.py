@@ -4,7 +4,7 @@ import pandas as pd
 from torch import Tensor, nn
 
 from lit_prune.layers import Batches
-from lit_prune.scores import axes, clusters, gradients, labels, mixtures, outputs, weights
+from lit_prune.scores import axes, clusters, gradients, labels, mixtures, outputs, second_order, weights
 from lit_prune.scores.evidence import Evidence
 from lit_prune.scores.method import SPARSITY, Method, Score
 from lit_prune.scores.names import parse_method
@@ -27,6 +27,7 @@ SCORES: dict[str, Score] = {
     "mipp": Score(outputs.mipp, "baseline", "activations", needs=_UNITS),
     "cmr_logit": Score(outputs.cmr_logit, "local", "activations", needs=_INPUTS),
     "cmr_const": Score(outputs.cmr_const, "target", "gradients"),
+    "cmr_affine": Score(second_order.cmr_affine, "target", "gradients", (16.0, 1e-4, "pearson"), needs=("risk_rows",)),
     "reconstruction": Score(outputs.reconstruction, "mixed", "gradients", (1.0,)),
     "composite_ix": Score(axes.composite_ix, "local", "activations"),
     "ix_minus_redundancy": Score(axes.ix_minus_redundancy, "local", "activations", (0.5,)),
