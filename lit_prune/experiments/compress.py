@@ -5,10 +5,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from lit_prune.errors import InputError
 from lit_prune.files import whole_file
+
+SHOWN = {
+    "remove_ratio": "r",
+    "blocks_removed": "blocks",
+    "macs_ratio": "MACs",
+    "params_ratio": "params",
+    "accuracy_dense": "dense",
+    "accuracy_dense_recalibrated": "recal.",
+    "accuracy_after_surgery": "cut",
+    "accuracy_after_recalibration": "recal.",
+    "accuracy_after_repair": "repaired",
+}
+CAPTION = "r: share of free blocks removed; MACs, params: share left; accuracies; recal.: recalibrated BatchNorm"
 
 
 def schedule_sweep(run_dir: Path, ratios: Sequence[float], run_one: Callable[[float, Path], None]) -> Table:
@@ -60,9 +74,9 @@ def _row(ratio: float, folder: Path) -> dict[str, float | int]:
 
 def _terminal_table(table: pd.DataFrame) -> Table:
     """The sweep as a table for the terminal; shares and accuracies in percent."""
-    shown = Table(title="Schedule sweep")
+    shown = Table(title="Schedule sweep", caption=CAPTION, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for column in table.columns:
-        shown.add_column(column.replace("accuracy_", "").replace("_", " "), justify="right")
+        shown.add_column(SHOWN[column], justify="right", no_wrap=True)
     for row in table.itertuples(index=False):
-        shown.add_row(*(str(v) if isinstance(v, int) else f"{v:.2%}" for v in row))
+        shown.add_row(*(str(v) if isinstance(v, int) else f"{v:.1%}" for v in row))
     return shown
