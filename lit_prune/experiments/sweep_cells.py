@@ -66,8 +66,8 @@ class Keys:
         return self._name("dense", checkpoint, {"limit_test": self.request.limit_test})
 
     def plans(self, unit: Unit, method: str) -> str:
-        """Of a method's plans in a unit, for all sparsities and allocations."""
-        wanted = {"sparsities": self.request.sparsities, "allocations": self.request.allocations}
+        """Of a method's plans in a unit, for all removals, allocations and sparsities."""
+        wanted = {name: getattr(self.request, name) for name in ("removals", "allocations", "sparsities")}
         fields = {"method": method, "seed": unit.seed, **wanted, **self.request.planning}
         return self._name(f"{method}-seed{unit.seed}", unit.checkpoint, fields)
 

@@ -71,17 +71,17 @@ class Sweep:
         for cell in missing:
             if "error" in plans[cell]:
                 shelf.write(self.keys.cell(cell), {**plans[cell], "cell": asdict(cell), "seconds": 0.0})
-        tasks = [Task(run_cell, (cell, plans[cell]["plan"])) for cell in ready]
+        tasks = [Task(run_cell, (cell, plans[cell])) for cell in ready]
         for number, result in track(execute(tasks), "cells", total=len(tasks), transient=True):
             cell = ready[number]
-            shelf.write(self.keys.cell(cell), {**_plan_fields(plans[cell]), **result, "cell": asdict(cell)})
+            shelf.write(self.keys.cell(cell), {**result, "cell": asdict(cell)})
 
     def _plan_of(self, cell: Cell) -> dict[str, Any]:
-        """The entry of a cell's plan: `plan` and `channels_removed`, or `error`."""
+        """The entry of a cell's plan, with what it is or with `error`."""
         found = self.shelf("plans").read(self.keys.plans(cell.unit, cell.method))
-        wanted = (cell.allocation, cell.sparsity)
+        wanted = (cell.removal, cell.allocation, cell.sparsity)
         for entry in found.get("plans", ()):
-            if (entry["allocation"], entry["sparsity"]) == wanted:
+            if (entry["removal"], entry["allocation"], entry["sparsity"]) == wanted:
                 return entry
         return {"error": found["error"]}
 
@@ -131,7 +131,3 @@ class Sweep:
             "seconds": result["seconds"],
             "error": result.get("error"),
         }
-
-
-def _plan_fields(entry: dict[str, Any]) -> dict[str, Any]:
-    return {"channels_removed": entry["channels_removed"], "plan_met": bool(entry["plan"]["notes"].get("met", True))}

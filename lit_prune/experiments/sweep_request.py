@@ -18,11 +18,15 @@ METHODS = (
     "magnitude",
     "random",
     "fpgm",
+    "chip",
     "network_slimming",
     "activation_rms",
     "composite_ix",
+    "cap_qgw",
+    "spectral_rs",
     "composite_pid",
     "pid_no_red",
+    "hybrid",
 )
 BUDGET_METHOD = "taylor"
 
@@ -55,7 +59,8 @@ class SweepRequest:
             checkpoints every checkpoint is combined with every seed.
         allocations: `global` (one threshold), `uniform` (the same share in every layer), `hybrid` (layer budgets from
             `taylor` under the global threshold, ranks inside a layer from the method).
-        removals: `physical`; `mask` zeroes the channels of each layer by itself, for comparison only.
+        removals: `physical`; `mask` zeroes channels of each layer by itself, for comparison only: FLOPs count as if
+            they were removed; it goes with `global` and `uniform`.
         recoveries: `sgd` (lr 0.01, momentum 0.9, weight decay 1e-4), `adam` (lr 1e-4, weight decay 5e-4), `none`.
         epochs: of recovery.
         max_batches: of recovery in all, over its epochs.
@@ -106,6 +111,10 @@ class SweepRequest:
             if not 0 < sparsity < 1:
                 raise InputError(f"sparsities: {sparsity} lies outside (0, 1); give the share removed, such as 0.5")
         self.structure_budget(0.5)
+        if "mask" in self.removals and ("hybrid" in self.allocations or self.budget == "params"):
+            raise InputError(
+                "removals: 'mask' goes with the allocations global and uniform and a budget of channels or macs"
+            )
         self._check_counts()
 
     def _check_counts(self) -> None:

@@ -18,6 +18,7 @@ from lit_prune.report import (
     lesion_figures,
     lesion_tables,
     structure_figures,
+    sweep_figures,
     tables,
 )
 from lit_prune.report.drawing import Picture, render_png, styled
@@ -71,6 +72,11 @@ SECTIONS: tuple[Section, ...] = (
     Section("replacement", "Recovery by least damage", lesion_tables.tabulate_replacement),
     Section("matched", "Recovery at matched task information", lesion_tables.tabulate_matched),
     Section("selection", "One score against two axes", lesion_figures.draw_selection),
+    Section("sweep", "Scores under the pruning protocol", sweep_figures.draw_sweep),
+    Section("sweep_areas", "Areas under the curves", sweep_figures.tabulate_sweep),
+    Section("sweep_gaps", "Gaps between the axes", sweep_figures.draw_sweep_gaps),
+    Section("sweep_rules", "Allocation rules", sweep_figures.tabulate_sweep_rules),
+    Section("sweep_weights", "Weights of mixed scores", sweep_figures.draw_sweep_weights),
     Section("protocol", "Protocol", tables.tabulate_protocol),
     Section("config", "Configuration", _show_config),
     Section("files", "Files", tables.list_files),

@@ -15,6 +15,7 @@ from lit_prune.experiments import sweep_fill
 from lit_prune.experiments.sweep_recovery import recover
 from lit_prune.experiments.sweep_request import SweepRequest
 from lit_prune.modules import LitClassifier
+from lit_prune.report import write_report
 from lit_prune.structure import Plan, apply_plan, cost
 from lit_prune.trainer import Trainer
 
@@ -129,6 +130,7 @@ def test_two_processes_compute_what_one_does(tmp_path, reference):
     same(sweep(tmp_path, seeds=(0, 1), workers=2), reference)
 
 
+@pytest.mark.slow  # starting Ray takes longer than the sweep
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra `ray`")
 def test_two_ray_workers_compute_what_one_process_does(tmp_path, reference):
     same(sweep(tmp_path, seeds=(0, 1), executor="ray", workers=2), reference)
@@ -201,6 +203,17 @@ def test_hybrid_allocation_takes_widths_from_taylor_and_channels_from_the_method
     assert rules["taylor", "global"] == rules["taylor", "hybrid"]
 
 
+def test_masks_are_labelled_keep_the_parameters_and_count_multiply_adds_as_if_removed(tmp_path):
+    table = sweep(tmp_path, methods=("fpgm", "magnitude"), recoveries=("none",), removals=("physical", "mask"))
+    physical, masked = (table[table["removal"] == removal].reset_index(drop=True) for removal in ("physical", "mask"))
+    assert (masked["params"] == masked["params_dense"]).all() and (physical["params"] < physical["params_dense"]).all()
+    assert (masked["flops_removed"] > 0).all() and (masked["macs"] != physical["macs"]).any()
+    assert masked["channels_removed"].to_numpy() == pytest.approx(masked["sparsity"], abs=0.01)
+    write_report(tmp_path)
+    assert "global, masked (not removed), no recovery" in (tmp_path / "report.html").read_text()
+    assert {"sweep.png", "sweep_gaps.png"} & {file.name for file in (tmp_path / "figures").iterdir()}
+
+
 def test_several_checkpoints_are_model_seeds(tmp_path):
     files = []
     for seed in (0, 1):
@@ -244,6 +257,7 @@ def test_the_subset_of_the_test_images_is_balanced_and_splits_survive_a_redraw()
         ({"seeds": ()}, "seeds: empty"),
         ({"recovery_checks": (2,)}, "recovery_checks: 2 must lie in"),
         ({"normalisation": "softmax"}, "normalisation='softmax' is unknown"),
+        ({"removals": ("mask",), "allocations": ("hybrid",)}, "'mask' goes with the allocations global and uniform"),
     ],
 )
 def test_bad_requests_are_refused(changes, words):
