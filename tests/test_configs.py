@@ -45,6 +45,18 @@ def test_prune_configurations_are_valid(path):
     assert cli.config["fit"]["trainer"]["callbacks"]
 
 
+TRACED = {"fit": ["trajectory_cifar10", "decorrelation_cifar10"], "analyze": ["analyze_vit"]}
+
+
+@pytest.mark.parametrize(("verb", "name"), [(verb, name) for verb, names in TRACED.items() for name in names])
+def test_configurations_of_the_two_axis_experiments_are_valid(verb, name, tmp_path):
+    (tmp_path / "train" / "one").mkdir(parents=True)
+    arguments = [verb, "-c", str(ROOT / f"configs/experiment/{name}.yaml"), "--data.root", str(tmp_path)]
+    small = ["--model.backbone", "cifar_resnet20", "--model.pretrained", "false"]  # the file's may be large or remote
+    config = build_cli([*arguments, *small], run=False).config[verb]
+    assert config["trainer"]["callbacks"] if verb == "fit" else config["request"]["protocol"]["token"] == 0
+
+
 def test_a_misspelt_key_is_refused(tmp_path):
     file = tmp_path / "wrong.yaml"
     file.write_text("model: {backbon: cifar_resnet20}\n")

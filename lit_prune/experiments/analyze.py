@@ -244,7 +244,7 @@ def progress_bars() -> Iterator[Watch]:
 def result_rows(layers: pd.DataFrame) -> Table:
     """The layer table for the terminal: what there is of the columns that say most, and their means."""
     columns = [column for column in SHOWN if column in layers]
-    table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False, title="Layers", caption=CAPTION)
+    table = Table(box=SIMPLE_HEAD, padding=0, title="Layers", caption=CAPTION)  # eleven columns in 80 characters
     table.add_column("layer", no_wrap=True, min_width=12)
     for column in columns:
         table.add_column(SHOWN[column], justify="right", no_wrap=True)

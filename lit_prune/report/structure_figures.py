@@ -30,6 +30,7 @@ def draw_matrix(run: RunFolder) -> Picture:
     """Draws the 6×6 rank correlations of the channel metrics, ranked within each layer."""
     matrix = axis_matrix(run.table("channels.parquet", ["layer", *METRICS]))
     figure = new_figure(4.6)
+    figure.set_layout_engine("compressed")  # keeps the colour bar beside the square
     axes = figure.subplots()
     image = _draw_heat(axes, matrix)
     for line in (axes.axhline, axes.axvline):
@@ -48,13 +49,18 @@ def _draw_heat(axes: Axes, matrix: pd.DataFrame, limit: float = 1.0) -> Any:
     image = axes.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit)
     for (row, column), value in np.ndenumerate(values):
         colour = "white" if abs(value) > 0.6 * limit else drawing.INK
-        axes.text(column, row, "–" if value != value else f"{value:.2f}", ha="center", va="center", color=colour)
+        axes.text(column, row, _two_digits(value), ha="center", va="center", color=colour)
     axes.set_xticks(range(len(matrix.columns)), [SYMBOLS[name] for name in matrix.columns])
     axes.set_yticks(range(len(matrix)), [SYMBOLS[name] for name in matrix.index])
     axes.tick_params(length=0)
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
     return image
+
+
+def _two_digits(value: float) -> str:
+    """The value with a true minus sign, and none before zero; a dash for NaN."""
+    return "–" if value != value else f"{round(value, 2) + 0.0:.2f}".replace("-", "−")
 
 
 def draw_collapse(run: RunFolder) -> Picture:
@@ -70,7 +76,7 @@ def draw_collapse(run: RunFolder) -> Picture:
     axes = figure.subplots()
     x, y = shown["task_information"], shown["target_redundancy"]
     scatter = axes.scatter(x, y, c=shown["depth"], cmap=drawing.OVERLAP_COLOURS, s=10, lw=0.2, edgecolors="white")
-    ends = np.quantile(np.concatenate([x, y]), [0.002, 1])
+    ends = np.quantile(np.concatenate([x, y]), [0.01, 1])
     axes.plot(ends, ends, color=drawing.GREY, linewidth=1, linestyle="--", zorder=0)
     axes.set(xscale="log", yscale="log", xlim=(ends[0], ends[1] * 1.2), ylim=(ends[0], ends[1] * 1.2))
     axes.set(xlabel="task information $I_T$ (nats)", ylabel=r"target redundancy $\mathrm{Red}_T$ (nats)")
@@ -195,7 +201,8 @@ def draw_higher_order(run: RunFolder) -> Picture:
             axes.plot(depth, layers[column], color=colour, marker="o", markersize=3, linewidth=1.2)
             defined = layers[column].dropna()
             ends += [(1.0, float(defined.iloc[-1]), name, colour)] if len(defined) else []
-        axes.set(title=title, xlabel="relative depth", ylim=(0, None))
+        top = axes.get_ylim()[1]
+        axes.set(title=title, xlabel="relative depth", ylim=(-0.04 * top, top))  # a line at 0 is seen beside the axis
         drawing.label_line_ends(axes, ends)
     return Picture(
         figure,
