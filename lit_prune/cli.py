@@ -67,8 +67,8 @@ def export(run_dir: str, formats: list[str] = ["onnx", "torch_export"], to: str 
 
 
 def suite(
-    base: dict[str, Any],
-    networks: dict[str, dict[str, Any]],
+    base: dict,  # not dict[str, Any]: jsonargparse would fill in the defaults of every class it names
+    networks: dict,
     seeds: list[int],
     run_dir: str = "runs/suite",
     options: list[str] = [],  # noqa: B006

@@ -199,8 +199,8 @@ class ImageData(LightningDataModule):
         normalisation = Normalisation(self.mean, self.std)
         if images is not None:
             return ResidentLoader(images, sampler, normalisation, augmentation)
-        dataset = BatchDataset(self._source(split), normalisation, augmentation)
-        return WorkerLoader(dataset, sampler, self.num_workers, pin_memory=self._device().type == "cuda")
+        dataset = BatchDataset(self._source(split), augmentation)
+        return WorkerLoader(dataset, sampler, normalisation, self.num_workers, self._device())
 
     def _placed_images(self, split: str) -> MemoryImages | None:
         """Images of the split on the device that holds them; None where workers make the batches."""

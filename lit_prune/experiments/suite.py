@@ -181,7 +181,8 @@ def _execute(runs: Sequence[Run], slots: Sequence[dict[str, str]]) -> list[Run]:
 def _start(run: Run, slot: dict[str, str]) -> subprocess.Popen:
     with open(run.folder / LOG, "ab") as log:
         command = [sys.executable, "-m", "lit_prune", *run.arguments]
-        return subprocess.Popen(command, env={**environ, **slot}, stdout=log, stderr=subprocess.STDOUT)
+        own = {name: value for name, value in environ.items() if not name.startswith("SLURM_")}  # it is one process
+        return subprocess.Popen(command, env={**own, **slot}, stdout=log, stderr=subprocess.STDOUT)
 
 
 def _finish(run: Run, code: int, seconds: float) -> list[Run]:

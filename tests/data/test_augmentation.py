@@ -74,3 +74,12 @@ def test_resized_crop_is_torchvision_s_seeded_by_seed_epoch_and_index(tmp_path, 
     torch.set_rng_state(seeded_generator(0, "train", "view", 0, 0).get_state())
     expected = v2.Compose([v2.RandomResizedCrop(24), v2.RandomHorizontalFlip()])(source.open(0))
     assert torch.equal(functional.pil_to_tensor(expected), views[0])
+
+
+def test_each_image_meets_every_window_equally_often_over_epochs():
+    draws = [PadCropFlip(3, seed=0).draws(epoch) for epoch in range(1500)]
+    for image in range(3):
+        top, left = (torch.stack([getattr(draw, side)[image] for draw in draws]) for side in ("top", "left"))
+        assert chisquare(torch.bincount(top, minlength=9)).pvalue > 0.01
+        assert chisquare(torch.bincount(left, minlength=9)).pvalue > 0.01
+        assert abs(torch.stack([draw.flip[image] for draw in draws]).float().mean() - 0.5) < 0.04
