@@ -22,7 +22,7 @@ SCORES: dict[str, Score] = {
     "network_slimming": Score(weights.network_slimming, "baseline", "weights"),
     "group_norm": Score(weights.group_norm, "baseline", "weights"),
     "proxy": Score(weights.proxy, "baseline", "weights"),
-    "activation_rms": Score(outputs.activation_rms, "local", "activations", needs=_SUMS),
+    "activation_rms": Score(outputs.activation_rms, "baseline", "activations", needs=_SUMS),
     "variance": Score(outputs.variance, "local", "activations", needs=_INPUTS),
     "mipp": Score(outputs.mipp, "baseline", "activations", needs=_UNITS),
     "cmr_logit": Score(outputs.cmr_logit, "local", "activations", needs=_INPUTS),
