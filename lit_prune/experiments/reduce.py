@@ -28,7 +28,7 @@ FILE = "reduction.json"
 CHECKED_IMAGES = 64  # on which the compiled network is compared with what was verified
 Batches = list[tuple[Tensor, Tensor]]
 Watch = Callable[[Iterable, str], Iterator]
-Repairing = Callable[[nn.Module, Plan, Path], nn.Module]
+Repairing = Callable[[nn.Module, nn.Module, Plan, Path], nn.Module]  # compiled, original, plan, folder
 
 
 def _unwatched(items: Iterable, description: str) -> Iterator:
@@ -118,7 +118,8 @@ def reduce(
         images: calibration and test images.
         request: where, how much, by which methods.
         run_dir: `reduction.json` is written there after every cell; None writes nothing.
-        repair: trains a compiled network further, given its plan and a folder; needed where `repair_epochs` is not 0.
+        repair: trains a compiled network further, given the original, the plan and a folder; needed where
+            `repair_epochs` is not 0.
         watch: wraps the list of cells for a progress bar.
 
     Returns:
@@ -286,7 +287,7 @@ class Bench:
                 "here; it needs a group of channels, a run folder and the command line"
             )
         name = self.key(asdict(cell))
-        trained = repair(network, plan, folder / "cells" / name)
+        trained = repair(network, self.model, plan, folder / "cells" / name)
         return evaluate(trained, self.images.test).accuracy
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,14 +133,14 @@ class Repairer:
     setup: Setup
     request: ReduceRequest
 
-    def __call__(self, network: nn.Module, plan: Plan, folder: Path) -> nn.Module:
+    def __call__(self, network: nn.Module, dense: nn.Module, plan: Plan, folder: Path) -> nn.Module:
         """The trained network; an interrupted repair goes on from its checkpoint."""
         seed = self.request.seeds[0]
         trainer, module, data = self.setup.make(seed, folder)
         last = folder / "checkpoints" / "last.ckpt"
         trainer.fit_loop.max_epochs = self.request.repair_epochs
         module.adopt(network, plan)
-        teach = self._teacher(module, seed)
+        teach = self._teacher(module, dense)
         if _epochs_done(last) < self.request.repair_epochs:
             trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
         else:
@@ -148,14 +149,14 @@ class Repairer:
             teach.remove()
         return module.backbone.eval()
 
-    def _teacher(self, module: LitClassifier, seed: int) -> Distillation | None:
+    def _teacher(self, module: LitClassifier, dense: nn.Module) -> Distillation | None:
         repair: Repair | None = self.request.repair
         if repair is None:
             return None
         if repair.beta:
             raise InputError(f"request.repair.beta={repair.beta}: a reduced layer has other features; use beta=0")
         head = _head_name(module)
-        term = Distillation(repair, module.backbone, self.setup.network(seed), head)
+        term = Distillation(repair, module.backbone, copy.deepcopy(dense), head)
         module.loss_terms["distillation"] = term
         return term
 

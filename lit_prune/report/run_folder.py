@@ -74,6 +74,11 @@ class RunFolder:
         return _parse_json(self.file("compact/report.json").read_text(encoding="utf-8"), "compact/report.json")
 
     @cached_property
+    def reduction(self) -> dict[str, Any]:
+        """`reduction.json`: what `reduce` found."""
+        return _parse_json(self.file("reduction.json").read_text(encoding="utf-8"), "reduction.json")
+
+    @cached_property
     def protocol(self) -> dict[str, Any]:
         """`run.json`: versions, seed, data fingerprint, protocol fields."""
         return _parse_json(self.file("run.json").read_text(encoding="utf-8"), "run.json")

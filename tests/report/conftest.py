@@ -12,6 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lit_prune.dynamics import dynamics_table
 from lit_prune.experiments.lesion import write_tables
+from lit_prune.experiments.reduce_tables import summarise
 from lit_prune.information.propagation import METRICS as ROUTED
 
 LAYER_COLUMNS = (
@@ -158,6 +159,25 @@ def write_lesions(folder: Path) -> None:
     write_tables(folder / "lesions", lesions, seed=0)
 
 
+def write_reduction(folder: Path) -> None:
+    """What `reduce` writes: two methods at three widths, agreement that falls with the width."""
+    cells = {}
+    for seed in range(2):
+        for width in (48, 32, 16):
+            for place, method in enumerate(("cmr_logit", "variance")):
+                iia = width / 64 - 0.02 * place + 0.01 * seed
+                certificate = {"bound": iia**4, "empirical": iia**2, "distortion": 1.0}
+                cells[f"{seed}{width}{place}"] = {
+                    **{"seed": seed, "method": method, "width": width, "calibration_size": 100, "accuracy": 0.9},
+                    **{"iia": iia, "kl": 1 - iia, "certificate": certificate},
+                    "seconds": {"score": 0.1, "compile": 0.01, "verify": 0.02},
+                }
+    stress = [{"score": s, "low": 0.1, "high": 10.0, "jaccard": j} for s in ("cmr_logit", "random") for j in (1, 0.4)]
+    content = {"layer": "fc1", "units": 64, "results": cells, "cells": list(cells), "stress": stress}
+    content |= summarise(list(cells.values()), ["cmr_logit", "variance"])
+    (folder / "reduction.json").write_text(json.dumps(content))
+
+
 def make_run(folder: Path) -> Path:
     """Writes the whole run below `folder`; epochs 5 and 6 were logged, lost in an interruption, and run again."""
     for name in ("trace", "compact"):
@@ -171,6 +191,7 @@ def make_run(folder: Path) -> Path:
         channel_table(epoch).to_parquet(folder / "trace" / f"epoch={epoch:03d}.parquet")
     write_analysis(folder)
     write_lesions(folder)
+    write_reduction(folder)
     write_events(folder / "tensorboard" / "version_0", 0, 7, shift=0.001)
     write_events(folder / "tensorboard" / "version_1", 5, EPOCHS)
     return folder
