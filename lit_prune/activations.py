@@ -8,35 +8,40 @@ from torch import Tensor, nn
 
 from lit_prune.errors import InputError
 from lit_prune.layers import Batches, following_norms, removing, select_layers, to_model, undisturbed
-from lit_prune.moments import ActivationSums, LayerSums
+from lit_prune.moments import Accumulator, ActivationSums, LayerSums
 from lit_prune.protocol import DEFAULT_PROTOCOL, Protocol
 
 
 class Recording:
-    """What `record` yields: `sums` so far, and `add_target` to call after each forward pass.
-
-    Attributes:
-        sums: the `ActivationSums`; layers appear in the order in which they first ran.
-    """
+    """What `record` yields: `sums` so far, and `add_target` to call after each forward pass."""
 
     def __init__(self, protocol: Protocol) -> None:
-        self.sums = ActivationSums()
+        self._sums = ActivationSums()
+        self._accumulators: dict[str, Accumulator] = {}
         self._protocol = protocol
         self._pooled: dict[str, Tensor] = {}  # of the batch that is running, [B, N]
         self._workspace = torch.empty(0)  # one block of memory for all layers: no page faults after the first batch
         self._generator = torch.Generator().manual_seed(protocol.seed)
         self._batch = -1
+        self._drawn: dict[int, Tensor] = {}  # of the batch that is running
+
+    @property
+    def sums(self) -> ActivationSums:
+        """The sums so far; layers appear in the order in which they first ran. Read seldom: it adds what is pending."""
+        for accumulator in self._accumulators.values():
+            accumulator.flush()
+        return self._sums
 
     def add_target(self, target: Tensor) -> None:
         """Adds the task variables [B, V] of the batch that has just run."""
         for name, pooled in self._pooled.items():
-            self.sums.layers[name].add_target(pooled, target)
-        self.sums.add_target(target)
+            self._sums.layers[name].add_target(pooled, target)
+        self._sums.add_target(target)
         self._pooled = {}
 
     def start_batch(self, *_: object) -> None:
         """Forward pre-hook of the whole model."""
-        self._pooled = {}
+        self._pooled, self._drawn = {}, {}
         self._batch += 1
 
     def observe(self, name: str, module: nn.Module, output: Tensor) -> None:
@@ -45,13 +50,14 @@ class Recording:
             raise InputError(f"layers: {name!r} runs more than once in a forward pass; leave it out with layers=")
         with torch.no_grad(), torch.autocast(output.device.type, enabled=False), _full_precision():
             values = position_view(module, output.detach(), self._protocol.token)
-            if name not in self.sums.layers:
-                self.sums.layers[name] = LayerSums.zeros(values.mean((0, 1), dtype=torch.float32))
-            sums = self.sums.layers[name]
-            samples, pooled = self._shifted(values, sums.shift)
+            if name not in self._accumulators:
+                sums = self._sums.layers[name] = LayerSums.zeros(values.mean((0, 1), dtype=torch.float32))
+                self._accumulators[name] = Accumulator(sums)
+            accumulator = self._accumulators[name]
+            samples, pooled = self._shifted(values, accumulator.sums.shift)
             if not torch.isfinite(pooled).all():
                 raise InputError(f"batches: batch {self._batch} makes NaN or infinite values in layer {name!r}")
-            sums.add(samples.flatten(0, 1), pooled)
+            accumulator.add(samples.flatten(0, 1), pooled)
             self._pooled[name] = pooled
 
     def _shifted(self, values: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,11 +68,18 @@ class Recording:
         if wanted == "all" or wanted >= values.shape[1]:
             samples = torch.sub(values, shift, out=self._buffer(values, precision))
             return samples, samples.mean(1)
-        order = torch.rand(values.shape[:2], generator=self._generator).argsort(1)[:, :wanted]  # [B, k]
-        index = order.to(values.device)[..., None].expand(-1, -1, values.shape[2])
+        index = self._places(*values.shape[:2]).to(values.device)[..., None].expand(-1, -1, values.shape[2])
         samples = values.gather(1, index) - shift
-        pooled = samples.mean(1) if self._protocol.target_pooling == "match" else (values - shift).mean(1)
-        return samples, pooled
+        if self._protocol.target_pooling == "match":
+            return samples, samples.mean(1)
+        return samples, torch.sub(values, shift, out=self._buffer(values, precision)).mean(1)
+
+    def _places(self, images: int, positions: int) -> Tensor:
+        """Random positions of each image, [B, k]; one draw serves all layers of one map size, for sorting is dear."""
+        if positions not in self._drawn:
+            order = torch.rand(images, positions, generator=self._generator).argsort(1)
+            self._drawn[positions] = order[:, : self._protocol.positions]
+        return self._drawn[positions]
 
     def _buffer(self, values: Tensor, precision: torch.dtype) -> Tensor:
         """A reused block of memory shaped like `values` [B, P, N], in the memory order that makes the pass fast."""
@@ -150,6 +163,7 @@ def record(
         handles.append(modules[norms.get(name, name)].register_forward_hook(observer(name, layer)))
     with removing(handles):
         yield recording
+    _ = recording.sums  # complete, for whoever holds them
 
 
 def pooled_outputs(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lit_prune.activations import record
 from lit_prune.errors import InputError
 from lit_prune.information import local_axis, target_axis
-from lit_prune.layers import Batches, peek, select_layers, to_model, undisturbed, weight_rows
+from lit_prune.layers import Batches, peek, select_layers, to_model, undisturbed
 from lit_prune.moments import ActivationSums, LayerSums
 from lit_prune.protocol import DEFAULT_PROTOCOL, Protocol
 
@@ -82,7 +82,8 @@ def channel_table(model: nn.Module, sums: ActivationSums, protocol: Protocol = D
     tables = []
     for depth, (name, layer_sums) in enumerate(sums.layers.items()):
         layer_sums = layer_sums.to("cpu")
-        weight_norm = weight_rows(model.get_submodule(name)).norm(dim=1)
+        weight = model.get_submodule(name).weight.detach().flatten(1)
+        weight_norm = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64).cpu()  # no float64 copy of it
         columns = layer_columns(layer_sums, weight_norm, target_deviation(sums), protocol)
         frame = pd.DataFrame({key: value.numpy() for key, value in columns.items()})
         frame.insert(0, "layer", name)
@@ -133,7 +134,8 @@ def _target_columns(sums: LayerSums, dead: Tensor, deviation: Tensor, protocol: 
     defined = [a for a in task[live].T if a.isfinite().all()]
     if not defined or not len(live):
         return columns
-    between = between[live][:, live]
+    if len(live) < len(between):
+        between = between[live][:, live]
     values = torch.stack([torch.stack(_axis(a, between, protocol)) for a in defined]).mean(0)  # [3, live]
     for column, value in zip(columns, values, strict=True):
         column[live] = value

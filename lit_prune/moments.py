@@ -10,7 +10,8 @@ from torch import Tensor
 from lit_prune.errors import InputError
 
 NARROW = 16  # below, the float32 product falls back to a plain loop and loses a digit; float64 costs nothing there
-CHUNK = 8192  # samples in one float32 product: the longest sum that still agrees with float64 to 1e-6
+CHUNK = 8192  # samples in one float32 sum: the longest that still agrees with float64 to 1e-6
+WIDE = 256  # from here on, half of a symmetric product costs less than all of it
 
 
 @dataclass
@@ -51,15 +52,9 @@ class LayerSums:
 
     def add(self, samples: Tensor, pooled: Tensor) -> None:
         """Adds one batch of shifted outputs: samples [S, N] float32 or float64, pooled [B, N]."""
-        self.samples += len(samples)
-        self.images += len(pooled)
-        for part in samples.split(CHUNK):
-            part = part.double() if part.shape[1] < NARROW else part
-            self.first += part.sum(0)
-            self.second += part.T @ part
-        pooled = pooled.double()
-        self.pooled_first += pooled.sum(0)
-        self.pooled_second += pooled.T @ pooled
+        accumulator = Accumulator(self)
+        accumulator.add(samples, pooled)
+        accumulator.flush()
 
     def add_target(self, pooled: Tensor, target: Tensor) -> None:
         """Adds the products of shifted pooled outputs [B, N] and task variables [B, V]."""
@@ -103,6 +98,81 @@ def _moved(second: Tensor, first: Tensor, count: Tensor, move: Tensor) -> Tensor
     """Σ (z-m)(z-m)ᵀ from Σ z zᵀ and Σ z."""
     mixed = torch.outer(first, move)
     return second - mixed - mixed.T + count * torch.outer(move, move)
+
+
+class SymmetricSum:
+    """Σ z zᵀ [N, N] on its way into float64: in the precision of the samples for up to 8192 of them, then added.
+
+    So the float64 matrix, whose size has nothing to do with the batch's, is touched once in many batches.
+
+    Args:
+        total: float64 [N, N], which the products are added to by `flush`.
+    """
+
+    def __init__(self, total: Tensor) -> None:
+        self._total, self._count = total, 0
+        self._part: Tensor | None = None
+
+    def add(self, rows: Tensor) -> None:
+        """Adds the products of rows [S, N], float32 or float64."""
+        rows = rows.double() if rows.shape[1] < NARROW else rows
+        if self._part is None or self._part.dtype != rows.dtype:
+            self.flush()
+            self._part = torch.zeros_like(self._total, dtype=rows.dtype)
+        for part in rows.split(CHUNK):
+            if self._count + len(part) > CHUNK:
+                self.flush()
+            _add_upper(self._part, part)
+            self._count += len(part)
+
+    def flush(self) -> None:
+        """Adds what is pending to the total."""
+        if self._count:
+            if len(self._part) >= WIDE:
+                self._part.triu_()
+                self._total += self._part.triu(1).T
+            self._total += self._part
+            self._part.zero_()
+            self._count = 0
+
+
+def _add_upper(total: Tensor, rows: Tensor) -> None:
+    """Adds rowsᵀ·rows to `total` [N, N], its upper triangle at least; what lies below may be missing."""
+    channels = rows.shape[1]
+    if channels < WIDE:
+        total.addmm_(rows.T, rows)
+        return
+    half = channels // 2
+    _add_upper(total[:half, :half], rows[:, :half])
+    _add_upper(total[half:, half:], rows[:, half:])
+    total[:half, half:].addmm_(rows[:, :half].T, rows[:, half:])
+
+
+class Accumulator:
+    """Adds batches to a layer's sums; they are complete after `flush`.
+
+    Args:
+        sums: the layer's sums.
+    """
+
+    def __init__(self, sums: LayerSums) -> None:
+        self.sums = sums
+        self._second, self._pooled_second = SymmetricSum(sums.second), SymmetricSum(sums.pooled_second)
+
+    def add(self, samples: Tensor, pooled: Tensor) -> None:
+        """Adds one batch of shifted outputs: samples [S, N] float32 or float64, pooled [B, N]."""
+        self.sums.samples += len(samples)
+        self.sums.images += len(pooled)
+        for part in samples.split(CHUNK):
+            self.sums.first += part.sum(0)
+        self._second.add(samples)
+        self.sums.pooled_first += pooled.double().sum(0)
+        self._pooled_second.add(pooled)
+
+    def flush(self) -> None:
+        """Completes the sums."""
+        self._second.flush()
+        self._pooled_second.flush()
 
 
 @dataclass

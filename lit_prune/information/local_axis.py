@@ -79,6 +79,7 @@ def peer_overlap(correlations: Tensor, dead: Tensor, over: str = "peers") -> Ten
     live = (~dead).nonzero().flatten()
     overlap = torch.full_like(correlations[0], torch.nan)
     if len(live) > 1:
-        pairs = gaussian_information(correlations[live][:, live]).fill_diagonal_(0)
+        between = correlations if len(live) == len(dead) else correlations[live][:, live]
+        pairs = gaussian_information(between).fill_diagonal_(0)
         overlap[live] = pairs.sum(1) / (len(live) - (over == "peers"))
     return overlap
