@@ -79,6 +79,9 @@ class Steps(Callback):
     def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
         """Notes the time."""
         self.ends.append(time.perf_counter())
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LitClassifier) -> None:
+        """Ends the run."""
         trainer.should_stop = True
 
     @property
