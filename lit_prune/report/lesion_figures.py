@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from lit_prune.analysis.lesions import THRESHOLDS
 from lit_prune.information.summaries import live_rows, rank_correlation
@@ -33,6 +34,7 @@ def draw_damage(run: RunFolder) -> Picture:
     for axes, (name, label) in zip(grid.flat, AXES.items(), strict=True):
         _scatter_thirds(axes, lesions[name], lesions["damage"], lesions["third"])
         axes.set_yscale("symlog", linthresh=SMALL)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlabel(label)
         within = [rank_correlation(rows[name], rows["damage"]) for _, rows in lesions.groupby("layer", sort=False)]
         axes.set_title(f"ρ with damage, mean over layers: {_mean(within):.2f}", fontsize=10)
