@@ -139,7 +139,7 @@ class Repairer:
         trainer, module, data = self.setup.make(seed, folder)
         last = folder / "checkpoints" / "last.ckpt"
         trainer.fit_loop.max_epochs = self.request.repair_epochs
-        module.adopt(network, plan)
+        module.adopt(network.train(), plan)
         teach = self._teacher(module, dense)
         if _epochs_done(last) < self.request.repair_epochs:
             trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.is_file() else None, weights_only=True)

@@ -92,12 +92,11 @@ def _fit(rows: RiskRows, replaced: Tensor, parents: Tensor, ridge: float) -> tup
     g = torch.where(flat[:, None], 0.0, g)
     total = h.sum(1)
     design = rows.values.T[parents]  # [R, r, n]
-    centre = (design @ h[..., None])[..., 0] / total[:, None]  # [R, r]
+    weighted = design * h[:, None]
+    centre = weighted.sum(2) / total[:, None]  # [R, r]
     mean = (h * a).sum(1) / total
-    centred = design - centre[..., None]
-    weighted = centred * h[:, None]
-    gram = weighted @ centred.mT  # [R, r, r]
-    wanted = (weighted @ (a - mean[:, None])[..., None] - centred @ g[..., None])[..., 0]
+    gram = weighted @ design.mT - total[:, None, None] * centre[:, :, None] * centre[:, None]  # [R, r, r]
+    wanted = (weighted @ (a - mean[:, None])[..., None] - design @ g[..., None])[..., 0] + centre * g.sum(1)[:, None]
     theta, singular = solve_ridged(gram, wanted, ridge)
     offsets = mean - (theta * centre).sum(1) - g.sum(1) / total
     change = offsets[:, None] + (theta[:, None] @ design)[:, 0] - a
