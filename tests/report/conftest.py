@@ -13,6 +13,8 @@ from torch.utils.tensorboard import SummaryWriter
 from lit_prune.dynamics import dynamics_table
 from lit_prune.experiments.lesion import write_tables
 from lit_prune.experiments.reduce_tables import summarise
+from lit_prune.experiments.sweep_request import SweepRequest
+from lit_prune.experiments.sweep_tables import derive_tables, write_derived
 from lit_prune.information.propagation import METRICS as ROUTED
 
 LAYER_COLUMNS = (
@@ -178,6 +180,30 @@ def write_reduction(folder: Path) -> None:
     (folder / "reduction.json").write_text(json.dumps(content))
 
 
+def write_sweep(folder: Path) -> None:
+    """What `sweep` writes: four scores and two mixed weights, two seeds, curves that fall with what is removed."""
+    methods = {"magnitude": 0.7, "composite_ix": 0.8, "composite_pid": 0.6, "chip": 0.5}
+    methods |= {"magnitude_plus_ix(0.5)": 0.75, "magnitude_plus_ix(1)": 0.72}
+    axes = {"composite_ix": "local", "composite_pid": "target"}
+    settings = [(rule, method) for rule in ("global", "uniform") for method in methods]
+    base = {"checkpoint": "a", "removal": "physical", "recovery": "sgd", "batches": 50, "error": None}
+    base |= {"accuracy_dense": 0.9, "test_images": 500, "unit_kind": "draw", "backbone": "resnet8"}
+    rows = [
+        base
+        | {"allocation": rule, "method": method, "axis": axes.get(method, "baseline"), "seed": seed, "unit": str(seed)}
+        | {"sparsity": share, "flops_removed": share, "accuracy_before": 0.9 - methods[method] * share}
+        | {"accuracy_after": 0.9 - 0.3 * share / methods[method] + 0.01 * seed}
+        for rule, method in settings
+        for seed in range(2)
+        for share in (0.1, 0.5, 0.9)
+    ]
+    cells = pd.DataFrame(rows)
+    cells.to_parquet(folder / "sweep.parquet")
+    (folder / "sweep").mkdir()
+    request = SweepRequest(methods=list(methods)[:4], sparsities=[0.1, 0.5, 0.9])
+    write_derived(folder / "sweep", derive_tables(cells, request)[0])
+
+
 def make_run(folder: Path) -> Path:
     """Writes the whole run below `folder`; epochs 5 and 6 were logged, lost in an interruption, and run again."""
     for name in ("trace", "compact"):
@@ -192,6 +218,7 @@ def make_run(folder: Path) -> Path:
     write_analysis(folder)
     write_lesions(folder)
     write_reduction(folder)
+    write_sweep(folder)
     write_events(folder / "tensorboard" / "version_0", 0, 7, shift=0.001)
     write_events(folder / "tensorboard" / "version_1", 5, EPOCHS)
     return folder

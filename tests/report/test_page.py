@@ -21,8 +21,12 @@ from lit_prune.report.run_folder import CHANNEL_COLUMNS, RunFolder, layer_order
 
 ANALYSED = ("matrix", "collapse", "depth", "groupings", "redundancy", "higher_order", "propagation")
 LESIONED = ("damage", "ranking", "recovery", "replacement", "matched", "selection")
+REDUCED = ("reduction", "certificate", "rescaling", "reduction_table")
+SWEPT = ("sweep", "sweep_areas", "sweep_gaps", "sweep_rules", "sweep_weights")
 TRACED = ("dynamics", "gradients")
-PICTURES = ("path", "widths", "training", "plane", "coupling", *TRACED, *ANALYSED, "damage", "recovery", "selection")
+TABLES = ("ranking", "replacement", "matched", "reduction_table", "sweep_areas", "sweep_rules")
+PICTURES = ("path", "widths", "training", "plane", "coupling", *TRACED, *ANALYSED)
+PICTURES += tuple(name for name in (*LESIONED, *REDUCED, *SWEPT) if name not in TABLES)
 
 
 class Page(HTMLParser):
@@ -126,7 +130,8 @@ def test_damaged_inputs_are_named_with_the_reason_and_the_rest_is_shown(full_run
     end = html[html.index("Not in this run") :]
     assert "stages.jsonl line 2 is not JSON" in end and "epoch=003.parquet cannot be read" in end
     assert "no object compact" in end
-    assert Page(html).sections == ["training", *TRACED, *ANALYSED, *LESIONED, "protocol", "config", "files", "absent"]
+    shown = ["training", *TRACED, *ANALYSED, *LESIONED, *REDUCED, *SWEPT, "protocol", "config", "files", "absent"]
+    assert Page(html).sections == shown
     assert len(caplog.records) == 6
 
 

@@ -21,7 +21,8 @@ def test_matrix_is_symmetric_and_shows_each_value(full_run: Path):
     axes = draw_matrix(RunFolder(full_run)).figure.axes[0]
     values = np.asarray(axes.images[0].get_array())
     np.testing.assert_allclose(values, values.T)
-    assert [float(text.get_text()) for text in axes.texts] == [round(value, 2) for value in values.flatten()]
+    shown = [float(text.get_text().replace("−", "-")) for text in axes.texts]  # a minus sign, not a hyphen
+    assert shown == [round(value, 2) for value in values.flatten()]
 
 
 def test_collapse_shows_every_live_channel_once(full_run: Path):
