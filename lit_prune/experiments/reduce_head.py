@@ -40,6 +40,10 @@ def _cmr_const(evidence: HeadEvidence, seed: int) -> Tensor:
     return evidence.softmax.curvature().scores()
 
 
+def _cmr_curvature(evidence: HeadEvidence, seed: int) -> Tensor:
+    return evidence.softmax.curvature().without_gradient().scores()
+
+
 def _cmr_affine(evidence: HeadEvidence, seed: int) -> Tensor:
     return affine_risks(evidence.softmax.rows())
 
@@ -56,6 +60,7 @@ FEATURE_SCORES: dict[str, Callable[[HeadEvidence, int], Tensor]] = {
     "variance": _variance,
     "cmr_logit": _cmr_logit,
     "cmr_const": _cmr_const,
+    "cmr_curvature": _cmr_curvature,
     "cmr_affine": _cmr_affine,
     "random": _random,
 }

@@ -17,7 +17,8 @@ class Method:
     Attributes:
         score: a name of `lit_prune.scores.SCORES`; for attention heads see `lit_prune.mechanisms.heads.HEAD_SCORES`.
         kind: "delete", "constant", "affine" or "refit".
-        objective: of constants and affine stand-ins: "distortion", "loss" or "joint_loss" (see `Replacement`).
+        objective: of constants and affine stand-ins: "distortion", "curvature", "loss" or "joint_loss" (see
+            `Replacement`).
         parents: affine: kept units that stand in for a removed one; None: all.
         parent_rule: affine: "pearson", "weighted_pearson" or "random".
         ridge: affine and refit: relative ridge; None: 1e-6, or chosen on held-out images (refit).
@@ -28,7 +29,7 @@ class Method:
 
     score: str = "cmr_logit"
     kind: Literal["delete", "constant", "affine", "refit"] = "constant"
-    objective: Literal["distortion", "loss", "joint_loss"] = "distortion"
+    objective: Literal["distortion", "curvature", "loss", "joint_loss"] = "distortion"
     parents: int | None = 16
     parent_rule: Literal["pearson", "weighted_pearson", "random"] = "pearson"
     ridge: float | None = None
@@ -53,7 +54,7 @@ class Method:
             return self.name
         words = [self.score] + ([self.kind] if self.kind != "constant" else [])
         if self.objective != "distortion":
-            words.append({"loss": "by loss", "joint_loss": "by joint loss"}[self.objective])
+            words.append(f"by {self.objective.replace('_', ' ')}")
         if self.kind == "affine":
             words.append(f"r={'all' if self.parents is None else self.parents}")
             words += [self.parent_rule] if self.parent_rule != "pearson" else []

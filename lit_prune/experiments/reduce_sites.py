@@ -211,7 +211,7 @@ class AttentionSite:
         Raises:
             InputError: another kind or objective.
         """
-        if kind not in ("delete", "constant") or settings.objective == "joint_loss":
+        if kind not in ("delete", "constant") or settings.objective not in ("distortion", "loss"):
             raise InputError(f"kind={kind!r}, objective={settings.objective!r}: heads can be deleted or made constant")
         removed = [place for place, unit in enumerate(state.kept) if unit not in set(kept)]
         constants = None

@@ -1,7 +1,7 @@
 """Second-order replacement risk: gradients and curvature of the loss in the values that a layer reads."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,17 @@ class Curvature:
     mixed: Tensor
     power: Tensor
     method: str = "gauss_newton"
+
+    def without_gradient(self) -> "Curvature":
+        """The same with every sample's gradient taken as zero (lemma 1, condition i).
+
+        Constants are then curvature-weighted means, scores `½ min_c E h (a - c)²`. In a trained network h is tiny
+        wherever the network is sure, so the gradient correction `ḡ/h̄` of equation 7 leaves the range of the values:
+        the second-order proxy is read far outside of where it holds.
+
+        Source: causal mechanism reduction, section A.2; the score called cwvar in tables 5 and 6.
+        """
+        return replace(self, gradient=torch.zeros_like(self.gradient), product=torch.zeros_like(self.product))
 
     def constants(self) -> Tensor:
         """Best constant of each channel alone, `(hᵀa - 1ᵀg)/(1ᵀh)`; 0 where there is no curvature, [C].

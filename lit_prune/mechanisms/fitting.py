@@ -56,7 +56,7 @@ def collect_evidence(
         estimated = settings.curvature == "hutchinson"
         measure = hutchinson_curvature if estimated else measure_curvature
         curvatures = measure(model, layers, batches, seed=settings.seed)
-    elif settings.objective == "loss":
+    elif settings.objective != "distortion":
         rows = {name: measure_rows(model, name, batches, settings.seed) for name in layers}
     return {
         name: InputEvidence(inputs[name].sums, inputs[name].size, curvatures.get(name), rows.get(name))
@@ -83,7 +83,7 @@ def fit_stand_in(
     if kind == "constant":
         if settings.objective == "distortion":
             return constants(evidence.sums, reader), {}
-        curvature, removed = evidence.curvature, list(reader.removed)
+        curvature, removed = _as_asked(evidence.curvature, settings), list(reader.removed)
         joint = settings.objective == "joint_loss"
         offsets = curvature.joint_constants(removed) if joint else curvature.constants()[removed]
         return _constant_stand_in(offsets, reader), {"curvature": curvature.method}
@@ -93,9 +93,13 @@ def fit_stand_in(
         stand_in = affine(evidence.sums, reader, parents, ridge)
         said = {}
     else:
-        stand_in = _weighted(evidence.rows, reader, parents, ridge)
+        stand_in = _weighted(_as_asked(evidence.rows, settings), reader, parents, ridge)
         said = {"curvature": evidence.rows.method}
     return stand_in, said | {"ridge": ridge, "singular": stand_in.singular, "parents": parents.shape[1]}
+
+
+def _as_asked(risk: Curvature | RiskRows, settings: Replacement) -> Curvature | RiskRows:
+    return risk.without_gradient() if settings.objective == "curvature" else risk
 
 
 def check_objective(kind: str, settings: Replacement) -> None:

@@ -20,8 +20,9 @@ class Replacement:
         parent_rule: which ones: the best by `pearson` correlation, by `weighted_pearson` (correlation times the cosine
             of the two channels' outgoing weights; both absolute), or `random` ones.
         objective: what constants and affine stand-ins are fitted to: "distortion" (squared error of the value: means
-            and least squares), "loss" (second-order rise of the loss, each removed channel alone), "joint_loss"
-            (constants only: all removed channels of a layer together). The last two read labels.
+            and least squares), "curvature" (the same, samples weighted by the loss's curvature), "loss" (second-order
+            rise of the loss, gradient included, each removed channel alone), "joint_loss" (constants only: all removed
+            channels of a layer together). All but the first read labels.
         curvature: of the loss: "gauss_newton", or "hutchinson" (random probes of the Hessian's diagonal; constants
             only).
         border: where the constants go: "bias" (exact away from a zero-padded border) or "carrier" (exact; one of the
@@ -39,7 +40,7 @@ class Replacement:
     ridge: float | Literal["held_out"] = "held_out"
     parents: int | None = 16
     parent_rule: Literal["pearson", "weighted_pearson", "random"] = "pearson"
-    objective: Literal["distortion", "loss", "joint_loss"] = "distortion"
+    objective: Literal["distortion", "curvature", "loss", "joint_loss"] = "distortion"
     curvature: Literal["gauss_newton", "hutchinson"] = "gauss_newton"
     border: Literal["bias", "carrier"] = "bias"
     scope: Literal["consumers", "all"] = "consumers"
@@ -62,7 +63,7 @@ class Replacement:
             "towards": ("zero", "weights"),
             "unsupported": ("refuse", "delete"),
             "parent_rule": ("pearson", "weighted_pearson", "random"),
-            "objective": ("distortion", "loss", "joint_loss"),
+            "objective": ("distortion", "curvature", "loss", "joint_loss"),
             "curvature": ("gauss_newton", "hutchinson"),
         }
         for name, allowed in choices.items():

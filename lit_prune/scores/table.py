@@ -27,6 +27,7 @@ SCORES: dict[str, Score] = {
     "mipp": Score(outputs.mipp, "baseline", "activations", needs=_UNITS),
     "cmr_logit": Score(outputs.cmr_logit, "local", "activations", needs=_INPUTS),
     "cmr_const": Score(outputs.cmr_const, "target", "gradients"),
+    "cmr_curvature": Score(outputs.cmr_curvature, "target", "gradients"),
     "cmr_affine": Score(second_order.cmr_affine, "target", "gradients", (16.0, 1e-4, "pearson"), needs=("risk_rows",)),
     "reconstruction": Score(outputs.reconstruction, "mixed", "gradients", (1.0,)),
     "composite_ix": Score(axes.composite_ix, "local", "activations"),

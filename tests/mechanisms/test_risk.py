@@ -10,6 +10,7 @@ from lit_prune.mechanisms.flow import observe
 from lit_prune.mechanisms.hutchinson import hutchinson_curvature
 from lit_prune.mechanisms.remainder import CROSS_ENTROPY, hessian_lipschitz, remainder_bound, spectral_norm
 from lit_prune.mechanisms.risk import RiskRows, SoftmaxHead, measure_rows, solve_ridged, weighted_affine
+from lit_prune.scores import score
 from lit_prune.structure import Plan
 
 CLOSE = {"rtol": 1e-8, "atol": 1e-10}
@@ -131,6 +132,20 @@ def test_without_parents_the_constant_of_equation_7_comes_out(net, batches):
     torch.testing.assert_close(fit.risk[live], head.curvature().scores()[live], **CLOSE)
 
 
+def test_curvature_without_gradients_is_weighted_least_squares_whose_constant_is_the_weighted_mean(net, batches):
+    rows, curvature = softmax_head(net, batches).rows(), softmax_head(net, batches).curvature().without_gradient()
+    mean = (rows.curvature * rows.values).sum(0) / rows.curvature.sum(0)
+    torch.testing.assert_close(curvature.constants(), mean, **CLOSE)
+    spread = 0.5 * (rows.curvature * (rows.values - mean) ** 2).mean(0)
+    torch.testing.assert_close(curvature.scores(), spread, **CLOSE)
+    torch.testing.assert_close(score(net, "cmr_curvature", batches)["body"], spread, **CLOSE)
+    fit = weighted_affine(rows.without_gradient(), [0], torch.tensor([[2, 4]]), ridge=0)
+    root = rows.curvature[:, :1].sqrt()
+    design = torch.cat([torch.ones(len(root), 1).double(), rows.values[:, [2, 4]]], 1)
+    theta = torch.linalg.lstsq(root * design, root * rows.values[:, :1]).solution[:, 0]
+    torch.testing.assert_close(torch.cat([fit.offsets, fit.coefficients[0]]), theta, **CLOSE)
+
+
 def test_more_parents_never_raise_the_affine_score(rows):
     risks = [affine_risks(rows, parents, ridge=1e-12) for parents in (1, 3, 7)]
     assert (risks[1] <= risks[0] + 1e-12).all() and (risks[2] <= risks[1] + 1e-12).all()
@@ -199,7 +214,7 @@ def test_spectral_norm_is_the_largest_singular_value_and_additions_are_refused(t
 
 
 @pytest.mark.parametrize("settings", [
-    Replacement(objective="loss"), Replacement(objective="joint_loss"),
+    Replacement(objective="loss"), Replacement(objective="joint_loss"), Replacement(objective="curvature"),
     Replacement(objective="loss", curvature="hutchinson"),
 ])  # fmt: skip
 def test_constants_by_loss_are_folded_in_a_whole_network(net, batches, settings):
@@ -208,6 +223,7 @@ def test_constants_by_loss_are_folded_in_a_whole_network(net, batches, settings)
     estimated = settings.curvature == "hutchinson"
     measure = hutchinson_curvature if estimated else measure_curvature
     curvature = measure(net, ["head"], batches)["head"]
+    curvature = curvature.without_gradient() if settings.objective == "curvature" else curvature
     joint = settings.objective == "joint_loss"
     constants = curvature.joint_constants([1, 3, 4]) if joint else curvature.constants()[[1, 3, 4]]
     values = torch.relu(net.body(batches[0][0]))
