@@ -1,5 +1,6 @@
 """The command line: `lit-prune VERB -c configs/... [--key value ...]`, the same as `python train.py VERB ...`."""
 
+import copy
 import os
 import re
 import sys
@@ -13,10 +14,11 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO
+from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 
+from lit_prune.checkpoints import checkpoint_writer
 from lit_prune.data import ImageData
 from lit_prune.errors import InputError
 from lit_prune.experiments.compress import schedule_sweep
@@ -180,13 +182,11 @@ class PruneCLI(LightningCLI):
             callbacks.append(last_checkpoint(self.run_dir))
         logger = settings.get("logger")
         if logger in (None, True):
-            logger = trains and TensorBoardLogger(
-                self.run_dir, name="", version="tensorboard", default_hp_metric=False
-            )
+            logger = trains and TensorBoardLogger(self.run_dir, name="", version="tensorboard", default_hp_metric=False)
         given = settings.get("plugins") or []
         plugins = given if isinstance(given, list) else [given]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-            kwargs["plugins"] = [*plugins, AsyncCheckpointIO()]  # training goes on while a checkpoint is written
+            kwargs["plugins"] = [*plugins, checkpoint_writer()]
         trainer = super().instantiate_trainer(callbacks=callbacks, logger=logger, **kwargs)
         check_precision(str(trainer.precision), trainer.strategy.root_device, asked=settings.get("precision"))
         return trainer
@@ -240,7 +240,7 @@ class PruneCLI(LightningCLI):
             return
         written = self.run_dir / "config.yaml"
         if int(os.environ.get("LOCAL_RANK", "0")) == 0 and written.exists():
-            changed = changed_keys(yaml.safe_load(written.read_text()), self.config_dump)
+            changed = self.changed_since(yaml.safe_load(written.read_text()))
             if changed:
                 raise InputError(
                     f"run folder {self.run_dir} holds a run with another configuration ({', '.join(changed[:4])}); "
@@ -252,6 +252,20 @@ class PruneCLI(LightningCLI):
         if self.subcommand == "fit":
             settings["weights_only"] = True  # a checkpoint holds plain values and tensors; nothing in it is executed
         self._write_record(written)
+
+    def changed_since(self, old: dict[str, Any]) -> list[str]:
+        """Dotted names of settings that differ from those of an older run, as `changed_keys`.
+
+        An option that is newer than the run counts with its default; it did not change what the run did.
+        """
+        self._dump_config()
+        parser = self._parser(self.subcommand)
+        try:
+            full = parser.parse_object(copy.deepcopy(old))  # it changes what it is given
+            old = yaml.safe_load(parser.dump(full, skip_link_targets=False, skip_none=False, format="yaml"))
+        except InputError:  # it has options that are no more: compared as it is, they are named
+            pass
+        return changed_keys(old, self.config_dump)
 
     @rank_zero_only
     def _write_record(self, written: Path) -> None:

@@ -67,6 +67,7 @@ def make_run():
     from functools import partial
 
     from callbacks.staged_pruning import StagedPruning
+    from lit_prune.checkpoints import checkpoint_writer
     from lit_prune.data import DigitsData
     from lit_prune.modules import LitClassifier, PhaseCosine
     from lit_prune.stages import PruningStage
@@ -85,7 +86,7 @@ def make_run():
         checkpoint = last_checkpoint(Path(run_dir))
         options = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False}
         options |= {"enable_model_summary": False, "num_sanity_val_steps": 0, "log_every_n_steps": 1}
-        options |= {"use_distributed_sampler": False, **(trainer or {})}
+        options |= {"use_distributed_sampler": False, "plugins": [checkpoint_writer()], **(trainer or {})}
         lightning_trainer = Trainer(
             max_epochs=max_epochs, default_root_dir=run_dir, callbacks=[*callbacks, *staged, checkpoint], **options
         )

@@ -1,5 +1,6 @@
 """The command line as a user meets it: help, bad input in one line with exit code 2, nothing overwritten."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import lit_prune
-from lit_prune.cli import main
+from lit_prune.cli import build_cli, main
 from lit_prune.modules import LitClassifier
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,6 +49,33 @@ def test_a_run_writes_its_folder_and_a_second_start_changes_nothing(tmp_path, ca
     assert "another configuration (data.init_args.batch_size)" in line
     main(["report", "--run_dir", str(run_dir)])
     assert (run_dir / "report.html").stat().st_size > 10_000
+
+
+def older(settings: dict, *options: tuple) -> dict:
+    """Settings without the options, given as paths of keys and positions."""
+    settings = copy.deepcopy(settings)
+    for *place, name in options:
+        part = settings
+        for key in place:
+            part = part[key]
+        del part[name]
+    return settings
+
+
+def test_an_option_that_an_older_run_folder_lacks_counts_with_its_default():
+    cli = build_cli(TINY, run=False)
+    assert cli.changed_since({}) != []
+    present = cli.config_dump
+    added = [
+        ("model", "compile"),
+        ("data", "init_args", "resident"),
+        ("trainer", "callbacks", 0, "init_args", "teacher"),
+    ]
+    assert cli.changed_since(present) == cli.changed_since(older(present, *added)) == []
+    changed = build_cli([*TINY, "--model.channels_last", "true"], run=False)
+    assert changed.changed_since(older(present, ("model", "channels_last"))) == ["model.channels_last"]
+    gone = {**present, "model": {**present["model"], "no_more": 1}}
+    assert cli.changed_since(gone) == ["model.no_more"]
 
 
 def test_test_verb_rebuilds_the_pruned_network_of_a_checkpoint(tmp_path):

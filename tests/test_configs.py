@@ -45,7 +45,7 @@ def test_prune_configurations_are_valid(path):
     assert cli.config["fit"]["trainer"]["callbacks"]
 
 
-TRACED = {"fit": ["trajectory_cifar10", "decorrelation_cifar10"], "analyze": ["analyze_vit"]}
+TRACED = {"fit": ["trajectory_cifar10", "decorrelation_cifar10", "everything_on"], "analyze": ["analyze_vit"]}
 
 
 @pytest.mark.parametrize(("verb", "name"), [(verb, name) for verb, names in TRACED.items() for name in names])

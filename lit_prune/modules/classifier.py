@@ -90,7 +90,7 @@ class LitClassifier(LightningModule):
         self.plans: list[Plan] = []
         self.phase_start = 0
         self.phase_boundaries: tuple[int, ...] = ()
-        self.broken: Tensor | bool = False
+        self.epoch_sums: dict[str, Tensor] = {}
         self.accuracy = nn.ModuleDict(
             {
                 split: MulticlassAccuracy(num_classes, average="micro", validate_args=False)
@@ -143,7 +143,10 @@ class LitClassifier(LightningModule):
         return self._compiled(images)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
-        """Cross-entropy plus every loss term, each logged under `train/`; waits for the device when it logs only."""
+        """Cross-entropy plus every loss term; means and accuracy are logged under `train/` at the epoch's end.
+
+        Waits for the device every `log_every_n_steps` only, to find out whether the loss is still finite.
+        """
         images, labels = batch[0].contiguous(memory_format=self.memory_format), batch[1]
         logits = self._training_forward(images)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
@@ -151,15 +154,25 @@ class LitClassifier(LightningModule):
         step = TrainingStep(self.backbone, images, labels, logits, batch_index, phase_epoch, self.phase_epochs)
         for name, term in self.loss_terms.items():
             value = term(step)
-            self.log(f"train/{name}", value.detach(), on_step=False, on_epoch=True)
+            self._add(name, value)
             loss = loss + value
-        self.broken |= ~torch.isfinite(loss.detach())
+        self._add("loss", loss)
+        self.accuracy["fit"].update(logits.detach(), labels)
         if self.trainer.is_last_batch or (batch_index + 1) % self.trainer.log_every_n_steps == 0:
             self.check_finite()
-        self.accuracy["fit"](logits.detach(), labels)
-        self.log("train/loss", loss.detach(), on_step=False, on_epoch=True, prog_bar=True)
-        self.log("train/accuracy", self.accuracy["fit"], on_step=False, on_epoch=True)
         return loss
+
+    def _add(self, name: str, value: Tensor) -> None:
+        """Adds to the epoch's sum; `self.log` in every step would cost more than a small network's whole step."""
+        value = value.detach()
+        self.epoch_sums[name] = self.epoch_sums[name] + value if name in self.epoch_sums else value
+
+    def on_train_epoch_end(self) -> None:
+        """Logs the epoch's means over steps."""
+        steps = self.trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        for name, total in self.epoch_sums.items():
+            self.log(f"train/{name}", total / steps, prog_bar=name == "loss", sync_dist=True)
+        self.log("train/accuracy", self.accuracy["fit"])
 
     def validation_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
         """Logs `val/loss` and `val/accuracy`."""
@@ -185,7 +198,7 @@ class LitClassifier(LightningModule):
         """Seeds the epoch from (seed, epoch, rank), so that dropout repeats in a resumed run, and fits the schedule."""
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         torch.manual_seed(((seed * 1_000_003 + self.current_epoch) * 4_099 + self.global_rank) % 2**63)
-        self.broken = torch.zeros((), dtype=torch.bool, device=self.device)
+        self.epoch_sums = {}
         steps = -(-int(self.trainer.num_training_batches) // self.trainer.accumulate_grad_batches)
         for entry in self.trainer.lr_scheduler_configs:
             if isinstance(entry.scheduler, PhaseCosine):
@@ -193,7 +206,7 @@ class LitClassifier(LightningModule):
 
     def check_finite(self) -> None:
         """Raises InputError where a loss since the epoch began was NaN or infinite; waits for the device."""
-        if self.broken:
+        if "loss" in self.epoch_sums and not torch.isfinite(self.epoch_sums["loss"]):
             raise InputError(
                 f"loss is NaN or infinite in epoch {self.current_epoch}, at or before step {self.trainer.global_step}; "
                 "the last checkpoint is from before: lower the learning rate or clip gradients"

@@ -172,7 +172,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint(make_run, tm
 
 def test_a_network_with_a_broken_loss_is_not_saved(make_run, tmp_path):
     _, module, _ = make_run(tmp_path, ())
-    module.broken = torch.tensor(True)
+    module.epoch_sums = {"loss": torch.tensor(float("inf"))}
     module._trainer = type("T", (), {"global_step": 3, "current_epoch": 1})()
     with pytest.raises(InputError, match="NaN or infinite in epoch 1"):
         module.on_save_checkpoint({})
