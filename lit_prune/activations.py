@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 from lit_prune.errors import InputError
 from lit_prune.layers import Batches, following_norms, removing, select_layers, to_model, undisturbed
-from lit_prune.moments import Accumulator, ActivationSums, LayerSums
+from lit_prune.moments import ActivationSums
+from lit_prune.pointwise import affine_map, loses_digits, pointwise_input, weight_state
 from lit_prune.protocol import DEFAULT_PROTOCOL, Protocol
+from lit_prune.streaming import Blocks, LayerStream
 
 
 class Recording:
@@ -17,10 +19,11 @@ class Recording:
 
     def __init__(self, protocol: Protocol) -> None:
         self._sums = ActivationSums()
-        self._accumulators: dict[str, Accumulator] = {}
+        self._streams: dict[str, LayerStream] = {}
         self._protocol = protocol
+        self._blocks = Blocks()
         self._pooled: dict[str, Tensor] = {}  # of the batch that is running, [B, N]
-        self._workspace = torch.empty(0)  # one block of memory for all layers: no page faults after the first batch
+        self._weights: dict[str, tuple[int, ...]] = {}  # of the layers that are read at their inputs
         self._generator = torch.Generator().manual_seed(protocol.seed)
         self._batch = -1
         self._drawn: dict[int, Tensor] = {}  # of the batch that is running
@@ -28,12 +31,15 @@ class Recording:
     @property
     def sums(self) -> ActivationSums:
         """The sums so far; layers appear in the order in which they first ran. Read seldom: it adds what is pending."""
-        for accumulator in self._accumulators.values():
-            accumulator.flush()
+        self._check_finite()
+        with torch.no_grad(), full_precision():
+            for stream in self._streams.values():
+                stream.flush()
         return self._sums
 
     def add_target(self, target: Tensor) -> None:
         """Adds the task variables [B, V] of the batch that has just run."""
+        self._check_finite()
         for name, pooled in self._pooled.items():
             self._sums.layers[name].add_target(pooled, target)
         self._sums.add_target(target)
@@ -41,56 +47,65 @@ class Recording:
 
     def start_batch(self, *_: object) -> None:
         """Forward pre-hook of the whole model."""
+        self._check_finite()
         self._pooled, self._drawn = {}, {}
         self._batch += 1
 
-    def observe(self, name: str, module: nn.Module, output: Tensor) -> None:
-        """Adds one output of the layer `name`."""
+    def observe(self, name: str, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        """Adds one output of the layer `name`, by way of its input where that is exact and cheaper."""
         if name in self._pooled:
             raise InputError(f"layers: {name!r} runs more than once in a forward pass; leave it out with layers=")
-        with torch.no_grad(), torch.autocast(output.device.type, enabled=False), _full_precision():
+        with torch.no_grad(), torch.autocast(output.device.type, enabled=False), full_precision():
             values = position_view(module, output.detach(), self._protocol.token)
-            if name not in self._accumulators:
-                sums = self._sums.layers[name] = LayerSums.zeros(values.mean((0, 1), dtype=torch.float32))
-                self._accumulators[name] = Accumulator(sums)
-            accumulator = self._accumulators[name]
-            samples, pooled = self._shifted(values, accumulator.sums.shift)
-            if not torch.isfinite(pooled).all():
-                raise InputError(f"batches: batch {self._batch} makes NaN or infinite values in layer {name!r}")
-            accumulator.add(samples.flatten(0, 1), pooled)
-            self._pooled[name] = pooled
+            source = self._source(name, module, inputs, output)
+            stream = self._stream(name, module, source, values)
+            values = values if stream.affine is None else source
+            places = self._places(*values.shape[:2])
+            match = self._protocol.target_pooling == "match"
+            self._pooled[name] = stream.add(values, None if places is None else places.to(values.device), match)
 
-    def _shifted(self, values: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-        """Shifted samples [B, P or k, N] and shifted means over positions [B, N]."""
-        precision = torch.promote_types(values.dtype, torch.float32)
-        shift = shift.to(precision)
+    def _source(self, name: str, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
+        """The layer's input as [B, P, C] if its moments give the output's exactly and its weights are as they were."""
+        known = self._weights.get(name)
+        if self._protocol.hook_point != "pre_bn" or known not in (None, weight_state(module)):
+            return None
+        source = pointwise_input(module, inputs, output)
+        return None if source is None else position_view(module, source.detach(), self._protocol.token)
+
+    def _stream(self, name: str, module: nn.Module, source: Tensor | None, values: Tensor) -> LayerStream:
+        """The layer's stream; one that was fed inputs goes over to outputs, for good, where those no longer do."""
+        stream = self._streams.get(name)
+        if stream is None:
+            if source is None or loses_digits(module, source, values):
+                stream = LayerStream.start(values, self._blocks)
+            else:
+                stream = LayerStream.start(source, self._blocks, affine_map(module))
+                self._weights[name] = weight_state(module)
+        elif stream.affine is not None and source is None:
+            stream.flush()
+            shift = stream.sums.shift.to(torch.promote_types(values.dtype, torch.float32))
+            stream = LayerStream(stream.sums.reshift(shift), shift, self._blocks)
+        self._streams[name], self._sums.layers[name] = stream, stream.sums
+        return stream
+
+    def _check_finite(self) -> None:
+        """Raises if the batch that is running has met a value that is not a number; asks the device once."""
+        if self._pooled:
+            broken = torch.stack([pooled.sum() for pooled in self._pooled.values()]).isfinite().logical_not().tolist()
+            for name, bad in zip(self._pooled, broken, strict=True):
+                if bad:
+                    self._pooled = {}
+                    raise InputError(f"batches: batch {self._batch} makes NaN or infinite values in layer {name!r}")
+
+    def _places(self, images: int, positions: int) -> Tensor | None:
+        """Random positions of each image, [B, k], or None for all of them; one draw serves all layers of a map size."""
         wanted = self._protocol.positions
-        if wanted == "all" or wanted >= values.shape[1]:
-            samples = torch.sub(values, shift, out=self._buffer(values, precision))
-            return samples, samples.mean(1)
-        index = self._places(*values.shape[:2]).to(values.device)[..., None].expand(-1, -1, values.shape[2])
-        samples = values.gather(1, index) - shift
-        if self._protocol.target_pooling == "match":
-            return samples, samples.mean(1)
-        return samples, torch.sub(values, shift, out=self._buffer(values, precision)).mean(1)
-
-    def _places(self, images: int, positions: int) -> Tensor:
-        """Random positions of each image, [B, k]; one draw serves all layers of one map size, for sorting is dear."""
-        if positions not in self._drawn:
+        if wanted == "all" or wanted >= positions:
+            return None
+        if positions not in self._drawn:  # sorting is dear
             order = torch.rand(images, positions, generator=self._generator).argsort(1)
-            self._drawn[positions] = order[:, : self._protocol.positions]
+            self._drawn[positions] = order[:, :wanted]
         return self._drawn[positions]
-
-    def _buffer(self, values: Tensor, precision: torch.dtype) -> Tensor:
-        """A reused block of memory shaped like `values` [B, P, N], in the memory order that makes the pass fast."""
-        block = self._workspace
-        if (block.device, block.dtype) != (values.device, precision) or block.numel() < values.numel():
-            block = self._workspace = torch.empty(values.numel(), dtype=precision, device=values.device)
-        flat = block[: values.numel()]
-        images, positions, channels = values.shape
-        if values.stride(2) == 1:  # channels last, tokens
-            return flat.view(images, positions, channels)
-        return flat.view(channels, images, positions).permute(1, 2, 0)
 
 
 def position_view(module: nn.Module, output: Tensor, token: int | None) -> Tensor:
@@ -118,7 +133,7 @@ def position_view(module: nn.Module, output: Tensor, token: int | None) -> Tenso
 
 
 @contextmanager
-def _full_precision() -> Iterator[None]:
+def full_precision() -> Iterator[None]:
     """Float32 products in float32 inside, although the trainer may have allowed TF32 or bfloat16 ones."""
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
     name, exact = ("fp32_precision", "ieee") if hasattr(backends[1], "fp32_precision") else ("allow_tf32", False)
@@ -156,7 +171,7 @@ def record(
     norms = following_norms(model, example) if protocol.hook_point == "post_bn" else {}
 
     def observer(name: str, layer: nn.Module):
-        return lambda module, inputs, output: recording.observe(name, layer, output)
+        return lambda module, inputs, output: recording.observe(name, layer, inputs, output)
 
     handles = [model.register_forward_pre_hook(recording.start_batch)]
     for name, layer in select_layers(model, layers).items():

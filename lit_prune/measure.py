@@ -1,6 +1,7 @@
 """The channel table: one forward pass over calibration images, every channel's place on the two axes."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -100,6 +101,38 @@ def target_deviation(sums: ActivationSums) -> Tensor:
     return torch.where(variance > ROUNDING * mean.square(), variance, 0.0).sqrt()
 
 
+@dataclass(frozen=True)
+class PooledMoments:
+    """Moments of the values that stand for a channel on the target axis.
+
+    Attributes:
+        count: [], number of samples.
+        mean: [N], around the layer's shift.
+        second: [N, N], Σ z zᵀ.
+        variance: [N]; exactly 0 where it is no more than rounding.
+    """
+
+    count: Tensor
+    mean: Tensor
+    second: Tensor
+    variance: Tensor
+
+    def pairs(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Correlations of the channels `rows` and `columns`, int64 of shapes that broadcast."""
+        crossed = self.second[rows, columns] / self.count - self.mean[rows] * self.mean[columns]
+        return crossed / (self.variance[rows] * self.variance[columns]).sqrt()
+
+
+def pooled_moments(sums: LayerSums, protocol: Protocol = DEFAULT_PROTOCOL) -> PooledMoments:
+    """Moments of the pooled outputs; with pooling `match` those of the positions, each a sample."""
+    match = protocol.target_pooling == "match"
+    joint, means = (sums.samples, sums.first, sums.second), (sums.images, sums.pooled_first, sums.pooled_second)
+    count, first, second = joint if match else means
+    variance = local_axis.variances(count, first, second)
+    variance = torch.where(variance > ROUNDING * local_axis.signal_power(sums), variance, 0.0)
+    return PooledMoments(count, first / count, second, variance)
+
+
 def layer_columns(
     sums: LayerSums, weight_norm: Tensor, deviation: Tensor, protocol: Protocol = DEFAULT_PROTOCOL
 ) -> dict[str, Tensor]:
@@ -113,9 +146,7 @@ def layer_columns(
     """
     power = local_axis.signal_power(sums)
     dead = local_axis.dead_channels(power)
-    joint = local_axis.covariance(sums.samples, sums.first, sums.second)
-    correlations = local_axis.correlation_matrix(joint)
-    overlap = local_axis.peer_overlap(correlations, dead, protocol.overlap_mean)
+    overlap = local_axis.peer_overlap_of(sums, dead, protocol.overlap_mean)
     local = [
         weight_norm,
         power,
@@ -128,28 +159,38 @@ def layer_columns(
 
 def _target_columns(sums: LayerSums, dead: Tensor, deviation: Tensor, protocol: Protocol) -> list[Tensor]:
     """I_T, Red_T and Syn, each [N]: among the live channels, averaged over task variables, NaN elsewhere."""
-    task, between = target_correlations(sums, deviation, protocol)
-    live = (~dead & between.diagonal().isfinite()).nonzero().flatten()
+    pooled = pooled_moments(sums, protocol)
+    task = _task_correlations(sums, pooled, deviation)
+    live = (~dead & (pooled.variance > 0)).nonzero().flatten()
     columns = [torch.full_like(sums.shift, torch.nan) for _ in range(3)]
     defined = [a for a in task[live].T if a.isfinite().all()]
     if not defined or not len(live):
         return columns
-    if len(live) < len(between):
-        between = between[live][:, live]
-    values = torch.stack([torch.stack(_axis(a, between, protocol)) for a in defined]).mean(0)  # [3, live]
+    values = torch.stack([torch.stack(_axis(a, pooled, live, protocol)) for a in defined]).mean(0)  # [3, live]
     for column, value in zip(columns, values, strict=True):
         column[live] = value
     return columns
 
 
-def _axis(task: Tensor, between: Tensor, protocol: Protocol) -> list[Tensor]:
+def _axis(task: Tensor, pooled: PooledMoments, live: Tensor, protocol: Protocol) -> list[Tensor]:
     """I_T, Red_T and Syn of live channels for one task variable."""
     information = target_axis.task_information(task)
     if len(task) == 1:
         return [information, torch.full_like(task, torch.nan), torch.full_like(task, torch.nan)]
-    partners = target_axis.find_partners(task, between, protocol)
+    by_task = protocol.partner_rule in target_axis.TASK_RULES
+    every = None if by_task else pooled.pairs(live[:, None], live)
+    partners = target_axis.find_partners(task, every, protocol)
     redundancy = target_axis.target_redundancy(task, partners)
-    return [information, redundancy, target_axis.target_excess(task, between, partners)]
+    between = pooled.pairs(live[:, None], live[partners]) if by_task else every.gather(1, partners)
+    return [information, redundancy, target_axis.partner_excess(task, between, partners)]
+
+
+def _task_correlations(sums: LayerSums, pooled: PooledMoments, deviation: Tensor) -> Tensor:
+    """Correlations [N, V] of T with the channel's values; NaN where a variance is zero."""
+    mean = sums.pooled_first / sums.images
+    crossed = sums.cross / sums.images - torch.outer(mean, sums.target_first / sums.images)
+    scale = torch.outer(pooled.variance.sqrt(), deviation)
+    return torch.where(scale > 0, crossed / scale, torch.nan)
 
 
 def target_correlations(
@@ -160,16 +201,10 @@ def target_correlations(
     With pooling `match` the values are the positions themselves and T is repeated over them: the covariance with T is
     that of the mean over positions, the variances are those of the positions.
     """
-    mean = sums.pooled_first / sums.images
-    if protocol.target_pooling == "match":
-        values = local_axis.covariance(sums.samples, sums.first, sums.second)
-    else:
-        values = local_axis.covariance(sums.images, sums.pooled_first, sums.pooled_second)
-    crossed = sums.cross / sums.images - torch.outer(mean, sums.target_first / sums.images)
-    values.diagonal()[values.diagonal() <= ROUNDING * local_axis.signal_power(sums)] = 0.0
-    scale = torch.outer(values.diagonal().sqrt(), deviation)
-    correlations = torch.where(scale > 0, crossed / scale, torch.nan)
-    return correlations, local_axis.correlation_matrix(values)
+    pooled = pooled_moments(sums, protocol)
+    values = local_axis.covariance(pooled.count, pooled.mean * pooled.count, pooled.second)
+    values.diagonal().copy_(pooled.variance)
+    return _task_correlations(sums, pooled, deviation), local_axis.correlation_matrix(values)
 
 
 def layer_table(channels: pd.DataFrame) -> pd.DataFrame:

@@ -8,17 +8,15 @@ import torch
 from torch import Tensor
 
 from lit_prune.errors import InputError
-
-NARROW = 16  # below, the float32 product falls back to a plain loop and loses a digit; float64 costs nothing there
-CHUNK = 8192  # samples in one float32 sum: the longest that still agrees with float64 to 1e-6
-WIDE = 256  # from here on, half of a symmetric product costs less than all of it
+from lit_prune.products import SymmetricSum
 
 
 @dataclass
 class LayerSums:
     """Shifted power sums of one layer's outputs; z = y - shift, samples are images × positions.
 
-    All fields are float64. Sums with different shifts add exactly, through `reshift`.
+    All fields are float64; `second` and `pooled_second` are never changed in place, for where every image has one
+    position they are the same tensor. Sums with different shifts add exactly, through `reshift`.
 
     Attributes:
         shift: [N], near the channel means, so that nothing cancels when |mean| >> std.
@@ -46,15 +44,19 @@ class LayerSums:
     def zeros(cls, shift: Tensor) -> LayerSums:
         """Empty sums around `shift` [N]."""
         shift = shift.double()
-        channels = len(shift)
-        shapes = [(), (channels,), (channels, channels), (), (channels,), (channels, channels), (channels, 0), (0,)]
-        return cls(shift, *(shift.new_zeros(shape) for shape in shapes))
+        count, row = shift.new_zeros(()), torch.zeros_like(shift)
+        square = shift.new_zeros(1, 1).expand(len(shift), len(shift))  # no memory before it is needed
+        cross, target_first = shift.new_zeros(len(shift), 0), shift.new_zeros(0)
+        return cls(shift, count, row, square, count.clone(), row.clone(), square, cross, target_first)
 
     def add(self, samples: Tensor, pooled: Tensor) -> None:
         """Adds one batch of shifted outputs: samples [S, N] float32 or float64, pooled [B, N]."""
-        accumulator = Accumulator(self)
-        accumulator.add(samples, pooled)
-        accumulator.flush()
+        self.samples += len(samples)
+        self.first += samples.sum(0, dtype=torch.float64)
+        self.second = plus(self.second, _products(samples))
+        self.images += len(pooled)
+        self.pooled_first += pooled.sum(0, dtype=torch.float64)
+        self.pooled_second = plus(self.pooled_second, _products(pooled))
 
     def add_target(self, pooled: Tensor, target: Tensor) -> None:
         """Adds the products of shifted pooled outputs [B, N] and task variables [B, V]."""
@@ -94,85 +96,22 @@ class LayerSums:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
+def plus(total: Tensor, products: Tensor) -> Tensor:
+    """Their sum [N, N]; the products themselves where `total` is that of `LayerSums.zeros`."""
+    return products if total.stride() == (0, 0) else total + products
+
+
+def _products(rows: Tensor) -> Tensor:
+    """Σ z zᵀ over rows [S, N], S > 0."""
+    products = SymmetricSum()
+    products.add(rows)
+    return products.take()
+
+
 def _moved(second: Tensor, first: Tensor, count: Tensor, move: Tensor) -> Tensor:
     """Σ (z-m)(z-m)ᵀ from Σ z zᵀ and Σ z."""
     mixed = torch.outer(first, move)
     return second - mixed - mixed.T + count * torch.outer(move, move)
-
-
-class SymmetricSum:
-    """Σ z zᵀ [N, N] on its way into float64: in the precision of the samples for up to 8192 of them, then added.
-
-    So the float64 matrix, whose size has nothing to do with the batch's, is touched once in many batches.
-
-    Args:
-        total: float64 [N, N], which the products are added to by `flush`.
-    """
-
-    def __init__(self, total: Tensor) -> None:
-        self._total, self._count = total, 0
-        self._part: Tensor | None = None
-
-    def add(self, rows: Tensor) -> None:
-        """Adds the products of rows [S, N], float32 or float64."""
-        rows = rows.double() if rows.shape[1] < NARROW else rows
-        if self._part is None or self._part.dtype != rows.dtype:
-            self.flush()
-            self._part = torch.zeros_like(self._total, dtype=rows.dtype)
-        for part in rows.split(CHUNK):
-            if self._count + len(part) > CHUNK:
-                self.flush()
-            _add_upper(self._part, part)
-            self._count += len(part)
-
-    def flush(self) -> None:
-        """Adds what is pending to the total."""
-        if self._count:
-            if len(self._part) >= WIDE:
-                self._part.triu_()
-                self._total += self._part.triu(1).T
-            self._total += self._part
-            self._part.zero_()
-            self._count = 0
-
-
-def _add_upper(total: Tensor, rows: Tensor) -> None:
-    """Adds rowsᵀ·rows to `total` [N, N], its upper triangle at least; what lies below may be missing."""
-    channels = rows.shape[1]
-    if channels < WIDE:
-        total.addmm_(rows.T, rows)
-        return
-    half = channels // 2
-    _add_upper(total[:half, :half], rows[:, :half])
-    _add_upper(total[half:, half:], rows[:, half:])
-    total[:half, half:].addmm_(rows[:, :half].T, rows[:, half:])
-
-
-class Accumulator:
-    """Adds batches to a layer's sums; they are complete after `flush`.
-
-    Args:
-        sums: the layer's sums.
-    """
-
-    def __init__(self, sums: LayerSums) -> None:
-        self.sums = sums
-        self._second, self._pooled_second = SymmetricSum(sums.second), SymmetricSum(sums.pooled_second)
-
-    def add(self, samples: Tensor, pooled: Tensor) -> None:
-        """Adds one batch of shifted outputs: samples [S, N] float32 or float64, pooled [B, N]."""
-        self.sums.samples += len(samples)
-        self.sums.images += len(pooled)
-        for part in samples.split(CHUNK):
-            self.sums.first += part.sum(0)
-        self._second.add(samples)
-        self.sums.pooled_first += pooled.double().sum(0)
-        self._pooled_second.add(pooled)
-
-    def flush(self) -> None:
-        """Completes the sums."""
-        self._second.flush()
-        self._pooled_second.flush()
 
 
 @dataclass

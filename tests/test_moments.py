@@ -1,36 +1,27 @@
-"""Sums on their way into float64: the whole is that of all samples at once, whatever the batches and the width."""
+"""Sums of one layer: the same whatever the batches, around whatever shift."""
 
-import pytest
 import torch
 
-from lit_prune.moments import CHUNK, WIDE, Accumulator, LayerSums
+from lit_prune.moments import LayerSums
 
 
-@pytest.mark.parametrize("channels", [3, 40, WIDE, 2 * WIDE + 77])
-def test_pending_products_add_up_to_those_of_all_samples(channels):
-    generator = torch.Generator().manual_seed(0)
-    sizes = [7, 1000, CHUNK // 2, CHUNK // 2 + 300, 5]
-    batches = [torch.randn(size, channels, generator=generator) + 0.1 for size in sizes]
-    sums = LayerSums.zeros(torch.zeros(channels))
-    accumulator = Accumulator(sums)
-    for number, samples in enumerate(batches):
-        accumulator.add(samples, samples[:4])
-        if number == 1:
-            accumulator.flush()  # reading in between changes nothing
-    accumulator.flush()
-    accumulator.flush()
-    samples, pooled = torch.cat(batches).double(), torch.cat([part[:4] for part in batches]).double()
-    scale = samples.square().sum(0).sqrt()
-    assert float(((sums.second - samples.T @ samples) / torch.outer(scale, scale)).abs().max()) < 1e-6
-    torch.testing.assert_close(sums.pooled_second, pooled.T @ pooled, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(sums.first, samples.sum(0), rtol=1e-5, atol=1e-3)
-    torch.testing.assert_close(sums.second, sums.second.T, rtol=1e-6, atol=1e-2)
-    assert (sums.samples, sums.images) == (len(samples), len(pooled))
-
-
-def test_float64_samples_lose_nothing():
-    samples = torch.randn(500, WIDE + 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    sums = LayerSums.zeros(torch.zeros(WIDE + 1))
+def test_batches_add_up_to_the_sums_of_all_samples():
+    samples = torch.randn(500, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    sums = LayerSums.zeros(torch.zeros(30))
     for part in samples.split(90):
-        sums.add(part, part)
+        sums.add(part, part[::2])
+    pooled = torch.cat([part[::2] for part in samples.split(90)])
     torch.testing.assert_close(sums.second, samples.T @ samples, rtol=1e-12, atol=1e-10)
+    torch.testing.assert_close(sums.pooled_second, pooled.T @ pooled, rtol=1e-12, atol=1e-10)
+    torch.testing.assert_close(sums.first, samples.sum(0))
+    torch.testing.assert_close(sums.pooled_first, pooled.sum(0))
+    assert (sums.samples, sums.images) == (500, len(pooled))
+
+
+def test_empty_sums_are_neutral():
+    samples = torch.randn(50, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    sums = LayerSums.zeros(torch.zeros(6))
+    sums.add(samples, samples)
+    for added in (sums + LayerSums.zeros(torch.ones(6)), LayerSums.zeros(torch.ones(6)) + sums):
+        for key, value in added.reshift(sums.shift).state().items():
+            torch.testing.assert_close(value, sums.state()[key], rtol=1e-10, atol=1e-10)

@@ -137,7 +137,7 @@ class Analysis:
                 variables = {name: task_variable(name, logits, labels) for name in names}
                 recording.add_target(torch.cat(list(variables.values()), 1))
                 kept.append((logits.cpu(), labels.cpu()))
-                if sizes and recording.sums.images in sizes:
+                if evidence.sums.images in sizes:
                     evidence.prefixes[recording.sums.images] = _copy(recording.sums)
         if not kept:
             raise InputError("batches: no batch of (images, labels) in it; give at least one")

@@ -3,6 +3,8 @@
 Source: the two-axis paper, Eqs. 1, 2 and 7, appendix A; conventions in `Protocol`.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from lit_prune.moments import LayerSums
 
 CORRELATION_LIMIT = 1 - 1e-6  # |ρ| is clipped here, so that a duplicate has a finite information of 6.6 nats
 DEAD_VARIANCE_RATIO = 1e-10
+STRIPE = 1 << 16  # entries of an N×N matrix looked at together: they stay in the cache
 
 
 def gaussian_information(correlation: Tensor) -> Tensor:
@@ -20,14 +23,19 @@ def gaussian_information(correlation: Tensor) -> Tensor:
 def covariance(count: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """Population covariance [N, N] from the shifted sums Σ 1, Σ z [N] and Σ z zᵀ [N, N]."""
     mean = first / count
-    return second / count - torch.outer(mean, mean)
+    return (second / count).addr_(mean, mean, alpha=-1)
+
+
+def variances(count: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """The diagonal of `covariance`, [N]."""
+    return second.diagonal() / count - (first / count).square()
 
 
 def correlation_matrix(covariances: Tensor) -> Tensor:
     """Correlations [N, N] of a covariance; NaN where a variance is not positive."""
-    deviation = covariances.diagonal().clamp_min(0).sqrt()
-    correlations = covariances / torch.outer(deviation, deviation)
-    return torch.where(correlations.isfinite(), correlations, torch.nan)
+    variance = covariances.diagonal()
+    deviation = torch.where(variance > 0, variance, torch.nan).sqrt()
+    return covariances / deviation / deviation[:, None]
 
 
 def signal_power(sums: LayerSums) -> Tensor:
@@ -35,7 +43,7 @@ def signal_power(sums: LayerSums) -> Tensor:
 
     The two are identical, bias and grouped convolution included, so no input patch is looked at.
     """
-    return covariance(sums.samples, sums.first, sums.second).diagonal().clamp_min(0)
+    return variances(sums.samples, sums.first, sums.second).clamp_min(0)
 
 
 def dead_channels(power: Tensor) -> Tensor:
@@ -76,10 +84,32 @@ def peer_overlap(correlations: Tensor, dead: Tensor, over: str = "peers") -> Ten
         dead: boolean [N].
         over: divide by the number of live `peers`, or of live `channels` (one more).
     """
-    live = (~dead).nonzero().flatten()
-    overlap = torch.full_like(correlations[0], torch.nan)
-    if len(live) > 1:
-        between = correlations if len(live) == len(dead) else correlations[live][:, live]
-        pairs = gaussian_information(between).fill_diagonal_(0)
-        overlap[live] = pairs.sum(1) / (len(live) - (over == "peers"))
-    return overlap
+    return _peer_overlap(lambda rows: correlations[rows].masked_fill(dead, 0.0), dead, over)
+
+
+def peer_overlap_of(sums: LayerSums, dead: Tensor, over: str = "peers") -> Tensor:
+    """`peer_overlap` straight from the sums, [N], without any other matrix of N×N."""
+    mean = sums.first / sums.samples
+    scale = torch.where(dead, 0.0, variances(sums.samples, sums.first, sums.second).rsqrt())
+
+    def correlations(rows: slice) -> Tensor:
+        stripe = (sums.second[rows] / sums.samples).addr_(mean[rows], mean, alpha=-1)
+        return stripe.mul_(scale).mul_(scale[rows, None])
+
+    return _peer_overlap(correlations, dead, over)
+
+
+def _peer_overlap(correlations: Callable[[slice], Tensor], dead: Tensor, over: str) -> Tensor:
+    """Peer overlap from some rows of ρ at a time, [n, N] and ours to write to, 0 in the columns of dead channels."""
+    channels = len(dead)
+    live = channels - int(dead.sum())
+    rows = max(1, STRIPE // channels)
+    stripes = [slice(start, min(start + rows, channels)) for start in range(0, channels, rows)]
+    totals = []
+    for stripe in stripes:
+        between = correlations(stripe)
+        between[:, stripe].fill_diagonal_(0.0)
+        totals.append(between.clamp_(-CORRELATION_LIMIT, CORRELATION_LIMIT).square_().neg_().log1p_().sum(1))
+    peers = live - (over == "peers")
+    overlap = torch.cat(totals) * (-0.5 / peers if live > 1 else torch.nan)
+    return overlap.masked_fill(dead, torch.nan)

@@ -14,6 +14,7 @@ from lit_prune.protocol import DEFAULT_PROTOCOL, Protocol
 
 RANDOM_POOL = 4  # `random` partners come from the top 4·m by task information
 REDUNDANT_POOL = 50
+TASK_RULES = ("task", "random")  # these choose partners by I_T alone
 
 
 def _true_logit(logits: Tensor, labels: Tensor) -> Tensor:
@@ -110,7 +111,7 @@ def pair_excess(first: Tensor, second: Tensor, between: Tensor) -> Tensor:
     return gaussian_information(partial)
 
 
-def find_partners(task: Tensor, between: Tensor, protocol: Protocol = DEFAULT_PROTOCOL) -> Tensor:
+def find_partners(task: Tensor, between: Tensor | None, protocol: Protocol = DEFAULT_PROTOCOL) -> Tensor:
     """Partners of each channel, int64 [N, m], m = min(protocol.partners, N-1); all channels must be live.
 
     Rules: `task`: largest I_T. `joint`: largest I(T;[Y_i,Y_j]). `excess`: largest pair excess. `random`: drawn from the
@@ -119,7 +120,7 @@ def find_partners(task: Tensor, between: Tensor, protocol: Protocol = DEFAULT_PR
 
     Args:
         task: a [N], correlations with T.
-        between: r [N, N], correlations of the channels.
+        between: r [N, N], correlations of the channels; None will do for the rules of `TASK_RULES`.
         protocol: rule, m and seed.
     """
     channels = len(task)
@@ -170,4 +171,9 @@ def target_excess(task: Tensor, between: Tensor, partners: Tensor) -> Tensor:
         between: r [N, N].
         partners: [N, m].
     """
-    return pair_excess(task[:, None], task[partners], between.gather(1, partners)).mean(1)
+    return partner_excess(task, between.gather(1, partners), partners)
+
+
+def partner_excess(task: Tensor, between: Tensor, partners: Tensor) -> Tensor:
+    """`target_excess` from the correlations of each channel with its partners alone, `between` [N, m]."""
+    return pair_excess(task[:, None], task[partners], between).mean(1)

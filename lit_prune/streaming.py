@@ -1,0 +1,157 @@
+"""A layer's batches on their way into its sums: shifted block by block in the cache, multiplied, settled in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lit_prune.moments import LayerSums, plus
+from lit_prune.products import SymmetricSum, transformed
+
+BLOCK_BYTES = {"cpu": 1 << 20}  # what stays in one core's cache between the shift and the product
+LARGE_BLOCK_BYTES = 1 << 28  # elsewhere a launch costs more than a trip to memory
+FEWEST_ROWS = 512  # fewer samples in a product, and the sums travel through memory more often than the samples
+
+
+@dataclass(frozen=True)
+class AffineMap:
+    """y = W·x + b, the same at every position.
+
+    Attributes:
+        weight: W [N, C].
+        bias: b [N], or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def point(self, values: Tensor) -> Tensor:
+        """W·x + b of points [C], float64 [N]."""
+        mapped = self.weight.double() @ values.double()
+        return mapped if self.bias is None else mapped + self.bias.double()
+
+    def rows(self, values: Tensor) -> Tensor:
+        """W·z of differences z [S, C], [S, N]."""
+        return values @ self.weight.T
+
+
+class Blocks:
+    """A block of memory that all layers share, and how many images go through it at a time."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
+
+    def size(self, values: Tensor) -> int:
+        """Images [P, n] in a block, at least one."""
+        positions, channels = values.shape[1:]
+        threads = torch.get_num_threads()
+        wanted = BLOCK_BYTES.get(values.device.type, LARGE_BLOCK_BYTES // threads) * threads
+        return max(1, wanted // (4 * positions * channels), FEWEST_ROWS // positions)
+
+    def shifted(self, values: Tensor, shift: Tensor) -> Tensor:
+        """The values minus the shift, [B, P, n], in the memory order of the values' channels."""
+        block = self._memory
+        if (block.device, block.dtype) != (values.device, shift.dtype) or block.numel() < values.numel():
+            block = self._memory = torch.empty(values.numel(), dtype=shift.dtype, device=values.device)
+        images, positions, channels = values.shape
+        flat = block[: values.numel()]
+        if values.stride(2) == 1:  # channels last, tokens
+            return torch.sub(values, shift, out=flat.view(images, positions, channels))
+        return torch.sub(values, shift, out=flat.view(channels, images, positions).permute(1, 2, 0))
+
+
+class LayerStream:
+    """Adds a layer's batches to `sums`, which are complete after `flush`.
+
+    Where an affine map is given, the values it is fed are those of the layer's input x [B, P, C], C < N, and
+    Σ z zᵀ = W·(Σ x xᵀ)·Wᵀ: the quadratic form of the definition, exact, at a fraction of the cost.
+
+    Args:
+        sums: the layer's sums.
+        shift: [n], near the means of the values it will be fed; in their precision, float32 at least.
+        blocks: memory to work in.
+        affine: from what it is fed to the layer's output, or None where that is what it is fed.
+    """
+
+    def __init__(self, sums: LayerSums, shift: Tensor, blocks: Blocks, affine: AffineMap | None = None) -> None:
+        self.sums, self.shift, self.affine = sums, shift, affine
+        self._blocks = blocks
+        self._second, self._pooled_second = SymmetricSum(), SymmetricSum()
+        self._rows: list[Tensor] = []  # pooled values whose product is pending
+        self._single = not int(sums.samples)  # every image so far had one position: both second moments are one
+
+    @classmethod
+    def start(cls, values: Tensor, blocks: Blocks, affine: AffineMap | None = None) -> LayerStream:
+        """An empty stream around the mean of its first values [B, P, n]."""
+        shift = values.mean((0, 1), dtype=torch.promote_types(values.dtype, torch.float32))
+        return cls(LayerSums.zeros(shift if affine is None else affine.point(shift)), shift, blocks, affine)
+
+    def add(self, values: Tensor, places: Tensor | None = None, match: bool = False) -> Tensor:
+        """Adds one batch [B, P, n] and returns its shifted outputs pooled over positions, float64 [B, N].
+
+        Args:
+            values: outputs of the layer, or inputs of its affine map.
+            places: [B, k], the positions that are samples; None takes all.
+            match: pool over those alone.
+        """
+        images, positions, channels = values.shape
+        if self._single and positions > 1:
+            self.flush()
+            self._single = False
+        pooled = values.new_empty(channels, images, dtype=self.shift.dtype).T  # channels first, like the blocks
+        chosen = pooled if places is None else torch.zeros_like(pooled)
+        size = self._blocks.size(values)
+        for start in range(0, images, size):
+            part = slice(start, start + size)
+            block = self._blocks.shifted(values[part], self.shift)
+            torch.mean(block, 1, out=pooled[part])
+            if places is not None:
+                block = _picked(block, places[part])
+                torch.mean(block, 1, out=chosen[part])
+            if not self._single:
+                self._second.add(block.flatten(0, 1))
+        return self._count(chosen if match else pooled, chosen, positions if places is None else places.shape[1])
+
+    def _count(self, pooled: Tensor, sampled: Tensor, positions: int) -> Tensor:
+        """Adds what follows from a batch's means over all positions and over the samples, both [B, n]."""
+        outputs = pooled if self.affine is None else self.affine.rows(pooled)
+        self._rows.append(pooled if self._single else outputs)
+        if sum(map(len, self._rows)) >= FEWEST_ROWS:
+            self._multiply_rows()
+        exact = outputs.double()
+        total = exact.sum(0)
+        self.sums.images += len(pooled)
+        self.sums.pooled_first += total
+        self.sums.samples += len(pooled) * positions
+        if sampled is not pooled:
+            total = (sampled if self.affine is None else self.affine.rows(sampled)).sum(0, dtype=torch.float64)
+        self.sums.first += total * positions
+        return exact
+
+    def _multiply_rows(self) -> None:
+        if self._rows:
+            (self._second if self._single else self._pooled_second).add(torch.cat(self._rows))
+            self._rows = []
+
+    def flush(self) -> None:
+        """Completes the sums."""
+        self._multiply_rows()
+        joint, pooled = self._second.take(), self._pooled_second.take()
+        if joint is not None:
+            joint = joint if self.affine is None else transformed(self.affine.weight, joint)
+            self.sums.second = plus(self.sums.second, joint)
+            if self._single:
+                self.sums.pooled_second = self.sums.second
+        if pooled is not None:
+            self.sums.pooled_second = plus(self.sums.pooled_second, pooled)
+
+
+def _picked(block: Tensor, places: Tensor) -> Tensor:
+    """The values [B, k, n] of [B, P, n] at the places [B, k] of each image, in the same memory order."""
+    images, positions, channels = block.shape
+    flat = (places + torch.arange(images, device=places.device)[:, None] * positions).flatten()
+    if block.stride(2) == 1:
+        return block.flatten(0, 1).index_select(0, flat).view(images, -1, channels)
+    return block.permute(2, 0, 1).flatten(1).index_select(1, flat).view(channels, images, -1).permute(1, 2, 0)

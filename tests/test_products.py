@@ -1,0 +1,44 @@
+"""Sums of products on their way into float64: those of all rows at once, whatever the batches and the width."""
+
+import pytest
+import torch
+
+from lit_prune.products import CHUNK, WIDE, SymmetricSum, transformed
+
+
+@pytest.mark.parametrize("channels", [1, 3, 40, WIDE, 5 * WIDE + 77])
+def test_pending_products_add_up_to_those_of_all_rows(channels):
+    generator = torch.Generator().manual_seed(0)
+    sizes = [7, 1000, CHUNK // 2, CHUNK // 2 + 300, 5]
+    batches = [torch.randn(size, channels, generator=generator) + 0.1 for size in sizes]
+    products = SymmetricSum()
+    taken = []
+    for number, rows in enumerate(batches):
+        products.add(rows)
+        if number == 1:
+            taken.append(products.take())  # what is taken is not counted again
+    taken.append(products.take())
+    assert products.take() is None
+    rows = torch.cat(batches).double()
+    scale = rows.square().sum(0).sqrt()
+    found = taken[0] + taken[1]
+    assert float(((found - rows.T @ rows) / torch.outer(scale, scale)).abs().max()) < 1e-6
+    torch.testing.assert_close(found, found.T, rtol=1e-6, atol=1e-2)
+
+
+def test_float64_rows_lose_nothing():
+    rows = torch.randn(500, WIDE + 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    products = SymmetricSum()
+    for part in rows.split(90):
+        products.add(part)
+    torch.testing.assert_close(products.take(), rows.T @ rows, rtol=1e-12, atol=1e-10)
+
+
+def test_the_transformed_matrix_is_the_double_product():
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(2 * WIDE + 3, 20, generator=generator)
+    rows = torch.randn(20, 50, generator=generator, dtype=torch.float64)
+    weight[5] = 0.0
+    found, expected = transformed(weight, rows @ rows.T), weight.double() @ rows @ rows.T @ weight.double().T
+    assert (found - expected).abs().max() < 1e-6 * expected.diagonal().max()
+    assert not found[5].any() and not found[:, 5].any()
