@@ -144,6 +144,10 @@ class PadCropFlip:
 class ResizedCropFlip:
     """Random area (8 to 100 %) and aspect (3/4 to 4/3), resized, mirrored: the usual augmentation of photographs.
 
+    torchvision.transforms.v2 on tensors of one image each: 1.37 ms an image of 400x200 pixels on one core, decoding
+    (0.71) included; on Pillow images 1.66, with whole batches mirrored instead 1.54. Crops have sizes of their own, so
+    nothing else can be done on batches but to normalise, which is.
+
     Attributes:
         size: Height and width of the view.
         seed: Seed of the draws.
@@ -161,4 +165,4 @@ class ResizedCropFlip:
         transform = v2.Compose([v2.RandomResizedCrop(self.size), v2.RandomHorizontalFlip(0.5 if self.flip else 0.0)])
         with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
             torch.set_rng_state(seeded_generator(self.seed, self.stream, "view", epoch, index).get_state())
-            return v2.functional.pil_to_tensor(transform(source.open(index)))
+            return transform(v2.functional.pil_to_tensor(source.open(index)))

@@ -1,8 +1,11 @@
 """CIFAR-10 and CIFAR-100 as distributed by their author, read by torchvision."""
 
+from pathlib import Path
+
 import torch
 import torchvision
 
+from lit_prune.data.download import no_empty_folder
 from lit_prune.data.images import ImageData
 from lit_prune.data.sources import MemoryImages
 from lit_prune.errors import InputError
@@ -30,7 +33,8 @@ class CIFAR10Data(ImageData):
         if not self.download:
             return
         try:
-            self.DATASET(self.root, download=True)
+            with no_empty_folder(Path(self.root)):
+                self.DATASET(self.root, download=True)
         except (OSError, RuntimeError) as error:
             raise InputError(
                 f"download of {self.DATASET.url} failed ({error}); check the connection or unpack the archive by hand"

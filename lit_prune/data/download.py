@@ -6,6 +6,8 @@ import shutil
 import tempfile
 import urllib.request
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
@@ -31,6 +33,23 @@ def download_folder(url: str, md5: str, folder: str | Path) -> None:
         InputError: The address cannot be read, the checksum differs, or the archive lacks the folder.
     """
     folder = Path(folder)
+    with no_empty_folder(folder.parent):
+        _make_folder(url, md5, folder)
+
+
+@contextmanager
+def no_empty_folder(folder: Path) -> Iterator[None]:
+    """Removes afterwards what was made in the meantime of `folder` and the folders around it, where it is empty."""
+    made = [place for place in (folder, *folder.parents) if not place.exists()]  # innermost first
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # not empty, or never made
+            for place in made:
+                place.rmdir()
+
+
+def _make_folder(url: str, md5: str, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
     try:

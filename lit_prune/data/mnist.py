@@ -1,9 +1,11 @@
 """MNIST, read by torchvision and scaled up to the size that image networks expect."""
 
+from pathlib import Path
 from typing import Any, Literal
 
 import torchvision
 
+from lit_prune.data.download import no_empty_folder
 from lit_prune.data.images import ImageData
 from lit_prune.data.sources import MemoryImages, resize_pixels
 from lit_prune.errors import InputError
@@ -40,7 +42,8 @@ class MNISTData(ImageData):
         if not self.download:
             return
         try:
-            torchvision.datasets.MNIST(self.root, download=True)
+            with no_empty_folder(Path(self.root) / "MNIST" / "raw"):
+                torchvision.datasets.MNIST(self.root, download=True)
         except (OSError, RuntimeError) as error:
             raise InputError(
                 f"download of MNIST failed ({' '.join(str(error).split())}); check the connection or put the files by"

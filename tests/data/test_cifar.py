@@ -63,7 +63,8 @@ def test_missing_files_name_the_layout_and_the_remedy(tmp_path, module, layout):
 def test_failed_download_is_one_clear_line(tmp_path, monkeypatch):
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
     with pytest.raises(InputError, match=r"^download of http://127.0.0.1:9/[^\n]* failed [^\n]*by hand[^\n]*$"):
-        CIFAR10Data(root=str(tmp_path), download=True).prepare_data()
+        CIFAR10Data(root=str(tmp_path / "new"), download=True).prepare_data()
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.slow

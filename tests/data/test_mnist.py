@@ -33,3 +33,10 @@ def test_digits_are_never_mirrored_by_default():
 def test_missing_files_name_the_layout_and_the_remedy(tmp_path):
     with pytest.raises(InputError, match="MNIST/raw/.*set download to true"):
         MNISTData(root=str(tmp_path)).setup()
+
+
+def test_a_failed_download_leaves_no_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
+    with pytest.raises(InputError, match="download of MNIST failed .*by hand"):
+        MNISTData(root=str(tmp_path / "new"), download=True).prepare_data()
+    assert not (tmp_path / "new").exists()

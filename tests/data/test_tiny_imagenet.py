@@ -133,5 +133,9 @@ def test_failed_download_is_explained_and_leaves_nothing_behind(served, tmp_path
     if fault == "checksum":
         monkeypatch.setattr(TwoClasses, "MD5", "0000")
     with pytest.raises(InputError, match=messages[fault]):
-        TwoClasses(root=str(tmp_path / "new"), download=True).prepare_data()
-    assert list((tmp_path / "new").iterdir()) == []
+        TwoClasses(root=str(tmp_path / "new" / "data"), download=True).prepare_data()
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "old").mkdir()
+    with pytest.raises(InputError):
+        TwoClasses(root=str(tmp_path / "old"), download=True).prepare_data()
+    assert list((tmp_path / "old").iterdir()) == []  # a root that was there stays
