@@ -1,5 +1,10 @@
 """The suite: networks × seeds, resumable, finished runs skipped, a dry run that does nothing."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -143,3 +148,40 @@ def test_a_run_is_a_process_of_its_own_with_a_log(command, tmp_path):
     main([*command, "--seeds", "[1]", "--networks", "{narrow: {model: {arguments: {widths: [4]}}}}"])
     folder = tmp_path / "suite" / "narrow" / "seed=1"
     assert (folder / "finished.json").exists() and "max_epochs=2" in (folder / "log.txt").read_text()
+
+
+def start_suite(folder: Path) -> subprocess.Popen:
+    """The suite of one narrow run of six epochs, as a process of its own with its children in one group."""
+    command = [sys.executable, "-m", "lit_prune", "suite", "-c", str(folder / "suite.yaml"), "--seeds", "[1]"]
+    command += ["--networks", "{narrow: {model: {arguments: {widths: [4]}}}}", "--options"]
+    command += ['["--trainer.max_epochs", "6", "--trainer.log_every_n_steps", "1"]']
+    command += ["--run_dir", str(folder / "suite")]
+    return subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+
+
+def epochs_saved(run: Path) -> int:
+    file = run / "checkpoints" / "last.ckpt"
+    return int(torch.load(file, weights_only=True)["epoch"]) + 1 if file.exists() else 0
+
+
+@pytest.mark.slow
+def test_a_suite_and_its_run_killed_in_the_middle_go_on_to_the_same_weights(command, tmp_path):
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / "suite.yaml").write_bytes((tmp_path / "suite.yaml").read_bytes())
+    assert start_suite(tmp_path / "whole").wait(200) == 0
+    run, process, limit = tmp_path / "suite" / "narrow" / "seed=1", start_suite(tmp_path), time.monotonic() + 200
+    while not epochs_saved(run) and time.monotonic() < limit:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)  # the suite and its child
+    assert process.wait(60) == -signal.SIGKILL
+    assert 0 < epochs_saved(run) < 6 and not (run / "finished.json").exists()
+    assert start_suite(tmp_path).wait(200) == 0
+    assert "Restored all states from the checkpoint" in (run / "log.txt").read_text()
+    wanted, got = (
+        torch.load(folder / "suite" / "narrow" / "seed=1" / "checkpoints" / "last.ckpt", weights_only=True)
+        for folder in (tmp_path / "whole", tmp_path)
+    )
+    assert wanted["epoch"] == got["epoch"] == 5
+    assert all(torch.equal(got["state_dict"][name], value) for name, value in wanted["state_dict"].items())
+    tables = [pd.read_parquet(folder / "suite" / "suite.parquet") for folder in (tmp_path / "whole", tmp_path)]
+    pd.testing.assert_frame_equal(*(table.drop(columns="run_dir") for table in tables))
