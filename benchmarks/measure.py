@@ -1,51 +1,154 @@
-"""Cost of the channel table: one pass that records all output moments against the plain forward pass.
+"""Cost of the channel table beside the plain forward pass over the same batches.
 
-    python benchmarks/measure.py [resnet18 vgg16 mobilenetv2 resnet50]
+    python benchmarks/measure.py [CASE ...] [--images N] [--threads N]
 
-One thread, median of 5 after one to warm up, random weights, random images. `forward` is evaluation mode without
-gradients; `measure` is `lit_prune.measure` whole: forward, sums, and the table made from them; `record` is the pass
-alone, what more images cost.
+Median of 5 after one to warm up, random weights, random images. `forward` is evaluation mode without gradients;
+`measure` is `lit_prune.measure` whole: forward, sums, and the table made from them, with all scalar columns. The table
+and what leads to it cost the same whatever the number of images, so the ratio falls as that grows: `--images 5000` is
+what an analysis takes, the default is what a benchmark can wait for. `unfolded` is what the definition says literally:
+Σ_X from unfolded patches, then w·Σ_X·w. `excess` is the target axis of one layer from its correlations.
 """
 
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
 import torch
-from rows import REPEATS, Row, choose, in_turns, main, ratio_row
-from torch import nn
+from rows import REPEATS, Row, choose, half_range, in_turns, main, ratio_row
+from torch import Tensor, nn
+from torch.nn import functional
 
 from lit_prune import measure
 from lit_prune.backbones import build_backbone
-from lit_prune.measure import collect_sums
+from lit_prune.information.target_axis import find_partners, target_excess
+from lit_prune.layers import removing
+from lit_prune.protocol import DEFAULT_PROTOCOL, Protocol
+
+CHANNELS = 512
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network to measure.
+
+    Attributes:
+        backbone: its name in the registry.
+        arguments: of its builder.
+        size: height and width of an image.
+        batch: images in a batch.
+        images: how many in all, unless `--images` says.
+        positions: the protocols to show.
+    """
+
+    backbone: str
+    arguments: dict[str, str] = field(default_factory=lambda: {"stem": "cifar"})
+    size: int = 32
+    batch: int = 128
+    images: int = 512
+    positions: tuple[int | str, ...] = ("all",)
+
 
 CASES = {
-    "resnet18": ("resnet18", {"stem": "cifar"}, 32, 64),
-    "vgg16": ("vgg16_bn", {"stem": "cifar"}, 32, 64),
-    "mobilenetv2": ("mobilenet_v2", {"stem": "cifar"}, 32, 64),
-    "resnet50": ("resnet50", {}, 224, 8),
+    "resnet18": Case("resnet18", images=256),
+    "vgg16": Case("vgg16_bn"),
+    "mobilenetv2": Case("mobilenet_v2", images=1024, positions=("all", 16)),
+    "resnet50": Case("resnet50", {}, 224, 16, 48),
 }
-"""Name to backbone, arguments, image size, batch."""
 
 
-def figures(name: str) -> list[Row]:
-    """Rows of one case."""
-    backbone, arguments, size, batch = CASES[name]
+def figures(name: str, images: int | None) -> list[Row]:
+    """Rows of one network."""
+    case = CASES[name]
+    model, batches = prepared(case, images or case.images)
+    works: dict[str, Callable[[], object]] = {"forward": lambda: forward(model, batches)}
+    for positions in case.positions:
+        protocol = Protocol(positions=positions)
+        works[f"measure, {positions} positions"] = lambda protocol=protocol: measure(model, batches, protocol=protocol)
+    taken = in_turns(works, REPEATS)
+    title = f"{name}, {len(batches) * case.batch}×{case.size}×{case.size}"
+    return [
+        ratio_row(f"{title}: {work} / forward", taken[work], taken["forward"]) for work in works if work != "forward"
+    ]
+
+
+def prepared(case: Case, images: int) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
+    """The network, and the same random batch as often as it takes."""
     torch.manual_seed(0)
-    model: nn.Module = build_backbone(backbone, num_classes=100, **arguments).eval()
-    batches = [(torch.randn(batch, 3, size, size), torch.arange(batch) % 100)]
-
-    @torch.no_grad()
-    def forward() -> torch.Tensor:
-        return model(batches[0][0])
-
-    works = {"record": lambda: collect_sums(model, batches), "measure": lambda: measure(model, batches)}
-    taken = in_turns({"forward": forward, **works}, REPEATS)
-    title = f"{name}, {batch}×{size}×{size}"
-    return [ratio_row(f"{title}: {work} / forward", taken[work], taken["forward"]) for work in works]
+    model: nn.Module = build_backbone(case.backbone, num_classes=100, **case.arguments).eval()
+    batch = torch.randn(case.batch, 3, case.size, case.size), torch.arange(case.batch) % 100
+    return model, [batch] * max(1, images // case.batch)
 
 
-def rows(names: list[str]) -> list[Row]:
+@torch.no_grad()
+def forward(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> None:
+    """The plain pass."""
+    for images, _ in batches:
+        model(images)
+
+
+def unfolded(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Signal power of every convolution from the covariance of its unfolded patches."""
+    sums: dict[str, list[Tensor]] = {}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+
+    def adder(name: str):
+        def hook(conv: nn.Conv2d, inputs: tuple, output: Tensor) -> None:
+            patches = functional.unfold(inputs[0], conv.kernel_size, conv.dilation, conv.padding, conv.stride)
+            flat = patches.transpose(1, 2).flatten(0, 1)  # [S, C·taps]
+            first, second, count = sums.setdefault(name, [flat.new_zeros(()) for _ in range(3)])
+            sums[name] = [first + flat.sum(0), second + flat.T @ flat, count + len(flat)]
+
+        return hook
+
+    with removing([module.register_forward_hook(adder(name)) for name, module in layers.items()]):
+        forward(model, batches)
+    power = {}
+    for name, (first, second, count) in sums.items():
+        weight, mean = layers[name].weight.detach().flatten(1), first / count
+        power[name] = ((weight @ (second / count - torch.outer(mean, mean))) * weight).sum(1)
+    return power
+
+
+def unfolding(images: int | None) -> list[Row]:
+    """Row of the literal definition against `measure`, ResNet-18."""
+    model, batches = prepared(CASES["resnet18"], min(images or 128, 128))
+    taken = in_turns({"unfolded": lambda: unfolded(model, batches), "measure": lambda: measure(model, batches)})
+    return [ratio_row("resnet18, 128×32×32: unfolded / measure", taken["unfolded"], taken["measure"])]
+
+
+def excess(_: int | None) -> list[Row]:
+    """Row of partners and target excess of one layer's channels."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(2000, CHANNELS + 1, generator=generator) @ torch.randn(
+        CHANNELS + 1, CHANNELS + 1, generator=generator
+    )
+    matrix = torch.corrcoef(values.T.double())
+    task, between = matrix[0, 1:], matrix[1:, 1:]
+
+    def work() -> Tensor:
+        return target_excess(task, between, find_partners(task, between, DEFAULT_PROTOCOL))
+
+    taken = [1000 * second for second in in_turns({"": work})[""]]
+    middle = sorted(taken)[len(taken) // 2]
+    return [Row(f"target excess, all of {CHANNELS} channels", middle, half_range(taken), "ms")]
+
+
+OTHERS = {"unfolded": unfolding, "excess": excess}
+
+
+def rows(names: list[str], images: int | None = None, threads: int = 1) -> list[Row]:
     """Rows of the result table."""
-    torch.set_num_threads(1)
-    return [row for name in choose(names, list(CASES)) for row in figures(name)]
+    torch.set_num_threads(threads)
+    found = []
+    for name in choose(names, [*CASES, *OTHERS]):
+        found += OTHERS[name](images) if name in OTHERS else figures(name, images)
+    return found
 
 
 if __name__ == "__main__":
-    main(rows, __doc__)
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--images", type=int)
+    parser.add_argument("--threads", type=int, default=1)
+    options, sys.argv[1:] = parser.parse_known_args()
+    main(lambda names: rows(names, options.images, options.threads), __doc__)

@@ -123,12 +123,15 @@ def label_permutation(analysis: Analysis) -> Frames:
     wrong, mixed = evidence.labels[order], analysis.target[order]
     seen = 0
     with undisturbed(analysis.model), analysis._recording() as recording:
+        running = recording.sums
         for images, labels in analysis.batches("permuted labels", request.sizes if evidence.prefixes else ()):
             place = slice(seen, seen + len(labels))
             logits = analysis.model(to_model(analysis.model, images))
             from_labels = task_variable(request.target, logits, wrong[place])
             recording.add_target(torch.cat([from_labels, mixed[place, None].to(from_labels)], 1))
             seen += len(labels)
+            if running.images in evidence.prefixes:
+                _ = recording.sums  # added up where the first pass was, and so the same to the last bit
     rows = []
     for place, control in enumerate(("labels", "pairing")):
         sums = target_columns(recording.sums, slice(place, place + 1))
