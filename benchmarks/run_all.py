@@ -1,9 +1,11 @@
 """Runs every script of benchmarks/ and writes one table of their rows, `benchmarks/results.md`.
 
-    python benchmarks/run_all.py [SCRIPT ...] [--to FILE]
+    python benchmarks/run_all.py [SCRIPT ...] [--quick] [--to FILE]
 
 One process a script, one after the other, one thread each. With names, as `measure sweep`, only these run and the rows
-of the others stay as they are. A script that fails leaves a line that says so, and the exit code is 1.
+of the others stay as they are. With `--quick` a script that takes minutes runs some of its cases only. The table says
+how busy the machine was: ratios stand some load, other figures need an idle machine. A script that fails leaves a line
+that says so, and the exit code is 1.
 """
 
 import argparse
@@ -22,13 +24,21 @@ from rows import Row, choose
 from lit_prune.files import write_text
 
 HERE = Path(__file__).resolve().parent
-NO_BENCHMARKS = ("rows", "run_all")
+NO_BENCHMARKS = ("rows", "run_all", "replacement_kinds")  # the last needs weights and images
 PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "torch-pruning")
+QUICK = {
+    "backbones": ["resnet18", "cifar_resnet20"],
+    "lesions": ["layer2.1.conv1", "layer3.2.conv1"],
+    "measure": ["resnet18"],
+    "mechanisms": ["head"],
+    "memory": ["resident"],
+}
+"""Cases of each script that `--quick` runs; all of those that are not named here."""
 HEADING = "| script | what | figure | spread | from |\n| --- | --- | ---: | ---: | --- |"
 
 
 def machine() -> str:
-    """Processor, cores, accelerator and versions, in one line."""
+    """Processor, cores, accelerator, load and versions, in one line."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -36,14 +46,16 @@ def machine() -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     processor = names[0] if names else platform.machine()
     python = platform.python_version()
-    return f"{processor}, {os.cpu_count()} cores, one thread used, {device}; Python {python}, {versions}"
+    load = f"load {os.getloadavg()[0]:.1f} before the start"
+    return f"{processor}, {os.cpu_count()} cores, one thread used, {device}, {load}; Python {python}, {versions}"
 
 
-def run_script(name: str) -> list[Row] | None:
-    """Rows of one script; None where it failed."""
+def run_script(name: str, quick: bool = False) -> list[Row] | None:
+    """Rows of one script, of its quick cases only where asked for; None where it failed."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.json"
-        command = [sys.executable, str(HERE / f"{name}.py"), "--json", str(file)]
+        cases = QUICK.get(name, []) if quick else []
+        command = [sys.executable, str(HERE / f"{name}.py"), *cases, "--json", str(file)]
         environment = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **os.environ}
         finished = subprocess.run(command, env=environment, cwd=HERE.parent)
         if finished.returncode or not file.exists():
@@ -72,18 +84,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="scripts without .py; all where none is given")
     parser.add_argument("--to", type=Path, default=HERE / "results.md")
+    parser.add_argument("--quick", action="store_true", help="some cases of the long ones only")
     arguments = parser.parse_args()
+    taken_on = machine()  # before the load of the benchmarks themselves
     scripts = sorted(file.stem for file in HERE.glob("*.py") if file.stem not in NO_BENCHMARKS)
     table = {name: lines for name, lines in known_lines(arguments.to).items() if name in scripts}
     failed = []
     for name in choose(arguments.names, scripts):
         print(f"benchmarks/{name}.py", flush=True)
-        rows = run_script(name)
+        rows = run_script(name, arguments.quick)
         table[name] = lines_of(name, rows)
         failed += [name] if rows is None else []
         body = "\n".join(line for script in sorted(table) for line in table[script])
         note = "Spread: half of the range between the quartiles over the repeats."
-        write_text(arguments.to, f"# Results of `make bench`\n\n{machine()}.\n{note}\n\n{HEADING}\n{body}\n")
+        write_text(arguments.to, f"# Results of `make bench`\n\n{taken_on}.\n{note}\n\n{HEADING}\n{body}\n")
     print(f"table: {arguments.to}")
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
