@@ -25,8 +25,7 @@ from lit_prune.scores import score
 from lit_prune.structure import Budget, CostModel, plan_channels, trace_groups
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SCORES = ("cmr_logit", "variance", "reconstruction")
-ALLOCATIONS = ("uniform", "global")
+PLANS = ("cmr_logit/uniform", "variance/uniform", "reconstruction/global")
 
 
 @dataclass(frozen=True)
@@ -67,14 +66,13 @@ class Bench:
         graph = trace_groups(self.model, self.example)
         costs = CostModel.build(self.model, graph, self.example)
         yield Row("", "", 1.0, "dense", *self.accuracies(self.model))
-        for name in arguments.scores:
+        for name, allocation in (entry.split("/") for entry in arguments.plans):
             ranks = score(self.model, name, self.calibration)
-            for allocation in arguments.allocations:
-                for keep in arguments.keep:
-                    plan = plan_channels(graph, costs, ranks, Budget("macs", keep, allocation, only="mid"))
-                    for kind in KINDS:
-                        reduced = replace_mechanisms(self.model, plan, self.calibration, self.example, kind).model
-                        yield Row(name, allocation, keep, kind, *self.accuracies(reduced))
+            for keep in arguments.keep:
+                plan = plan_channels(graph, costs, ranks, Budget("macs", keep, allocation, only="mid"))
+                for kind in KINDS:
+                    reduced = replace_mechanisms(self.model, plan, self.calibration, self.example, kind).model
+                    yield Row(name, allocation, keep, kind, *self.accuracies(reduced))
 
 
 def load(arguments: argparse.Namespace) -> Bench:
@@ -102,27 +100,23 @@ def shuffled(data: ImageFolderData, limit: int) -> Iterator[tuple[Tensor, Tensor
 
 
 def draw(rows: list[Row], file: Path) -> None:
-    """One panel a score and allocation: accuracy over the share of MACs kept, a line a kind."""
+    """One panel a plan: accuracy over the share of MACs kept, a line a kind."""
     from lit_prune.report import drawing
 
     colours = dict(zip(KINDS, (drawing.GREY, drawing.ORANGE, drawing.BLUE, drawing.VERMILLION), strict=True))
-    names = [name for name in dict.fromkeys(row.score for row in rows) if name]
-    allocations = [name for name in dict.fromkeys(row.allocation for row in rows) if name]
+    plans = list(dict.fromkeys((row.score, row.allocation) for row in rows[1:]))
     with drawing.styled():
-        figure = drawing.new_figure(2.9 * len(names) + 0.6)
-        panels = figure.subplots(len(names), len(allocations), sharex=True, sharey=True, squeeze=False)
-        for (i, name), (j, allocation) in ((a, b) for a in enumerate(names) for b in enumerate(allocations)):
-            axes = panels[i][j]
+        figure = drawing.new_figure(3.4)
+        for axes, plan in zip(figure.subplots(1, len(plans), sharey=True, squeeze=False)[0], plans, strict=True):
             axes.axhline(100 * rows[0].accuracy, color=drawing.INK, linewidth=0.8, linestyle=":")
             for kind, colour in colours.items():
-                line = [row for row in rows if (row.score, row.allocation, row.kind) == (name, allocation, kind)]
+                line = [row for row in rows if (row.score, row.allocation, row.kind) == (*plan, kind)]
                 keep = [100 * row.keep for row in line]
                 axes.plot(keep, [100 * row.accuracy for row in line], color=colour, marker="o", label=kind)
                 axes.plot(keep, [100 * row.recalibrated for row in line], color=colour, linestyle="--", linewidth=1)
-            axes.set_title(f"{name}, {allocation}")
-            axes.set_ylabel("accuracy, %" if j == 0 else "")
-            axes.set_xlabel("MACs kept, %" if i == len(names) - 1 else "")
-        panels[0][0].legend(title="dashed: BN recalibrated", loc="lower right")
+            axes.set(title=", ".join(plan), xlabel="MACs kept, %")
+        figure.axes[0].set_ylabel("accuracy, % (dashed: BN recalibrated)")
+        figure.axes[0].legend(loc="lower right")
         file.write_bytes(drawing.render_png(figure))
 
 
@@ -135,8 +129,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--figure", type=Path)
     parser.add_argument("--test-images", type=int, default=10_000)
     parser.add_argument("--calibration-images", type=int, default=1000)
-    parser.add_argument("--scores", nargs="+", default=SCORES)
-    parser.add_argument("--allocations", nargs="+", default=ALLOCATIONS, choices=ALLOCATIONS)
+    parser.add_argument("--plans", nargs="+", default=PLANS, metavar="SCORE/ALLOCATION")
     parser.add_argument("--keep", nargs="+", type=float, default=(0.8, 0.7, 0.6, 0.5))
     return parser.parse_args()
 
