@@ -159,7 +159,8 @@ class Trainer(pl.Trainer):
         """Mechanism replacement: score, keep, compile, verify by interchange, perhaps train on; tables of it all.
 
         Writes `reduction.json` in the run folder after every cell (method, width, calibration size, seed); a cell that
-        is there already for the same network, images and settings is not computed again. One process, first device.
+        is there already for the same network, images and settings is not computed again; each request keeps its own
+        tables. The most accurate of the narrowest networks goes to `compact/`. One process, first device.
 
         Args:
             model: the network; its weights come from `ckpt_path`, else from `--model.weights` or `--model.pretrained`,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,9 @@ from torch import nn
 from lit_prune.errors import InputError
 from lit_prune.experiments.analyze import progress_bars
 from lit_prune.experiments.analyze_run import find_network
-from lit_prune.experiments.reduce import Images, reduce
+from lit_prune.experiments.reduce import reduce, unwatched
+from lit_prune.experiments.reduce_bench import Images
+from lit_prune.experiments.reduce_handover import hand_over
 from lit_prune.experiments.reduce_request import ReduceRequest
 from lit_prune.experiments.reduce_tables import difference_table, result_table
 from lit_prune.repair import Distillation, Repair
@@ -59,13 +62,13 @@ class Setup:
         there = (self.run_dir / "checkpoints" / "last.ckpt").is_file()
         return self.make is not None and not (self.module.is_trained or self.ckpt_path or there)
 
-    def network(self, seed: int) -> nn.Module:
+    def network(self, seed: int) -> Network:
         """The seed's network, in evaluation mode on the trainer's device."""
         if not self.trains:
-            found = find_network(self.module, self.run_dir, self.ckpt_path).model
+            found = find_network(self.module, self.run_dir, self.ckpt_path)
         else:
             found = trained_network(self.make, seed, self.run_dir / f"seed={seed}")
-        return found.to(self.trainer.strategy.root_device).eval()
+        return replace(found, model=found.model.to(self.trainer.strategy.root_device).eval())
 
 
 def reduce_run(setup: Setup, request: ReduceRequest) -> None:
@@ -78,16 +81,17 @@ def reduce_run(setup: Setup, request: ReduceRequest) -> None:
     repair = None
     if request.repair_epochs and setup.make is not None:
         repair = Repairer(setup, request)
-    with progress_bars() as watch:
-        quiet = setup.trains or request.repair_epochs  # training shows its own bar
-        arguments = {} if quiet else {"watch": watch}
-        content = reduce(setup.network, images, request, run_dir=setup.run_dir, repair=repair, **arguments)
+    trains = setup.trains or request.repair_epochs  # training shows a bar of its own, and two at once fail
+    with nullcontext(unwatched) if trains else progress_bars() as watch:
+        arguments = {"run_dir": setup.run_dir, "repair": repair, "watch": watch}
+        content = reduce(lambda seed: setup.network(seed).model, images, request, **arguments)
     console = Console()
     console.print(result_table(content))
     differences = difference_table(content)
     if differences is not None:
         console.print(differences)
     console.print(f"results: {setup.run_dir}/reduction.json")
+    console.print(hand_over(setup.network, images, request, content, setup.run_dir))
 
 
 def _whole_batches(loader, limit: int | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -102,7 +106,7 @@ def _whole_batches(loader, limit: int | None) -> list[tuple[torch.Tensor, torch.
     return batches
 
 
-def trained_network(make: Factory, seed: int, folder: Path) -> nn.Module:
+def trained_network(make: Factory, seed: int, folder: Path) -> Network:
     """The network of a seed, trained in `folder` as the configuration says, or as far as is missing.
 
     Args:
@@ -114,7 +118,7 @@ def trained_network(make: Factory, seed: int, folder: Path) -> nn.Module:
     trainer, module, data = make(seed, folder)
     if _epochs_done(last) < trainer.max_epochs:
         trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
-    return Network.from_checkpoint(last, module.image_shape).model
+    return Network.from_checkpoint(last, module.image_shape)
 
 
 def _epochs_done(checkpoint: Path) -> int:

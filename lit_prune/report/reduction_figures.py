@@ -1,10 +1,13 @@
 """Figures and tables of `reduce`: the certificate against measured agreement, methods over widths, rescaling."""
 
+from dataclasses import dataclass
+from textwrap import fill
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import SubFigure
 
 from lit_prune.errors import InputError
 from lit_prune.report import drawing
@@ -13,28 +16,55 @@ from lit_prune.report.run_folder import AbsentInput, RunFolder
 from lit_prune.report.tables import Cell, Table, format_percent
 
 COLOURS = (drawing.BLUE, drawing.ORANGE, drawing.GREEN, drawing.VERMILLION, "#CC79A7", "#56B4E9", drawing.INK)
+WIDE_LABEL = 26  # characters; of longer ones two fit side by side, else three
 PANELS = (("accuracy", "accuracy"), ("iia", "interchange accuracy (IIA)"), ("kl", "KL, nats"))
 
 
+@dataclass(frozen=True)
+class Request:
+    """One request of the run: which layer of how many units, and its summary at the largest calibration size."""
+
+    layer: str
+    units: int
+    summary: pd.DataFrame
+    stress: pd.DataFrame
+
+    @property
+    def methods(self) -> list[str]:
+        """Labels in order."""
+        return list(dict.fromkeys(self.summary["method"]))
+
+    @property
+    def legend_columns(self) -> int:
+        """Labels side by side."""
+        return 2 if max(map(len, self.methods)) > WIDE_LABEL else 3
+
+    def of(self, method: str) -> pd.DataFrame:
+        """A method's rows by width."""
+        return self.summary[self.summary["method"] == method].sort_values("width")
+
+
 def draw_certificate(run: RunFolder) -> Picture:
-    """Draws IIA and its two certified lower bounds over the share of units kept, for the first methods."""
-    summary, units = _summary(run)
-    names = list(dict.fromkeys(summary["method"]))[:3]
-    figure = new_figure(3.2)
+    """Draws IIA and its two certified lower bounds over the share of units kept, for the first methods.
+
+    Of several requests the one with the most widths is shown.
+    """
+    request = max(_requests(run), key=lambda one: one.summary["width"].nunique())
+    names = request.methods[:3]
+    figure = new_figure(3.4)
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for axes, name in zip(panels, names, strict=True):
-        rows = summary[summary["method"] == name].sort_values("width")
-        share = rows["width"] / units
+        rows = request.of(name)
         lines = (("iia", "measured", drawing.INK, "-"), ("empirical", "certified, empirical tail", drawing.BLUE, "-"))
         for column, label, colour, style in (*lines, ("bound", "certified, Markov", drawing.VERMILLION, "--")):
-            axes.errorbar(
-                share, rows[column], rows[f"{column}_sd"], color=colour, linestyle=style, marker="o", ms=4, label=label
-            )
-        axes.set_title(name)
+            spread = rows[f"{column}_sd"]
+            look = {"color": colour, "linestyle": style, "marker": "o", "ms": 4, "label": label}
+            axes.errorbar(rows["width"] / request.units, rows[column], spread, **look)
+        axes.set_title(fill(name, 28))
         axes.set_xlabel("share of units kept")
         axes.set_ylim(-0.03, 1.03)
     panels[0].set_ylabel("interchange accuracy")
-    panels[0].legend(loc="upper left", fontsize=9)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
     _expect_certified(run)
     return Picture(
         figure,
@@ -45,7 +75,7 @@ def draw_certificate(run: RunFolder) -> Picture:
 
 
 def _expect_certified(run: RunFolder) -> None:
-    for key in run.reduction["cells"]:
+    for key in (key for request in run.reduction["requests"] for key in request["keys"]):
         cell = run.reduction["results"][key]
         certificate = cell["certificate"]
         if not certificate["bound"] <= certificate["empirical"] <= cell["iia"] + 1e-12:
@@ -53,26 +83,33 @@ def _expect_certified(run: RunFolder) -> None:
 
 
 def draw_reduction(run: RunFolder) -> Picture:
-    """Draws accuracy, IIA and KL over the share of units kept, one line a method."""
-    summary, units = _summary(run)
-    names = list(dict.fromkeys(summary["method"]))
-    figure = new_figure(3.4)
-    panels = figure.subplots(1, len(PANELS))
-    for axes, (column, title) in zip(panels, PANELS, strict=True):
-        for place, name in enumerate(names):
-            rows = summary[summary["method"] == name].sort_values("width")
-            colour = COLOURS[place % len(COLOURS)]
-            style = "-" if place < len(COLOURS) else "--"
-            axes.plot(rows["width"] / units, rows[column], color=colour, linestyle=style, marker="o", ms=4, label=name)
-        axes.set_title(title)
-        axes.set_xlabel("share of units kept")
-    _cap(panels[2], summary["kl"])
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
+    """Draws accuracy, IIA and KL over the share of units kept, one line a method, one row of panels a request."""
+    requests = _requests(run)
+    heights = [2.7 + 0.22 * -(-len(request.methods) // request.legend_columns) for request in requests]
+    figure = new_figure(sum(heights))
+    parts = figure.subfigures(len(requests), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for part, request in zip(parts, requests, strict=True):
+        _draw_request(part, request)
+    layers = ", ".join(dict.fromkeys(request.layer for request in requests))
     return Picture(
         figure,
-        f"Units of {run.reduction['layer']} replaced, nothing trained: accuracy, agreement with the original under "
-        "interchange interventions, and divergence from it, by method. Means over seeds.",
+        f"Units of {layers} replaced, nothing trained: accuracy, agreement with the original under interchange "
+        "interventions, and divergence from it, by method. One row of panels for each request. Means over seeds.",
     )
+
+
+def _draw_request(part: SubFigure, request: Request) -> None:
+    panels = part.subplots(1, len(PANELS))
+    for axes, (column, title) in zip(panels, PANELS, strict=True):
+        for place, name in enumerate(request.methods):
+            rows = request.of(name)
+            look = {"color": COLOURS[place % len(COLOURS)], "linestyle": "-" if place < len(COLOURS) else "--"}
+            axes.plot(rows["width"] / request.units, rows[column], marker="o", ms=4, label=name, **look)
+        axes.set_title(title)
+        axes.set_xlabel("share of units kept")
+    _cap(panels[2], request.summary["kl"])
+    handles, names = panels[0].get_legend_handles_labels()
+    part.legend(handles, names, loc="outside lower center", ncols=request.legend_columns, fontsize=9)
 
 
 def _cap(axes: Axes, values: pd.Series) -> None:
@@ -83,14 +120,23 @@ def _cap(axes: Axes, values: pd.Series) -> None:
 
 
 def draw_rescaling(run: RunFolder) -> Picture:
-    """Draws the kept-set Jaccard of each score for both ranges of the rescaling."""
-    rows = pd.DataFrame(run.reduction.get("stress") or [])
-    if rows.empty:
+    """Draws the kept-set Jaccard of each score for both ranges of the rescaling, one panel a request that has it."""
+    tables = [request.stress for request in _requests(run) if len(request.stress)]
+    if not tables:
         raise AbsentInput("reduction.json with the extra 'stress'")
+    figure = new_figure(2.8 * len(tables))
+    for axes, rows in zip(figure.subplots(len(tables), 1, squeeze=False)[:, 0], tables, strict=True):
+        _draw_jaccards(axes, rows)
+    return Picture(
+        figure,
+        "Units are multiplied by random factors and divided by them where they are read: the function is the same. A "
+        "score that measures the function keeps the same half (1); two random halves share a third (dotted).",
+    )
+
+
+def _draw_jaccards(axes: Axes, rows: pd.DataFrame) -> None:
     names = list(dict.fromkeys(rows["score"]))
     ranges = list(rows.groupby(["low", "high"], sort=False))
-    figure = new_figure(2.8)
-    axes = figure.subplots()
     places, width = np.arange(len(names)), 0.8 / len(ranges)
     for index, ((low, high), part) in enumerate(ranges):
         values = part.groupby("score")["jaccard"].agg(["mean", "std"]).loc[names]
@@ -102,21 +148,17 @@ def draw_rescaling(run: RunFolder) -> Picture:
     axes.set_ylabel("Jaccard of kept halves")
     axes.set_ylim(0, 1.05)
     axes.grid(visible=False, axis="x")
-    axes.legend(title="scalings")
-    return Picture(
-        figure,
-        "Units are multiplied by random factors and divided by them where they are read: the function is the same. A "
-        "score that measures the function keeps the same half (1); two random halves share a third (dotted).",
-    )
+    axes.legend(title="scalings", loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def tabulate_reduction(run: RunFolder) -> Table:
-    """Returns one row a method and width: accuracy, IIA, KL, certificate, seconds of the stages."""
-    summary, _ = _summary(run)
-    titles = ("kept", "method", "accuracy", "IIA", "KL, nats", "certified", "score, s", "compile, s", "verify, s")
-    rows = tuple(_cells(row) for row in summary.to_dict("records"))
+    """Returns one row a request, method and width: accuracy, IIA, KL, certificate, seconds of the stages."""
+    titles = ("layer", "kept", "method", "accuracy", "IIA", "KL, nats", "certified", "score, s", "compile, s")
+    rows = tuple(
+        (Cell(request.layer), *_cells(row)) for request in _requests(run) for row in request.summary.to_dict("records")
+    )
     caption = "Means over seeds; in small type one standard deviation. Certified: Markov, then the empirical tail."
-    return Table(titles, rows, caption, text_columns=2)
+    return Table((*titles, "verify, s"), rows, caption, text_columns=3)
 
 
 def _cells(row: dict[str, Any]) -> tuple[Cell, ...]:
@@ -137,9 +179,12 @@ def _cells(row: dict[str, Any]) -> tuple[Cell, ...]:
     )
 
 
-def _summary(run: RunFolder) -> tuple[pd.DataFrame, int]:
-    """The summary of the largest calibration size, and the number of units."""
-    rows = pd.DataFrame(run.reduction.get("summary") or [])
-    if rows.empty:
-        raise AbsentInput("reduction.json with finished cells")
-    return rows[rows["calibration_size"] == rows["calibration_size"].max()], run.reduction["units"]
+def _requests(run: RunFolder) -> list[Request]:
+    found = []
+    for tables in run.reduction["requests"]:
+        rows = pd.DataFrame(tables["summary"])
+        largest = rows[rows["calibration_size"] == rows["calibration_size"].max()]
+        found.append(Request(tables["layer"], tables["units"], largest, pd.DataFrame(tables["stress"])))
+    if not found:
+        raise AbsentInput("reduction.json with a finished request")
+    return found

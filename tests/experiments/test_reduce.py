@@ -11,11 +11,15 @@ from torch import nn
 from lit_prune.backbones import build_backbone
 from lit_prune.cli import main
 from lit_prune.errors import InputError
-from lit_prune.experiments.reduce import Images, ranges, reduce
+from lit_prune.experiments.reduce import reduce
+from lit_prune.experiments.reduce_bench import Images, ranges
+from lit_prune.experiments.reduce_handover import hand_over
 from lit_prune.experiments.reduce_head import HeadSite
 from lit_prune.experiments.reduce_request import Method, ReduceRequest
 from lit_prune.experiments.reduce_sites import AttentionSite, GroupSite, find_site
 from lit_prune.mechanisms import Swaps
+from lit_prune.run_record import Network
+from lit_prune.structure import load_compact
 
 SWAPS = Swaps(pairs=100, images=60)
 EVERY = tuple(
@@ -51,7 +55,7 @@ def request(**values) -> ReduceRequest:
 
 def plain(content) -> str:
     """Everything but the times."""
-    kept = json.loads(json.dumps({key: value for key, value in content.items() if key != "results"}))
+    kept = json.loads(json.dumps(content))
     for cell in kept["cells"]:
         del cell["seconds"]
     kept["summary"] = [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in kept["summary"]]
@@ -157,10 +161,21 @@ def test_bad_requests_are_one_clear_line(mlp, values, message):
         reduce(lambda seed: mlp, pictures((1, 4, 4)), request(**values))
 
 
-def test_a_reader_that_is_not_affine_is_named():
-    net = nn.Sequential(nn.Conv2d(1, 4, 1), nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.Flatten(), nn.Linear(64, 4))
-    with pytest.raises(InputError, match="'1'|protected|cannot be removed|affine"):
-        find_site(net.eval(), "0", torch.zeros(1, 1, 4, 4))
+@pytest.mark.parametrize(("reader", "message"), [
+    (nn.ConvTranspose2d(8, 8, 2), r"its reader 'mid' \(ConvTranspose2d\) is not affine in one unit at a time"),
+    (nn.Conv2d(8, 8, 3, groups=2), "its units cannot be removed: mid is a grouped convolution"),
+])  # fmt: skip
+def test_a_reader_that_is_not_affine_is_named(reader, message):
+    class Between(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.mid, self.head = nn.Conv2d(1, 8, 1), reader, nn.Linear(8, 4)
+
+        def forward(self, images):
+            return self.head(self.mid(self.body(images)).mean((2, 3)))
+
+    with pytest.raises(InputError, match=f"^request.layer='body': {message}"):
+        find_site(Between().eval(), "body", torch.zeros(1, 1, 4, 4))
 
 
 def test_ranges_are_short():
@@ -186,6 +201,78 @@ def test_the_command_trains_a_network_a_seed_once_and_repairs_with_a_teacher(tmp
     main([*command, *repair, "--request.methods", "[{score: cmr_logit}]"])
     assert [file.stat().st_mtime_ns for file in checkpoints] == written
     content = json.loads((tmp_path / "reduction.json").read_text())
-    assert all(0 <= content["results"][key]["accuracy_repaired"] <= 1 for key in content["cells"])
+    assert all(0 <= content["results"][key]["accuracy_repaired"] <= 1 for key in content["requests"][1]["keys"])
     assert set(first["results"]) < set(content["results"])
+    assert content["requests"][0] == first["requests"][0]
     assert len(list(Path(tmp_path, "cells").iterdir())) == 2
+    report = json.loads((tmp_path / "compact" / "report.json").read_text())
+    best = max(content["results"][key]["accuracy_repaired"] for key in content["requests"][1]["keys"])
+    assert report["compact"]["accuracy"] == best and report["cell"]["width"] == 4
+    trained = Network.from_checkpoint(tmp_path / f"cells/{report['cell']['key']}/checkpoints/last.ckpt", (1, 1, 8))
+    bits = torch.randint(2, (5, 1, 1, 8), generator=torch.Generator().manual_seed(0)).float()
+    assert torch.equal(load_compact(tmp_path / "compact")(bits), trained.model(bits))
+
+
+@pytest.fixture
+def original(mlp):
+    arguments = {"in_channels": 1, "image_size": 4, "hidden": [10, 12], "num_classes": 4}
+    return Network(mlp, "mlp", arguments, (1, 4, 4), ())
+
+
+def test_requests_in_one_folder_keep_their_own_tables(mlp, tmp_path):
+    asked = [request(methods=EVERY[:2]), request(methods=EVERY[1:3], kept=(0.5,)), request(methods=EVERY[:2])]
+    found = [reduce(lambda seed: mlp, pictures((1, 4, 4)), one, run_dir=tmp_path) for one in asked]
+    kept = json.loads((tmp_path / "reduction.json").read_text())["requests"]
+    assert [len(tables["summary"]) for tables in kept] == [6, 2]
+    for tables, content in zip(kept, (found[2], found[1]), strict=True):
+        assert tables == json.loads(json.dumps({key: value for key, value in content.items() if key != "cells"}))
+
+
+def test_the_most_accurate_of_the_narrowest_networks_is_handed_over_bit_for_bit(mlp, original, tmp_path):
+    images, asked = pictures((1, 4, 4)), request(methods=EVERY, kept=(0.5, 3), seeds=(0, 1))
+    content = reduce(lambda seed: mlp, images, asked, run_dir=tmp_path)
+    assert "3 of 12 units" in hand_over(lambda seed: original, images, asked, content, tmp_path)
+    report = json.loads((tmp_path / "compact" / "report.json").read_text())
+    best = max(cell["accuracy"] for cell in content["cells"] if cell["width"] == 3)
+    assert report["compact"]["accuracy"] == best and report["compact"]["params"] < report["dense"]["params"]
+    chosen = content["cells"][content["keys"].index(report["cell"]["key"])]
+    assert (report["cell"]["method"], report["compact"]["macs"]) == (chosen["method"], chosen["macs"])
+    again = tmp_path / "again"
+    hand_over(lambda seed: original, images, asked, content, again)
+    test, labels = images.test[0]
+    one, other = load_compact(tmp_path / "compact"), load_compact(again / "compact")
+    assert torch.equal(one(test), other(test))
+    top = torch.cat([one(part).argmax(1) == truth for part, truth in images.test])
+    assert float(top.double().mean()) == best
+    assert "was there" in hand_over(lambda seed: original, images, asked, content, tmp_path)
+
+
+def test_what_no_plan_can_say_and_what_another_verb_wrote_is_told(original, tmp_path):
+    net = build_backbone("cifar_resnet20", 4).eval()
+    images, asked = pictures((3, 8, 8)), request(kept=(0.5,))
+    content = reduce(lambda seed: net, images, asked, run_dir=tmp_path)
+    residual = Network(net, "cifar_resnet20", {"num_classes": 4}, (3, 8, 8), ())
+    assert "no plan" in hand_over(lambda seed: residual, images, asked, content, tmp_path)
+    assert not (tmp_path / "compact").exists()
+    original.save(tmp_path / "compact", {"dense": {}, "compact": {}})
+    assert "another verb" in hand_over(lambda seed: residual, images, asked, content, tmp_path)
+
+
+VIT = """
+reduce -c configs/base.yaml -c configs/model/deit_tiny.yaml -c configs/experiment/reduce_deit_tiny.yaml
+--data lit_prune.data.DigitsData --data.resolution 32 --data.channels 3 --data.calibration_size 64
+--model.pretrained false --trainer.accelerator cpu --trainer.logger false --trainer.max_epochs 1
+--trainer.limit_train_batches 1 --trainer.enable_progress_bar false --trainer.enable_model_summary false
+--request.calibration_sizes [24] --request.kept [0.5] --request.swaps.pairs 20 --request.swaps.images 20
+--request.repair_epochs 0 --request.test_images 20
+"""
+
+
+def test_the_transformer_configuration_reduces_the_last_feed_forward_part(tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(__file__).resolve().parents[2])
+    sizes = "{img_size: 32, patch_size: 16, embed_dim: 12, depth: 12, num_heads: 3}"
+    main([*VIT.split(), "--model.arguments", sizes, "--run_dir", str(tmp_path)])
+    (tables,) = json.loads((tmp_path / "reduction.json").read_text())["requests"]
+    assert (tables["layer"], tables["units"]) == ("blocks.11.mlp.fc1", 48)
+    assert {row["width"] for row in tables["summary"]} == {24} and len(tables["summary"]) == 6
+    assert load_compact(tmp_path / "compact").blocks[11].mlp.fc1.out_features == 24

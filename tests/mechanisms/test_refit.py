@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from lit_prune.mechanisms import Replacement, replace_mechanisms
@@ -122,6 +123,24 @@ def test_one_waiting_pass_solves_what_layer_by_layer_passes_solve(trunk, batches
         torch.testing.assert_close(found.conv2.weight, block.conv2.weight, rtol=0, atol=1e-6)
         torch.testing.assert_close(found.bn2.running_mean, block.bn2.running_mean, rtol=0, atol=1e-6)
     torch.testing.assert_close(reduced(images), naive(images), rtol=0, atol=1e-5)
+
+
+def test_a_reader_of_512_maps_is_solved_as_least_squares_on_all_rows_at_once_solves_it():
+    torch.manual_seed(0)
+    body = [nn.Conv2d(3, 512, 3, padding=1), nn.ReLU(), nn.Conv2d(512, 48, 3, padding=1), nn.ReLU()]
+    net = nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 3)).double().eval()
+    batches = [(torch.randn(5, 3, 8, 8, dtype=torch.float64), torch.zeros(5)) for _ in range(5)]
+    kept = tuple(range(0, 512, 4))  # 1,152 columns against 1,600 rows, streamed in five parts
+    plan = Plan(keep_channels={"0": kept}, sizes={"0": 512})
+    settings = Replacement(ridge=1e-12, held_out=0.0)
+    found = replace_mechanisms(net, plan, batches, torch.zeros(1, 3, 8, 8).double(), "refit", settings=settings).model
+    with torch.no_grad():
+        maps = net[:2](torch.cat([images for images, _ in batches]))
+        rows = F.unfold(maps[:, kept], 3, padding=1).mT.flatten(0, 1)
+        target = net[2](maps).permute(0, 2, 3, 1).flatten(0, 2)
+    solution = torch.linalg.lstsq(torch.cat([rows, torch.ones(len(rows), 1).double()], 1), target).solution.T
+    torch.testing.assert_close(found[2].weight.flatten(1), solution[:, :-1], rtol=0, atol=1e-8)
+    torch.testing.assert_close(found[2].bias, solution[:, -1], rtol=0, atol=1e-8)
 
 
 def test_the_order_of_batches_does_not_matter(trunk, batches):

@@ -175,9 +175,9 @@ def write_reduction(folder: Path) -> None:
                     "seconds": {"score": 0.1, "compile": 0.01, "verify": 0.02},
                 }
     stress = [{"score": s, "low": 0.1, "high": 10.0, "jaccard": j} for s in ("cmr_logit", "random") for j in (1, 0.4)]
-    content = {"layer": "fc1", "units": 64, "results": cells, "cells": list(cells), "stress": stress}
-    content |= summarise(list(cells.values()), ["cmr_logit", "variance"])
-    (folder / "reduction.json").write_text(json.dumps(content))
+    request = {"layer": "fc1", "units": 64, "request": {}, "keys": list(cells), "stress": stress}
+    request |= summarise(list(cells.values()), ["cmr_logit", "variance"])
+    (folder / "reduction.json").write_text(json.dumps({"results": cells, "requests": [request]}))
 
 
 def write_sweep(folder: Path) -> None:
