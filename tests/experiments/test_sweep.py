@@ -11,9 +11,9 @@ import torch
 from lit_prune.cli import main
 from lit_prune.data import DigitsData
 from lit_prune.errors import InputError
-from lit_prune.experiments import sweep_fill
-from lit_prune.experiments.sweep_recovery import recover
-from lit_prune.experiments.sweep_request import SweepRequest
+from lit_prune.experiments.sweep import fill
+from lit_prune.experiments.sweep.recovery import recover
+from lit_prune.experiments.sweep.request import SweepRequest
 from lit_prune.modules import LitClassifier
 from lit_prune.report import write_report
 from lit_prune.structure import Plan, apply_plan, cost
@@ -53,7 +53,7 @@ def reference(tmp_path_factory) -> pd.DataFrame:
 @pytest.fixture
 def calls(monkeypatch) -> Counter:
     """Counts how often each cell is computed; `calls.limit` stops the process as a kill would."""
-    counter, original = Counter(), sweep_fill.run_cell
+    counter, original = Counter(), fill.run_cell
     counter.limit = None
 
     def counted(place, cell, plan):
@@ -62,7 +62,7 @@ def calls(monkeypatch) -> Counter:
         counter[cell] += 1
         return original(place, cell, plan)
 
-    monkeypatch.setattr(sweep_fill, "run_cell", counted)
+    monkeypatch.setattr(fill, "run_cell", counted)
     return counter
 
 
@@ -94,14 +94,14 @@ def test_another_method_adds_its_own_cells_alone_and_another_protocol_starts_ane
 
 
 def test_a_failing_cell_is_recorded_the_others_go_on_and_the_next_start_tries_it_again(tmp_path, monkeypatch, calls):
-    whole = sweep_fill.run_cell
+    whole = fill.run_cell
 
     def failing(place, cell, plan):
         if (cell.method, cell.sparsity) == ("magnitude", 0.6):
             raise RuntimeError("no memory\nleft")
         return whole(place, cell, plan)
 
-    monkeypatch.setattr(sweep_fill, "run_cell", failing)
+    monkeypatch.setattr(fill, "run_cell", failing)
     with pytest.raises(SystemExit) as exit_:
         sweep(tmp_path)
     assert "1 of 4 cells failed" in str(exit_.value) and "RuntimeError: no memory left" in str(exit_.value)
@@ -109,7 +109,7 @@ def test_a_failing_cell_is_recorded_the_others_go_on_and_the_next_start_tries_it
     assert table["error"].notna().sum() == 1 and sum(calls.values()) == 3
     assert table.loc[("magnitude", 0.6), "error"] == "RuntimeError: no memory left"
     assert table["accuracy_after"].isna().sum() == 1
-    monkeypatch.setattr(sweep_fill, "run_cell", whole)
+    monkeypatch.setattr(fill, "run_cell", whole)
     calls.clear()
     assert sweep(tmp_path)["error"].isna().all()
     assert [(cell.method, cell.sparsity) for cell in calls] == [("magnitude", 0.6)]
@@ -118,7 +118,7 @@ def test_a_failing_cell_is_recorded_the_others_go_on_and_the_next_start_tries_it
 def test_the_command_exits_with_1_when_a_cell_fails(tmp_path, monkeypatch, capsys):
     config = "tests/tiny_run.yaml"
     torch.save(module().backbone.state_dict(), tmp_path / "weights.pth")
-    monkeypatch.setattr(sweep_fill, "run_cell", lambda place, cell, plan: 1 / 0)
+    monkeypatch.setattr(fill, "run_cell", lambda place, cell, plan: 1 / 0)
     command = ["sweep", "-c", config, "--run_dir", str(tmp_path), "--checkpoints", f"[{tmp_path}/weights.pth]"]
     command += ["--request.methods", "[magnitude]", "--request.sparsities", "[0.5]", "--request.limit_test", "20"]
     with pytest.raises(SystemExit) as exit_:
@@ -148,7 +148,7 @@ def test_a_second_sweep_in_the_same_folder_is_refused(tmp_path, monkeypatch):
             sweep(tmp_path)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sweep_fill, "run_cell", second)
+    monkeypatch.setattr(fill, "run_cell", second)
     with pytest.raises(KeyboardInterrupt):
         sweep(tmp_path)
 

@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 from rich.progress import track
 
-from lit_prune.experiments.sweep_cells import Cell, Keys, Shelf, list_cells, list_units
-from lit_prune.experiments.sweep_executors import Execute
-from lit_prune.experiments.sweep_work import Job, Task, measure_dense, plan_unit, run_cell
+from lit_prune.experiments.sweep.cells import Cell, Keys, Shelf, list_cells, list_units
+from lit_prune.experiments.sweep.executors import Execute
+from lit_prune.experiments.sweep.work import Job, Task, measure_dense, plan_unit, run_cell
 from lit_prune.scores import find_score
 
 

@@ -15,14 +15,14 @@ from rich.console import Console
 from lit_prune.data import ImageData
 from lit_prune.errors import InputError
 from lit_prune.experiments.analyze import fingerprint
-from lit_prune.experiments.sweep_cells import Keys
-from lit_prune.experiments.sweep_executors import open_executor
-from lit_prune.experiments.sweep_fill import Sweep
-from lit_prune.experiments.sweep_networks import load_networks
-from lit_prune.experiments.sweep_recovery import precision_context
-from lit_prune.experiments.sweep_request import SweepRequest
-from lit_prune.experiments.sweep_tables import area_rows, derive_tables, gap_rows, write_derived, write_table
-from lit_prune.experiments.sweep_work import Job
+from lit_prune.experiments.sweep.cells import Keys
+from lit_prune.experiments.sweep.executors import open_executor
+from lit_prune.experiments.sweep.fill import Sweep
+from lit_prune.experiments.sweep.networks import load_networks
+from lit_prune.experiments.sweep.recovery import precision_context
+from lit_prune.experiments.sweep.request import SweepRequest
+from lit_prune.experiments.sweep.tables import area_rows, derive_tables, gap_rows, write_derived, write_table
+from lit_prune.experiments.sweep.work import Job
 from lit_prune.files import write_json
 from lit_prune.run_record import write_run
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from lit_prune.errors import InputError
-from lit_prune.experiments.sweep_work import Job, Result, Task, Worker
+from lit_prune.experiments.sweep.work import Job, Result, Task, Worker
 
 Execute = Callable[[Sequence[Task]], Iterator[tuple[int, Result]]]
 

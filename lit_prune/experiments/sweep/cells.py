@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_prune.errors import InputError
-from lit_prune.experiments.sweep_request import SweepRequest
+from lit_prune.experiments.sweep.request import SweepRequest
 from lit_prune.files import write_json
 
 

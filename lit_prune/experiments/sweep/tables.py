@@ -12,7 +12,7 @@ from rich.table import Table
 
 from lit_prune.analysis import sweep_statistics as statistics
 from lit_prune.errors import InputError
-from lit_prune.experiments.sweep_request import SweepRequest
+from lit_prune.experiments.sweep.request import SweepRequest
 from lit_prune.files import whole_file
 
 DERIVED = ("auc", "gaps", "signs", "selector", "weights", "recovery", "rules")

@@ -1,0 +1,1 @@
+"""The verb `sweep`: scores × sparsities × seeds under one protocol, a file a cell."""
