@@ -57,6 +57,18 @@ def test_configurations_of_the_two_axis_experiments_are_valid(verb, name, tmp_pa
     assert config["trainer"]["callbacks"] if verb == "fit" else config["request"]["protocol"]["token"] == 0
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/experiment").glob("reduce_*.yaml")), ids=lambda p: p.stem)
+def test_configurations_of_reductions_are_valid_with_the_files_their_command_names(path, tmp_path):
+    (tmp_path / "train" / "one").mkdir(parents=True)
+    words = path.read_text().splitlines()[0].split()
+    configs = [part for word in words if word.startswith("configs/") for part in ("-c", str(ROOT / word))]
+    small = ["--model.pretrained", "false", "--data.root", str(tmp_path), "--run_dir", str(tmp_path / "run")]
+    request = build_cli(["reduce", *configs, *small], run=False).config["reduce"]["request"]
+    written = yaml.safe_load(path.read_text())["request"]
+    assert [method["score"] for method in request["methods"]] == [method["score"] for method in written["methods"]]
+    assert list(request["kept"]) == written["kept"]
+
+
 def test_a_misspelt_key_is_refused(tmp_path):
     file = tmp_path / "wrong.yaml"
     file.write_text("model: {backbon: cifar_resnet20}\n")

@@ -271,8 +271,9 @@ reduce -c configs/base.yaml -c configs/model/deit_tiny.yaml -c configs/experimen
 def test_the_transformer_configuration_reduces_the_last_feed_forward_part(tmp_path, monkeypatch):
     monkeypatch.chdir(Path(__file__).resolve().parents[2])
     sizes = "{img_size: 32, patch_size: 16, embed_dim: 12, depth: 12, num_heads: 3}"
-    main([*VIT.split(), "--model.arguments", sizes, "--run_dir", str(tmp_path)])
+    methods = "[{score: cmr_logit}, {score: cmr_affine, kind: affine, objective: loss, parents: 4}]"
+    main([*VIT.split(), "--model.arguments", sizes, "--request.methods", methods, "--run_dir", str(tmp_path)])
     (tables,) = json.loads((tmp_path / "reduction.json").read_text())["requests"]
     assert (tables["layer"], tables["units"]) == ("blocks.11.mlp.fc1", 48)
-    assert {row["width"] for row in tables["summary"]} == {24} and len(tables["summary"]) == 6
+    assert {row["width"] for row in tables["summary"]} == {24} and len(tables["summary"]) == 2
     assert load_compact(tmp_path / "compact").blocks[11].mlp.fc1.out_features == 24
