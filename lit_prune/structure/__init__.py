@@ -1,6 +1,6 @@
 """Structure: groups of coupled channels, what they cost, plans, and the surgery that carries them out."""
 
-from lit_prune.structure.allocation import make_plan, plan_channels, plan_for_widths
+from lit_prune.structure.allocation import make_plan, plan_channels
 from lit_prune.structure.compact import build_network, load_compact, save_compact
 from lit_prune.structure.cost import Cost, CostModel, LayerCost, cost
 from lit_prune.structure.groups import ChannelGraph, Group, Member, group_role, trace_groups
@@ -34,7 +34,6 @@ __all__ = [
     "mask_channels",
     "measure_latency",
     "plan_channels",
-    "plan_for_widths",
     "plan_masks",
     "profile",
     "save_compact",

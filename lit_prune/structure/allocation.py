@@ -92,30 +92,6 @@ def plan_channels(graph: ChannelGraph, cost_model: CostModel, ranks: Ranks, requ
     return _plan(scores, dict(zip(scores, widths.tolist(), strict=True)), notes | {"reason": reason})
 
 
-def plan_for_widths(graph: ChannelGraph, ranks: Ranks, widths: Mapping[str, int]) -> Plan:
-    """Plan with given widths, the units chosen by score: the second half of a hybrid.
-
-    Budgets from one score, ranks inside a group from another: take `widths` from the plan of the first
-    (`{g: len(u) for g, u in plan.keep_channels.items()}`) and `ranks` from the second.
-
-    Args:
-        graph: the groups.
-        ranks: as in `make_plan`.
-        widths: group name -> number of units kept.
-
-    Raises:
-        InputError: an unknown or protected group, a width outside 1..size, a group without scores.
-    """
-    scores, notes = group_scores(graph, ranks, Budget(only=tuple(widths)))
-    for name, width in widths.items():
-        if name not in scores:
-            raise InputError(f"widths[{name!r}]: the group has no scores; give ranks for one of its layers")
-        if not 1 <= width <= len(scores[name]):
-            raise InputError(f"widths[{name!r}]={width} must lie in 1..{len(scores[name])}")
-    chosen = {name: scores[name] for name in widths}
-    return _plan(chosen, widths, notes | {"budget": "widths", "met": True, "reason": ""})
-
-
 def _price(cost_model: CostModel, columns: np.ndarray, kind: str) -> Callable[[np.ndarray], int]:
     """Widths of the selected groups -> cost of the whole network."""
     if kind == "channels":

@@ -13,7 +13,6 @@ from lit_prune.structure import (
     group_scores,
     make_plan,
     plan_channels,
-    plan_for_widths,
     trace_groups,
 )
 from lit_prune.structure.widths import Steps, global_widths
@@ -174,17 +173,6 @@ def test_layerwise_widths_are_the_given_shares(traced) -> None:
     request = Budget(keep={"features.0": 0.5, "fc1": 0.75}, allocation="layerwise")
     widths = widths_of(graph, plan_channels(graph, cost_model, ranks, request))
     assert widths == {"features.0": 4, "features.4": 12, "features.8": 16, "fc1": 15, "fc2": 10}
-
-
-def test_hybrid_takes_widths_from_one_score_and_units_from_another(traced, build, random_ranks) -> None:
-    graph, cost_model, ranks = traced("resnet18")
-    others = random_ranks(build("resnet18")[0], seed=7)
-    first = plan_channels(graph, cost_model, ranks, Budget(keep=0.5))
-    hybrid = plan_for_widths(graph, others, {name: len(units) for name, units in first.keep_channels.items()})
-    scores, _ = group_scores(graph, others, Budget())
-    assert widths_of(graph, hybrid) == widths_of(graph, first) and hybrid.keep_channels != first.keep_channels
-    for name, kept in hybrid.keep_channels.items():
-        assert scores[name][list(kept)].min() >= scores[name][hybrid.removed(name)].max()
 
 
 def test_latency_budget_is_measured(build, random_ranks, monkeypatch) -> None:
