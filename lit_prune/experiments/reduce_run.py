@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from lit_prune.data.calibration import stratified_order
 from lit_prune.errors import InputError
 from lit_prune.experiments.analyze import progress_bars
 from lit_prune.experiments.analyze_run import find_network
@@ -76,8 +77,8 @@ def reduce_run(setup: Setup, request: ReduceRequest) -> None:
     setup.data.prepare_data()
     setup.data.setup("fit")
     setup.data.setup("test")
-    calibration = _whole_batches(setup.data.calibration_dataloader(), None)
-    images = Images(calibration, _whole_batches(setup.data.test_dataloader(), request.test_images))
+    calibration = whole_batches(setup.data.calibration_dataloader(), None)
+    images = Images(calibration, whole_batches(setup.data.test_dataloader(), request.test_images))
     repair = None
     if request.repair_epochs and setup.make is not None:
         repair = Repairer(setup, request)
@@ -94,16 +95,14 @@ def reduce_run(setup: Setup, request: ReduceRequest) -> None:
     console.print(hand_over(setup.network, images, request, content, setup.run_dir))
 
 
-def _whole_batches(loader, limit: int | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The batches of a loader on the CPU, at most `limit` images."""
-    batches, count = [], 0
-    for images, labels in loader:
-        if limit is not None and count >= limit:
-            break
-        room = len(labels) if limit is None else limit - count
-        batches.append((images[:room].cpu(), labels[:room].cpu()))
-        count += len(batches[-1][1])
-    return batches
+def whole_batches(loader, limit: int | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The batches of a loader on the CPU; with a limit that many images, drawn class-balanced (folders are sorted)."""
+    batches = [(images.cpu(), labels.cpu()) for images, labels in loader]
+    if limit is None:
+        return batches
+    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    order = stratified_order(labels, torch.Generator().manual_seed(0))[:limit]
+    return [(images[part], labels[part]) for part in order.split(len(batches[0][1]))]
 
 
 def trained_network(make: Factory, seed: int, folder: Path) -> Network:
