@@ -46,7 +46,7 @@ class Curvature:
         wherever the network is sure, so the gradient correction `ḡ/h̄` of equation 7 leaves the range of the values:
         the second-order proxy is read far outside of where it holds.
 
-        Source: causal mechanism reduction, section A.2; the score called cwvar in tables 5 and 6.
+        Source: causal mechanism reduction, section A.2; our reading of cwvar in tables 5 and 6.
         """
         return replace(self, gradient=torch.zeros_like(self.gradient), product=torch.zeros_like(self.product))
 

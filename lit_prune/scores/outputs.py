@@ -143,7 +143,7 @@ def cmr_const(evidence: Evidence) -> dict[str, Tensor]:
 def cmr_curvature(evidence: Evidence) -> dict[str, Tensor]:
     """Curvature-weighted variance `½ min_c E h (a - c)²`: `cmr_const` with every sample's gradient taken as zero, nats.
 
-    Source: the causal mechanism reduction paper, equation 9 under condition (i) of lemma 1; cwvar in tables 5 and 6.
+    Source: the causal mechanism reduction paper, equation 9 under condition (i) of lemma 1; read as cwvar.
     """
     values = {name: found.without_gradient().scores() for name, found in _curvatures(evidence).items()}
     return summed_over_readers(evidence, values)
