@@ -77,8 +77,10 @@ def reduce_run(setup: Setup, request: ReduceRequest) -> None:
     setup.data.prepare_data()
     setup.data.setup("fit")
     setup.data.setup("test")
-    calibration = whole_batches(setup.data.calibration_dataloader(), None)
-    images = Images(calibration, whole_batches(setup.data.test_dataloader(), request.test_images))
+    calibration = [(images.cpu(), labels.cpu()) for images, labels in setup.data.calibration_dataloader()]
+    images = Images(
+        calibration, evaluation_batches(setup.data.test_dataloader(), request.test_images, request.swaps.images)
+    )
     repair = None
     if request.repair_epochs and setup.make is not None:
         repair = Repairer(setup, request)
@@ -95,12 +97,18 @@ def reduce_run(setup: Setup, request: ReduceRequest) -> None:
     console.print(hand_over(setup.network, images, request, content, setup.run_dir))
 
 
-def whole_batches(loader, limit: int | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The batches of a loader on the CPU; with a limit that many images, drawn class-balanced (folders are sorted)."""
+def evaluation_batches(loader, limit: int | None, swapped: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The batches of a loader on the CPU; where not all images are used, in class-balanced order (folders are sorted).
+
+    Args:
+        loader: test batches.
+        limit: images at the most.
+        swapped: how many of them, from the first on, interchange interventions take.
+    """
     batches = [(images.cpu(), labels.cpu()) for images, labels in loader]
-    if limit is None:
-        return batches
     images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    if min(limit or len(labels), swapped) >= len(labels):
+        return batches
     order = stratified_order(labels, torch.Generator().manual_seed(0))[:limit]
     return [(images[part], labels[part]) for part in order.split(len(batches[0][1]))]
 

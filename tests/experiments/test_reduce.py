@@ -16,7 +16,7 @@ from lit_prune.experiments.reduce_bench import Images, ranges
 from lit_prune.experiments.reduce_handover import hand_over
 from lit_prune.experiments.reduce_head import HeadSite
 from lit_prune.experiments.reduce_request import Method, ReduceRequest
-from lit_prune.experiments.reduce_run import whole_batches
+from lit_prune.experiments.reduce_run import evaluation_batches
 from lit_prune.experiments.reduce_sites import AttentionSite, GroupSite, find_site
 from lit_prune.mechanisms import Swaps
 from lit_prune.run_record import Network
@@ -182,9 +182,12 @@ def test_a_reader_that_is_not_affine_is_named(reader, message):
 def test_some_of_the_sorted_test_images_are_of_all_classes():
     labels = torch.arange(4).repeat_interleave(10)
     loader = [(part[:, None].float(), part) for part in labels.split(7)]
-    batches = whole_batches(loader, 12)
+    batches = evaluation_batches(loader, 12, 100)
     assert torch.cat([part for _, part in batches]).bincount().tolist() == [3, 3, 3, 3]
     assert all(torch.equal(images[:, 0].long(), part) for images, part in batches) and len(batches) == 2
+    swapped = evaluation_batches(loader, None, 8)
+    assert torch.cat([part for _, part in swapped])[:8].bincount().tolist() == [2, 2, 2, 2]
+    assert sum(len(part) for _, part in swapped) == 40
 
 
 def test_ranges_are_short():
