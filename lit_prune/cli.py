@@ -22,8 +22,8 @@ from lit_prune.checkpoints import checkpoint_writer
 from lit_prune.data import ImageData
 from lit_prune.errors import InputError
 from lit_prune.experiments.compress import schedule_sweep
-from lit_prune.experiments.reduce_request import ReduceRequest
-from lit_prune.experiments.reduce_run import Setup, reduce_run
+from lit_prune.experiments.reduce.request import ReduceRequest
+from lit_prune.experiments.reduce.run import Setup, reduce_run
 from lit_prune.experiments.suite import Suite, device_slots, preview, run_suite
 from lit_prune.export import ExportError, export_compact
 from lit_prune.files import write_text

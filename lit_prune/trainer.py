@@ -11,8 +11,8 @@ from lit_prune.data import ImageData
 from lit_prune.errors import InputError
 from lit_prune.experiments.analyze_run import analyze_run
 from lit_prune.experiments.lesion_run import lesion_run
-from lit_prune.experiments.reduce_request import ReduceRequest
-from lit_prune.experiments.reduce_run import Setup, reduce_run
+from lit_prune.experiments.reduce.request import ReduceRequest
+from lit_prune.experiments.reduce.run import Setup, reduce_run
 from lit_prune.experiments.sweep.request import SweepRequest
 from lit_prune.experiments.sweep.run import sweep_run
 from lit_prune.interventions import LesionRequest

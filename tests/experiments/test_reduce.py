@@ -11,13 +11,13 @@ from torch import nn
 from lit_prune.backbones import build_backbone
 from lit_prune.cli import main
 from lit_prune.errors import InputError
-from lit_prune.experiments.reduce import reduce
-from lit_prune.experiments.reduce_bench import Images, ranges
-from lit_prune.experiments.reduce_handover import hand_over
-from lit_prune.experiments.reduce_head import HeadSite
-from lit_prune.experiments.reduce_request import Method, ReduceRequest
-from lit_prune.experiments.reduce_run import evaluation_batches
-from lit_prune.experiments.reduce_sites import AttentionSite, GroupSite, find_site
+from lit_prune.experiments.reduce.bench import Images, ranges
+from lit_prune.experiments.reduce.cells import reduce
+from lit_prune.experiments.reduce.handover import hand_over
+from lit_prune.experiments.reduce.head import HeadSite
+from lit_prune.experiments.reduce.request import Method, ReduceRequest
+from lit_prune.experiments.reduce.run import evaluation_batches
+from lit_prune.experiments.reduce.sites import AttentionSite, GroupSite, find_site
 from lit_prune.mechanisms import Swaps
 from lit_prune.run_record import Network
 from lit_prune.structure import load_compact

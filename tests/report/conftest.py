@@ -12,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lit_prune.dynamics import dynamics_table
 from lit_prune.experiments.lesion import write_tables
-from lit_prune.experiments.reduce_tables import summarise
+from lit_prune.experiments.reduce.tables import summarise
 from lit_prune.experiments.sweep.request import SweepRequest
 from lit_prune.experiments.sweep.tables import derive_tables, write_derived
 from lit_prune.information.propagation import METRICS as ROUTED

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from lit_prune.experiments.reduce_bench import Bench, Images, Repairing
-from lit_prune.experiments.reduce_diagnostics import curvature_rows, stress_rows
-from lit_prune.experiments.reduce_request import ReduceRequest
-from lit_prune.experiments.reduce_tables import summarise
+from lit_prune.experiments.reduce.bench import Bench, Images, Repairing
+from lit_prune.experiments.reduce.diagnostics import curvature_rows, stress_rows
+from lit_prune.experiments.reduce.request import ReduceRequest
+from lit_prune.experiments.reduce.tables import summarise
 from lit_prune.files import write_json
 
 FILE = "reduction.json"

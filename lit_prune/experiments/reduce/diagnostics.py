@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from lit_prune.errors import InputError
-from lit_prune.experiments.reduce_head import COLUMN_SCORES, HeadSite, HeadState
-from lit_prune.experiments.reduce_request import ReduceRequest
-from lit_prune.experiments.reduce_sites import GroupSite, Site, unit_scores
+from lit_prune.experiments.reduce.head import COLUMN_SCORES, HeadSite, HeadState
+from lit_prune.experiments.reduce.request import ReduceRequest
+from lit_prune.experiments.reduce.sites import GroupSite, Site, unit_scores
 from lit_prune.mechanisms import Stress, kept_jaccard, rescaling_stress
 from lit_prune.mechanisms.flow import observe
 from lit_prune.mechanisms.head import HeadEvidence

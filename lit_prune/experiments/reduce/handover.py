@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lit_prune.experiments.reduce_bench import Bench, Images
-from lit_prune.experiments.reduce_request import ReduceRequest
+from lit_prune.experiments.reduce.bench import Bench, Images
+from lit_prune.experiments.reduce.request import ReduceRequest
 from lit_prune.run_record import Network
 from lit_prune.structure import compare_profiles
 

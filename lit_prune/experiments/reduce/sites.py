@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lit_prune.errors import InputError
 from lit_prune.evaluation import evaluate
-from lit_prune.experiments.reduce_head import HeadSite
+from lit_prune.experiments.reduce.head import HeadSite
 from lit_prune.layers import removing, to_model, undisturbed
 from lit_prune.mechanisms import Interchange, Reduced, Replacement, Swaps, interchange, replace_mechanisms
 from lit_prune.mechanisms.curvature import Curvature, measure_curvature

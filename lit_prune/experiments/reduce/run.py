@@ -18,11 +18,11 @@ from lit_prune.data.calibration import stratified_order
 from lit_prune.errors import InputError
 from lit_prune.experiments.analyze import progress_bars
 from lit_prune.experiments.analyze_run import find_network
-from lit_prune.experiments.reduce import reduce, unwatched
-from lit_prune.experiments.reduce_bench import Images
-from lit_prune.experiments.reduce_handover import hand_over
-from lit_prune.experiments.reduce_request import ReduceRequest
-from lit_prune.experiments.reduce_tables import difference_table, result_table
+from lit_prune.experiments.reduce.bench import Images
+from lit_prune.experiments.reduce.cells import reduce, unwatched
+from lit_prune.experiments.reduce.handover import hand_over
+from lit_prune.experiments.reduce.request import ReduceRequest
+from lit_prune.experiments.reduce.tables import difference_table, result_table
 from lit_prune.repair import Distillation, Repair
 from lit_prune.run_record import Network
 from lit_prune.structure import Plan

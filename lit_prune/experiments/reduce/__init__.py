@@ -1,0 +1,1 @@
+"""The verb `reduce`: score, keep, compile, verify, a record a cell."""
