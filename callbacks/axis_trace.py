@@ -9,7 +9,7 @@ from torch import nn
 
 from callbacks.tracing import Trace, calibration_batches, trace_folder
 from lit_prune.dynamics import dynamics_table
-from lit_prune.files import whole_file
+from lit_prune.files import write_parquet
 from lit_prune.information.target_axis import TARGETS
 from lit_prune.measure import channel_table, collect_sums, layer_table
 from lit_prune.protocol import DEFAULT_PROTOCOL, Protocol
@@ -94,8 +94,7 @@ class AxisTrace(Trace):
 
 def write_epoch(folder: Path, epoch: int, channels: pd.DataFrame) -> pd.DataFrame:
     """Writes one epoch's channel table, brings `layers.parquet` in line, returns this epoch's layer rows."""
-    with whole_file(folder / f"epoch={epoch:03d}.parquet") as partial:
-        channels.assign(epoch=epoch).to_parquet(partial, index=False)
+    write_parquet(folder / f"epoch={epoch:03d}.parquet", channels.assign(epoch=epoch))
     file = folder / "layers.parquet"
     known = pd.read_parquet(file) if file.exists() else pd.DataFrame({"epoch": []})
     known = known[known["epoch"] != epoch]
@@ -104,8 +103,7 @@ def write_epoch(folder: Path, epoch: int, channels: pd.DataFrame) -> pd.DataFram
     every = pd.concat([known, *added] if len(known) else added, ignore_index=True)
     every.insert(0, "epoch", every.pop("epoch"))
     every = every.sort_values(["epoch", "depth"], kind="stable", ignore_index=True)
-    with whole_file(file) as partial:
-        every.to_parquet(partial, index=False)
+    write_parquet(file, every)
     return every[every["epoch"] == epoch]
 
 
@@ -118,5 +116,4 @@ def write_dynamics(folder: Path) -> None:
     files = sorted(folder.glob("epoch=*.parquet"))
     if files:
         table = dynamics_table(pd.concat([pd.read_parquet(file) for file in files], ignore_index=True))
-        with whole_file(folder / "dynamics.parquet") as partial:
-            table.to_parquet(partial, index=False)
+        write_parquet(folder / "dynamics.parquet", table)

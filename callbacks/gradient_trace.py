@@ -8,7 +8,7 @@ from torch import nn
 
 from callbacks.tracing import Trace, calibration_batches, trace_folder
 from lit_prune.directions import collect_directions, direction_table
-from lit_prune.files import whole_file
+from lit_prune.files import write_parquet
 from lit_prune.information.target_axis import TARGETS
 
 COSINES = ("capture_task", "update_capture", "update_task")
@@ -76,6 +76,4 @@ class GradientTrace(Trace):
         if file.exists():
             known = pd.read_parquet(file)
             table = pd.concat([known[known["epoch"] != table["epoch"].iloc[0]], table], ignore_index=True)
-        table = table.sort_values(["epoch", "depth"], kind="stable", ignore_index=True)
-        with whole_file(file) as partial:
-            table.to_parquet(partial, index=False)
+        write_parquet(file, table.sort_values(["epoch", "depth"], kind="stable", ignore_index=True))

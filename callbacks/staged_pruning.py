@@ -18,9 +18,10 @@ from lit_prune.backbones import find_head
 from lit_prune.errors import InputError
 from lit_prune.evaluation import Evaluation, evaluate
 from lit_prune.modules import LitClassifier, Recipe
+from lit_prune.networks import Network
 from lit_prune.repair import Distillation, Repair, recalibrate_batchnorm
 from lit_prune.report import result_table
-from lit_prune.run_record import Network, write_compact, write_stages
+from lit_prune.run_record import write_compact, write_stages
 from lit_prune.stage_record import complete_record, describe_record, open_record, plain
 from lit_prune.stages import DenseCost, PruningStage, cut, plan_stage
 from lit_prune.structure import (

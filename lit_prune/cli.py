@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,7 +27,7 @@ from lit_prune.experiments.reduce.request import ReduceRequest
 from lit_prune.experiments.reduce.run import Setup, reduce_run
 from lit_prune.experiments.suite import Suite, device_slots, preview, run_suite
 from lit_prune.export import ExportError, export_compact
-from lit_prune.files import write_text
+from lit_prune.files import alone, write_text
 from lit_prune.modules import LitClassifier
 from lit_prune.modules.execution import check_precision
 from lit_prune.report import result_table, write_report
@@ -190,6 +191,11 @@ class PruneCLI(LightningCLI):
         trainer = super().instantiate_trainer(callbacks=callbacks, logger=logger, **kwargs)
         check_precision(str(trainer.precision), trainer.strategy.root_device, asked=settings.get("precision"))
         return trainer
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Carries out the verb while no other process is at work in its run folder."""
+        with alone(self.run_dir) if self.trainer.is_global_zero else nullcontext():
+            super()._run_subcommand(subcommand)
 
     def before_fit(self) -> None:
         """Enters the run folder: refuses another run's, resumes this run's."""

@@ -1,11 +1,19 @@
 """Files that appear whole or not at all."""
 
 import json
+import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
+from filelock import FileLock, Timeout
+
+from lit_prune.errors import InputError
+
+LOCK = ".lock"
 
 
 @contextmanager
@@ -29,4 +37,51 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Writes `value` as indented JSON to `path`, whole or not at all."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
+    write_text(path, json_text(value, indent=1) + "\n")
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON that every reader takes: what is undefined (NaN, ±infinity) is null."""
+    return json.dumps(defined(value), indent=indent, allow_nan=False)
+
+
+def defined(value: Any) -> Any:
+    """The plain value with None in the place of every NaN or infinity."""
+    if isinstance(value, dict):
+        return {key: defined(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [defined(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_parquet(path: str | Path, table: pd.DataFrame) -> None:
+    """Writes a table without its index to `path`, whole or not at all."""
+    with whole_file(path) as partial:
+        table.to_parquet(partial, index=False)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Holds a folder while the block lasts, so that no second process works in it; the system frees it on any exit.
+
+    A folder in which nothing was written is removed again.
+
+    Raises:
+        InputError: another process holds the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise InputError(
+            f"run_dir: another process is at work in {folder}; wait for it, stop it, or give another --run_dir"
+        ) from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # there is more in it than the lock: it stays
+            if os.listdir(folder) == [LOCK]:
+                (folder / LOCK).unlink()
+                folder.rmdir()
+        lock.release()

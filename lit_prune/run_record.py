@@ -2,20 +2,17 @@
 
 import json
 import platform
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.table import Table
-from torch import nn
 
-from lit_prune.files import write_json, write_text
-from lit_prune.structure import Plan, apply_plan, build_network, compare_profiles, save_compact
-
-if TYPE_CHECKING:
-    from lit_prune.modules import LitClassifier
+from lit_prune.data import ImageData
+from lit_prune.files import json_text, write_json, write_text
+from lit_prune.networks import Network
+from lit_prune.structure import Plan, apply_plan, build_network, compare_profiles
 
 PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "numpy", "scipy", "timm", "torch-pruning")
 
@@ -30,52 +27,28 @@ def write_run(run_dir: Path, protocol: dict[str, Any]) -> None:
     write_json(run_dir / "run.json", record)
 
 
+def add_record(run_dir: Path, verb: str, record: dict[str, Any]) -> None:
+    """Puts `record` under the key `verb` of run.json; begins the file where there is none."""
+    file = run_dir / "run.json"
+    if file.is_file():
+        write_json(file, {**json.loads(file.read_text(encoding="utf-8")), verb: record})
+    else:
+        write_run(run_dir, {"verb": verb, verb: record})
+
+
+def subject(network: Network, data: ImageData, limit: int | None = None) -> dict[str, Any]:
+    """Plain values that say which network and which images a result is of; `limit` calibration images were used."""
+    return {
+        "backbone": {"name": network.backbone, "arguments": network.arguments},
+        "plans": len(network.plans),
+        "data": data.fingerprint(),
+        "calibration_indices": data.calibration_indices[:limit],
+    }
+
+
 def write_stages(run_dir: Path, records: list[dict[str, Any]]) -> None:
     """Writes `stages.jsonl`, one line a structural stage."""
-    write_text(run_dir / "stages.jsonl", "".join(json.dumps(record) + "\n" for record in records))
-
-
-@dataclass(frozen=True)
-class Network:
-    """A pruned network with all that rebuilds it: weights, backbone name, arguments, image shape, plans."""
-
-    model: nn.Module
-    backbone: str
-    arguments: dict[str, Any]
-    image_shape: tuple[int, int, int]
-    plans: tuple[Plan, ...]
-
-    @classmethod
-    def of(cls, module: "LitClassifier") -> "Network":
-        """Network of a LightningModule as it stands."""
-        return cls(module.backbone, module.backbone_name, module.arguments, module.image_shape, tuple(module.plans))
-
-    @classmethod
-    def from_checkpoint(cls, path: Path, image_shape: tuple[int, int, int]) -> "Network":
-        """Network of a Lightning checkpoint written during `fit`."""
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        saved = checkpoint["lit_prune_structure"]
-        plans = tuple(Plan.from_dict(plan) for plan in saved["plans"])
-        model = build_network(saved["backbone"], saved["arguments"])
-        for plan in plans:
-            model = apply_plan(model, plan, torch.zeros(1, *image_shape))
-        weights = {
-            k.removeprefix("backbone."): v for k, v in checkpoint["state_dict"].items() if k.startswith("backbone.")
-        }
-        model.load_state_dict(weights)
-        return cls(model.eval(), saved["backbone"], saved["arguments"], image_shape, plans)
-
-    def save(self, folder: Path, report: dict[str, Any] | None = None) -> None:
-        """Writes the folder that `load_compact` reads."""
-        save_compact(
-            folder,
-            self.model,
-            backbone=self.backbone,
-            arguments=self.arguments,
-            input_shape=self.image_shape,
-            plans=self.plans,
-            report=report,
-        )
+    write_text(run_dir / "stages.jsonl", "".join(json_text(record) + "\n" for record in records))
 
 
 def stage_profiles(network: Network, dense: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:

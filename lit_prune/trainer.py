@@ -86,7 +86,7 @@ class Trainer(pl.Trainer):
         """Channel and layer tables of a trained network, with the extras and controls asked for.
 
         Reads the calibration images of the data; writes `channels.parquet`, `layers.parquet`, `analysis/` and the key
-        `analysis` of `run.json` in the run folder, and nothing else there. An extra that is there already for the same
+        `analyze` of `run.json` in the run folder, and nothing else there. An extra that is there already for the same
         network, images and settings is not computed again. One process, on the first device.
 
         Args:

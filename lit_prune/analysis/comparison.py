@@ -57,5 +57,5 @@ def _layers(folder: Path) -> pd.DataFrame:
     if missing:
         raise InputError(f"compare: {folder} has no {' and '.join(missing)}; analyze that run first")
     record = json.loads(files[1].read_text(encoding="utf-8"))
-    backbone = record.get("analysis", record).get("backbone") or {}
+    backbone = record.get("analyze", record).get("backbone") or {}
     return pd.read_parquet(files[0]).assign(run=str(folder), architecture=backbone.get("name", "unknown"))

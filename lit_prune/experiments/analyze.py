@@ -4,32 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-import operator
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from rich.box import SIMPLE_HEAD
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import nn
 
 from lit_prune.analysis import controls, damage, invariance, samples, structure
 from lit_prune.analysis.evidence import Analysis
 from lit_prune.analysis.request import AnalyzeRequest
-from lit_prune.files import whole_file, write_json
+from lit_prune.files import write_parquet
 from lit_prune.information.summaries import collapse
 from lit_prune.layers import Batches
 from lit_prune.measure import layer_table
-from lit_prune.run_record import write_run
+from lit_prune.networks import fingerprint
+from lit_prune.progress import Watch, unwatched
+from lit_prune.run_record import add_record
 
 Frames = dict[str, pd.DataFrame]
-Watch = Callable[[Iterable, str], Iterable]
 KEYS = {"channels": ["layer", "channel"], "layers": ["layer"]}
 SHOWN = {
     "channels": "N",
@@ -85,13 +82,13 @@ def analyze(
     *,
     run_dir: str | Path | None = None,
     record: dict[str, Any] | None = None,
-    watch: Watch = lambda items, _: items,
+    watch: Watch = unwatched,
 ) -> Frames:
     """Channel table, layer table and one table a control of a network, from one pass where the extras allow it.
 
     With a run folder every extra is written as soon as it is done, to `analysis/<extra>.<table>.parquet`, and one that
     is there already for the same network, data and settings is not computed again; at the end `channels.parquet` and
-    `layers.parquet` hold all that belongs together, also from earlier calls. `run.json` gets the key `analysis`.
+    `layers.parquet` hold all that belongs together, also from earlier calls. `run.json` gets the key `analyze`.
 
     Args:
         model: a classifier; left as found.
@@ -123,18 +120,10 @@ def analyze(
     tables = store.tables()
     if folder is not None:
         for name in ("channels", "layers"):
-            _write_parquet(folder / f"{name}.parquet", tables[name])
-        _write_record(folder, {**(record or {}), "request": request.to_dict(), "extras": sorted(store.names())})
+            write_parquet(folder / f"{name}.parquet", tables[name])
+        extras = sorted(store.names())
+        add_record(folder, "analyze", {**(record or {}), "request": request.to_dict(), "extras": extras})
     return tables
-
-
-def fingerprint(model: nn.Module, record: dict[str, Any]) -> str:
-    """Hash of a network's parameters and buffers, and of the record that goes with it."""
-    digest = hashlib.sha256(json.dumps(record, sort_keys=True, default=str).encode())
-    for name, value in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 class Store:
@@ -179,7 +168,7 @@ class Store:
             for output, file in self._files(name).items():
                 frame = frames[output].copy()
                 frame.attrs["signature"] = self.signature(name)
-                _write_parquet(file, frame)
+                write_parquet(file, frame)
 
     def names(self) -> list[str]:
         """Extras that are there for these settings."""
@@ -207,38 +196,6 @@ class Store:
 def _read_lesions(folder: Path | None) -> pd.DataFrame | None:
     file = None if folder is None else folder / "lesions.parquet"
     return pd.read_parquet(file) if file is not None and file.is_file() else None
-
-
-def _write_parquet(file: Path, table: pd.DataFrame) -> None:
-    with whole_file(file) as partial:
-        table.to_parquet(partial, index=False)
-
-
-def _write_record(folder: Path, analysis: dict[str, Any]) -> None:
-    """Adds the key `analysis` to run.json, or begins the file."""
-    file = folder / "run.json"
-    if file.is_file():
-        write_json(file, {**json.loads(file.read_text(encoding="utf-8")), "analysis": analysis})
-    else:
-        write_run(folder, {"verb": "analyze", "analysis": analysis})
-
-
-@contextmanager
-def progress_bars() -> Iterator[Watch]:
-    """A `watch` for `analyze` that shows each loop as a bar while it lasts."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, transient=True) as progress:
-
-        def watch(items: Iterable, description: str) -> Iterator:
-            task = progress.add_task(description, total=operator.length_hint(items, 0) or None)
-            try:
-                for item in items:
-                    yield item
-                    progress.advance(task)
-            finally:
-                progress.remove_task(task)
-
-        yield watch
 
 
 def result_rows(layers: pd.DataFrame) -> Table:

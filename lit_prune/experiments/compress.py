@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from lit_prune.errors import InputError
-from lit_prune.files import whole_file
+from lit_prune.files import write_parquet
 
 SHOWN = {
     "remove_ratio": "r",
@@ -50,8 +50,7 @@ def schedule_sweep(run_dir: Path, ratios: Sequence[float], run_one: Callable[[fl
             run_one(ratio, folder)
         rows.append(_row(ratio, folder))
     table = pd.DataFrame(rows)
-    with whole_file(run_dir / "schedule.parquet") as partial:
-        table.to_parquet(partial, index=False)
+    write_parquet(run_dir / "schedule.parquet", table)
     return _terminal_table(table)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,14 @@ from torch import nn
 from lit_prune.analysis.lesions import lesion_tables
 from lit_prune.errors import InputError
 from lit_prune.evaluation import Evaluation, evaluate
-from lit_prune.experiments.analyze import fingerprint
-from lit_prune.files import whole_file
+from lit_prune.files import write_parquet
 from lit_prune.interventions import LayerLesions, LesionRequest, lesion_layer
 from lit_prune.layers import CHANNEL_LAYERS, Batches, peek, removing, select_layers, to_model, undisturbed
 from lit_prune.measure import channel_table, collect_sums
+from lit_prune.networks import fingerprint
+from lit_prune.progress import Watch, unwatched
 
 Frames = dict[str, pd.DataFrame]
-Watch = Callable[[Iterable, str], Iterable]
 THIRDS = ("shallow", "mid", "deep")
 SETTINGS = ("channels", "limit", "images", "peers", "ridge", "target", "seed", "protocol")
 KEY_COLUMNS = ["layer", "depth", "third", "channel"]
@@ -43,7 +42,7 @@ def lesion(
     *,
     run_dir: str | Path | None = None,
     record: dict[str, Any] | None = None,
-    watch: Watch = lambda items, _: items,
+    watch: Watch = unwatched,
 ) -> tuple[pd.DataFrame, Evaluation]:
     """Lesions of the channels asked for, and the unharmed network's accuracy and loss on the same images.
 
@@ -166,9 +165,3 @@ def write_tables(folder: Path, lesions: pd.DataFrame, seed: int) -> Frames:
     for name, table in tables.items():
         write_parquet(folder / f"{name}.parquet", table)
     return tables
-
-
-def write_parquet(file: Path, table: pd.DataFrame) -> None:
-    """Writes a table, whole or not at all."""
-    with whole_file(file) as partial:
-        table.to_parquet(partial, index=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +16,12 @@ from torch import Tensor
 from lit_prune.analysis.evidence import cut_batches
 from lit_prune.errors import InputError
 from lit_prune.evaluation import Evaluation
-from lit_prune.experiments.analyze import progress_bars
-from lit_prune.experiments.analyze_run import find_network
 from lit_prune.experiments.lesion import Frames, Images, lesion, write_tables
-from lit_prune.files import write_json
 from lit_prune.interventions import LesionRequest
 from lit_prune.layers import Batches
-from lit_prune.run_record import write_run
+from lit_prune.networks import find_network
+from lit_prune.progress import progress_bars
+from lit_prune.run_record import add_record, subject
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -45,22 +43,17 @@ def lesion_run(
     """Carries out the verb; see `Trainer.lesion`."""
     run_dir, console = Path(trainer.default_root_dir), Console()
     others = [read_lesions(folder) for folder in compare]
-    network = find_network(module, run_dir, ckpt_path)
+    network = find_network(module, run_dir, ckpt_path, "lesion")
     datamodule.prepare_data()
     datamodule.setup()
-    record = {
-        "backbone": {"name": network.backbone, "arguments": network.arguments},
-        "plans": len(network.plans),
-        "data": datamodule.fingerprint(),
-        "calibration_indices": datamodule.calibration_indices[: request.limit],
-    }
+    record = subject(network, datamodule, request.limit)
     model = network.model.to(trainer.strategy.root_device)
     calibration = FirstImages(datamodule.calibration_dataloader(), request.limit)
     images = Images(calibration, datamodule.subset_dataloader(SPLIT, request.images))
     with progress_bars() as watch:
         table, whole = lesion(model, images, request, run_dir=run_dir, record=record, watch=watch)
     tables = write_tables(run_dir / "lesions", table, request.seed)
-    add_record(run_dir, {**record, "request": request.to_dict(), **evaluation_record(whole)})
+    add_record(run_dir, "lesion", {**record, "request": request.to_dict(), **evaluation_record(whole)})
     for line in clipped_lines(table, request):
         console.print(line)
     show(console, tables, f"{len(table)} channels of {table['layer'].nunique()} layers, {whole.images} images")
@@ -86,15 +79,6 @@ class FirstImages:
 def evaluation_record(whole: Evaluation) -> dict[str, Any]:
     """The unharmed network on the evaluation images."""
     return {"split": SPLIT, "images": whole.images, "loss": whole.loss, "accuracy": whole.accuracy}
-
-
-def add_record(run_dir: Path, lesions: dict[str, Any]) -> None:
-    """Adds the key `lesion` to run.json, or begins the file."""
-    file = run_dir / "run.json"
-    if file.is_file():
-        write_json(file, {**json.loads(file.read_text(encoding="utf-8")), "lesion": lesions})
-    else:
-        write_run(run_dir, {"verb": "lesion", "lesion": lesions})
 
 
 def read_lesions(folder: str | Path) -> pd.DataFrame:

@@ -15,12 +15,12 @@ import pandas as pd
 import torch
 import yaml
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from lit_prune.errors import InputError
 from lit_prune.experiments.suite_estimate import Estimate, estimate_fit
-from lit_prune.files import whole_file, write_json, write_text
+from lit_prune.files import write_json, write_parquet, write_text
+from lit_prune.progress import bars
 from lit_prune.report.event_files import read_scalars
 
 CONFIG, LOG, FINISHED = "fit.yaml", "log.txt", "finished.json"
@@ -143,8 +143,7 @@ def run_suite(suite: Suite, slots: Sequence[dict[str, str]], part: int = 0, part
         run.write_config()
     failed = _execute([run for run in runs[part::parts] if not run.finished], slots)
     table = result_frame(runs)
-    with whole_file(suite.run_dir / "suite.parquet") as partial:
-        table.to_parquet(partial, index=False)
+    write_parquet(suite.run_dir / "suite.parquet", table)
     if failed:
         logs = ", ".join(str(run.folder / LOG) for run in failed)
         raise InputError(f"{len(failed)} of {len(runs)} runs failed, see {logs}; the same command goes on from there")
@@ -156,8 +155,7 @@ def _execute(runs: Sequence[Run], slots: Sequence[dict[str, str]]) -> list[Run]:
     waiting, free = deque(runs), list(slots)
     running: dict[subprocess.Popen, tuple[Run, dict[str, str], float]] = {}
     failed: list[Run] = []
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, transient=True, disable=not sys.stderr.isatty()) as progress:
+    with bars(shown=sys.stderr.isatty()) as progress:
         task = progress.add_task("runs", total=len(runs))
         try:
             while waiting or running:

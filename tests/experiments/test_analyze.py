@@ -65,7 +65,7 @@ def test_every_extra_adds_its_columns_or_its_table_and_the_model_stays_as_found(
         pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / f"{name}.parquet"), tables[name])
     controls = {name for name, part in PARTS.items() if "table" in part.outputs} - {"damage"}
     assert controls <= set(tables)
-    record = json.loads((tmp_path / "run.json").read_text())["analysis"]
+    record = json.loads((tmp_path / "run.json").read_text())["analyze"]
     assert record["request"]["protocol"]["hook_point"] == "pre_bn" and set(record["extras"]) == set(EVERYTHING)
 
 
@@ -143,7 +143,7 @@ def test_the_verb_reads_a_checkpoint_of_a_pruned_run_and_the_report_shows_it(tmp
     widths = json.loads((tmp_path / "run" / "stages.jsonl").read_text().splitlines()[-1])["widths"]
     assert layers["channels"].tolist() == [widths[name]["after"] for name in layers["layer"]]
     record = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert record["verb"] == "fit" and record["analysis"]["backbone"]["name"] == "cifar_resnet20"
+    assert record["verb"] == "fit" and record["analyze"]["backbone"]["name"] == "cifar_resnet20"
     assert (tmp_path / "run" / "config.yaml").read_text() == config
     assert "ARI" in capsys.readouterr().out
     for wrong, words in (

@@ -19,7 +19,7 @@ from lit_prune.experiments.reduce.request import Method, ReduceRequest
 from lit_prune.experiments.reduce.run import evaluation_batches
 from lit_prune.experiments.reduce.sites import AttentionSite, GroupSite, find_site
 from lit_prune.mechanisms import Swaps
-from lit_prune.run_record import Network
+from lit_prune.networks import Network
 from lit_prune.structure import load_compact
 
 SWAPS = Swaps(pairs=100, images=60)

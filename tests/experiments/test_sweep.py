@@ -142,17 +142,6 @@ def test_ray_without_its_package_is_refused_before_anything_runs(tmp_path, monke
         sweep(tmp_path, executor="ray")
 
 
-def test_a_second_sweep_in_the_same_folder_is_refused(tmp_path, monkeypatch):
-    def second(place, cell, plan):
-        with pytest.raises(InputError, match="a sweep is at work"):
-            sweep(tmp_path)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(fill, "run_cell", second)
-    with pytest.raises(KeyboardInterrupt):
-        sweep(tmp_path)
-
-
 def test_seeds_draw_their_own_data_and_random_scores_but_share_what_is_fixed(reference):
     one, other = (reference[reference["seed"] == seed].reset_index(drop=True) for seed in (0, 1))
     fixed = one["method"] == "magnitude"

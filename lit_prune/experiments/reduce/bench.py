@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from lit_prune.data.calibration import stratified_order
 from lit_prune.errors import InputError
 from lit_prune.evaluation import evaluate
-from lit_prune.experiments.analyze import fingerprint
 from lit_prune.experiments.reduce.request import Method, ReduceRequest
 from lit_prune.experiments.reduce.sites import Site, find_site
+from lit_prune.networks import fingerprint
 from lit_prune.structure import Plan, cost
 
 CHECKED_IMAGES = 64  # on which the compiled network is compared with what was verified

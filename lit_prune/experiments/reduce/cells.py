@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,10 @@ from lit_prune.experiments.reduce.bench import Bench, Images, Repairing
 from lit_prune.experiments.reduce.diagnostics import curvature_rows, stress_rows
 from lit_prune.experiments.reduce.request import ReduceRequest
 from lit_prune.experiments.reduce.tables import summarise
-from lit_prune.files import write_json
+from lit_prune.files import defined, write_json
+from lit_prune.progress import Watch, unwatched
 
 FILE = "reduction.json"
-Watch = Callable[[Iterable, str], Iterator]
-
-
-def unwatched(items: Iterable, description: str) -> Iterator:
-    """A watch that shows nothing."""
-    return iter(items)
 
 
 class Store:
@@ -43,7 +38,7 @@ class Store:
 
     def put(self, key: str, value: Any) -> None:
         """Keeps a result; the file is written whole."""
-        self.content["results"][key] = value
+        self.content["results"][key] = defined(value)
         self._write()
 
     def conclude(self, tables: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from lit_prune.experiments.reduce.bench import Bench, Images
 from lit_prune.experiments.reduce.request import ReduceRequest
-from lit_prune.run_record import Network
+from lit_prune.networks import Network
 from lit_prune.structure import compare_profiles
 
 FOLDER = "compact"

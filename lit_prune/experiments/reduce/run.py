@@ -16,15 +16,14 @@ from torch import nn
 
 from lit_prune.data.calibration import stratified_order
 from lit_prune.errors import InputError
-from lit_prune.experiments.analyze import progress_bars
-from lit_prune.experiments.analyze_run import find_network
 from lit_prune.experiments.reduce.bench import Images
-from lit_prune.experiments.reduce.cells import reduce, unwatched
+from lit_prune.experiments.reduce.cells import reduce
 from lit_prune.experiments.reduce.handover import hand_over
 from lit_prune.experiments.reduce.request import ReduceRequest
 from lit_prune.experiments.reduce.tables import difference_table, result_table
+from lit_prune.networks import Network, find_network
+from lit_prune.progress import progress_bars, unwatched
 from lit_prune.repair import Distillation, Repair
-from lit_prune.run_record import Network
 from lit_prune.structure import Plan
 
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ class Setup:
     def network(self, seed: int) -> Network:
         """The seed's network, in evaluation mode on the trainer's device."""
         if not self.trains:
-            found = find_network(self.module, self.run_dir, self.ckpt_path)
+            found = find_network(self.module, self.run_dir, self.ckpt_path, "reduce")
         else:
             found = trained_network(self.make, seed, self.run_dir / f"seed={seed}")
         return replace(found, model=found.model.to(self.trainer.strategy.root_device).eval())

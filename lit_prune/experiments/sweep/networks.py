@@ -1,14 +1,11 @@
 """The dense networks of a sweep: from checkpoints, from the module, from the run folder."""
 
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 
-from lit_prune.backbones import load_weights
 from lit_prune.errors import InputError
 from lit_prune.modules import LitClassifier
-from lit_prune.run_record import Network
-from lit_prune.structure import build_network
+from lit_prune.networks import Network, find_network, read_network
 
 
 def load_networks(module: LitClassifier, run_dir: Path, checkpoints: Sequence[str]) -> dict[str, Network]:
@@ -20,35 +17,17 @@ def load_networks(module: LitClassifier, run_dir: Path, checkpoints: Sequence[st
         checkpoints: checkpoints of a fit, or files of plain weights.
 
     Raises:
-        InputError: no trained network, a file that is not there, or one that holds another network.
+        InputError: as `find_network`; a file that holds another backbone.
     """
-    if not checkpoints and module.is_trained:
-        return {"weights": Network.of(module)}
-    last = run_dir / "checkpoints" / "last.ckpt"
-    if not checkpoints and not last.is_file():
-        raise InputError(
-            f"sweep needs a trained network: {last} does not exist; give --checkpoints [FILE, ...] or --model.weights"
-        )
-    return {path: load_network(module, Path(path)) for path in checkpoints or [str(last)]}
-
-
-def load_network(module: LitClassifier, path: Path) -> Network:
-    """Network of one checkpoint; see `load_networks`."""
-    if not path.is_file():
-        raise InputError(f"checkpoints: {path} is no file; give checkpoints of a fit or files of weights")
-    try:
-        network = Network.from_checkpoint(path, module.image_shape) if path.suffix == ".ckpt" else None
-    except KeyError:
-        network = None  # a Lightning checkpoint of another project: plain weights
-    except (RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        raise InputError(f"checkpoints: {path} cannot be rebuilt: {error}; give checkpoints of a fit") from error
-    if network is None:
-        model = build_network(module.backbone_name, module.arguments)
-        load_weights(model, path, strict_head=True)
-        return Network(model.eval(), module.backbone_name, module.arguments, module.image_shape, ())
-    if (network.backbone, network.arguments) != (module.backbone_name, module.arguments):
-        raise InputError(
-            f"checkpoints: {path} holds {network.backbone} {network.arguments}, this sweep is configured for"
-            f" {module.backbone_name} {module.arguments}; change --model.backbone or leave it out"
-        )
-    return network
+    if not checkpoints:
+        source = "weights" if module.is_trained else str(run_dir / "checkpoints" / "last.ckpt")
+        networks = {source: find_network(module, run_dir, None, "sweep")}
+    else:
+        networks = {path: read_network(Path(path), module, "checkpoints") for path in checkpoints}
+    for path, network in networks.items():
+        if (network.backbone, network.arguments) != (module.backbone_name, module.arguments):
+            raise InputError(
+                f"checkpoints: {path} holds {network.backbone} {network.arguments}, this sweep is configured for"
+                f" {module.backbone_name} {module.arguments}; change --model.backbone or leave it out"
+            )
+    return networks

@@ -13,15 +13,9 @@ from rich.table import Table
 from lit_prune.analysis import sweep_statistics as statistics
 from lit_prune.errors import InputError
 from lit_prune.experiments.sweep.request import SweepRequest
-from lit_prune.files import whole_file
+from lit_prune.files import write_parquet
 
 DERIVED = ("auc", "gaps", "signs", "selector", "weights", "recovery", "rules")
-
-
-def write_table(file: Path, table: pd.DataFrame) -> None:
-    """Writes a parquet file whole or not at all."""
-    with whole_file(file) as partial:
-        table.to_parquet(partial, index=False)
 
 
 def derive_tables(cells: pd.DataFrame, request: SweepRequest) -> tuple[dict[str, pd.DataFrame], list[InputError]]:
@@ -56,7 +50,7 @@ def write_derived(folder: Path, tables: dict[str, pd.DataFrame]) -> None:
     """Writes the derived tables and removes those of an earlier sweep that this one does not have."""
     for name in DERIVED:
         if name in tables and len(tables[name]):
-            write_table(folder / f"{name}.parquet", tables[name])
+            write_parquet(folder / f"{name}.parquet", tables[name])
         else:
             (folder / f"{name}.parquet").unlink(missing_ok=True)
 

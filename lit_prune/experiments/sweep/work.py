@@ -14,7 +14,7 @@ from lit_prune.evaluation import Evaluation, evaluate
 from lit_prune.experiments.sweep.cells import Cell, Unit
 from lit_prune.experiments.sweep.recovery import precision_context, recover
 from lit_prune.experiments.sweep.request import BUDGET_METHOD, SweepRequest
-from lit_prune.run_record import Network
+from lit_prune.networks import Network
 from lit_prune.scores import Evidence, plan_method
 from lit_prune.scores.planning import mask_method, method_needs
 from lit_prune.structure import CostModel, Plan, apply_plan, cost

@@ -1,0 +1,69 @@
+"""Files: what is undefined is null in JSON; one process at a time in a run folder."""
+
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lit_prune.cli import main
+from lit_prune.errors import InputError
+from lit_prune.files import LOCK, alone, write_json
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from lit_prune.files import alone
+with alone(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def strict(constant):
+    raise AssertionError(f"{constant} is not JSON")
+
+
+def test_json_holds_null_where_a_number_is_undefined(tmp_path):
+    value = {"epsilon": math.nan, "bounds": [0.5, math.inf], "name": "NaN"}
+    write_json(tmp_path / "one.json", value)
+    text = (tmp_path / "one.json").read_text()
+    assert json.loads(text, parse_constant=strict) == {"epsilon": None, "bounds": [0.5, None], "name": "NaN"}
+
+
+def test_a_folder_is_held_until_its_process_ends_even_by_a_kill(tmp_path, capsys):
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    try:
+        with pytest.raises(InputError, match="another process is at work"), alone(tmp_path):
+            pass
+        with pytest.raises(SystemExit) as exit_:
+            main(["fit", "-c", str(Path(__file__).with_name("tiny_run.yaml")), "--run_dir", str(tmp_path)])
+        assert exit_.value.code == 2 and "give another --run_dir" in capsys.readouterr().err
+        assert {file.name for file in tmp_path.iterdir()} == {LOCK}  # nothing was written
+    finally:
+        holder.kill()
+        holder.wait()
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            with alone(tmp_path):
+                (tmp_path / "written").touch()
+            break
+        except InputError:
+            time.sleep(0.05)
+    assert (tmp_path / "written").exists()
+
+
+def test_a_folder_in_which_nothing_was_written_is_gone_and_others_stay(tmp_path):
+    with pytest.raises(InputError, match="wrong"), alone(tmp_path / "new"):
+        raise InputError("wrong")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "kept").touch()
+    with alone(tmp_path / "old"):
+        pass
+    assert (tmp_path / "old" / "kept").exists()
