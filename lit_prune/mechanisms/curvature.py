@@ -1,6 +1,7 @@
 """Second-order replacement risk: gradients and curvature of the loss in the values that a layer reads."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -8,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
-from lit_prune.layers import Batches, removing, to_model, undisturbed
+from lit_prune.layers import Batches
 from lit_prune.mechanisms.patches import channel_dim
+from lit_prune.passes import collect, keeping_inputs
 
 CLASSES = 10  # up to so many classes the curvature is exact in the label, above it is sampled
 
@@ -121,41 +123,6 @@ class Curvature:
         return sum(ratios) / len(ratios)
 
 
-def measure_curvature(model: nn.Module, layers: Sequence[str], batches: Batches, seed: int = 0) -> dict[str, Curvature]:
-    """Curvature of the mean cross-entropy in the input channels of each layer.
-
-    Up to `CLASSES` classes every label is weighted with its softmax probability (one backward pass a class); above, one
-    label an image is drawn. Layers may lie behind each other: each is differentiated with the others left alone.
-
-    Args:
-        model: any classifier; left as found.
-        layers: names of convolutions and linear layers.
-        batches: (images, labels).
-        seed: of the drawn labels.
-
-    Raises:
-        InputError: no images.
-    """
-    sums: dict[str, list[Tensor]] = {}
-    inputs: dict[str, Tensor] = {}
-    generator = torch.Generator().manual_seed(seed)
-
-    def keeper(name: str):
-        return lambda module, args: inputs.__setitem__(name, args[0])
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(keeper(name)) for name in layers]
-    count = 0
-    with removing(handles), undisturbed(model, gradients=True):
-        for images, labels in batches:
-            logits = model(to_model(model, images).clone().requires_grad_())
-            for part in label_parts(logits, labels, generator):
-                _add(sums, model, inputs, logits, part)
-            count += len(images)
-    if not count:
-        raise InputError("batches: no batch of (images, labels) in it; give at least one")
-    return {name: Curvature(*(total / count for total in totals)) for name, totals in sums.items()}
-
-
 @dataclass(frozen=True)
 class Labels:
     """Labels [B] to differentiate, their weights [B], and whether they are the true ones."""
@@ -180,28 +147,70 @@ def label_parts(logits: Tensor, labels: Tensor, generator: torch.Generator) -> l
     return [*parts, Labels(drawn, ones, False)]
 
 
-def _add(
-    sums: dict[str, list[Tensor]], model: nn.Module, inputs: Mapping[str, Tensor], logits: Tensor, labels: Labels
-) -> None:
-    """Adds the products of one labelling's gradients."""
-    names = list(inputs)
-    loss = F.cross_entropy(logits, labels.values, reduction="sum")
-    gradients = torch.autograd.grad(loss, [inputs[name] for name in names], retain_graph=True)
-    weights = labels.weights.double().cpu()[:, None]
-    for name, gradient in zip(names, gradients, strict=True):
-        dim = channel_dim(model.get_submodule(name))
-        g, a = (
-            t.detach().double().movedim(dim, -1).reshape(len(t), -1, t.shape[dim]) for t in (gradient, inputs[name])
-        )
+class CurvatureSums:
+    """Collects the curvature of the mean cross-entropy in the input channels of each layer.
+
+    Up to `CLASSES` classes every label is weighted with its softmax probability (one backward pass a class); above, one
+    label an image is drawn. Layers may lie behind each other: each is differentiated with the others left alone.
+
+    Args:
+        model: any classifier.
+        layers: names of convolutions and linear layers.
+        seed: of the drawn labels.
+    """
+
+    gradients = True
+
+    def __init__(self, model: nn.Module, layers: Sequence[str], seed: int = 0) -> None:
+        self.model, self.layers = model, layers
+        self.generator = torch.Generator().manual_seed(seed)
+        self.sums: dict[str, list[Tensor]] = {}
+        self.count = 0
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """See `passes.Collector`."""
+        with keeping_inputs(self.model, self.layers) as self.inputs:
+            yield
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """See `passes.Collector`."""
+        for part in label_parts(logits, labels, self.generator):
+            loss = F.cross_entropy(logits, part.values, reduction="sum")
+            gradients = torch.autograd.grad(loss, list(self.inputs.values()), retain_graph=True)
+            for (name, inputs), gradient in zip(self.inputs.items(), gradients, strict=True):
+                self._add(name, channel_rows(self.model, name, inputs), channel_rows(self.model, name, gradient), part)
+        self.count += len(logits)
+
+    def _add(self, name: str, a: Tensor, g: Tensor, labels: Labels) -> None:
+        """Adds the products of one labelling's gradients; values and gradients are [B, P, C]."""
         total, product = g.sum(1).cpu(), (g * a).sum(1).cpu()  # G, v: [B, C]
-        if name not in sums:
-            wide = total.shape[1]
-            shapes = [(wide,), (wide,), (wide, wide), (wide, wide), (wide,)]
-            sums[name] = [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
+        wide, weights = total.shape[1], labels.weights.double().cpu()[:, None]
+        shapes = [(wide,), (wide,), (wide, wide), (wide, wide), (wide,)]
+        sums = self.sums.setdefault(name, [torch.zeros(shape, dtype=torch.float64) for shape in shapes])
         if labels.true:
             parts = [(weights * total).sum(0), (weights * product).sum(0)]
-            sums[name][:2] = [old + new for old, new in zip(sums[name][:2], parts, strict=True)]
+            sums[:2] = [old + new for old, new in zip(sums[:2], parts, strict=True)]
         else:
             weighted = (weights * total).T
             parts = [weighted @ total, weighted @ product, (weights * product.square()).sum(0)]
-            sums[name][2:] = [old + new for old, new in zip(sums[name][2:], parts, strict=True)]
+            sums[2:] = [old + new for old, new in zip(sums[2:], parts, strict=True)]
+
+    def result(self) -> dict[str, Curvature]:
+        """Layer -> means over the images."""
+        return {name: Curvature(*(total / self.count for total in totals)) for name, totals in self.sums.items()}
+
+
+def measure_curvature(model: nn.Module, layers: Sequence[str], batches: Batches, seed: int = 0) -> dict[str, Curvature]:
+    """`CurvatureSums` over batches of (images, labels); the model is left as found.
+
+    Raises:
+        InputError: no images, or no labels.
+    """
+    return collect(model, batches, CurvatureSums(model, layers, seed))
+
+
+def channel_rows(model: nn.Module, layer: str, values: Tensor) -> Tensor:
+    """A layer's input, or a tensor shaped like it, as float64 [B, P, C], detached."""
+    dim = channel_dim(model.get_submodule(layer))
+    return values.detach().double().movedim(dim, -1).reshape(len(values), -1, values.shape[dim])

@@ -1,23 +1,27 @@
 """Which stand-in a reader gets: kind and objective, from what was measured at its input."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
-from lit_prune.layers import Batches
 from lit_prune.mechanisms.consumers import Reader
-from lit_prune.mechanisms.curvature import Curvature, measure_curvature
-from lit_prune.mechanisms.hutchinson import hutchinson_curvature
-from lit_prune.mechanisms.risk import RiskRows, measure_rows, weighted_affine
+from lit_prune.mechanisms.curvature import Curvature, CurvatureSums
+from lit_prune.mechanisms.hutchinson import HutchinsonSums
+from lit_prune.mechanisms.inputs import InputMoments
+from lit_prune.mechanisms.risk import RiskRows, weighted_affine
+from lit_prune.mechanisms.risk_samples import RiskSamples
 from lit_prune.mechanisms.settings import Replacement
-from lit_prune.mechanisms.stand_ins import StandIn, affine, choose_parents, collect_inputs, constants
+from lit_prune.mechanisms.stand_ins import StandIn, affine, choose_parents, constants
 from lit_prune.moments import LayerSums
+from lit_prune.passes import Collector, run_pass
 
 AFFINE_RIDGE = 1e-6
+MOST_ROWS = 20_000
+Batch = tuple[Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class InputEvidence:
 
 
 def collect_evidence(
-    model: nn.Module, layers: Sequence[str], batches: Batches, kind: str, settings: Replacement
+    model: nn.Module, layers: Sequence[str], batches: Sequence[Batch], kind: str, settings: Replacement
 ) -> dict[str, InputEvidence]:
     """What `fit_stand_in` needs of each layer, measured on the network before the surgery.
 
@@ -49,19 +53,26 @@ def collect_evidence(
         kind: "constant" or "affine".
         settings: objective, curvature, seed.
     """
-    inputs = collect_inputs(model, layers, [images for images, _ in batches])
-    curvatures: Mapping[str, Curvature] = {}
-    rows: dict[str, RiskRows] = {}
-    if settings.objective != "distortion" and kind == "constant":
-        estimated = settings.curvature == "hutchinson"
-        measure = hutchinson_curvature if estimated else measure_curvature
-        curvatures = measure(model, layers, batches, seed=settings.seed)
-    elif settings.objective != "distortion":
-        rows = {name: measure_rows(model, name, batches, settings.seed) for name in layers}
+    moments, risks = InputMoments(model, layers), _risk_collector(model, layers, batches, kind, settings)
+    run_pass(model, batches, [moments, *risks])
+    found = risks[0].result() if risks else {}
+    risk = "curvature" if kind == "constant" else "rows"
     return {
-        name: InputEvidence(inputs[name].sums, inputs[name].size, curvatures.get(name), rows.get(name))
-        for name in layers
+        name: InputEvidence(inputs.sums, inputs.size, **({risk: found[name]} if risks else {}))
+        for name, inputs in moments.result().items()
     }
+
+
+def _risk_collector(
+    model: nn.Module, layers: Sequence[str], batches: Sequence[Batch], kind: str, settings: Replacement
+) -> list[Collector]:
+    """What second-order risk is collected with; nothing where distortion is the objective."""
+    if settings.objective == "distortion":
+        return []
+    if kind == "affine":
+        images = sum(len(images) for images, _ in batches)
+        return [RiskSamples(model, layers, settings.seed, MOST_ROWS // max(1, images), MOST_ROWS)]
+    return [(HutchinsonSums if settings.curvature == "hutchinson" else CurvatureSums)(model, layers, settings.seed)]
 
 
 def fit_stand_in(

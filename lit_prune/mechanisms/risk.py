@@ -5,16 +5,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_prune.errors import InputError
-from lit_prune.layers import Batches, removing, to_model, undisturbed
-from lit_prune.mechanisms.curvature import Curvature, label_parts
-from lit_prune.mechanisms.patches import PositionSample, output_rows
+from lit_prune.mechanisms.curvature import Curvature
 
 NUMBERS_AT_ONCE = 250_000  # float64 values of one batch of designs: 2 MB, which stay in the cache
-MOST_ROWS = 20_000
 
 
 @dataclass(frozen=True)
@@ -64,7 +60,7 @@ def weighted_affine(rows: RiskRows, replaced: Sequence[int], parents: Tensor, ri
         rows: the second-order data.
         replaced: channels j, [R].
         parents: channels that stand in for each, int64 [R, r].
-        ridge: relative to the mean diagonal of the parents' weighted covariance, at least 0.
+        ridge: relative to each parent's own weighted variance, at least 0.
 
     Returns:
         The fits; their risk is the mean over images.
@@ -91,7 +87,8 @@ def weighted_affine(rows: RiskRows, replaced: Sequence[int], parents: Tensor, ri
     centre = (values @ h.T).T.gather(1, parents) / total[:, None]  # [R, r]
     wanted = (values @ (h * centred - g).T).T.gather(1, parents) + centre * pull[:, None]
     gram = _grams(values, h, parents) - total[:, None, None] * centre[:, :, None] * centre[:, None]  # [R, r, r]
-    theta, singular = solve_ridged(gram, wanted, ridge)
+    theta, singular = solve_ridged(gram, wanted[..., None], ridge)
+    theta = theta[..., 0]
     offsets = (a - centred)[:, 0] - (theta * centre).sum(1) - pull / total
     offsets += shift[replaced] - (theta * shift[parents]).sum(1)
     alone = (0.5 * h * centred.square() - g * centred).sum(1) - 0.5 * pull.square() / total
@@ -111,25 +108,27 @@ def _grams(values: Tensor, weights: Tensor, parents: Tensor) -> Tensor:
 
 
 def solve_ridged(gram: Tensor, wanted: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """Solutions of `(gram + λ I) θ = wanted`, λ = ridge · mean diagonal, and which would be singular without λ.
+    """Solutions of `(gram + ridge · diag(gram)) θ = wanted`, and which would be singular without the ridge.
+
+    Every parent is penalised by its own power, so that a parent's scale changes nothing but its coefficient.
 
     Args:
         gram: positive semidefinite, [R, r, r].
-        wanted: [R, r].
+        wanted: [R, r, M].
         ridge: at least 0; where that does not suffice it is raised tenfold until it does.
     """
-    count = gram.shape[-1]
-    if not count:
+    if not gram.shape[-1]:
         return wanted.clone(), torch.zeros(len(wanted), dtype=torch.bool)
-    scale = gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(torch.float64).tiny)
-    eye = torch.eye(count, dtype=gram.dtype)
+    power = gram.diagonal(dim1=1, dim2=2)
     bare, failed = torch.linalg.cholesky_ex(gram)
-    pivots = bare.diagonal(dim1=1, dim2=2).square().amin(1)
-    singular = (failed > 0) | (pivots <= 1e-12 * scale)
+    pivots = bare.diagonal(dim1=1, dim2=2).square()
+    singular = (failed > 0) | (pivots <= 1e-12 * power).any(1)
+    floor = (1e-12 * power.mean(1, keepdim=True)).clamp_min(torch.finfo(torch.float64).tiny)
+    loading = torch.diag_embed(power.maximum(floor))
     while True:
-        factor, failed = torch.linalg.cholesky_ex(gram + (ridge * scale)[:, None, None] * eye)
+        factor, failed = torch.linalg.cholesky_ex(gram + ridge * loading)
         if not failed.any():
-            return torch.cholesky_solve(wanted[..., None], factor)[..., 0], singular
+            return torch.cholesky_solve(wanted, factor), singular
         ridge = max(10 * ridge, 1e-12)
 
 
@@ -186,55 +185,3 @@ def _check_labels(labels: Tensor | None, images: int, classes: int) -> None:
         raise InputError("labels: cmr_const and cmr_affine need one class label (int64) for each calibration image")
     if int(labels.max()) >= classes or int(labels.min()) < 0:
         raise InputError(f"labels: {int(labels.max())} is no class of a head with {classes} outputs")
-
-
-def measure_rows(model: nn.Module, layer: str, batches: Batches, seed: int = 0) -> RiskRows:
-    """Gradients and Gauss-Newton curvature at the input of one layer, position by position.
-
-    Positions count as independent (the diagonal approximation); where there are many, a seeded sample of each image is
-    taken, and `images` is scaled so that sums over rows estimate sums over all positions.
-
-    Args:
-        model: any classifier; left as found.
-        layer: a convolution or linear layer.
-        batches: (images, labels).
-        seed: of drawn labels and positions.
-
-    Raises:
-        InputError: no images.
-    """
-    found: dict[str, Tensor] = {}
-    generator = torch.Generator().manual_seed(seed)
-    module = model.get_submodule(layer)
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    batches = [(images, labels) for images, labels in batches]
-    total = sum(len(images) for images, _ in batches)
-    if not total:
-        raise InputError("batches: no batch of (images, labels) in it; give at least one")
-    sample, share = PositionSample(max(1, MOST_ROWS // total), seed), 1.0
-    handle = module.register_forward_pre_hook(lambda module, args: found.__setitem__("inputs", args[0]))
-    with removing([handle]), undisturbed(model, gradients=True):
-        for images, labels in batches:
-            logits = model(to_model(model, images).clone().requires_grad_())
-            inputs = found["inputs"]
-            positions = inputs.numel() // len(inputs) // inputs.shape[-1 if isinstance(module, nn.Linear) else 1]
-            chosen = sample.draw(len(inputs), positions)
-            share = 1.0 if chosen is None else chosen.shape[1] / positions
-            parts.append(_batch_rows(module, inputs, logits, label_parts(logits, labels, generator), chosen))
-    values, gradient, curvature = (torch.cat(column) for column in zip(*parts, strict=True))
-    return RiskRows(values, gradient, curvature, total * share, "gauss_newton")
-
-
-def _batch_rows(module: nn.Module, inputs: Tensor, logits: Tensor, parts: list, chosen: Tensor | None) -> tuple:
-    shape = output_rows(module, inputs.detach(), chosen).double()
-    gradient, curvature = torch.zeros_like(shape), torch.zeros_like(shape)
-    repeats = len(shape) // len(inputs)
-    for part in parts:
-        loss = F.cross_entropy(logits, part.values, reduction="sum")
-        (found,) = torch.autograd.grad(loss, inputs, retain_graph=True)
-        rows = output_rows(module, found, chosen).double()
-        if part.true:
-            gradient = rows
-        else:
-            curvature += part.weights.double().repeat_interleave(repeats)[:, None] * rows.square()
-    return shape.cpu(), gradient.cpu(), curvature.cpu()

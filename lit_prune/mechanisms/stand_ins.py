@@ -1,29 +1,19 @@
 """Constants and affine combinations of kept channels that stand in for removed ones, folded into their reader."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_prune.activations import position_view
 from lit_prune.errors import InputError
-from lit_prune.layers import removing, to_model, undisturbed
 from lit_prune.mechanisms.consumers import Reader
 from lit_prune.mechanisms.risk import solve_ridged
 from lit_prune.mechanisms.settings import Replacement
 from lit_prune.moments import LayerSums
 
 DEFAULT_REPLACEMENT = Replacement()
-
-
-@dataclass(frozen=True)
-class InputSums:
-    """What a layer reads: `sums` of its input channels over images and positions, `size` of the map it reads."""
-
-    sums: LayerSums
-    size: tuple[int, ...]
+PARENT_RULES = ("pearson", "weighted_pearson", "random")
 
 
 @dataclass(frozen=True)
@@ -44,34 +34,6 @@ class StandIn:
     singular: int = 0
 
 
-def collect_inputs(model: nn.Module, layers: Sequence[str], images: Sequence[Tensor]) -> dict[str, InputSums]:
-    """Sums of the input channels of `layers` over all images and positions (without padding), in one pass.
-
-    Args:
-        model: the network; left as found.
-        layers: names of convolutions and linear layers.
-        images: batches [B, C, H, W].
-    """
-    found: dict[str, InputSums] = {}
-
-    def observer(name: str):
-        def hook(module: nn.Module, inputs: tuple) -> None:
-            values = position_view(module, inputs[0].detach(), token=None)  # [B, P, C]
-            values = values.to(torch.promote_types(values.dtype, torch.float32))
-            if name not in found:
-                found[name] = InputSums(LayerSums.zeros(values.mean((0, 1))), tuple(inputs[0].shape[2:]))
-            shifted = values - found[name].sums.shift.to(values.dtype)
-            found[name].sums.add(shifted.flatten(0, 1), shifted.mean(1))
-
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(observer(name)) for name in layers]
-    with removing(handles), undisturbed(model):
-        for batch in images:
-            model(to_model(model, batch))
-    return found
-
-
 def constants(sums: LayerSums, reader: Reader) -> StandIn:
     """Each removed channel's mean: the constant that distorts an affine reader's output least.
 
@@ -89,7 +51,7 @@ def affine(sums: LayerSums, reader: Reader, parents: Tensor, ridge: float) -> St
         sums: of the layer's input channels.
         reader: which go and which stay.
         parents: places within `reader.kept`, int64 [removed, r], see `choose_parents`.
-        ridge: relative to the parents' mean variance, above 0.
+        ridge: relative to each parent's own variance, above 0.
 
     Source: causal mechanism reduction, affine case of theorem 1 with uniform curvature and no gradient.
     """
@@ -98,14 +60,12 @@ def affine(sums: LayerSums, reader: Reader, parents: Tensor, ridge: float) -> St
     inner, cross = covariance[kept][:, kept], covariance[kept][:, removed]  # [K, K], [K, R]
     if parents.shape[1] == len(kept):  # all of them: one system for all removed channels
         parents = torch.arange(len(kept)).expand(len(removed), -1)
-        scale = inner.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-        loaded = inner + ridge * scale * torch.eye(len(kept), dtype=inner.dtype)
-        coefficients = torch.linalg.solve(loaded, cross).T
-        singular = len(removed) * int(torch.linalg.cholesky_ex(inner).info > 0)
+        theta, flags = solve_ridged(inner[None], cross[None], ridge)
+        coefficients, singular = theta[0].T, len(removed) * int(flags)
     else:
         blocks = inner[parents[:, :, None], parents[:, None, :]]  # [R, r, r]
-        theta, flags = solve_ridged(blocks, cross.T.gather(1, parents), ridge)
-        coefficients = cross.new_zeros(len(removed), len(kept)).scatter_(1, parents, theta)
+        theta, flags = solve_ridged(blocks, cross.T.gather(1, parents)[..., None], ridge)
+        coefficients = cross.new_zeros(len(removed), len(kept)).scatter_(1, parents, theta[..., 0])
         singular = int(flags.sum())
     left = covariance.diagonal()[removed] - (coefficients * (2 * cross.T - coefficients @ inner)).sum(1)
     total = covariance.diagonal()[removed].sum()
@@ -140,22 +100,35 @@ def choose_parents(
             f"parents={settings.parents}: {int(sums.samples)} calibration samples are too few for layer "
             f"{reader.name!r}; use more images or fewer parents"
         )
-    if settings.parent_rule == "random":
-        generator = torch.Generator().manual_seed(settings.seed)
-        strength = torch.rand(len(removed), len(kept), generator=generator)
-    else:
-        strength = correlations(input_moments(sums)[1], removed, kept)
-        if settings.parent_rule == "weighted_pearson":
-            columns = F.normalize(weight.detach().double().cpu().movedim(1, 0).flatten(1), dim=1)  # [C, O·taps]
-            strength = strength * (columns[removed] @ columns[kept].T).abs()
-    return strength.topk(count, dim=1).indices.sort(1).values
+    strength = parent_strength(input_moments(sums)[1], weight, settings.parent_rule, settings.seed)
+    return strength[removed][:, kept].topk(count, dim=1).indices.sort(1).values
 
 
-def correlations(covariance: Tensor, some: list[int], others: list[int]) -> Tensor:
-    """|Pearson correlation| of each pair, [some, others]; 0 where a variance is 0."""
+def parent_strength(covariance: Tensor, weight: Tensor, rule: str, seed: int) -> Tensor:
+    """How fit channel k is to stand in for channel j, [C, C].
+
+    Args:
+        covariance: of a reader's input channels, float64 [C, C].
+        weight: of the reader, [O, C, *taps] (ungrouped where the rule looks at it).
+        rule: absolute `pearson` correlation; `weighted_pearson`, that times the absolute cosine of the outgoing
+            weights; or `random` numbers.
+        seed: of the random numbers.
+    """
+    if rule == "random":
+        generator = torch.Generator().manual_seed(seed)
+        return torch.rand(covariance.shape, generator=generator, dtype=torch.float64)
+    strength = correlations(covariance)
+    if rule == "weighted_pearson":
+        columns = F.normalize(weight.detach().double().cpu().movedim(1, 0).flatten(1), dim=1)  # [C, O·taps]
+        strength = strength * (columns @ columns.T).abs()
+    return strength
+
+
+def correlations(covariance: Tensor) -> Tensor:
+    """|Pearson correlation| of each pair, [C, C]; 0 where a variance is 0."""
     spread = covariance.diagonal().clamp_min(0).sqrt()
-    scale = torch.outer(spread[some], spread[others])
-    return torch.where(scale > 0, covariance[some][:, others].abs() / scale, 0)
+    scale = torch.outer(spread, spread)
+    return torch.where(scale > 0, covariance.abs() / scale, 0)
 
 
 @dataclass(frozen=True)

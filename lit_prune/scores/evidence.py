@@ -12,10 +12,12 @@ from lit_prune.errors import InputError
 from lit_prune.information import local_axis
 from lit_prune.layers import Batches, following_norms, peek, select_layers
 from lit_prune.measure import channel_table
+from lit_prune.mechanisms.curvature import CurvatureSums
+from lit_prune.mechanisms.risk_samples import RiskSamples
 from lit_prune.moments import ActivationSums
+from lit_prune.passes import Collector, run_pass
 from lit_prune.scores import independence, inputs
-from lit_prune.scores.passes import Collector, Pooled, Saliency, Sums, run_pass
-from lit_prune.scores.risk_samples import RiskSamples
+from lit_prune.scores.collectors import Pooled, Saliency, Sums
 from lit_prune.structure.groups import ChannelGraph, Group, trace_groups
 
 Couplings = dict[str, list[tuple[str, Tensor]]]
@@ -153,6 +155,7 @@ COLLECTORS: dict[str, Callable[[Evidence], Collector]] = {
     "saliency": lambda evidence: Saliency(evidence.model),
     "input_variances": lambda evidence: inputs.InputVariances(evidence.model, evidence.read_groups),
     "unit_covariances": lambda evidence: inputs.UnitCovariances(evidence.model, evidence.read_groups),
+    "curvatures": lambda evidence: CurvatureSums(evidence.model, evidence.readers, evidence.seed),
     "risk_rows": lambda evidence: RiskSamples(evidence.model, evidence.readers, evidence.seed),
     "independence": lambda evidence: independence.Independence(evidence.model),
 }

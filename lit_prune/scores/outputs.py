@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from lit_prune.information import local_axis
 from lit_prune.information.hulls import full_explanation, greedy_hulls
-from lit_prune.mechanisms.curvature import Curvature, measure_curvature
 from lit_prune.mechanisms.reconstruction import reconstruction_costs
 from lit_prune.moments import LayerSums
 from lit_prune.scores.evidence import Evidence
@@ -136,7 +135,7 @@ def cmr_const(evidence: Evidence) -> dict[str, Tensor]:
 
     Source: the causal mechanism reduction paper, equation 9.
     """
-    values = {name: found.scores() for name, found in _curvatures(evidence).items()}
+    values = {name: found.scores() for name, found in evidence.collected("curvatures").items()}
     return summed_over_readers(evidence, values)
 
 
@@ -145,12 +144,8 @@ def cmr_curvature(evidence: Evidence) -> dict[str, Tensor]:
 
     Source: the causal mechanism reduction paper, equation 9 under condition (i) of lemma 1; read as cwvar.
     """
-    values = {name: found.without_gradient().scores() for name, found in _curvatures(evidence).items()}
+    values = {name: found.without_gradient().scores() for name, found in evidence.collected("curvatures").items()}
     return summed_over_readers(evidence, values)
-
-
-def _curvatures(evidence: Evidence) -> dict[str, Curvature]:
-    return measure_curvature(evidence.model, evidence.readers, evidence.batches, evidence.seed)
 
 
 def summed_over_readers(evidence: Evidence, values: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -9,7 +9,9 @@ from lit_prune.errors import InputError
 from lit_prune.mechanisms import Replacement, replace_mechanisms
 from lit_prune.mechanisms.consumers import find_readers
 from lit_prune.mechanisms.flow import observe
-from lit_prune.mechanisms.stand_ins import affine, choose_parents, collect_inputs, constants
+from lit_prune.mechanisms.inputs import InputMoments
+from lit_prune.mechanisms.stand_ins import affine, choose_parents, constants
+from lit_prune.passes import collect
 from lit_prune.structure import Plan, apply_plan, load_compact, save_compact, trace_groups
 
 EXACT = {"rtol": 0, "atol": 1e-10}
@@ -67,7 +69,7 @@ def intervened(net: nn.Module, batches, parents):
     """The original network with hooks that put the stand-ins where each layer reads the removed channels."""
     net = copy.deepcopy(net)
     readers = [r for r in find_readers(net, PLAN, trace_groups(net, IMAGE), observe(net, IMAGE)).values() if r.removed]
-    sums = collect_inputs(net, [reader.name for reader in readers], [batch for batch, _ in batches])
+    sums = collect(net, batches, InputMoments(net, [reader.name for reader in readers]))
     for reader in readers:
         found = sums[reader.name].sums
         weight, settings = net.get_submodule(reader.name).weight, Replacement(parents=parents)

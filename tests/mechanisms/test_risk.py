@@ -6,10 +6,13 @@ from torch import nn
 from lit_prune.errors import InputError
 from lit_prune.mechanisms import Replacement, measure_curvature, replace_mechanisms
 from lit_prune.mechanisms.affine_score import affine_risks
+from lit_prune.mechanisms.curvature import CurvatureSums
 from lit_prune.mechanisms.flow import observe
-from lit_prune.mechanisms.hutchinson import hutchinson_curvature
+from lit_prune.mechanisms.hutchinson import HutchinsonSums
 from lit_prune.mechanisms.remainder import CROSS_ENTROPY, hessian_lipschitz, remainder_bound, spectral_norm
-from lit_prune.mechanisms.risk import RiskRows, SoftmaxHead, measure_rows, solve_ridged, weighted_affine
+from lit_prune.mechanisms.risk import RiskRows, SoftmaxHead, solve_ridged, weighted_affine
+from lit_prune.mechanisms.risk_samples import RiskSamples
+from lit_prune.passes import collect
 from lit_prune.scores import score
 from lit_prune.structure import Plan
 
@@ -51,7 +54,7 @@ def test_closed_form_curvature_of_a_head_is_what_backward_passes_give(net, batch
     closed, measured = softmax_head(net, batches).curvature(), measure_curvature(net, ["head"], batches)["head"]
     for name in ("gradient", "product", "hessian", "mixed", "power"):
         torch.testing.assert_close(getattr(closed, name), getattr(measured, name), **CLOSE)
-    rows, other = softmax_head(net, batches).rows(), measure_rows(net, "head", batches)
+    rows, other = softmax_head(net, batches).rows(), collect(net, batches, RiskSamples(net, ["head"]))["head"]
     for name in ("values", "gradient", "curvature"):
         torch.testing.assert_close(getattr(rows, name), getattr(other, name), **CLOSE)
     assert (rows.method, other.method) == ("exact", "gauss_newton")
@@ -71,7 +74,7 @@ def test_rows_of_a_head_are_the_second_derivatives_of_the_loss(net, batches):
 
 def test_hutchinson_approaches_gauss_newton_on_a_piecewise_linear_network(net, batches):
     exact = measure_curvature(net, ["body", "head"], batches)
-    estimated = hutchinson_curvature(net, ["body", "head"], batches, probes=400)
+    estimated = collect(net, batches, HutchinsonSums(net, ["body", "head"], probes=400))
     for name, found in estimated.items():
         for field in ("hessian", "mixed"):
             expected = getattr(exact[name], field).diagonal()
@@ -147,8 +150,17 @@ def test_curvature_without_gradients_is_weighted_least_squares_whose_constant_is
 
 
 def test_more_parents_never_raise_the_affine_score(rows):
-    risks = [affine_risks(rows, parents, ridge=1e-12) for parents in (1, 3, 7)]
+    risks = [affine_risks(rows, torch.ones(3, 8), parents, ridge=1e-12) for parents in (1, 3, 7)]
     assert (risks[1] <= risks[0] + 1e-12).all() and (risks[2] <= risks[1] + 1e-12).all()
+
+
+@pytest.mark.parametrize("rule", ["pearson", "weighted_pearson", "random"])
+def test_the_affine_score_does_not_change_where_the_reader_undoes_a_scale(rows, rule):
+    torch.manual_seed(0)
+    weight, scale = torch.randn(3, 8).double(), 10 ** torch.linspace(-2, 2, 8, dtype=torch.float64)
+    scaled = RiskRows(rows.values * scale, rows.gradient / scale, rows.curvature / scale**2, 200, "exact")
+    plain = affine_risks(rows, weight, 3, 0.1, rule)
+    torch.testing.assert_close(affine_risks(scaled, weight / scale, 3, 0.1, rule), plain, **CLOSE)
 
 
 def test_too_few_samples_and_singular_systems_are_told(rows):
@@ -159,7 +171,7 @@ def test_too_few_samples_and_singular_systems_are_told(rows):
     twins[:, 2] = twins[:, 1]
     fit = weighted_affine(RiskRows(twins, rows.gradient, rows.curvature, 200, "exact"), [0], torch.tensor([[1, 2]]), 0)
     assert fit.singular == 1 and fit.coefficients.isfinite().all()
-    _, singular = solve_ridged(torch.eye(2, dtype=torch.float64)[None], torch.ones(1, 2, dtype=torch.float64), 0)
+    _, singular = solve_ridged(torch.eye(2, dtype=torch.float64)[None], torch.ones(1, 2, 1, dtype=torch.float64), 0)
     assert not singular.any()
 
 
@@ -221,8 +233,8 @@ def test_constants_by_loss_are_folded_in_a_whole_network(net, batches, settings)
     plan = Plan(keep_channels={"body": (0, 2, 5, 6)}, sizes={"body": 7})
     reduced = replace_mechanisms(net, plan, batches, torch.zeros(1, 5).double(), "constant", settings=settings)
     estimated = settings.curvature == "hutchinson"
-    measure = hutchinson_curvature if estimated else measure_curvature
-    curvature = measure(net, ["head"], batches)["head"]
+    measure = HutchinsonSums if estimated else CurvatureSums
+    curvature = collect(net, batches, measure(net, ["head"]))["head"]
     curvature = curvature.without_gradient() if settings.objective == "curvature" else curvature
     joint = settings.objective == "joint_loss"
     constants = curvature.joint_constants([1, 3, 4]) if joint else curvature.constants()[[1, 3, 4]]

@@ -14,7 +14,7 @@ from lit_prune.scores import SCORES, Evidence, find_score, score
 from lit_prune.scores.independence import nuclear_drops
 from lit_prune.scores.planning import method_needs
 
-OWN_PASSES = {"cmr_const": 1, "cmr_curvature": 1, "reconstruction": 2}  # passes of `mechanisms`
+OWN_PASSES = {"reconstruction": 2}  # passes of `mechanisms`
 
 
 def batches(count=40):

@@ -45,7 +45,7 @@ def _cmr_curvature(evidence: HeadEvidence, seed: int) -> Tensor:
 
 
 def _cmr_affine(evidence: HeadEvidence, seed: int) -> Tensor:
-    return affine_risks(evidence.softmax.rows())
+    return affine_risks(evidence.softmax.rows(), evidence.head.weight)
 
 
 def _random(evidence: HeadEvidence, seed: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Collector of what the affine score of causal mechanism reduction reads: second-order risk, sample by sample."""
+"""Collector of what affine stand-ins are fitted to and scored by: second-order risk, sample by sample."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -7,46 +7,49 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_prune.layers import removing
 from lit_prune.mechanisms.curvature import Labels, label_parts
 from lit_prune.mechanisms.patches import PositionSample, output_rows
 from lit_prune.mechanisms.risk import RiskRows
-
-MOST_ROWS = 4096
-PER_IMAGE = 8
+from lit_prune.passes import keeping_inputs
 
 
 class RiskSamples:
-    """Values, gradients and Gauss-Newton curvature of the loss at the input of every layer that reads a group.
+    """Values, gradients and Gauss-Newton curvature of the loss at the input of every layer that is named.
 
-    Up to ten classes every label counts with its softmax probability, above one is drawn for an image. Images beyond
-    the first `MOST_ROWS` samples of a layer are not differentiated.
+    Up to ten classes every label counts with its softmax probability, above one is drawn for an image. Positions count
+    as independent (the diagonal approximation); where there are many, a seeded sample of each image is taken, and
+    `RiskRows.images` is scaled so that sums over rows estimate sums over all positions.
+
+    Args:
+        model: any classifier.
+        layers: names of convolutions and linear layers.
+        seed: of drawn labels and positions.
+        per_image: most positions of an image.
+        most_rows: images beyond these many samples of a layer are not differentiated.
     """
 
     gradients = True
 
-    def __init__(self, model: nn.Module, readers: Sequence[str], seed: int) -> None:
-        self.modules = {name: model.get_submodule(name) for name in readers}
-        self.inputs: dict[str, Tensor] = {}
+    def __init__(
+        self, model: nn.Module, layers: Sequence[str], seed: int = 0, per_image: int = 8, most_rows: int = 4096
+    ) -> None:
+        self.model, self.most_rows = model, most_rows
+        self.modules = {name: model.get_submodule(name) for name in layers}
         self.parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
         self.images: dict[str, float] = {}
         self.generator = torch.Generator().manual_seed(seed)
-        self.sample = PositionSample(PER_IMAGE, seed)
+        self.sample = PositionSample(per_image, seed)
 
     @contextmanager
     def watch(self) -> Iterator[None]:
         """See `passes.Collector`."""
-
-        def keeper(name: str):
-            return lambda module, args: self.inputs.__setitem__(name, args[0])
-
-        with removing([module.register_forward_pre_hook(keeper(name)) for name, module in self.modules.items()]):
+        with keeping_inputs(self.model, self.modules) as self.inputs:
             yield
-        self.inputs.clear()
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
         """See `passes.Collector`."""
-        wanted = {n: v for n, v in self.inputs.items() if sum(len(p[0]) for p in self.parts.get(n, [])) < MOST_ROWS}
+        taken = {name: sum(len(part[0]) for part in parts) for name, parts in self.parts.items()}
+        wanted = {name: v for name, v in self.inputs.items() if taken.get(name, 0) < self.most_rows}
         if not wanted:
             return
         chosen = {name: self._draw(name, inputs) for name, inputs in wanted.items()}

@@ -1,12 +1,7 @@
-"""One pass over the calibration batches for everything that is to be seen in it.
+"""What a pass can collect for scores: sums of all layers, saliencies, pooled outputs."""
 
-A collector watches a network while it runs. Collectors that need gradients and those that do not share a pass, so any
-set of scores costs one pass: with a backward pass where a score needs it, forward alone where none does.
-"""
-
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, Protocol
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -14,58 +9,11 @@ from torch import Tensor, nn
 from lit_prune.activations import Recording, position_view, record
 from lit_prune.errors import InputError
 from lit_prune.information import target_axis
-from lit_prune.layers import Batches, removing, select_layers, to_model, undisturbed
+from lit_prune.layers import removing, select_layers
 from lit_prune.moments import ActivationSums
 from lit_prune.protocol import DEFAULT_PROTOCOL
 
 POOLED_IMAGES = 5000
-
-
-class Collector(Protocol):
-    """What `run_pass` carries along: made for a model, then watching it, then asked for its result.
-
-    Attributes:
-        gradients: whether it differentiates the logits.
-    """
-
-    gradients: bool
-
-    def watch(self) -> AbstractContextManager:
-        """Hooks on the network, gone on exit."""
-        ...
-
-    def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Takes in the batch that has just run; it may differentiate the logits, the graph is kept."""
-        ...
-
-    def result(self) -> Any:
-        """What was collected."""
-        ...
-
-
-def run_pass(model: nn.Module, batches: Batches, collectors: Sequence[Collector]) -> None:
-    """Runs the model over the batches in evaluation mode with all collectors watching.
-
-    Raises:
-        InputError: no batch.
-    """
-    gradients = any(collector.gradients for collector in collectors)
-    seen = False
-    with ExitStack() as stack:
-        for collector in collectors:
-            stack.enter_context(collector.watch())
-        stack.enter_context(undisturbed(model, gradients))
-        for images, labels in batches:
-            images = to_model(model, images)
-            if gradients:
-                images = images.clone().requires_grad_()  # frozen networks have a gradient too
-            logits = model(images)
-            for collector in collectors:
-                collector.add(logits, labels)
-            del logits  # its graph would stay through the next forward pass
-            seen = True
-    if not seen:
-        raise InputError("batches: no batch of (images, labels) in it; give at least one")
 
 
 class Sums:
