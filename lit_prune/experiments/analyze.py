@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import nn
 from lit_prune.analysis import controls, damage, invariance, samples, structure
 from lit_prune.analysis.evidence import Analysis
 from lit_prune.analysis.request import AnalyzeRequest
+from lit_prune.experiments.kept_tables import KeptTables, signature
 from lit_prune.files import write_parquet
 from lit_prune.information.summaries import collapse
 from lit_prune.layers import Batches
@@ -136,39 +136,27 @@ class Store:
     """
 
     def __init__(self, folder: Path | None, identity: str, request: AnalyzeRequest) -> None:
-        self._folder, self._identity, self._request = folder, identity, request
-        self._known: dict[str, Frames] = {}
+        self._folder, self._identity, self._settings = folder, identity, request.to_dict()
+        self._kept = KeptTables(None if folder is None else folder / "analysis")
 
     def signature(self, name: str) -> str:
         """Hash of all that an extra's result depends on."""
-        settings = self._request.to_dict()
-        chosen = {key: settings[key] for key in (*COMMON, *PARTS[name].settings)}
-        text = json.dumps([self._identity, name, chosen], sort_keys=True)
-        if name == "damage" and self._folder is not None and (self._folder / "lesions.parquet").exists():
-            text += hashlib.sha256((self._folder / "lesions.parquet").read_bytes()).hexdigest()
-        return hashlib.sha256(text.encode()).hexdigest()
-
-    def _files(self, name: str) -> dict[str, Path]:
-        return {output: self._folder / "analysis" / f"{name}.{output}.parquet" for output in PARTS[name].outputs}
+        chosen = {key: self._settings[key] for key in (*COMMON, *PARTS[name].settings)}
+        lesions = None if self._folder is None else self._folder / "lesions.parquet"
+        if name == "damage" and lesions is not None and lesions.exists():
+            chosen["lesions"] = hashlib.sha256(lesions.read_bytes()).hexdigest()
+        return signature(self._identity, name, chosen)
 
     def read(self, name: str) -> Frames | None:
         """An extra's tables, or None if they are not there for these settings."""
-        if name not in self._known and self._folder is not None:
-            files = self._files(name)
-            if all(file.is_file() for file in files.values()):
-                frames = {output: pd.read_parquet(file) for output, file in files.items()}
-                if all(frame.attrs.get("signature") == self.signature(name) for frame in frames.values()):
-                    self._known[name] = frames
-        return self._known.get(name)
+        signed = self.signature(name)
+        frames = {output: self._kept.read(f"{name}.{output}", signed) for output in PARTS[name].outputs}
+        return None if any(frame is None for frame in frames.values()) else frames
 
     def write(self, name: str, frames: Frames) -> None:
-        """Keeps an extra's tables, each file whole or not at all."""
-        self._known[name] = frames
-        if self._folder is not None:
-            for output, file in self._files(name).items():
-                frame = frames[output].copy()
-                frame.attrs["signature"] = self.signature(name)
-                write_parquet(file, frame)
+        """Keeps an extra's tables."""
+        for output in PARTS[name].outputs:
+            self._kept.write(f"{name}.{output}", self.signature(name), frames[output])
 
     def names(self) -> list[str]:
         """Extras that are there for these settings."""
@@ -188,8 +176,6 @@ class Store:
                     tables[output] = tables[output].merge(frames[output], on=keys, how="left", sort=False)
             if "table" in frames:
                 tables[name] = frames["table"]
-        for table in tables.values():
-            table.attrs.clear()
         return tables
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from torch import nn
 from lit_prune.analysis.lesions import lesion_tables
 from lit_prune.errors import InputError
 from lit_prune.evaluation import Evaluation, evaluate
+from lit_prune.experiments.kept_tables import KeptTables, signature
 from lit_prune.files import write_parquet
 from lit_prune.interventions import LayerLesions, LesionRequest, lesion_layer
 from lit_prune.layers import CHANNEL_LAYERS, Batches, peek, removing, select_layers, to_model, undisturbed
@@ -65,8 +64,10 @@ def lesion(
         InputError: no such layer, too few calibration images, and what `measure` raises.
     """
     places = choose_layers(model, images.calibration, request)
-    store = Parts(None if run_dir is None else Path(run_dir), fingerprint(model, record or {}), request)
-    missing = [layer for layer in places.index if store.read(layer) is None]
+    kept = KeptTables(None if run_dir is None else Path(run_dir) / "lesions" / "parts")
+    settings = request.to_dict()
+    signed = signature(fingerprint(model, record or {}), {name: settings[name] for name in SETTINGS})
+    missing = [layer for layer in places.index if kept.read(layer, signed) is None]
     whole = evaluate_as_run(model, watch(images.evaluation, "whole network"))
     if missing:
         batches = watch(images.calibration, "calibration")
@@ -75,11 +76,11 @@ def lesion(
         for layer in watch(missing, "layers"):
             rows = metrics[metrics["layer"] == layer].reset_index(drop=True)
             part = LayerLesions(model, rows, sums.layers[layer].to("cpu"), images.evaluation, whole.loss)
-            store.write(layer, lesion_layer(part, request, watch))
-    parts = [store.read(layer).assign(**places.loc[layer]) for layer in places.index]
+            found = lesion_layer(part, request, watch)
+            kept.write(layer, signed, found.drop(columns="depth"))  # among the measured layers, which differ by call
+    parts = [kept.read(layer, signed).assign(**places.loc[layer]) for layer in places.index]
     table = pd.concat(parts, ignore_index=True)
     table = table[[*KEY_COLUMNS, *(column for column in table if column not in KEY_COLUMNS)]]
-    table.attrs.clear()
     if run_dir is not None:
         write_parquet(Path(run_dir) / "lesions.parquet", table)
     return table, whole
@@ -122,41 +123,6 @@ def forward_order(model: nn.Module, batches: Batches) -> list[str]:
     with undisturbed(model), removing(hooks):
         model(image)
     return list(order)
-
-
-class Parts:
-    """Rows of the layers that are done, in memory and in a run folder.
-
-    Args:
-        folder: the run folder, or None.
-        identity: what network and data they are of.
-        request: the settings.
-    """
-
-    def __init__(self, folder: Path | None, identity: str, request: LesionRequest) -> None:
-        settings = request.to_dict()
-        text = json.dumps([identity, {name: settings[name] for name in SETTINGS}], sort_keys=True)
-        self._signature = hashlib.sha256(text.encode()).hexdigest()
-        self._folder = None if folder is None else folder / "lesions" / "parts"
-        self._known: dict[str, pd.DataFrame] = {}
-
-    def _file(self, layer: str) -> Path:
-        return self._folder / f"{layer}.parquet"
-
-    def read(self, layer: str) -> pd.DataFrame | None:
-        """A layer's rows, or None if they are not there for these settings."""
-        if layer not in self._known and self._folder is not None and self._file(layer).is_file():
-            rows = pd.read_parquet(self._file(layer))
-            if rows.attrs.get("signature") == self._signature:
-                self._known[layer] = rows
-        return self._known.get(layer)
-
-    def write(self, layer: str, rows: pd.DataFrame) -> None:
-        """Keeps a layer's rows, the file whole or not at all."""
-        self._known[layer] = rows.drop(columns="depth")  # a place among the measured layers, which differ between calls
-        self._known[layer].attrs["signature"] = self._signature
-        if self._folder is not None:
-            write_parquet(self._file(layer), self._known[layer])
 
 
 def write_tables(folder: Path, lesions: pd.DataFrame, seed: int) -> Frames:

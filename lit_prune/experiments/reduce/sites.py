@@ -269,7 +269,8 @@ def find_site(model: nn.Module, layer: str | None, example: Tensor) -> Site:
     if layer is None:
         raise InputError("request.layer: the network does not end in a linear layer; name a group of channels")
     if is_attention(modules.get(layer)):
-        return AttentionSite(model, find_attention(model, layer) and layer)
+        find_attention(model, layer)  # refuses one whose heads cannot be taken apart
+        return AttentionSite(model, layer)
     graph = trace_groups(model, example)
     if layer == last:
         feeding = [group for group in graph.prunable if group.consumers == (last,) and _reads_alone(model, group, last)]
