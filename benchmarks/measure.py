@@ -5,7 +5,8 @@
 Median of 5 after one to warm up, random weights, random images. `forward` is evaluation mode without gradients;
 `measure` is `lit_prune.measure` whole: forward, sums, and the table made from them, with all scalar columns. The table
 and what leads to it cost the same whatever the number of images, so the ratio falls as that grows: `--images 5000` is
-what an analysis takes, the default is what a benchmark can wait for. `unfolded` is what the definition says literally:
+what an analysis takes, the default is what a benchmark can wait for. `analyze` is the whole verb with the extras
+that look at the structure of a layer. `unfolded` is what the definition says literally:
 Σ_X from unfolded patches, then w·Σ_X·w. `excess` is the target axis of one layer from its correlations.
 """
 
@@ -20,7 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lit_prune import measure
+from lit_prune.analysis.request import AnalyzeRequest
 from lit_prune.backbones import build_backbone
+from lit_prune.experiments.analyze import analyze
 from lit_prune.information.target_axis import find_partners, target_excess
 from lit_prune.layers import removing
 from lit_prune.protocol import DEFAULT_PROTOCOL, Protocol
@@ -50,10 +53,11 @@ class Case:
 
 
 CASES = {
+    "resnet20": Case("cifar_resnet20", {}),
     "resnet18": Case("resnet18", images=256),
-    "vgg16": Case("vgg16_bn"),
+    "vgg16": Case("vgg16_bn", images=2048),
     "mobilenetv2": Case("mobilenet_v2", images=1024, positions=("all", 16)),
-    "resnet50": Case("resnet50", {}, 224, 16, 48),
+    "resnet50": Case("resnet50", {}, 224, 16, 160),
 }
 
 
@@ -134,7 +138,18 @@ def excess(_: int | None) -> list[Row]:
     return [Row(f"target excess, all of {CHANNELS} channels", middle, half_range(taken), "ms")]
 
 
-OTHERS = {"unfolded": unfolding, "excess": excess}
+def analyzed(images: int | None) -> list[Row]:
+    """Row of graphs, hulls, triplets and groupings of ResNet-18 on top of the channel table, in one turn."""
+    model, batches = prepared(CASES["resnet18"], images or CASES["resnet18"].images)
+    request = AnalyzeRequest(extras=("graphs", "hulls", "triplets", "groupings"))
+    works = {"analyze": lambda: analyze(model, batches, request), "measure": lambda: measure(model, batches)}
+    taken = in_turns(works, repeats=1, warmup=0)
+    beyond = taken["analyze"][0] - taken["measure"][0]
+    detail = f"{taken['analyze'][0]:.4g} s, measure {taken['measure'][0]:.4g} s"
+    return [Row(f"resnet18, {len(batches) * len(batches[0][0])}×32×32: analyze - measure", beyond, 0, "s", detail)]
+
+
+OTHERS = {"unfolded": unfolding, "excess": excess, "analyze": analyzed}
 
 
 def rows(names: list[str], images: int | None = None, threads: int = 1) -> list[Row]:

@@ -1,7 +1,6 @@
 """Removes structure in stages during `fit`: plan, surgery, recalibration, distillation, record, compact model."""
 
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,23 +13,16 @@ from rich.table import Table
 from torch import Tensor
 
 from callbacks.rewire import check_supported, rewired
-from lit_prune.backbones import find_head
 from lit_prune.errors import InputError
 from lit_prune.evaluation import Evaluation, evaluate
 from lit_prune.modules import LitClassifier, Recipe
 from lit_prune.networks import Network
-from lit_prune.repair import Distillation, Repair, recalibrate_batchnorm
+from lit_prune.repair import Repair, Teaching, recalibrate_batchnorm
 from lit_prune.report import result_table
 from lit_prune.run_record import write_compact, write_stages
 from lit_prune.stage_record import complete_record, describe_record, open_record, plain
 from lit_prune.stages import DenseCost, PruningStage, cut, plan_stage
-from lit_prune.structure import (
-    Plan,
-    cost,
-    kept_columns,
-    load_compact,
-    transfer_tensors,
-)
+from lit_prune.structure import Plan, cost, transfer_tensors
 
 
 class StagedPruning(Callback):
@@ -76,13 +68,12 @@ class StagedPruning(Callback):
         self.stages = tuple(stages)
         self.repair = repair
         self.optimizer, self.scheduler = optimizer, scheduler
-        self.teacher_folder = teacher
+        self._teaching = Teaching(repair, None if teacher is None else Path(teacher))
         self.probe_limit = probe_limit
         self.recalibration_batches = recalibration_batches
         self.tolerance = tolerance
         self.dense: dict[str, Any] = {}
         self.records: list[dict[str, Any]] = []
-        self._distillation: Distillation | None = None
         self._epoch_began = 0.0
 
     def state_dict(self) -> dict[str, Any]:
@@ -138,7 +129,7 @@ class StagedPruning(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LitClassifier) -> None:
         """In a resumed run whose network is already cut: takes up distillation where it was."""
         if pl_module.plans:
-            self._attach_teacher(trainer, pl_module)
+            self._teach(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LitClassifier) -> None:
         """Refuses a resumed run that is already past a stage which was never done; a failed frontier stays stopped.
@@ -179,7 +170,7 @@ class StagedPruning(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LitClassifier) -> None:
         """Hands over the compact model, unless the run was cut short."""
-        self._detach_teacher(pl_module)
+        self._teaching.end(pl_module)
         ended = self.failed or trainer.current_epoch >= trainer.max_epochs
         if ended and self.records and trainer.is_global_zero:
             Console().print(self._hand_over(Path(trainer.default_root_dir), trainer, pl_module))
@@ -223,7 +214,7 @@ class StagedPruning(Callback):
         clock = time.perf_counter()
         plan = self._shared_plan(stage, trainer, module)
         record["seconds"]["plan"] = time.perf_counter() - clock
-        self._detach_teacher(module)
+        self._teaching.end(module)
         old, example = module.backbone, module.example_input
         carry = (lambda tensors: _slice(tensors, old, plan, example)) if self.optimizer is None else None
         with rewired(trainer, carry):
@@ -238,7 +229,7 @@ class StagedPruning(Callback):
             self._recalibrate(trainer, module.backbone)
             record["seconds"]["recalibration"] = time.perf_counter() - clock
             record["accuracy"]["after_recalibration"] = self._evaluate(trainer, module).accuracy
-        self._attach_teacher(trainer, module)
+        self._teach(trainer, module)
         complete_record(record, plan, cost(module.backbone, module.example_input))
         self.records.append(record)
         if trainer.is_global_zero:
@@ -260,19 +251,19 @@ class StagedPruning(Callback):
             "params": counted.params,
             "plans": len(module.plans),
         }
-        if self.teacher_folder is None and trainer.is_global_zero:
-            Network.of(module).save(Path(trainer.default_root_dir) / "teacher")
+        if self._teaching.is_own and trainer.is_global_zero:
+            Network.of(module).save(self._teaching.folder(trainer.default_root_dir))
         trainer.strategy.barrier("teacher")
+
+    def _teach(self, trainer: Trainer, module: LitClassifier) -> None:
+        self._teaching.begin(trainer.default_root_dir, module, since=self.dense["plans"])
 
     def _shared_plan(self, stage: PruningStage, trainer: Trainer, module: LitClassifier) -> Plan:
         """Plan made on rank 0, the same on every rank; an error of rank 0 is raised everywhere."""
         message: dict[str, Any] | None = None
         if trainer.is_global_zero:
             try:
-                with_latency = stage.budget == "latency"
-                dense = DenseCost(self.dense["macs"], self.dense["params"])
-                if with_latency:
-                    dense = DenseCost.of(self._teacher(trainer, module), module.example_input, with_latency=True)
+                dense = self._dense_cost(stage, trainer, module)
                 batches = trainer.datamodule.calibration_dataloader()
                 plan = plan_stage(module.backbone, stage, batches, module.example_input, dense, self.probe_limit)
                 message = {"plan": plan.to_dict()}
@@ -282,6 +273,13 @@ class StagedPruning(Callback):
         if "error" in message:
             raise InputError(message["error"])
         return Plan.from_dict(message["plan"])
+
+    def _dense_cost(self, stage: PruningStage, trainer: Trainer, module: LitClassifier) -> DenseCost:
+        """What budgets are shares of."""
+        if stage.budget != "latency":
+            return DenseCost(self.dense["macs"], self.dense["params"])
+        teacher = self._teaching.network(trainer.default_root_dir, module)
+        return DenseCost.of(teacher, module.example_input, with_latency=True)
 
     def _evaluate(self, trainer: Trainer, module: LitClassifier) -> Evaluation:
         """Accuracy on the validation split, sums reduced over ranks."""
@@ -295,34 +293,6 @@ class StagedPruning(Callback):
         if self.recalibration_batches:
             loader = trainer.datamodule.recalibration_dataloader()
             recalibrate_batchnorm(backbone, loader, self.recalibration_batches)
-
-    def _teacher(self, trainer: Trainer, module: LitClassifier) -> torch.nn.Module:
-        folder = Path(self.teacher_folder or Path(trainer.default_root_dir) / "teacher")
-        if not folder.is_dir():
-            raise InputError(f"teacher missing: {folder} is no folder; it is written before the first stage of a run")
-        return load_compact(folder).to(module.device, memory_format=module.memory_format)
-
-    def _attach_teacher(self, trainer: Trainer, module: LitClassifier) -> None:
-        """Puts the distillation term into the module's loss."""
-        if self.repair.alpha == self.repair.beta == 0:
-            return
-        teacher = self._teacher(trainer, module)
-        head = find_head(teacher)
-        columns: Sequence[int] | None = None
-        if self.teacher_folder is None:
-            plans = module.plans[self.dense["plans"] :]
-            columns = kept_columns(teacher, plans, head, module.example_input)
-        width = module.backbone.get_submodule(head).in_features
-        if self.repair.beta and len(columns or range(teacher.get_submodule(head).in_features)) != width:
-            raise InputError(f"teacher {self.teacher_folder} has other features than the student; set repair beta to 0")
-        self._distillation = Distillation(self.repair, module.backbone, teacher, head, columns)
-        module.loss_terms["distillation"] = self._distillation
-
-    def _detach_teacher(self, module: LitClassifier) -> None:
-        if self._distillation is not None:
-            self._distillation.remove()
-            self._distillation = None
-        module.loss_terms.pop("distillation", None)
 
     def _protocol(self, stage: PruningStage, max_epochs: int) -> dict[str, Any]:
         """How the stage was carried out, for its record."""

@@ -16,8 +16,9 @@ from lit_prune.layers import Batches
 class Trace(Callback, ABC):
     """Traces the network at initialisation and after every k-th training epoch, and says what that cost.
 
-    Hooks: `on_train_start` (initialisation, skipped on resume) and `on_train_epoch_end`; `on_train_epoch_start` and
-    `on_train_batch_end` keep the time that training takes. Nothing is kept in the callback's state.
+    Hooks: `on_train_start` (initialisation, skipped on resume) and `on_train_epoch_end`; `on_train_epoch_start`,
+    `on_train_batch_start` and `on_train_batch_end` keep the time that training takes. Nothing is kept in the
+    callback's state.
 
     Args:
         every_n_epochs: trace after epochs n-1, 2n-1, ... (counted from 0).
@@ -43,7 +44,8 @@ class Trace(Callback, ABC):
         self.layers = layers
         self.target = target
         self.limit = limit
-        self._began = self._trained = time.perf_counter()
+        self._began: float | None = None
+        self._trained = 0.0
 
     @abstractmethod
     def trace(self, trainer: Trainer, backbone: nn.Module, epoch: int) -> str:
@@ -66,8 +68,13 @@ class Trace(Callback, ABC):
             self._timed(trainer, pl_module, epoch=0)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stops the clock until the first batch: a stage at the epoch's start is not training."""
+        self._began = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         """Starts the clock of the epoch."""
-        self._began = self._trained = time.perf_counter()
+        if self._began is None:
+            self._began = self._trained = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
@@ -86,7 +93,7 @@ class Trace(Callback, ABC):
         start = time.perf_counter()
         said = self.trace(trainer, backbone_of(self, pl_module), epoch)
         seconds = time.perf_counter() - start
-        training = self._trained - self._began
+        training = 0.0 if self._began is None else self._trained - self._began
         share = f", {seconds / training:.0%} of the epoch's training" if epoch and training > 0 else ""
         if trainer.is_global_zero:
             for logger in trainer.loggers:

@@ -2,15 +2,14 @@
 
 import copy
 import os
-import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser, auto_cli
+from jsonargparse import auto_cli
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -30,11 +29,11 @@ from lit_prune.export import ExportError, export_compact
 from lit_prune.files import alone, write_text
 from lit_prune.modules import LitClassifier
 from lit_prune.modules.execution import check_precision
+from lit_prune.parsing import FolderParser, OneLineParser, causes, changed_keys, one_line
 from lit_prune.report import result_table, write_report
 from lit_prune.run_record import write_run
 from lit_prune.trainer import Trainer, last_checkpoint
 
-MACHINE_KEYS = ("accelerator", "devices", "num_nodes", "strategy", "enable_progress_bar", "enable_model_summary")
 TRAINING_VERBS = ("fit", "compress")
 VERBS = ("analyze", "compress", "lesion", "reduce", "sweep")
 
@@ -109,38 +108,6 @@ def fit_parts(args: list[str]) -> tuple[LitClassifier, ImageData, dict[str, Any]
 
 
 FOLDER_VERBS: dict[str, Callable[..., None]] = {"export": export, "report": report}
-
-
-class OneLineParser(LightningArgumentParser):
-    """Parser whose errors are one line."""
-
-    def error(self, message: str, ex: BaseException | None = None) -> NoReturn:
-        """Raises the cause of a parse error as an InputError of one line.
-
-        Raises:
-            InputError: always.
-        """
-        chain = list(causes(ex))
-        given = next((cause for cause in chain if isinstance(cause, InputError)), None)
-        key = re.match(r'Parser key "([^"]+)"', message)
-        if given is not None:
-            raise given
-        if key and chain:
-            raise InputError(f"--{key[1]}: {one_line(str(chain[-1]))}")
-        raise InputError(one_line(message))
-
-
-def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception and what it was raised from, outermost first."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def one_line(message: str, longest: int = 400) -> str:
-    """A message of several lines as one, cut where it is longer than anybody reads."""
-    line = " ".join(str(message).split())
-    return line if len(line) <= longest else f"{line[:longest]} ..."
 
 
 class PruneCLI(LightningCLI):
@@ -290,21 +257,6 @@ class PruneCLI(LightningCLI):
         )
 
 
-def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Dotted names of settings that differ, other than those that only say where the run happens."""
-    changed = []
-    for key in {**old, **new}:
-        name = f"{prefix}{key}"
-        if prefix == "trainer." and key in MACHINE_KEYS or name in ("run_dir", "ckpt_path", "trainer.default_root_dir"):
-            continue
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            changed += changed_keys(before, after, f"{name}.")
-        elif before != after:
-            changed.append(name)
-    return changed
-
-
 def run(args: Sequence[str]) -> Any:
     """Carries out one command line; see `main`."""
     verb = args[0] if args else ""
@@ -350,12 +302,6 @@ class ParsedCLI(PruneCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Runs nothing."""
-
-
-class FolderParser(ArgumentParser):
-    """Parser of the verbs that read a run folder; errors as in `OneLineParser`."""
-
-    error = OneLineParser.error
 
 
 DESCRIPTION = (

@@ -2,5 +2,6 @@
 
 from lit_prune.repair.batchnorm import recalibrate_batchnorm
 from lit_prune.repair.distillation import Distillation, Repair
+from lit_prune.repair.teaching import Teaching
 
-__all__ = ["Distillation", "Repair", "recalibrate_batchnorm"]
+__all__ = ["Distillation", "Repair", "Teaching", "recalibrate_batchnorm"]

@@ -1,0 +1,70 @@
+"""Takes channels out of single layers, by Torch-Pruning's layer functions."""
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lit_prune.structure import axes
+from lit_prune.structure.axes import PaddedShortcut
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import torch_pruning as tp
+
+
+class ShortcutPruner(tp.pruner.function.BasePruningFunc):
+    """Tells Torch-Pruning that the two sides of a `PaddedShortcut` lose channels independently."""
+
+    def prune_out_channels(self, layer: PaddedShortcut, idxs: Sequence[int]) -> nn.Module:
+        """Cuts its output side."""
+        layer.prune_out(idxs)
+        return layer
+
+    def prune_in_channels(self, layer: PaddedShortcut, idxs: Sequence[int]) -> nn.Module:
+        """Cuts its input side."""
+        layer.prune_in(idxs)
+        return layer
+
+    def get_out_channels(self, layer: PaddedShortcut) -> int:
+        """Width of its output."""
+        return layer.out_channels
+
+    def get_in_channels(self, layer: PaddedShortcut) -> int:
+        """Width of its input."""
+        return layer.in_channels
+
+
+_CUTTERS = (
+    (axes.is_depthwise, tp.pruner.function.DepthwiseConvPruner()),
+    (lambda module: isinstance(module, axes.CONVOLUTIONS), tp.pruner.function.ConvPruner()),
+    (lambda module: isinstance(module, nn.Linear), tp.pruner.function.LinearPruner()),
+    (lambda module: isinstance(module, axes.BATCH_NORMS), tp.pruner.function.BatchnormPruner()),
+    (lambda module: isinstance(module, axes.INSTANCE_NORMS), tp.pruner.function.InstanceNormPruner()),
+    (lambda module: isinstance(module, nn.PReLU), tp.pruner.function.PReLUPruner()),
+    (lambda module: isinstance(module, PaddedShortcut), ShortcutPruner()),
+)
+
+
+def cut_layer(model: nn.Module, name: str, axis: str, positions: list[int]) -> None:
+    """Removes positions from one axis of one layer or bare parameter; flags and memory format stay."""
+    target = axes.find(model, name)
+    holder = model.get_submodule(name.rpartition(".")[0]) if isinstance(target, nn.Parameter) else target
+    before = dict(holder.named_parameters(recurse=False))
+    if holder is target:
+        cutter = next(cutter for fits, cutter in _CUTTERS if fits(target))
+        (cutter.prune_out_channels if axis == "out" else cutter.prune_in_channels)(target, positions)
+    else:
+        dim = max(range(target.dim()), key=lambda d: target.shape[d])
+        pruner = tp.pruner.function.ParameterPruner(pruning_dim=dim)
+        setattr(holder, name.rpartition(".")[2], pruner.prune_out_channels(target, positions))
+    for key, parameter in holder.named_parameters(recurse=False):
+        parameter.requires_grad_(before[key].requires_grad)
+        if _is_channels_last(before[key]):
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return last and not tensor.is_contiguous()
