@@ -53,7 +53,7 @@ class Case:
 
 
 CASES = {
-    "resnet20": Case("cifar_resnet20", {}),
+    "resnet20": Case("cifar_resnet20", {}, images=2048),
     "resnet18": Case("resnet18", images=256),
     "vgg16": Case("vgg16_bn", images=2048),
     "mobilenetv2": Case("mobilenet_v2", images=1024, positions=("all", 16)),

@@ -1,6 +1,7 @@
 """The command line: `lit-prune VERB -c configs/... [--key value ...]`, the same as `python train.py VERB ...`."""
 
 import copy
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -311,6 +312,11 @@ DESCRIPTION = (
 )
 
 
+def is_about_the_run(record: logging.LogRecord) -> bool:
+    """Whether a line of Lightning's log is, and no advertisement."""
+    return "Tip: For seamless cloud" not in record.getMessage()
+
+
 def main(args: Sequence[str] | None = None) -> Any:
     """Runs one command; bad input is one line on stderr and exit code 2.
 
@@ -320,6 +326,7 @@ def main(args: Sequence[str] | None = None) -> Any:
     Returns:
         The command's CLI object (None for the verbs that only read a folder).
     """
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(is_about_the_run)
     try:
         return run(sys.argv[1:] if args is None else args)
     except Exception as error:
