@@ -27,7 +27,7 @@ from lit_prune.experiments.reduce.request import ReduceRequest
 from lit_prune.experiments.reduce.run import Setup, reduce_run
 from lit_prune.experiments.suite import Suite, device_slots, preview, run_suite
 from lit_prune.export import ExportError, export_compact
-from lit_prune.files import alone, write_text
+from lit_prune.files import LOCK, alone, write_text
 from lit_prune.modules import LitClassifier
 from lit_prune.modules.execution import check_precision
 from lit_prune.parsing import FolderParser, OneLineParser, causes, changed_keys, one_line
@@ -36,6 +36,7 @@ from lit_prune.run_record import write_run
 from lit_prune.trainer import Trainer, last_checkpoint
 
 TRAINING_VERBS = ("fit", "compress")
+WRITTEN_BEFORE = ("config.yaml", "run.json", LOCK)
 VERBS = ("analyze", "compress", "lesion", "reduce", "sweep")
 
 
@@ -213,7 +214,7 @@ class PruneCLI(LightningCLI):
         if settings["trainer"].get("fast_dev_run"):
             return
         written = self.run_dir / "config.yaml"
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0 and written.exists():
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0 and written.exists() and self._has_begun():
             changed = self.changed_since(yaml.safe_load(written.read_text()))
             if changed:
                 raise InputError(
@@ -226,6 +227,10 @@ class PruneCLI(LightningCLI):
         if self.subcommand == "fit":
             settings["weights_only"] = True  # a checkpoint holds plain values and tensors; nothing in it is executed
         self._write_record(written)
+
+    def _has_begun(self) -> bool:
+        """Whether the run folder holds more than what is written before a run; a refused command leaves no more."""
+        return any(entry.name not in WRITTEN_BEFORE for entry in self.run_dir.iterdir())
 
     def changed_since(self, old: dict[str, Any]) -> list[str]:
         """Dotted names of settings that differ from those of an older run, as `changed_keys`.

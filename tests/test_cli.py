@@ -51,6 +51,14 @@ def test_a_run_writes_its_folder_and_a_second_start_changes_nothing(tmp_path, ca
     assert (run_dir / "report.html").stat().st_size > 10_000
 
 
+def test_a_refused_command_does_not_take_the_folder(tmp_path, capsys):
+    command = ["compress", *TINY[1:], "--run_dir", str(tmp_path)]
+    assert "needs a trained network" in refused(capsys, *command)
+    assert "needs a trained network" in refused(capsys, *command, "--data.batch_size", "16")
+    (tmp_path / "stages.jsonl").touch()
+    assert "another configuration" in refused(capsys, *command)
+
+
 def older(settings: dict, *options: tuple) -> dict:
     """Settings without the options, given as paths of keys and positions."""
     settings = copy.deepcopy(settings)
