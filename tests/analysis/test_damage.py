@@ -59,7 +59,7 @@ def test_comparison_weighs_runs_and_not_layers(tmp_path):
     for name, (backbone, values) in runs.items():
         (tmp_path / name).mkdir()
         pd.DataFrame({"layer": range(len(values)), "coupling": values}).to_parquet(tmp_path / name / "layers.parquet")
-        record = f'{{"analysis": {{"backbone": {{"name": "{backbone}"}}}}}}'
+        record = f'{{"analyze": {{"backbone": {{"name": "{backbone}"}}}}}}'
         (tmp_path / name / "run.json").write_text(record)
     row = compare_runs([tmp_path / name for name in runs]).iloc[0]
     assert row["mean"] == pytest.approx(0.2) and row["layer_mean"] == pytest.approx(1 / 12)
