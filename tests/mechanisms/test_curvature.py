@@ -9,31 +9,6 @@ from lit_prune.mechanisms import Stress, kept_jaccard, measure_curvature, rescal
 from lit_prune.scores import score
 
 
-class Classifier(nn.Module):
-    def __init__(self, classes: int = 4) -> None:
-        super().__init__()
-        self.body = nn.Linear(5, 7)
-        self.head = nn.Linear(7, classes)
-
-    def forward(self, images):
-        return self.head(torch.relu(self.body(images)))
-
-
-@pytest.fixture
-def net():
-    torch.manual_seed(0)
-    return Classifier().double().eval()
-
-
-@pytest.fixture
-def batches():
-    generator = torch.Generator().manual_seed(2)
-    return [
-        (torch.randn(30, 5, generator=generator, dtype=torch.float64), torch.randint(4, (30,), generator=generator))
-        for _ in range(2)
-    ]
-
-
 def head_derivatives(net, batches):
     """Values a [n, C], gradients g [n, C] and Hessians H [n, C, C] of a linear softmax head, in closed form."""
     images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
@@ -99,9 +74,8 @@ def test_gauss_newton_counts_a_unit_at_all_its_positions_at_once():
     assert found.hessian.abs().max() < 1e-12
 
 
-def test_sampled_labels_estimate_the_same_curvature():
-    torch.manual_seed(0)
-    net = Classifier(classes=12).double().eval()
+def test_sampled_labels_estimate_the_same_curvature(make_classifier):
+    net = make_classifier(classes=12)
     images = torch.randn(20, 5, dtype=torch.float64).repeat(400, 1)
     labels = torch.zeros(len(images), dtype=torch.int64)
     _, _, hessian = head_derivatives(net, [(images[:20], labels[:20])])

@@ -19,31 +19,6 @@ from lit_prune.structure import Plan
 CLOSE = {"rtol": 1e-8, "atol": 1e-10}
 
 
-class Classifier(nn.Module):
-    def __init__(self, classes: int = 4, units: int = 7) -> None:
-        super().__init__()
-        self.body = nn.Linear(5, units)
-        self.head = nn.Linear(units, classes)
-
-    def forward(self, images):
-        return self.head(torch.relu(self.body(images)))
-
-
-@pytest.fixture
-def net():
-    torch.manual_seed(0)
-    return Classifier().double().eval()
-
-
-@pytest.fixture
-def batches():
-    generator = torch.Generator().manual_seed(2)
-    return [
-        (torch.randn(30, 5, generator=generator, dtype=torch.float64), torch.randint(4, (30,), generator=generator))
-        for _ in range(2)
-    ]
-
-
 def softmax_head(net, batches) -> SoftmaxHead:
     images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     values = torch.relu(net.body(images)).detach()
@@ -176,9 +151,8 @@ def test_too_few_samples_and_singular_systems_are_told(rows):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_remainder_of_the_risk_stays_under_its_bound(seed):
-    torch.manual_seed(seed)
-    net = Classifier().double().eval()
+def test_remainder_of_the_risk_stays_under_its_bound(make_classifier, seed):
+    net = make_classifier(seed)
     nn.init.normal_(net.head.weight, std=2.0)
     images, labels = torch.randn(50, 5, dtype=torch.float64), torch.randint(4, (50,))
     lipschitz = hessian_lipschitz(net, "head", observe(net, images[:1]), images)
