@@ -1,6 +1,6 @@
 """Figures and tables of `reduce`: the certificate against measured agreement, methods over widths, rescaling."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from textwrap import fill
 from typing import Any
 
@@ -22,12 +22,21 @@ PANELS = (("accuracy", "accuracy"), ("iia", "interchange accuracy (IIA)"), ("kl"
 
 @dataclass(frozen=True)
 class Request:
-    """One request of the run: which layer of how many units, and its summary at the largest calibration size."""
+    """One request of the run: which layer of how many units, and its summary.
+
+    Attributes:
+        layer: where units were replaced.
+        units: how many it has.
+        summary: rows at the largest calibration size or, by calibration size, at the smallest width.
+        stress: rows of the rescaling.
+        by: what the rows differ in, `width` or `calibration_size`.
+    """
 
     layer: str
     units: int
     summary: pd.DataFrame
     stress: pd.DataFrame
+    by: str = "width"
 
     @property
     def methods(self) -> list[str]:
@@ -40,8 +49,19 @@ class Request:
         return 2 if max(map(len, self.methods)) > WIDE_LABEL else 3
 
     def of(self, method: str) -> pd.DataFrame:
-        """A method's rows by width."""
-        return self.summary[self.summary["method"] == method].sort_values("width")
+        """A method's rows in order."""
+        return self.summary[self.summary["method"] == method].sort_values(self.by)
+
+    def places(self, rows: pd.DataFrame) -> pd.Series:
+        """Where rows lie on the horizontal axis."""
+        return rows["width"] / self.units if self.by == "width" else rows["calibration_size"]
+
+    @property
+    def axis(self) -> str:
+        """What the horizontal axis shows."""
+        if self.by == "width":
+            return "share of units kept"
+        return f"calibration images, {self.summary['width'].iloc[0] / self.units:.0%} kept"
 
 
 def draw_certificate(run: RunFolder) -> Picture:
@@ -59,7 +79,7 @@ def draw_certificate(run: RunFolder) -> Picture:
         for column, label, colour, style in (*lines, ("bound", "certified, Markov", drawing.VERMILLION, "--")):
             spread = rows[f"{column}_sd"]
             look = {"color": colour, "linestyle": style, "marker": "o", "ms": 4, "label": label}
-            axes.errorbar(rows["width"] / request.units, rows[column], spread, **look)
+            axes.errorbar(request.places(rows), rows[column], spread, **look)
         axes.set_title(fill(name, 28))
         axes.set_xlabel("share of units kept")
         axes.set_ylim(-0.03, 1.03)
@@ -83,8 +103,10 @@ def _expect_certified(run: RunFolder) -> None:
 
 
 def draw_reduction(run: RunFolder) -> Picture:
-    """Draws accuracy, IIA and KL over the share of units kept, one line a method, one row of panels a request."""
-    requests = _requests(run)
+    """Draws accuracy, IIA and KL over the share of units kept and over the calibration images, one line a method."""
+    requests = [view for tables in run.reduction["requests"] for view in _views(tables)]
+    if not requests:
+        raise AbsentInput("reduction.json with a finished request")
     heights = [2.7 + 0.22 * -(-len(request.methods) // request.legend_columns) for request in requests]
     figure = new_figure(sum(heights))
     parts = figure.subfigures(len(requests), 1, height_ratios=heights, squeeze=False)[:, 0]
@@ -94,7 +116,8 @@ def draw_reduction(run: RunFolder) -> Picture:
     return Picture(
         figure,
         f"Units of {layers} replaced, nothing trained: accuracy, agreement with the original under interchange "
-        "interventions, and divergence from it, by method. One row of panels for each request. Means over seeds.",
+        "interventions, and divergence from it, by method. One row of panels for each request, and one more where it "
+        "asked for several numbers of calibration images. Means over seeds.",
     )
 
 
@@ -104,9 +127,11 @@ def _draw_request(part: SubFigure, request: Request) -> None:
         for place, name in enumerate(request.methods):
             rows = request.of(name)
             look = {"color": COLOURS[place % len(COLOURS)], "linestyle": "-" if place < len(COLOURS) else "--"}
-            axes.plot(rows["width"] / request.units, rows[column], marker="o", ms=4, label=name, **look)
+            axes.plot(request.places(rows), rows[column], marker="o", ms=4, label=name, **look)
         axes.set_title(title)
-        axes.set_xlabel("share of units kept")
+        axes.set_xlabel(request.axis)
+        if request.by == "calibration_size":
+            axes.set_xscale("log")
     _cap(panels[2], request.summary["kl"])
     handles, names = panels[0].get_legend_handles_labels()
     part.legend(handles, names, loc="outside lower center", ncols=request.legend_columns, fontsize=9)
@@ -180,11 +205,22 @@ def _cells(row: dict[str, Any]) -> tuple[Cell, ...]:
 
 
 def _requests(run: RunFolder) -> list[Request]:
-    found = []
-    for tables in run.reduction["requests"]:
-        rows = pd.DataFrame(tables["summary"])
-        largest = rows[rows["calibration_size"] == rows["calibration_size"].max()]
-        found.append(Request(tables["layer"], tables["units"], largest, pd.DataFrame(tables["stress"])))
+    found = [_by_width(tables) for tables in run.reduction["requests"]]
     if not found:
         raise AbsentInput("reduction.json with a finished request")
     return found
+
+
+def _by_width(tables: dict[str, Any]) -> Request:
+    rows = pd.DataFrame(tables["summary"])
+    largest = rows[rows["calibration_size"] == rows["calibration_size"].max()]
+    return Request(tables["layer"], tables["units"], largest, pd.DataFrame(tables["stress"]))
+
+
+def _views(tables: dict[str, Any]) -> list[Request]:
+    """The request over its widths, unless it has one alone, and over its calibration sizes, if it has several."""
+    rows, request = pd.DataFrame(tables["summary"]), _by_width(tables)
+    if rows["calibration_size"].nunique() < 2:
+        return [request]
+    narrow = replace(request, summary=rows[rows["width"] == rows["width"].min()], by="calibration_size")
+    return [request, narrow] if rows["width"].nunique() > 1 else [narrow]
