@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
@@ -67,14 +68,35 @@ def collect(model: nn.Module, batches: Batches, collector: Collector) -> Any:
     return collector.result()
 
 
-@contextmanager
-def keeping_inputs(model: nn.Module, layers: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-    """Yields a dictionary that holds what each layer read last, by name; it is empty after the block."""
-    kept: dict[str, Tensor] = {}
+class InputGradients:
+    """What the collectors share that differentiate the loss in the values which layers read.
 
-    def keeper(name: str):
-        return lambda module, args: kept.__setitem__(name, args[0])
+    Attributes:
+        inputs: what each layer read in the batch that has just run, by name, in the order of the pass.
 
-    with removing([model.get_submodule(name).register_forward_pre_hook(keeper(name)) for name in layers]):
-        yield kept
-    kept.clear()
+    Args:
+        model: any classifier.
+        layers: names of convolutions and linear layers.
+        seed: of what is drawn.
+    """
+
+    gradients = True
+
+    def __init__(self, model: nn.Module, layers: Iterable[str], seed: int) -> None:
+        self.model, self.layers = model, tuple(layers)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.inputs: dict[str, Tensor] = {}
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """See `Collector`."""
+
+        def keeper(name: str):
+            return lambda module, args: self.inputs.__setitem__(name, args[0])
+
+        modules = {name: self.model.get_submodule(name) for name in self.layers}
+        try:
+            with removing([module.register_forward_pre_hook(keeper(name)) for name, module in modules.items()]):
+                yield
+        finally:
+            self.inputs.clear()

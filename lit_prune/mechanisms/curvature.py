@@ -1,7 +1,6 @@
 """Second-order replacement risk: gradients and curvature of the loss in the values that a layer reads."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from lit_prune.errors import InputError
 from lit_prune.layers import Batches
 from lit_prune.mechanisms.patches import channel_dim
-from lit_prune.passes import collect, keeping_inputs
+from lit_prune.passes import InputGradients, collect
 
 CLASSES = 10  # up to so many classes the curvature is exact in the label, above it is sampled
 
@@ -147,7 +146,7 @@ def label_parts(logits: Tensor, labels: Tensor, generator: torch.Generator) -> l
     return [*parts, Labels(drawn, ones, False)]
 
 
-class CurvatureSums:
+class CurvatureSums(InputGradients):
     """Collects the curvature of the mean cross-entropy in the input channels of each layer.
 
     Up to `CLASSES` classes every label is weighted with its softmax probability (one backward pass a class); above, one
@@ -159,19 +158,10 @@ class CurvatureSums:
         seed: of the drawn labels.
     """
 
-    gradients = True
-
     def __init__(self, model: nn.Module, layers: Sequence[str], seed: int = 0) -> None:
-        self.model, self.layers = model, layers
-        self.generator = torch.Generator().manual_seed(seed)
+        super().__init__(model, layers, seed)
         self.sums: dict[str, list[Tensor]] = {}
         self.count = 0
-
-    @contextmanager
-    def watch(self) -> Iterator[None]:
-        """See `passes.Collector`."""
-        with keeping_inputs(self.model, self.layers) as self.inputs:
-            yield
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
         """See `passes.Collector`."""

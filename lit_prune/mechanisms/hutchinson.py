@@ -1,7 +1,6 @@
 """Diagonal curvature by random probes: the true Hessian where Gauss-Newton leaves a part of it out."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -9,10 +8,10 @@ from torch import Tensor, nn
 
 from lit_prune.mechanisms.curvature import Curvature, channel_rows, label_parts
 from lit_prune.mechanisms.patches import channel_dim
-from lit_prune.passes import keeping_inputs
+from lit_prune.passes import InputGradients
 
 
-class HutchinsonSums:
+class HutchinsonSums(InputGradients):
     """Collects curvature with the Hessian's diagonal estimated by Rademacher probes of whole channels.
 
     With ε = ±1 a channel and image, `ε_j Σ_p (H (ε ⊗ 1))_jp` has the mean Σ_pq H_jp,jq, and with `ε ⊗ a` in the place
@@ -26,19 +25,11 @@ class HutchinsonSums:
         probes: per image.
     """
 
-    gradients = True
-
     def __init__(self, model: nn.Module, layers: Sequence[str], seed: int = 0, probes: int = 8) -> None:
-        self.model, self.layers, self.probes = model, layers, probes
-        self.generator = torch.Generator().manual_seed(seed)
+        super().__init__(model, layers, seed)
+        self.probes = probes
         self.sums: dict[str, list[Tensor]] = {}
         self.count = 0
-
-    @contextmanager
-    def watch(self) -> Iterator[None]:
-        """See `passes.Collector`."""
-        with keeping_inputs(self.model, self.layers) as self.inputs:
-            yield
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
         """See `passes.Collector`."""

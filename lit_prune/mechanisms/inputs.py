@@ -1,6 +1,6 @@
 """Collector of first and second moments of what layers read."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.activations import position_view
+from lit_prune.layers import removing
 from lit_prune.moments import LayerSums
-from lit_prune.passes import keeping_inputs
 
 
 @dataclass(frozen=True)
@@ -37,18 +37,26 @@ class InputMoments:
     @contextmanager
     def watch(self) -> Iterator[None]:
         """See `passes.Collector`."""
-        with keeping_inputs(self.model, self.layers) as self.inputs:
+        modules = {name: self.model.get_submodule(name) for name in self.layers}
+        handles = [module.register_forward_pre_hook(self._observer(name)) for name, module in modules.items()]
+        with removing(handles):
             yield
 
-    def add(self, logits: Tensor, labels: Tensor | None) -> None:
-        """See `passes.Collector`."""
-        for name, inputs in self.inputs.items():
-            values = position_view(self.model.get_submodule(name), inputs.detach(), token=None)  # [B, P, C]
+    def _observer(self, name: str) -> Callable[[nn.Module, tuple], None]:
+        """Adds what the layer reads while it runs, so that the inputs of one layer alone are held."""
+
+        def hook(module: nn.Module, inputs: tuple) -> None:
+            values = position_view(module, inputs[0].detach(), token=None)  # [B, P, C]
             values = values.to(torch.promote_types(values.dtype, torch.float32))
             if name not in self.found:
-                self.found[name] = InputSums(LayerSums.zeros(values.mean((0, 1))), tuple(inputs.shape[2:]))
+                self.found[name] = InputSums(LayerSums.zeros(values.mean((0, 1))), tuple(inputs[0].shape[2:]))
             shifted = values - self.found[name].sums.shift.to(values.dtype)
             self.found[name].sums.add(shifted.flatten(0, 1), shifted.mean(1))
+
+        return hook
+
+    def add(self, logits: Tensor, labels: Tensor | None) -> None:
+        """Nothing: the hooks have seen it all."""
 
     def result(self) -> dict[str, InputSums]:
         """Layer -> sums."""

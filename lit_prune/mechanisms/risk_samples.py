@@ -1,7 +1,6 @@
 """Collector of what affine stand-ins are fitted to and scored by: second-order risk, sample by sample."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +9,10 @@ from torch import Tensor, nn
 from lit_prune.mechanisms.curvature import Labels, label_parts
 from lit_prune.mechanisms.patches import PositionSample, output_rows
 from lit_prune.mechanisms.risk import RiskRows
-from lit_prune.passes import keeping_inputs
+from lit_prune.passes import InputGradients
 
 
-class RiskSamples:
+class RiskSamples(InputGradients):
     """Values, gradients and Gauss-Newton curvature of the loss at the input of every layer that is named.
 
     Up to ten classes every label counts with its softmax probability, above one is drawn for an image. Positions count
@@ -28,23 +27,15 @@ class RiskSamples:
         most_rows: images beyond these many samples of a layer are not differentiated.
     """
 
-    gradients = True
-
     def __init__(
         self, model: nn.Module, layers: Sequence[str], seed: int = 0, per_image: int = 8, most_rows: int = 4096
     ) -> None:
-        self.model, self.most_rows = model, most_rows
+        super().__init__(model, layers, seed)
+        self.most_rows = most_rows
         self.modules = {name: model.get_submodule(name) for name in layers}
         self.parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
         self.images: dict[str, float] = {}
-        self.generator = torch.Generator().manual_seed(seed)
         self.sample = PositionSample(per_image, seed)
-
-    @contextmanager
-    def watch(self) -> Iterator[None]:
-        """See `passes.Collector`."""
-        with keeping_inputs(self.model, self.modules) as self.inputs:
-            yield
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
         """See `passes.Collector`."""

@@ -1,4 +1,5 @@
 import copy
+import weakref
 
 import pytest
 import torch
@@ -279,3 +280,11 @@ def test_bad_arguments_are_named(tiny_net, arguments, message):
             arguments.get("kind", "refit"),
             settings=settings,
         )
+
+
+def test_moments_hold_the_inputs_of_one_layer_at_a_time():
+    net, held, alive = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5), nn.Linear(5, 2)), [], []
+    net[1].register_forward_pre_hook(lambda module, inputs: held.append(weakref.ref(inputs[0])))
+    net[2].register_forward_pre_hook(lambda module, inputs: alive.append(held[-1]() is not None))
+    collect(net, [(torch.randn(6, 3), None)] * 2, InputMoments(net, ["0", "1", "2"]))
+    assert alive == [False, False]

@@ -3,17 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
 from lit_prune.evaluation import evaluate
+from lit_prune.experiments.reduce.state import NetworkState
 from lit_prune.mechanisms import Interchange, Replacement, Swaps
 from lit_prune.mechanisms.heads import (
     HEAD_SCORES,
-    HeadMoments,
     find_attention,
     head_columns,
     measure_heads,
@@ -22,20 +21,6 @@ from lit_prune.mechanisms.heads import (
 from lit_prune.mechanisms.interchange import gather_images, swap_units
 
 Batches = list[tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class HeadsState:
-    """An attention on its way down."""
-
-    batches: Batches
-    model: nn.Module
-    kept: tuple[int, ...]
-    report: dict[str, Any]
-
-    def moments(self, name: str, seed: int) -> HeadMoments:
-        """What its heads put out."""
-        return measure_heads(self.model, name, self.batches, seed)
 
 
 @dataclass(frozen=True)
@@ -56,11 +41,11 @@ class AttentionSite:
         """Number of heads."""
         return find_attention(self.model, self.name).num_heads
 
-    def begin(self, batches: Batches) -> HeadsState:
+    def begin(self, batches: Batches) -> NetworkState:
         """The original network."""
-        return HeadsState(batches, self.model, tuple(range(self.size)), {})
+        return NetworkState(batches, self.model, tuple(range(self.size)), {})
 
-    def rank(self, state: HeadsState, name: str, seed: int) -> Tensor:
+    def rank(self, state: NetworkState, name: str, seed: int) -> Tensor:
         """Scores of `HEAD_SCORES`.
 
         Raises:
@@ -70,14 +55,14 @@ class AttentionSite:
             raise InputError(f"score={name!r} is not for attention heads; use one of {', '.join(HEAD_SCORES)}")
         if name == "random":
             return torch.rand(len(state.kept), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        moments = state.moments(self.name, seed)
+        moments = measure_heads(state.model, self.name, state.batches, seed)
         if name == "cmr_const":
             return moments.risk(moments.foldable_constants())
         if name == "cmr_logit":
             return moments.distortion(find_attention(state.model, self.name).proj.weight)
         return moments.removal_scores() if name == "head_removal" else moments.variance()
 
-    def reduce(self, state: HeadsState, kept: Sequence[int], kind: str, settings: Replacement) -> HeadsState:
+    def reduce(self, state: NetworkState, kept: Sequence[int], kind: str, settings: Replacement) -> NetworkState:
         """Removes heads; "constant" puts foldable constants in their place.
 
         Raises:
@@ -88,15 +73,17 @@ class AttentionSite:
         removed = [place for place, unit in enumerate(state.kept) if unit not in set(kept)]
         constants = None
         if kind == "constant":
-            constants = state.moments(self.name, settings.seed).foldable_constants(settings.objective)
+            constants = measure_heads(state.model, self.name, state.batches, settings.seed).foldable_constants(
+                settings.objective
+            )
         smaller = remove_heads(state.model, self.name, removed, constants)
-        return HeadsState(state.batches, smaller, tuple(sorted(kept)), {"kind": kind})
+        return NetworkState(state.batches, smaller, tuple(sorted(kept)), {"kind": kind})
 
     def test(self, batches: Batches) -> Batches:
         """The images themselves."""
         return batches
 
-    def verify(self, state: HeadsState, test: Batches, swaps: Swaps) -> tuple[float, Interchange]:
+    def verify(self, state: NetworkState, test: Batches, swaps: Swaps) -> tuple[float, Interchange]:
         """Runs both networks; a unit is a head's output at all positions."""
         wide = find_attention(self.model, self.name).head_dim
         columns = [
@@ -106,6 +93,6 @@ class AttentionSite:
         found = swap_units((self.model, state.model), f"{self.name}.proj", columns, images, swaps)
         return evaluate(state.model, test).accuracy, found
 
-    def network(self, state: HeadsState) -> tuple[nn.Module, None]:
+    def network(self, state: NetworkState) -> tuple[nn.Module, None]:
         """The network of the state; heads are outside of what a plan can say."""
         return state.model, None

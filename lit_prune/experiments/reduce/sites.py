@@ -12,6 +12,7 @@ from lit_prune.errors import InputError
 from lit_prune.evaluation import evaluate
 from lit_prune.experiments.reduce.attention import AttentionSite
 from lit_prune.experiments.reduce.head import HeadSite
+from lit_prune.experiments.reduce.state import NetworkState
 from lit_prune.layers import removing, to_model, undisturbed
 from lit_prune.mechanisms import Interchange, Reduced, Replacement, Swaps, interchange, replace_mechanisms
 from lit_prune.mechanisms.curvature import Curvature, measure_curvature
@@ -21,13 +22,6 @@ from lit_prune.structure import Budget, ChannelGraph, Group, Plan, trace_groups
 from lit_prune.structure.ranking import group_scores
 
 Batches = list[tuple[Tensor, Tensor]]
-
-
-class State(Protocol):
-    """A reduction under way: which of the original units stay, and what the last step reported."""
-
-    kept: tuple[int, ...]
-    report: dict[str, Any]
 
 
 class Site(Protocol):
@@ -61,17 +55,6 @@ class Site(Protocol):
 
 
 @dataclass(frozen=True)
-class GroupState:
-    """A network on its way down; `model` has the units `kept` of the original's group."""
-
-    batches: Batches
-    model: nn.Module
-    kept: tuple[int, ...]
-    report: dict[str, Any]
-    added_biases: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class GroupSite:
     """A group of channels inside the network; every step runs the network.
 
@@ -91,41 +74,41 @@ class GroupSite:
         """Number of units."""
         return self.group.size
 
-    def begin(self, batches: Batches) -> GroupState:
+    def begin(self, batches: Batches) -> NetworkState:
         """The original network."""
-        return GroupState(batches, self.model, tuple(range(self.size)), {})
+        return NetworkState(batches, self.model, tuple(range(self.size)), {})
 
-    def rank(self, state: GroupState, name: str, seed: int) -> Tensor:
+    def rank(self, state: NetworkState, name: str, seed: int) -> Tensor:
         """Scores by `lit_prune.score` on the network as it is now."""
         return unit_scores(state.model, self.group.name, name, state.batches, seed)
 
-    def reduce(self, state: GroupState, kept: Sequence[int], kind: str, settings: Replacement) -> GroupState:
+    def reduce(self, state: NetworkState, kept: Sequence[int], kind: str, settings: Replacement) -> NetworkState:
         """One more `replace_mechanisms`."""
         places = tuple(place for place, unit in enumerate(state.kept) if unit in set(kept))
         plan = Plan((), {self.group.name: places}, {self.group.name: len(state.kept)})
         found = replace_mechanisms(state.model, plan, state.batches, self.example, kind, settings=settings)
         biases = tuple(dict.fromkeys((*state.added_biases, *found.plan.added_biases)))
-        return GroupState(state.batches, found.model, tuple(sorted(kept)), _said(found.report), biases)
+        return NetworkState(state.batches, found.model, tuple(sorted(kept)), _said(found.report), biases)
 
     def test(self, batches: Batches) -> Batches:
         """The images themselves."""
         return batches
 
-    def verify(self, state: GroupState, test: Batches, swaps: Swaps) -> tuple[float, Interchange]:
+    def verify(self, state: NetworkState, test: Batches, swaps: Swaps) -> tuple[float, Interchange]:
         """Runs both networks."""
         reduced = Reduced(state.model, {}, self._plan(state))
         found = interchange(self.model, reduced, test, self.example, swaps=swaps)
         return evaluate(state.model, test).accuracy, found
 
-    def network(self, state: GroupState) -> tuple[nn.Module, Plan]:
+    def network(self, state: NetworkState) -> tuple[nn.Module, Plan]:
         """The network of the state."""
         return state.model, self._plan(state)
 
-    def curvature(self, state: GroupState, seed: int) -> dict[str, Curvature]:
+    def curvature(self, state: NetworkState, seed: int) -> dict[str, Curvature]:
         """Curvature at each reader of the group."""
         return measure_curvature(self.model, self.group.consumers, state.batches, seed)
 
-    def _plan(self, state: GroupState) -> Plan:
+    def _plan(self, state: NetworkState) -> Plan:
         name = self.group.name
         return Plan((), {name: state.kept}, {name: self.size}, added_biases=state.added_biases)
 
