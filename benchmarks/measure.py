@@ -26,6 +26,7 @@ from lit_prune.backbones import build_backbone
 from lit_prune.experiments.analyze import analyze
 from lit_prune.information.target_axis import find_partners, target_excess
 from lit_prune.layers import removing
+from lit_prune.memory import keep_freed_memory
 from lit_prune.protocol import DEFAULT_PROTOCOL, Protocol
 
 CHANNELS = 512
@@ -154,6 +155,7 @@ OTHERS = {"unfolded": unfolding, "excess": excess, "analyze": analyzed}
 
 def rows(names: list[str], images: int | None = None, threads: int = 1) -> list[Row]:
     """Rows of the result table."""
+    keep_freed_memory()
     torch.set_num_threads(threads)
     found = []
     for name in choose(names, [*CASES, *OTHERS]):

@@ -10,12 +10,10 @@ schedule, in processor time, which other work on the machine hardly touches. `ch
 ResNet-18 checkpoint, written in place and beside.
 """
 
-import ctypes
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +31,7 @@ from lit_prune.backbones import build_backbone
 from lit_prune.checkpoints import WholeFileIO, checkpoint_writer
 from lit_prune.data import CIFAR100Data
 from lit_prune.data.sources import MemoryImages
+from lit_prune.memory import keep_freed_memory
 from lit_prune.modules import LitClassifier, PhaseCosine
 from lit_prune.stages import PruningStage
 from lit_prune.trainer import Trainer, last_checkpoint
@@ -217,18 +216,9 @@ def checkpoint_rows() -> list[Row]:
 PARTS = {"data": data_rows, "overhead": overhead_rows, "checkpoint": checkpoint_rows}
 
 
-def keep_memory() -> None:
-    """Has glibc keep what is freed: giving it back and touching it anew costs either loop up to a third, at random."""
-    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
-    with suppress(AttributeError, OSError):  # another C library
-        library = ctypes.CDLL(None)
-        library.mallopt(trim_threshold, 2**31 - 1)
-        library.mallopt(mmap_max, 0)
-
-
 def rows(names: list[str]) -> list[Row]:
     """Rows of the result table."""
-    keep_memory()
+    keep_freed_memory()
     torch.set_num_threads(1)
     return [row for name in choose(names, list(PARTS)) for row in PARTS[name]()]
 

@@ -28,6 +28,7 @@ from lit_prune.experiments.reduce.run import Setup, reduce_run
 from lit_prune.experiments.suite import Suite, device_slots, preview, run_suite
 from lit_prune.export import ExportError, export_compact
 from lit_prune.files import LOCK, alone, write_text
+from lit_prune.memory import keep_freed_memory
 from lit_prune.modules import LitClassifier
 from lit_prune.modules.execution import check_precision
 from lit_prune.parsing import FolderParser, OneLineParser, causes, changed_keys, one_line
@@ -331,6 +332,7 @@ def main(args: Sequence[str] | None = None) -> Any:
     Returns:
         The command's CLI object (None for the verbs that only read a folder).
     """
+    keep_freed_memory()
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(is_about_the_run)
     try:
         return run(sys.argv[1:] if args is None else args)
