@@ -14,25 +14,30 @@ STRIPES = 4  # from there on, stripes of rows, each from its diagonal block on: 
 class SymmetricSum:
     """Σ z zᵀ [N, N]: in the precision of the rows for up to 8192 of them, then added in float64.
 
-    So the float64 matrix, whose size has nothing to do with the batch's, is touched once in many batches.
+    So the float64 matrix, whose size has nothing to do with the batch's, is touched once in many batches. Rows come in
+    lanes, each with a sum of its own until it is settled, so that threads need not meet over one product.
     """
 
     def __init__(self) -> None:
         self._total: Tensor | None = None
-        self._part: Tensor | None = None
+        self._parts: list[Tensor] = []  # a stripe each, [lanes, its rows, N - its start]
         self._count = 0
 
     def add(self, rows: Tensor) -> None:
-        """Adds the products of rows [S, N], float32 or float64."""
-        rows = rows.double() if rows.shape[1] < NARROW else rows
-        if self._part is None or self._part.dtype != rows.dtype:
+        """Adds the products of rows [S, N] or of lanes of rows [L, S, N], float32 or float64."""
+        rows = rows if rows.ndim == 3 else rows[None]
+        rows = rows.double() if rows.shape[2] < NARROW else rows
+        if not self._parts or (len(self._parts[0]), self._parts[0].dtype) != (len(rows), rows.dtype):
             self._settle()
-            self._part = rows.new_empty(rows.shape[1], rows.shape[1])
-        for part in rows.split(CHUNK):
-            if self._count + len(part) > CHUNK:
+            lanes, _, channels = rows.shape
+            self._parts = [rows.new_empty(lanes, stop - start, channels - start) for start, stop in _stripes(channels)]
+        for part in rows.split(CHUNK, dim=1):
+            if self._count + part.shape[1] > CHUNK:
                 self._settle()
-            _add_upper(self._part, part.T, part, keep=self._count > 0)
-            self._count += len(part)
+            left, keep = part.transpose(1, 2), int(self._count > 0)
+            for stripe, (start, stop) in zip(self._parts, _stripes(part.shape[2]), strict=True):
+                stripe.baddbmm_(left[:, start:stop], part[:, :, start:], beta=keep)
+            self._count += part.shape[1]
 
     def take(self) -> Tensor | None:
         """The sum so far, float64 [N, N]; starts anew. None if nothing was added."""
@@ -42,11 +47,15 @@ class SymmetricSum:
 
     def _settle(self) -> None:
         if self._count:
-            _mirror(self._part)
+            channels = self._parts[0].shape[2]
+            settled = self._parts[0].new_empty(channels, channels)
+            for stripe, (start, stop) in zip(self._parts, _stripes(channels), strict=True):
+                settled[start:stop, start:] = stripe.sum(0) if len(stripe) > 1 else stripe[0]
+            _mirror(settled)
             if self._total is None:
-                self._total = self._part.to(torch.float64, copy=True)
+                self._total = settled.double()
             else:
-                self._total += self._part
+                self._total += settled
             self._count = 0
 
 
@@ -58,7 +67,9 @@ def transformed(weight: Tensor, matrix: Tensor) -> Tensor:
         matrix: M [C, C], symmetric.
     """
     total = weight.new_empty(len(weight), len(weight))
-    _add_upper(total, weight @ matrix.to(weight), weight.T, keep=False)
+    mixed = weight @ matrix.to(weight)
+    for start, stop in _stripes(len(total)):
+        torch.mm(mixed[start:stop], weight[start:].T, out=total[start:stop, start:])
     _mirror(total)
     return total.double()
 
@@ -66,12 +77,6 @@ def transformed(weight: Tensor, matrix: Tensor) -> Tensor:
 def _stripes(channels: int) -> list[tuple[int, int]]:
     step = -(-channels // STRIPES) if channels >= WIDE else channels
     return [(start, min(start + step, channels)) for start in range(0, channels, step)]
-
-
-def _add_upper(total: Tensor, left: Tensor, right: Tensor, keep: bool) -> None:
-    """Adds left·right, [N, S]·[S, N], to the blocks of `total` on and above its diagonal, or puts it there."""
-    for start, stop in _stripes(len(total)):
-        total[start:stop, start:].addmm_(left[start:stop], right[:, start:], beta=int(keep))
 
 
 def _mirror(total: Tensor) -> None:

@@ -10,8 +10,9 @@ from torch import Tensor
 from lit_prune.moments import LayerSums, plus
 from lit_prune.products import SymmetricSum, transformed
 
-BLOCK_BYTES = {"cpu": 1 << 20}  # what stays in one core's cache between the shift and the product
-LARGE_BLOCK_BYTES = 1 << 28  # elsewhere a launch costs more than a trip to memory
+BLOCK_BYTES = 1 << 20  # what stays in one core's cache between the shift and the product
+LARGE_BLOCK_BYTES = 1 << 28  # on an accelerator a launch costs more than a trip to memory
+LANE_SUMS = 1 << 22  # entries of the matrices of all lanes of one layer
 FEWEST_ROWS = 512  # fewer samples in a product, and the sums travel through memory more often than the samples
 
 
@@ -38,28 +39,41 @@ class AffineMap:
 
 
 class Blocks:
-    """A block of memory that all layers share, and how many images go through it at a time."""
+    """A block of memory that all layers share, and how a batch goes through it: some images of each lane at a time.
+
+    A lane is what one thread works on from the shift to the product: consecutive images, as the threads divide them
+    when the layer runs, so that a thread finds the outputs where it left them.
+    """
 
     def __init__(self) -> None:
         self._memory = torch.empty(0)
 
-    def size(self, values: Tensor) -> int:
-        """Images [P, n] in a block, at least one."""
-        positions, channels = values.shape[1:]
+    def lanes(self, values: Tensor) -> Tensor:
+        """The values [B, P, n] as [L, B/L, P, n]; L = 1 but for L threads of the CPU that divide the images evenly.
+
+        It is 1 too for outputs with one position, and where the matrices of so many lanes were too large.
+        """
+        images, positions, channels = values.shape
         threads = torch.get_num_threads()
-        wanted = BLOCK_BYTES.get(values.device.type, LARGE_BLOCK_BYTES // threads) * threads
+        fits = positions > 1 and images % threads == 0 and threads * channels**2 <= LANE_SUMS
+        return values.unflatten(0, (threads if values.is_cpu and fits else 1, -1))
+
+    def size(self, lanes: Tensor) -> int:
+        """Images [P, n] of each lane in a block, at least one."""
+        positions, channels = lanes.shape[2:]
+        wanted = BLOCK_BYTES * torch.get_num_threads() // len(lanes) if lanes.is_cpu else LARGE_BLOCK_BYTES
         return max(1, wanted // (4 * positions * channels), FEWEST_ROWS // positions)
 
     def shifted(self, values: Tensor, shift: Tensor) -> Tensor:
-        """The values minus the shift, [B, P, n], in the memory order of the values' channels."""
+        """The values [L, B, P, n] minus the shift, lane by lane in the memory order of the values' channels."""
         block = self._memory
         if (block.device, block.dtype) != (values.device, shift.dtype) or block.numel() < values.numel():
             block = self._memory = torch.empty(values.numel(), dtype=shift.dtype, device=values.device)
-        images, positions, channels = values.shape
+        count, images, positions, channels = values.shape
         flat = block[: values.numel()]
-        if values.stride(2) == 1:  # channels last, tokens
-            return torch.sub(values, shift, out=flat.view(images, positions, channels))
-        return torch.sub(values, shift, out=flat.view(channels, images, positions).permute(1, 2, 0))
+        if values.stride(3) == 1:  # channels last, tokens
+            return torch.sub(values, shift, out=flat.view(values.shape))
+        return torch.sub(values, shift, out=flat.view(count, channels, images, positions).permute(0, 2, 3, 1))
 
 
 class LayerStream:
@@ -96,22 +110,26 @@ class LayerStream:
             places: [B, k], the positions that are samples; None takes all.
             match: pool over those alone.
         """
-        images, positions, channels = values.shape
+        _, positions, channels = values.shape
         if self._single and positions > 1:
             self.flush()
             self._single = False
-        pooled = values.new_empty(channels, images, dtype=self.shift.dtype).T  # channels first, like the blocks
+        lanes = self._blocks.lanes(values) if places is None else values[None]
+        count, each = lanes.shape[:2]
+        pooled = values.new_empty(count, channels, each, dtype=self.shift.dtype).transpose(1, 2)  # like the blocks
         chosen = pooled if places is None else torch.zeros_like(pooled)
-        size = self._blocks.size(values)
-        for start in range(0, images, size):
+        size = self._blocks.size(lanes)
+        for start in range(0, each, size):
             part = slice(start, start + size)
-            block = self._blocks.shifted(values[part], self.shift)
-            torch.mean(block, 1, out=pooled[part])
+            block = self._blocks.shifted(lanes[:, part], self.shift)
+            torch.mean(block, 2, out=pooled[:, part])
             if places is not None:
-                block = _picked(block, places[part])
-                torch.mean(block, 1, out=chosen[part])
+                block = _picked(block[0], places[part])[None]
+                torch.mean(block, 2, out=chosen[:, part])
             if not self._single:
-                self._second.add(block.flatten(0, 1))
+                self._second.add(block.flatten(1, 2))
+        pooled = pooled.flatten(0, 1)
+        chosen = pooled if places is None else chosen.flatten(0, 1)
         return self._count(chosen if match else pooled, chosen, positions if places is None else places.shape[1])
 
     def _count(self, pooled: Tensor, sampled: Tensor, positions: int) -> Tensor:

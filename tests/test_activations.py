@@ -10,6 +10,7 @@ from lit_prune.layers import following_norms, select_layers, undisturbed
 from lit_prune.measure import collect_sums
 from lit_prune.moments import ActivationSums
 from lit_prune.protocol import Protocol
+from lit_prune.streaming import Blocks
 
 
 def images(count=24, size=6, channels=3):
@@ -98,6 +99,37 @@ def test_merged_recordings_equal_one_pass(tiny_net, precision, tolerance):
         for key, value in sums.reshift(expected.shift).state().items():
             scale = expected.state()[key].abs().max()
             torch.testing.assert_close(value, expected.state()[key], rtol=0, atol=float(tolerance * scale))
+
+
+@pytest.fixture(params=[2, 3])
+def threads(request):
+    """So many threads while the test runs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_each_thread_sums_its_own_images(threads, memory_format):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 20, 3).to(memory_format=memory_format)
+    batches = images(25).to(memory_format=memory_format).split([12, 6, 7])  # the threads divide some of these evenly
+    with torch.no_grad(), record(conv) as recording:
+        shapes = []
+        for batch in batches:
+            values = conv(batch).flatten(2).transpose(1, 2)
+            shapes.append(len(Blocks().lanes(values)))
+            recording.add_target(values.mean((1, 2))[:, None])
+    assert shapes == {2: [2, 2, 1], 3: [3, 3, 1]}[threads]
+    samples, pooled = outputs(conv, conv, torch.cat(batches))
+    sums = recording.sums.layers[""]
+    found = local_axis.covariance(sums.samples, sums.first, sums.second)
+    torch.testing.assert_close(found, torch.cov(samples.T, correction=0), rtol=1e-5, atol=1e-7)
+    found = local_axis.covariance(sums.images, sums.pooled_first, sums.pooled_second)
+    torch.testing.assert_close(found, torch.cov(pooled.T, correction=0), rtol=1e-5, atol=1e-7)
+    target = pooled.mean(1, keepdim=True)
+    torch.testing.assert_close(sums.cross, (pooled - sums.shift).T @ target, rtol=1e-5, atol=1e-5)
 
 
 def test_samples_at_random_positions_are_a_seeded_part_of_all(tiny_net):

@@ -26,6 +26,19 @@ def test_pending_products_add_up_to_those_of_all_rows(channels):
     torch.testing.assert_close(found, found.T, rtol=1e-6, atol=1e-2)
 
 
+@pytest.mark.parametrize("channels", [3, 40, WIDE + 5])
+def test_lanes_of_rows_add_up_to_all_of_them_whatever_their_number(channels):
+    generator = torch.Generator().manual_seed(3)
+    batches = [torch.randn(*shape, channels, generator=generator) for shape in [(2, 700), (2, 9000), (3, 5), (11,)]]
+    batches += [torch.randn(4, channels, 50, generator=generator).transpose(1, 2)]  # channels first
+    products = SymmetricSum()
+    for rows in batches:
+        products.add(rows)
+    rows = torch.cat([rows.reshape(-1, channels) for rows in batches]).double()
+    scale = rows.square().sum(0).sqrt()
+    assert float(((products.take() - rows.T @ rows) / torch.outer(scale, scale)).abs().max()) < 1e-6
+
+
 def test_float64_rows_lose_nothing():
     rows = torch.randn(500, WIDE + 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     products = SymmetricSum()
