@@ -6,7 +6,7 @@ Median of 5 after one to warm up, random weights, random images. `forward` is ev
 `measure` is `lit_prune.measure` whole: forward, sums, and the table made from them, with all scalar columns. The table
 and what leads to it cost the same whatever the number of images, so the ratio falls as that grows: `--images 5000` is
 what an analysis takes, the default is what a benchmark can wait for. Freed memory is kept, as the command line keeps
-it: otherwise page faults, at random, make up to half of a forward pass. `analyze` is the whole verb with the extras
+it: otherwise page faults, at random, make up to a third of a forward pass. `analyze` is the whole verb with the extras
 that look at the structure of a layer. `unfolded` is what the definition says literally:
 Σ_X from unfolded patches, then w·Σ_X·w. `excess` is the target axis of one layer from its correlations.
 """

@@ -1,6 +1,7 @@
 """Memory of the process as a whole."""
 
 import ctypes
+import sys
 from contextlib import suppress
 
 TRIM_THRESHOLD, MMAP_MAX = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
@@ -14,6 +15,8 @@ def keep_freed_memory() -> None:
     page: up to a third of a step on the CPU, and how much depends on where the heap happens to end. For a program, not
     for a library to call; what the process holds stays at its peak.
     """
+    if sys.platform != "linux":
+        return
     with suppress(AttributeError, OSError):  # another C library
         library = ctypes.CDLL(None)
         library.mallopt(TRIM_THRESHOLD, NEVER)

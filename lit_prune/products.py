@@ -50,7 +50,7 @@ class SymmetricSum:
             channels = self._parts[0].shape[2]
             settled = self._parts[0].new_empty(channels, channels)
             for stripe, (start, stop) in zip(self._parts, _stripes(channels), strict=True):
-                settled[start:stop, start:] = stripe.sum(0) if len(stripe) > 1 else stripe[0]
+                torch.sum(stripe, 0, out=settled[start:stop, start:])
             _mirror(settled)
             if self._total is None:
                 self._total = settled.double()

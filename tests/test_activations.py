@@ -116,12 +116,12 @@ def test_each_thread_sums_its_own_images(threads, memory_format):
     conv = nn.Conv2d(3, 20, 3).to(memory_format=memory_format)
     batches = images(25).to(memory_format=memory_format).split([12, 6, 7])  # the threads divide some of these evenly
     with torch.no_grad(), record(conv) as recording:
-        shapes = []
+        lanes = []
         for batch in batches:
             values = conv(batch).flatten(2).transpose(1, 2)
-            shapes.append(len(Blocks().lanes(values)))
+            lanes.append(len(Blocks().lanes(values)))
             recording.add_target(values.mean((1, 2))[:, None])
-    assert shapes == {2: [2, 2, 1], 3: [3, 3, 1]}[threads]
+    assert lanes == {2: [2, 2, 1], 3: [3, 3, 1]}[threads]
     samples, pooled = outputs(conv, conv, torch.cat(batches))
     sums = recording.sums.layers[""]
     found = local_axis.covariance(sums.samples, sums.first, sums.second)
