@@ -102,9 +102,9 @@ class Recording:
         wanted = self._protocol.positions
         if wanted == "all" or wanted >= positions:
             return None
-        if positions not in self._drawn:  # sorting is dear
-            order = torch.rand(images, positions, generator=self._generator).argsort(1)
-            self._drawn[positions] = order[:, :wanted]
+        if positions not in self._drawn:
+            keys = torch.rand(images, positions, generator=self._generator)
+            self._drawn[positions] = keys.topk(wanted, 1, sorted=False).indices.sort(1).values  # in memory's order
         return self._drawn[positions]
 
 

@@ -7,18 +7,21 @@ from torch import Tensor
 
 NARROW = 16  # below, the float32 product falls back to a plain loop and loses a digit; float64 costs nothing there
 CHUNK = 8192  # samples in one float32 sum: the longest that still agrees with float64 to 1e-6
-WIDE = 96  # below, a product of stripes takes no less time than the whole
-STRIPES = 4  # from there on, stripes of rows, each from its diagonal block on: 5/8 of the work of the whole square
+STRIPES = ((96, 4), (32, 2))  # from so many channels, stripes of rows, each from its diagonal block on: 5/8, 3/4 of all
 
 
 class SymmetricSum:
-    """Σ z zᵀ [N, N]: in the precision of the rows for up to 8192 of them, then added in float64.
+    """Σ z zᵀ [N, N]: in the precision of the rows for a chunk of them, then added in float64.
 
     So the float64 matrix, whose size has nothing to do with the batch's, is touched once in many batches. Rows come in
     lanes, each with a sum of its own until it is settled, so that threads need not meet over one product.
+
+    Args:
+        chunk: most rows of a lane in one sum of their own precision.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, chunk: int = CHUNK) -> None:
+        self._chunk = chunk
         self._total: Tensor | None = None
         self._parts: list[Tensor] = []  # a stripe each, [lanes, its rows, N - its start]
         self._count = 0
@@ -31,8 +34,8 @@ class SymmetricSum:
             self._settle()
             lanes, _, channels = rows.shape
             self._parts = [rows.new_empty(lanes, stop - start, channels - start) for start, stop in _stripes(channels)]
-        for part in rows.split(CHUNK, dim=1):
-            if self._count + part.shape[1] > CHUNK:
+        for part in rows.split(self._chunk, dim=1):
+            if self._count + part.shape[1] > self._chunk:
                 self._settle()
             left, keep = part.transpose(1, 2), int(self._count > 0)
             for stripe, (start, stop) in zip(self._parts, _stripes(part.shape[2]), strict=True):
@@ -75,7 +78,7 @@ def transformed(weight: Tensor, matrix: Tensor) -> Tensor:
 
 
 def _stripes(channels: int) -> list[tuple[int, int]]:
-    step = -(-channels // STRIPES) if channels >= WIDE else channels
+    step = -(-channels // next((stripes for fewest, stripes in STRIPES if channels >= fewest), 1))
     return [(start, min(start + step, channels)) for start in range(0, channels, step)]
 
 

@@ -7,13 +7,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lit_prune.moments import LayerSums, plus
-from lit_prune.products import SymmetricSum, transformed
+from lit_prune.moments import LayerSums, moved, plus
+from lit_prune.products import NARROW, SymmetricSum, transformed
 
 BLOCK_BYTES = 1 << 20  # what stays in one core's cache between the shift and the product
 LARGE_BLOCK_BYTES = 1 << 28  # on an accelerator a launch costs more than a trip to memory
 LANE_SUMS = 1 << 22  # entries of the matrices of all lanes of one layer
 FEWEST_ROWS = 512  # fewer samples in a product, and the sums travel through memory more often than the samples
+SMALL_MAP = 16  # positions
+NEAR_ZERO = 16  # mean² by variance; up to there, float32 sums around zero agree with float64 to 1e-6 if they are short
+NEAR_ZERO_CHUNK = 1024  # samples
+WIDEST_WHOLE = 96  # channels; from there on, a matrix for each image costs more than the shifted copy it saves
+SPREAD_SAMPLES = 2048  # to judge mean² by
 
 
 @dataclass(frozen=True)
@@ -65,13 +70,16 @@ class Blocks:
         return max(1, wanted // (4 * positions * channels), FEWEST_ROWS // positions)
 
     def shifted(self, values: Tensor, shift: Tensor) -> Tensor:
-        """The values [L, B, P, n] minus the shift, lane by lane in the memory order of the values' channels."""
+        """The values [L, B, P, n] minus the shift, lane by lane, positions side by side where they are in the values.
+
+        In a small map it is the channels: means of so few neighbours are slow.
+        """
         block = self._memory
         if (block.device, block.dtype) != (values.device, shift.dtype) or block.numel() < values.numel():
             block = self._memory = torch.empty(values.numel(), dtype=shift.dtype, device=values.device)
         count, images, positions, channels = values.shape
         flat = block[: values.numel()]
-        if values.stride(3) == 1:  # channels last, tokens
+        if values.stride(3) == 1 or positions <= SMALL_MAP:
             return torch.sub(values, shift, out=flat.view(values.shape))
         return torch.sub(values, shift, out=flat.view(count, channels, images, positions).permute(0, 2, 3, 1))
 
@@ -82,17 +90,30 @@ class LayerStream:
     Where an affine map is given, the values it is fed are those of the layer's input x [B, P, C], C < N, and
     Σ z zᵀ = W·(Σ x xᵀ)·Wᵀ: the quadratic form of the definition, exact, at a fraction of the cost.
 
+    Large maps of few channels are not copied at all: where the means are near zero, each image is multiplied as it
+    lies, and the sums are moved to the shift in float64.
+
     Args:
         sums: the layer's sums.
         shift: [n], near the means of the values it will be fed; in their precision, float32 at least.
         blocks: memory to work in.
         affine: from what it is fed to the layer's output, or None where that is what it is fed.
+        near_zero: whether no mean is so many deviations from zero that sums around zero would cancel.
     """
 
-    def __init__(self, sums: LayerSums, shift: Tensor, blocks: Blocks, affine: AffineMap | None = None) -> None:
+    def __init__(
+        self,
+        sums: LayerSums,
+        shift: Tensor,
+        blocks: Blocks,
+        affine: AffineMap | None = None,
+        near_zero: bool = False,
+    ) -> None:
         self.sums, self.shift, self.affine = sums, shift, affine
-        self._blocks = blocks
+        self._blocks, self._near_zero = blocks, near_zero
         self._second, self._pooled_second = SymmetricSum(), SymmetricSum()
+        self._whole, self._whole_samples = SymmetricSum(NEAR_ZERO_CHUNK), 0
+        self._whole_first = torch.zeros_like(shift, dtype=torch.float64)
         self._rows: list[Tensor] = []  # pooled values whose product is pending
         self._single = not int(sums.samples)  # every image so far had one position: both second moments are one
 
@@ -100,7 +121,8 @@ class LayerStream:
     def start(cls, values: Tensor, blocks: Blocks, affine: AffineMap | None = None) -> LayerStream:
         """An empty stream around the mean of its first values [B, P, n]."""
         shift = values.mean((0, 1), dtype=torch.promote_types(values.dtype, torch.float32))
-        return cls(LayerSums.zeros(shift if affine is None else affine.point(shift)), shift, blocks, affine)
+        sums = LayerSums.zeros(shift if affine is None else affine.point(shift))
+        return cls(sums, shift, blocks, affine, _near_zero(values, shift))
 
     def add(self, values: Tensor, places: Tensor | None = None, match: bool = False) -> Tensor:
         """Adds one batch [B, P, n] and returns its shifted outputs pooled over positions, float64 [B, N].
@@ -110,27 +132,44 @@ class LayerStream:
             places: [B, k], the positions that are samples; None takes all.
             match: pool over those alone.
         """
-        _, positions, channels = values.shape
-        if self._single and positions > 1:
+        if self._single and values.shape[1] > 1:
             self.flush()
             self._single = False
-        lanes = self._blocks.lanes(values) if places is None else values[None]
-        count, each = lanes.shape[:2]
+        samples = values if places is None else _picked(values, places)
+        if self._near_zero and _fits_whole(samples):
+            chosen = self._add_whole(samples)
+        else:
+            chosen = self._through_blocks(samples, None if self._single else self._second)
+        pooled = chosen if match or samples is values else self._pooled(values)
+        return self._count(pooled, chosen, samples.shape[1])
+
+    def _add_whole(self, samples: Tensor) -> Tensor:
+        """Adds products of samples [B, k, n] image by image, around zero; returns their shifted means [B, n]."""
+        pooled = self._pooled(samples)
+        self._whole.add(samples)
+        self._whole_first += pooled.sum(0, dtype=torch.float64) * samples.shape[1]
+        self._whole_samples += samples.shape[0] * samples.shape[1]
+        return pooled
+
+    def _through_blocks(self, values: Tensor, products: SymmetricSum | None) -> Tensor:
+        """Shifted means [B, n] of values [B, P, n]; block by block, so that what is shifted can be multiplied too."""
+        lanes = self._blocks.lanes(values)
+        count, each, _, channels = lanes.shape
         pooled = values.new_empty(count, channels, each, dtype=self.shift.dtype).transpose(1, 2)  # like the blocks
-        chosen = pooled if places is None else torch.zeros_like(pooled)
         size = self._blocks.size(lanes)
         for start in range(0, each, size):
             part = slice(start, start + size)
             block = self._blocks.shifted(lanes[:, part], self.shift)
             torch.mean(block, 2, out=pooled[:, part])
-            if places is not None:
-                block = _picked(block[0], places[part])[None]
-                torch.mean(block, 2, out=chosen[:, part])
-            if not self._single:
-                self._second.add(block.flatten(1, 2))
-        pooled = pooled.flatten(0, 1)
-        chosen = pooled if places is None else chosen.flatten(0, 1)
-        return self._count(chosen if match else pooled, chosen, positions if places is None else places.shape[1])
+            if products is not None:
+                products.add(block.flatten(1, 2))
+        return pooled.flatten(0, 1)
+
+    def _pooled(self, values: Tensor) -> Tensor:
+        """Shifted means [B, n] over the positions of values [B, P, n]."""
+        if self._near_zero:
+            return values.mean(1, dtype=self.shift.dtype) - self.shift
+        return self._through_blocks(values, None)
 
     def _count(self, pooled: Tensor, sampled: Tensor, positions: int) -> Tensor:
         """Adds what follows from a batch's means over all positions and over the samples, both [B, n]."""
@@ -156,7 +195,12 @@ class LayerStream:
     def flush(self) -> None:
         """Completes the sums."""
         self._multiply_rows()
-        joint, pooled = self._second.take(), self._pooled_second.take()
+        joint, whole, pooled = self._second.take(), self._whole.take(), self._pooled_second.take()
+        if whole is not None:
+            shift = self.shift.double()
+            whole = moved(whole, self._whole_first + self._whole_samples * shift, self._whole_samples, shift)
+            joint = whole if joint is None else joint + whole
+            self._whole_first, self._whole_samples = torch.zeros_like(shift), 0
         if joint is not None:
             joint = joint if self.affine is None else transformed(self.affine.weight, joint)
             self.sums.second = plus(self.sums.second, joint)
@@ -166,10 +210,21 @@ class LayerStream:
             self.sums.pooled_second = plus(self.sums.pooled_second, pooled)
 
 
-def _picked(block: Tensor, places: Tensor) -> Tensor:
+def _fits_whole(values: Tensor) -> bool:
+    """Whether values [B, P, n] need no other precision, and a product for each image costs less than shifted copies."""
+    _, positions, channels = values.shape
+    return NARROW <= channels <= min(positions, WIDEST_WHOLE) and values.dtype in (torch.float32, torch.float64)
+
+
+def _near_zero(values: Tensor, mean: Tensor) -> bool:
+    """Whether mean² is at most 16 times the variance, in every channel of [B, P, n]."""
+    step = -(-values.shape[0] * values.shape[1] // SPREAD_SAMPLES)
+    variance = (values[:, ::step] - mean).square().mean((0, 1))
+    return bool((mean.square() <= NEAR_ZERO * variance).all())
+
+
+def _picked(values: Tensor, places: Tensor) -> Tensor:
     """The values [B, k, n] of [B, P, n] at the places [B, k] of each image, in the same memory order."""
-    images, positions, channels = block.shape
-    flat = (places + torch.arange(images, device=places.device)[:, None] * positions).flatten()
-    if block.stride(2) == 1:
-        return block.flatten(0, 1).index_select(0, flat).view(images, -1, channels)
-    return block.permute(2, 0, 1).flatten(1).index_select(1, flat).view(channels, images, -1).permute(1, 2, 0)
+    if values.stride(2) == 1:
+        return values.gather(1, places[:, :, None].expand(-1, -1, values.shape[2]))
+    return values.transpose(1, 2).gather(2, places[:, None].expand(-1, values.shape[2], -1)).transpose(1, 2)
