@@ -80,18 +80,19 @@ def channel_table(model: nn.Module, sums: ActivationSums, protocol: Protocol = D
     """The channel table of `measure` from its sums."""
     if sums.images < MINIMUM_IMAGES:
         raise InputError(f"batches: {sums.images} images are too few; give at least {MINIMUM_IMAGES}, better 1000")
-    tables = []
-    for depth, (name, layer_sums) in enumerate(sums.layers.items()):
+    deviation, found = target_deviation(sums), []
+    for name, layer_sums in sums.layers.items():
         layer_sums = layer_sums.to("cpu")
         weight = model.get_submodule(name).weight.detach().flatten(1)
         weight_norm = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64).cpu()  # no float64 copy of it
-        columns = layer_columns(layer_sums, weight_norm, target_deviation(sums), protocol)
-        frame = pd.DataFrame({key: value.numpy() for key, value in columns.items()})
-        frame.insert(0, "layer", name)
-        frame.insert(1, "depth", depth)
-        frame.insert(2, "channel", np.arange(len(frame)))
-        tables.append(frame)
-    return pd.concat(tables, ignore_index=True)
+        found.append(layer_columns(layer_sums, weight_norm, deviation, protocol))
+    widths = [len(layer_sums.shift) for layer_sums in sums.layers.values()]
+    places = {
+        "layer": np.repeat(np.array(list(sums.layers), dtype=object), widths),
+        "depth": np.repeat(np.arange(len(widths)), widths),
+        "channel": np.concatenate([np.arange(width) for width in widths]),
+    }
+    return pd.DataFrame(places | {key: torch.cat([columns[key] for columns in found]).numpy() for key in found[0]})
 
 
 def target_deviation(sums: ActivationSums) -> Tensor:
