@@ -56,13 +56,13 @@ class Recording:
         if name in self._pooled:
             raise InputError(f"layers: {name!r} runs more than once in a forward pass; leave it out with layers=")
         with torch.no_grad(), torch.autocast(output.device.type, enabled=False), full_precision():
-            values = position_view(module, output.detach(), self._protocol.token)
+            outputs = position_view(module, output.detach(), self._protocol.token)
             source = self._source(name, module, inputs, output)
-            stream = self._stream(name, module, source, values)
-            values = values if stream.affine is None else source
+            stream = self._stream(name, module, source, outputs)
+            values = outputs if stream.affine is None else source
             places = self._places(*values.shape[:2])
-            match = self._protocol.target_pooling == "match"
-            self._pooled[name] = stream.add(values, None if places is None else places.to(values.device), match)
+            places = None if places is None else places.to(values.device)
+            self._pooled[name] = stream.add(values, places, self._protocol.target_pooling == "match", outputs)
 
     def _source(self, name: str, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
         """The layer's input as [B, P, C] if its moments give the output's exactly and its weights are as they were."""

@@ -52,7 +52,9 @@ def weight_state(module: nn.Module) -> tuple[int, ...]:
 
 
 def loses_digits(module: nn.Module, source: Tensor, values: Tensor) -> bool:
-    """Whether W·Σ_X·Wᵀ would cancel: some channel's variance is far below that of its parts, as a constant one's is.
+    """Whether W·Σ·Wᵀ would cancel: some channel's variance is far below that of its parts, as a constant one's is.
+
+    Both are looked at, the variance over images and positions and that of the means over positions.
 
     Args:
         module: the layer.
@@ -62,13 +64,13 @@ def loses_digits(module: nn.Module, source: Tensor, values: Tensor) -> bool:
     images, positions, _ = values.shape
     if images * positions < FEWEST_SAMPLES:
         return True
-    step = -(-images * positions // MOST_SAMPLES)
-    power, parts = (_variance(view, step) for view in (values, source))
-    return not bool((power >= SHARE * (module.weight.detach().flatten(1).square() @ parts)).all())
+    step = min(-(-images * positions // MOST_SAMPLES), positions)
+    squares = module.weight.detach().flatten(1).square()
+    some, pooled = ([view[:, ::step] for view in (values, source)], [view.mean(1) for view in (values, source)])
+    return not all(bool((_variance(y) >= SHARE * (squares @ _variance(x))).all()) for y, x in (some, pooled))
 
 
-def _variance(values: Tensor, step: int) -> Tensor:
-    """Variance [n] over some of the samples of [B, P, n]."""
-    step = min(step, values.shape[1])
-    some = values[:, ::step]
-    return (some - some.mean((0, 1))).square().mean((0, 1))
+def _variance(values: Tensor) -> Tensor:
+    """Variance [n] over all but the last dimension."""
+    flat = values.flatten(0, -2)
+    return (flat - flat.mean(0)).square().mean(0)

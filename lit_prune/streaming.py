@@ -14,7 +14,7 @@ BLOCK_BYTES = 1 << 20  # what stays in one core's cache between the shift and th
 LARGE_BLOCK_BYTES = 1 << 28  # on an accelerator a launch costs more than a trip to memory
 LANE_SUMS = 1 << 22  # entries of the matrices of all lanes of one layer
 FEWEST_ROWS = 512  # fewer samples in a product, and the sums travel through memory more often than the samples
-SMALL_MAP = 16  # positions
+SMALL_MAP = 4  # positions
 NEAR_ZERO = 16  # mean² by variance; up to there, float32 sums around zero agree with float64 to 1e-6 if they are short
 NEAR_ZERO_CHUNK = 1024  # samples
 WIDEST_WHOLE = 96  # channels; from there on, a matrix for each image costs more than the shifted copy it saves
@@ -88,7 +88,7 @@ class LayerStream:
     """Adds a layer's batches to `sums`, which are complete after `flush`.
 
     Where an affine map is given, the values it is fed are those of the layer's input x [B, P, C], C < N, and
-    Σ z zᵀ = W·(Σ x xᵀ)·Wᵀ: the quadratic form of the definition, exact, at a fraction of the cost.
+    Σ z zᵀ = W·(Σ x xᵀ)·Wᵀ: the quadratic form of the definition, exact, at a fraction of the cost. So for the means.
 
     Large maps of few channels are not copied at all: where the means are near zero, each image is multiplied as it
     lies, and the sums are moved to the shift in float64.
@@ -124,13 +124,16 @@ class LayerStream:
         sums = LayerSums.zeros(shift if affine is None else affine.point(shift))
         return cls(sums, shift, blocks, affine, _near_zero(values, shift))
 
-    def add(self, values: Tensor, places: Tensor | None = None, match: bool = False) -> Tensor:
+    def add(
+        self, values: Tensor, places: Tensor | None = None, match: bool = False, outputs: Tensor | None = None
+    ) -> Tensor:
         """Adds one batch [B, P, n] and returns its shifted outputs pooled over positions, float64 [B, N].
 
         Args:
             values: outputs of the layer, or inputs of its affine map.
             places: [B, k], the positions that are samples; None takes all.
             match: pool over those alone.
+            outputs: [B, P, N], of the layer; those of one position need not be made anew from its inputs.
         """
         if self._single and values.shape[1] > 1:
             self.flush()
@@ -141,7 +144,8 @@ class LayerStream:
         else:
             chosen = self._through_blocks(samples, None if self._single else self._second)
         pooled = chosen if match or samples is values else self._pooled(values)
-        return self._count(pooled, chosen, samples.shape[1])
+        known = outputs[:, 0] if outputs is not None and outputs.shape[1] == 1 else None
+        return self._count(pooled, chosen, samples.shape[1], known)
 
     def _add_whole(self, samples: Tensor) -> Tensor:
         """Adds products of samples [B, k, n] image by image, around zero; returns their shifted means [B, n]."""
@@ -171,21 +175,22 @@ class LayerStream:
             return values.mean(1, dtype=self.shift.dtype) - self.shift
         return self._through_blocks(values, None)
 
-    def _count(self, pooled: Tensor, sampled: Tensor, positions: int) -> Tensor:
+    def _count(self, pooled: Tensor, sampled: Tensor, positions: int, known: Tensor | None) -> Tensor:
         """Adds what follows from a batch's means over all positions and over the samples, both [B, n]."""
-        outputs = pooled if self.affine is None else self.affine.rows(pooled)
-        self._rows.append(pooled if self._single else outputs)
+        self._rows.append(pooled)
         if sum(map(len, self._rows)) >= FEWEST_ROWS:
             self._multiply_rows()
-        exact = outputs.double()
+        exact = self._outputs(pooled) if known is None else known - self.sums.shift
         total = exact.sum(0)
         self.sums.images += len(pooled)
         self.sums.pooled_first += total
         self.sums.samples += len(pooled) * positions
-        if sampled is not pooled:
-            total = (sampled if self.affine is None else self.affine.rows(sampled)).sum(0, dtype=torch.float64)
-        self.sums.first += total * positions
+        self.sums.first += (total if sampled is pooled else self._outputs(sampled).sum(0)) * positions
         return exact
+
+    def _outputs(self, differences: Tensor) -> Tensor:
+        """The layer's outputs [S, N], shifted, float64, from values minus the shift [S, n]."""
+        return (differences if self.affine is None else self.affine.rows(differences)).double()
 
     def _multiply_rows(self) -> None:
         if self._rows:
@@ -202,12 +207,15 @@ class LayerStream:
             joint = whole if joint is None else joint + whole
             self._whole_first, self._whole_samples = torch.zeros_like(shift), 0
         if joint is not None:
-            joint = joint if self.affine is None else transformed(self.affine.weight, joint)
-            self.sums.second = plus(self.sums.second, joint)
+            self.sums.second = plus(self.sums.second, self._mapped(joint))
             if self._single:
                 self.sums.pooled_second = self.sums.second
         if pooled is not None:
-            self.sums.pooled_second = plus(self.sums.pooled_second, pooled)
+            self.sums.pooled_second = plus(self.sums.pooled_second, self._mapped(pooled))
+
+    def _mapped(self, products: Tensor) -> Tensor:
+        """The products [N, N] of the layer's outputs from those [n, n] of what it was fed."""
+        return products if self.affine is None else transformed(self.affine.weight, products)
 
 
 def _fits_whole(values: Tensor) -> bool:
