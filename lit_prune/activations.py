@@ -1,7 +1,7 @@
 """Activations of named layers as streaming sums: `with record(model) as recording`, then one forward pass."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from lit_prune.moments import ActivationSums
 from lit_prune.pointwise import affine_map, loses_digits, pointwise_input, weight_state
 from lit_prune.protocol import DEFAULT_PROTOCOL, Protocol
 from lit_prune.streaming import Blocks, LayerStream
+
+LEGACY_PRECISION = ("allow_tf32", (False,))  # of torch before 2.9
 
 
 class Recording:
@@ -32,7 +34,7 @@ class Recording:
     def sums(self) -> ActivationSums:
         """The sums so far; layers appear in the order in which they first ran. Read seldom: it adds what is pending."""
         self._check_finite()
-        with torch.no_grad(), full_precision():
+        with torch.no_grad(), full_precision(None):
             for stream in self._streams.values():
                 stream.flush()
         return self._sums
@@ -55,7 +57,7 @@ class Recording:
         """Adds one output of the layer `name`, by way of its input where that is exact and cheaper."""
         if name in self._pooled:
             raise InputError(f"layers: {name!r} runs more than once in a forward pass; leave it out with layers=")
-        with torch.no_grad(), torch.autocast(output.device.type, enabled=False), full_precision():
+        with torch.no_grad(), full_precision(output.device.type):
             outputs = position_view(module, output.detach(), self._protocol.token)
             source = self._source(name, module, inputs, output)
             stream = self._stream(name, module, source, outputs)
@@ -67,7 +69,7 @@ class Recording:
     def _source(self, name: str, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
         """The layer's input as [B, P, C] if its moments give the output's exactly and its weights are as they were."""
         known = self._weights.get(name)
-        if self._protocol.hook_point != "pre_bn" or known not in (None, weight_state(module)):
+        if self._protocol.hook_point != "pre_bn" or (known and known != weight_state(module)):
             return None
         source = pointwise_input(module, inputs, output)
         return None if source is None else position_view(module, source.detach(), self._protocol.token)
@@ -91,9 +93,9 @@ class Recording:
     def _check_finite(self) -> None:
         """Raises if the batch that is running has met a value that is not a number; asks the device once."""
         if self._pooled:
-            broken = torch.stack([pooled.sum() for pooled in self._pooled.values()]).isfinite().logical_not().tolist()
-            for name, bad in zip(self._pooled, broken, strict=True):
-                if bad:
+            totals = torch.stack([self._streams[name].total.sum() for name in self._pooled])
+            for name, finite in zip(self._pooled, totals.isfinite().tolist(), strict=True):
+                if not finite:
                     self._pooled = {}
                     raise InputError(f"batches: batch {self._batch} makes NaN or infinite values in layer {name!r}")
 
@@ -133,17 +135,19 @@ def position_view(module: nn.Module, output: Tensor, token: int | None) -> Tenso
 
 
 @contextmanager
-def full_precision() -> Iterator[None]:
-    """Float32 products in float32 inside, although the trainer may have allowed TF32 or bfloat16 ones."""
+def full_precision(device_type: str | None) -> Iterator[None]:
+    """Float32 products in float32 inside, although the trainer may have allowed TF32 or bfloat16 ones, or autocast."""
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-    name, exact = ("fp32_precision", "ieee") if hasattr(backends[1], "fp32_precision") else ("allow_tf32", False)
-    before = {backend: getattr(backend, name) for backend in backends if hasattr(backend, name)}
+    name, exact = ("fp32_precision", ("ieee", "none")) if hasattr(backends[1], "fp32_precision") else LEGACY_PRECISION
+    lowered = {backend: value for backend in backends if (value := getattr(backend, name, exact[0])) not in exact}
+    cast = device_type is not None and torch.is_autocast_enabled(device_type)
     try:
-        for backend in before:
-            setattr(backend, name, exact)
-        yield
+        for backend in lowered:
+            setattr(backend, name, exact[0])
+        with torch.autocast(device_type, enabled=False) if cast else nullcontext():
+            yield
     finally:
-        for backend, value in before.items():
+        for backend, value in lowered.items():
             setattr(backend, name, value)
 
 

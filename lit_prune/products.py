@@ -23,22 +23,25 @@ class SymmetricSum:
     def __init__(self, chunk: int = CHUNK) -> None:
         self._chunk = chunk
         self._total: Tensor | None = None
-        self._parts: list[Tensor] = []  # a stripe each, [lanes, its rows, N - its start]
+        self._stripes: list[tuple[int, int]] = []
+        self._parts: list[Tensor] = []  # of a stripe each, [lanes, its rows, N - its start]
         self._count = 0
 
     def add(self, rows: Tensor) -> None:
         """Adds the products of rows [S, N] or of lanes of rows [L, S, N], float32 or float64."""
         rows = rows if rows.ndim == 3 else rows[None]
-        rows = rows.double() if rows.shape[2] < NARROW else rows
-        if not self._parts or (len(self._parts[0]), self._parts[0].dtype) != (len(rows), rows.dtype):
+        lanes, count, channels = rows.shape
+        rows = rows.double() if channels < NARROW else rows
+        if not self._parts or (self._parts[0].shape[0], self._parts[0].dtype) != (lanes, rows.dtype):
             self._settle()
-            lanes, _, channels = rows.shape
-            self._parts = [rows.new_empty(lanes, stop - start, channels - start) for start, stop in _stripes(channels)]
-        for part in rows.split(self._chunk, dim=1):
+            self._stripes = _stripes(channels)
+            self._parts = [rows.new_empty(lanes, stop - start, channels - start) for start, stop in self._stripes]
+        for first in range(0, count, self._chunk):
+            part = rows[:, first : first + self._chunk]
             if self._count + part.shape[1] > self._chunk:
                 self._settle()
             left, keep = part.transpose(1, 2), int(self._count > 0)
-            for stripe, (start, stop) in zip(self._parts, _stripes(part.shape[2]), strict=True):
+            for stripe, (start, stop) in zip(self._parts, self._stripes, strict=True):
                 stripe.baddbmm_(left[:, start:stop], part[:, :, start:], beta=keep)
             self._count += part.shape[1]
 
@@ -52,7 +55,7 @@ class SymmetricSum:
         if self._count:
             channels = self._parts[0].shape[2]
             settled = self._parts[0].new_empty(channels, channels)
-            for stripe, (start, stop) in zip(self._parts, _stripes(channels), strict=True):
+            for stripe, (start, stop) in zip(self._parts, self._stripes, strict=True):
                 torch.sum(stripe, 0, out=settled[start:stop, start:])
             _mirror(settled)
             if self._total is None:
@@ -84,5 +87,5 @@ def _stripes(channels: int) -> list[tuple[int, int]]:
 
 def _mirror(total: Tensor) -> None:
     """Copies the blocks above the diagonal below it."""
-    for start, stop in _stripes(len(total)):
+    for start, stop in _stripes(len(total))[:-1]:
         total[stop:, start:stop] = total[start:stop, stop:].T

@@ -15,7 +15,7 @@ LARGE_BLOCK_BYTES = 1 << 28  # on an accelerator a launch costs more than a trip
 LANE_SUMS = 1 << 22  # entries of the matrices of all lanes of one layer
 FEWEST_ROWS = 512  # fewer samples in a product, and the sums travel through memory more often than the samples
 SMALL_MAP = 4  # positions
-NEAR_ZERO = 16  # mean² by variance; up to there, float32 sums around zero agree with float64 to 1e-6 if they are short
+NEAR_ZERO = 16  # mean² by variance; up to there, short float32 sums around zero lose no more than the layer's own did
 NEAR_ZERO_CHUNK = 1024  # samples
 WIDEST_WHOLE = 96  # channels; from there on, a matrix for each image costs more than the shifted copy it saves
 SPREAD_SAMPLES = 2048  # to judge mean² by
@@ -59,14 +59,14 @@ class Blocks:
         It is 1 too for outputs with one position, and where the matrices of so many lanes were too large.
         """
         images, positions, channels = values.shape
-        threads = torch.get_num_threads()
-        fits = positions > 1 and images % threads == 0 and threads * channels**2 <= LANE_SUMS
-        return values.unflatten(0, (threads if values.is_cpu and fits else 1, -1))
+        threads = torch.get_num_threads() if values.is_cpu and positions > 1 else 1
+        count = threads if images % threads == 0 and threads * channels**2 <= LANE_SUMS else 1
+        return values.view(count, images // count, positions, channels)
 
     def size(self, lanes: Tensor) -> int:
         """Images [P, n] of each lane in a block, at least one."""
         positions, channels = lanes.shape[2:]
-        wanted = BLOCK_BYTES * torch.get_num_threads() // len(lanes) if lanes.is_cpu else LARGE_BLOCK_BYTES
+        wanted = BLOCK_BYTES * torch.get_num_threads() // lanes.shape[0] if lanes.is_cpu else LARGE_BLOCK_BYTES
         return max(1, wanted // (4 * positions * channels), FEWEST_ROWS // positions)
 
     def shifted(self, values: Tensor, shift: Tensor) -> Tensor:
@@ -99,6 +99,9 @@ class LayerStream:
         blocks: memory to work in.
         affine: from what it is fed to the layer's output, or None where that is what it is fed.
         near_zero: whether no mean is so many deviations from zero that sums around zero would cancel.
+
+    Attributes:
+        total: [N], float64, the sum of what the last `add` returned.
     """
 
     def __init__(
@@ -110,11 +113,14 @@ class LayerStream:
         near_zero: bool = False,
     ) -> None:
         self.sums, self.shift, self.affine = sums, shift, affine
+        self.total = torch.zeros_like(sums.shift)
         self._blocks, self._near_zero = blocks, near_zero
         self._second, self._pooled_second = SymmetricSum(), SymmetricSum()
         self._whole, self._whole_samples = SymmetricSum(NEAR_ZERO_CHUNK), 0
         self._whole_first = torch.zeros_like(shift, dtype=torch.float64)
         self._rows: list[Tensor] = []  # pooled values whose product is pending
+        self._waiting = 0  # how many those are
+        self._images = self._samples = 0  # that `sums` have still to hear of
         self._single = not int(sums.samples)  # every image so far had one position: both second moments are one
 
     @classmethod
@@ -151,7 +157,7 @@ class LayerStream:
         """Adds products of samples [B, k, n] image by image, around zero; returns their shifted means [B, n]."""
         pooled = self._pooled(samples)
         self._whole.add(samples)
-        self._whole_first += pooled.sum(0, dtype=torch.float64) * samples.shape[1]
+        self._whole_first.add_(pooled.sum(0, dtype=torch.float64), alpha=samples.shape[1])
         self._whole_samples += samples.shape[0] * samples.shape[1]
         return pooled
 
@@ -177,15 +183,17 @@ class LayerStream:
 
     def _count(self, pooled: Tensor, sampled: Tensor, positions: int, known: Tensor | None) -> Tensor:
         """Adds what follows from a batch's means over all positions and over the samples, both [B, n]."""
+        images = pooled.shape[0]
         self._rows.append(pooled)
-        if sum(map(len, self._rows)) >= FEWEST_ROWS:
+        self._waiting += images
+        if self._waiting >= FEWEST_ROWS:
             self._multiply_rows()
         exact = self._outputs(pooled) if known is None else known - self.sums.shift
-        total = exact.sum(0)
-        self.sums.images += len(pooled)
-        self.sums.pooled_first += total
-        self.sums.samples += len(pooled) * positions
-        self.sums.first += (total if sampled is pooled else self._outputs(sampled).sum(0)) * positions
+        self.total = exact.sum(0)
+        self.sums.pooled_first += self.total
+        self.sums.first.add_(self.total if sampled is pooled else self._outputs(sampled).sum(0), alpha=positions)
+        self._images += images
+        self._samples += images * positions
         return exact
 
     def _outputs(self, differences: Tensor) -> Tensor:
@@ -195,10 +203,13 @@ class LayerStream:
     def _multiply_rows(self) -> None:
         if self._rows:
             (self._second if self._single else self._pooled_second).add(torch.cat(self._rows))
-            self._rows = []
+            self._rows, self._waiting = [], 0
 
     def flush(self) -> None:
         """Completes the sums."""
+        self.sums.images += self._images
+        self.sums.samples += self._samples
+        self._images = self._samples = 0
         self._multiply_rows()
         joint, whole, pooled = self._second.take(), self._whole.take(), self._pooled_second.take()
         if whole is not None:

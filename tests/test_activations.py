@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lit_prune.activations import pooled_outputs, record
+from lit_prune.activations import Recording, pooled_outputs, record
 from lit_prune.errors import InputError
 from lit_prune.information import local_axis
 from lit_prune.layers import following_norms, select_layers, undisturbed
@@ -130,6 +130,74 @@ def test_each_thread_sums_its_own_images(threads, memory_format):
     torch.testing.assert_close(found, torch.cov(pooled.T, correction=0), rtol=1e-5, atol=1e-7)
     target = pooled.mean(1, keepdim=True)
     torch.testing.assert_close(sums.cross, (pooled - sums.shift).T @ target, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("deviations", "copied"), [(0.0, False), (3.8, False), (4.3, True)])
+def test_narrow_maps_are_multiplied_as_they_lie_unless_their_means_are_far_from_zero(
+    deviations, copied, memory_format, monkeypatch
+):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 24, 3).to(memory_format=memory_format)
+    data = images(70, 18).to(memory_format=memory_format)
+    with torch.no_grad():
+        conv.bias += deviations * conv(data).std((0, 2, 3)) * torch.randn(24).sign() - conv(data).mean((0, 2, 3))
+    copies = []
+    monkeypatch.setattr(Blocks, "shifted", lambda *a, shifted=Blocks.shifted: copies.append(1) or shifted(*a))
+    with torch.no_grad(), record(conv) as recording:
+        for part in data.split(32):
+            conv(part)
+    assert bool(copies) == copied
+    flat, pooled = outputs(conv, conv, data)
+    sums = recording.sums.layers[""]
+    joint = local_axis.covariance(sums.samples, sums.first, sums.second)
+    means = local_axis.covariance(sums.images, sums.pooled_first, sums.pooled_second)
+    for found, values, tolerance in [(joint, flat, 4e-6), (means, pooled, 5e-6)]:  # means are rounded at their size
+        expected = torch.cov(values.T, correction=0)
+        scale = expected.diagonal().sqrt()
+        assert float(((found - expected) / torch.outer(scale, scale)).abs().max()) < tolerance
+
+
+def test_products_are_in_full_precision_whatever_the_trainer_allows():
+    torch.manual_seed(0)
+    conv, data = nn.Conv2d(3, 40, 3), images(64, 7)
+    flat, _ = outputs(conv, conv, data)
+    expected = torch.cov(flat.T, correction=0)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.no_grad(), record(conv) as recording:
+            conv(data)
+        sums = recording.sums.layers[""]
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    found = local_axis.covariance(sums.samples, sums.first, sums.second)
+    assert (found - expected).abs().max() < 1e-6 * expected.diagonal().max()
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("offset", [0.0, 50.0])
+def test_samples_are_the_drawn_positions_and_means_are_over_all(memory_format, offset, monkeypatch):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 20, 3).to(memory_format=memory_format)
+    conv.bias.data += offset
+    data = images(40, 9).to(memory_format=memory_format)
+    drawn = []
+    place = Recording._places
+    monkeypatch.setattr(Recording, "_places", lambda *a: drawn.append(place(*a)) or drawn[-1])
+    with torch.no_grad(), record(conv, protocol=Protocol(positions=6)) as recording:
+        for part in data.split(25):
+            conv(part)
+    places = torch.cat(drawn)
+    assert places.shape == (40, 6)
+    assert all(len(set(row.tolist())) == 6 for row in places)  # without replacement
+    flat, pooled = outputs(conv, conv, data)
+    samples = flat.view(40, 49, 20).gather(1, places[:, :, None].expand(-1, -1, 20)).flatten(0, 1)
+    sums = recording.sums.layers[""]
+    found = local_axis.covariance(sums.samples, sums.first, sums.second)
+    torch.testing.assert_close(found, torch.cov(samples.T, correction=0), rtol=1e-5, atol=1e-6)
+    found = local_axis.covariance(sums.images, sums.pooled_first, sums.pooled_second)
+    torch.testing.assert_close(found, torch.cov(pooled.T, correction=0), rtol=1e-5, atol=1e-6)
 
 
 def test_samples_at_random_positions_are_a_seeded_part_of_all(tiny_net):

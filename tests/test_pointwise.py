@@ -94,6 +94,20 @@ def test_dead_channels_are_dead_however_they_came_to_be_constant():
     assert local_axis.dead_channels(power).nonzero().flatten().tolist() == [3, 7]
 
 
+def test_a_layer_whose_means_alone_would_cancel_is_read_at_its_outputs():
+    """Opposite inputs share their mean over positions, and what they do not share is left out by the weights."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(2, 20, 1, bias=False)
+    conv.weight.data[0] = torch.tensor([1.0, -1.0])[:, None, None]
+    level, ripple = torch.randn(64, 1, 1, 1), torch.randn(64, 2, 6, 6)
+    data = 30 * level + 10 * (ripple - ripple.mean((2, 3), keepdim=True)) + 0.01 * torch.randn(64, 2, 1, 1)
+    assert loses_digits(conv, data.flatten(2).mT, conv(data).flatten(2).mT)
+    pooled = conv(data).detach().double().mean((2, 3))
+    sums = recorded(conv, [data])
+    found = local_axis.covariance(sums.images, sums.pooled_first, sums.pooled_second)
+    torch.testing.assert_close(found.diagonal(), pooled.var(0, correction=0), rtol=1e-3, atol=0)
+
+
 def test_weights_that_change_while_recording_are_followed():
     torch.manual_seed(0)
     conv, changed = nn.Conv2d(6, 20, 1), nn.Conv2d(6, 20, 1)
