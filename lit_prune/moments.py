@@ -74,10 +74,10 @@ class LayerSums:
             shift=self.shift + move,
             samples=self.samples,
             first=self.first - self.samples * move,
-            second=moved(self.second, self.first, self.samples, move),
+            second=_moved(self.second, self.first, self.samples, move),
             images=self.images,
             pooled_first=self.pooled_first - self.images * move,
-            pooled_second=moved(self.pooled_second, self.pooled_first, self.images, move),
+            pooled_second=_moved(self.pooled_second, self.pooled_first, self.images, move),
             cross=self.cross - torch.outer(move, self.target_first),
             target_first=self.target_first,
         )
@@ -108,8 +108,8 @@ def _products(rows: Tensor) -> Tensor:
     return products.take()
 
 
-def moved(second: Tensor, first: Tensor, count: Tensor, move: Tensor) -> Tensor:
-    """Σ (z-m)(z-m)ᵀ [N, N] from Σ z zᵀ, Σ z [N], how many z, and m [N]; all float64."""
+def _moved(second: Tensor, first: Tensor, count: Tensor, move: Tensor) -> Tensor:
+    """Σ (z-m)(z-m)ᵀ from Σ z zᵀ and Σ z."""
     mixed = torch.outer(first, move)
     return second - mixed - mixed.T + count * torch.outer(move, move)
 

@@ -15,34 +15,31 @@ class SymmetricSum:
 
     So the float64 matrix, whose size has nothing to do with the batch's, is touched once in many batches. Rows come in
     lanes, each with a sum of its own until it is settled, so that threads need not meet over one product.
-
-    Args:
-        chunk: most rows of a lane in one sum of their own precision.
     """
 
-    def __init__(self, chunk: int = CHUNK) -> None:
-        self._chunk = chunk
+    def __init__(self) -> None:
         self._total: Tensor | None = None
         self._stripes: list[tuple[int, int]] = []
         self._parts: list[Tensor] = []  # of a stripe each, [lanes, its rows, N - its start]
-        self._count = 0
+        self._lanes = self._count = 0  # lanes that hold something, rows of the first of them
 
     def add(self, rows: Tensor) -> None:
         """Adds the products of rows [S, N] or of lanes of rows [L, S, N], float32 or float64."""
         rows = rows if rows.ndim == 3 else rows[None]
         lanes, count, channels = rows.shape
         rows = rows.double() if channels < NARROW else rows
-        if not self._parts or (self._parts[0].shape[0], self._parts[0].dtype) != (lanes, rows.dtype):
+        if not self._parts or self._parts[0].shape[0] < lanes or self._parts[0].dtype != rows.dtype:
             self._settle()
             self._stripes = _stripes(channels)
             self._parts = [rows.new_empty(lanes, stop - start, channels - start) for start, stop in self._stripes]
-        for first in range(0, count, self._chunk):
-            part = rows[:, first : first + self._chunk]
-            if self._count + part.shape[1] > self._chunk:
+        for first in range(0, count, CHUNK):
+            part = rows[:, first : first + CHUNK]
+            if self._count + part.shape[1] > CHUNK or lanes > self._lanes:
                 self._settle()
+                self._lanes = lanes
             left, keep = part.transpose(1, 2), int(self._count > 0)
             for stripe, (start, stop) in zip(self._parts, self._stripes, strict=True):
-                stripe.baddbmm_(left[:, start:stop], part[:, :, start:], beta=keep)
+                stripe[:lanes].baddbmm_(left[:, start:stop], part[:, :, start:], beta=keep)
             self._count += part.shape[1]
 
     def take(self) -> Tensor | None:
@@ -56,13 +53,13 @@ class SymmetricSum:
             channels = self._parts[0].shape[2]
             settled = self._parts[0].new_empty(channels, channels)
             for stripe, (start, stop) in zip(self._parts, self._stripes, strict=True):
-                torch.sum(stripe, 0, out=settled[start:stop, start:])
+                torch.sum(stripe[: self._lanes], 0, out=settled[start:stop, start:])
             _mirror(settled)
             if self._total is None:
                 self._total = settled.double()
             else:
                 self._total += settled
-            self._count = 0
+            self._lanes = self._count = 0
 
 
 def transformed(weight: Tensor, matrix: Tensor) -> Tensor:

@@ -7,18 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lit_prune.moments import LayerSums, moved, plus
-from lit_prune.products import NARROW, SymmetricSum, transformed
+from lit_prune.moments import LayerSums, plus
+from lit_prune.products import SymmetricSum, transformed
 
-BLOCK_BYTES = 1 << 20  # what stays in one core's cache between the shift and the product
+BLOCK_BYTES = 1 << 21  # what stays in one core's cache between the shift and the product
 LARGE_BLOCK_BYTES = 1 << 28  # on an accelerator a launch costs more than a trip to memory
 LANE_SUMS = 1 << 22  # entries of the matrices of all lanes of one layer
 FEWEST_ROWS = 512  # fewer samples in a product, and the sums travel through memory more often than the samples
 SMALL_MAP = 4  # positions
-NEAR_ZERO = 16  # mean² by variance; up to there, short float32 sums around zero lose no more than the layer's own did
-NEAR_ZERO_CHUNK = 1024  # samples
-WIDEST_WHOLE = 96  # channels; from there on, a matrix for each image costs more than the shifted copy it saves
-SPREAD_SAMPLES = 2048  # to judge mean² by
 
 
 @dataclass(frozen=True)
@@ -44,44 +40,54 @@ class AffineMap:
 
 
 class Blocks:
-    """A block of memory that all layers share, and how a batch goes through it: some images of each lane at a time.
+    """A block of memory that all layers share, and how a batch goes through it: some images at a time.
 
-    A lane is what one thread works on from the shift to the product: consecutive images, as the threads divide them
-    when the layer runs, so that a thread finds the outputs where it left them.
+    What is multiplied comes in lanes [L, S, n], each with a product of its own. In a map with no more channels than
+    positions every image is a lane, in the memory order of the values. In others the channels of many images have to
+    be brought together, and a lane is what one thread works on from the shift to the product: consecutive images, as
+    the threads divide them when the layer runs, so that a thread finds the outputs where it left them.
     """
 
     def __init__(self) -> None:
         self._memory = torch.empty(0)
 
-    def lanes(self, values: Tensor) -> Tensor:
-        """The values [B, P, n] as [L, B/L, P, n]; L = 1 but for L threads of the CPU that divide the images evenly.
+    def divided(self, values: Tensor) -> Tensor:
+        """The values [B, P, n] as [T, B/T, P, n]; T = 1 but for T threads of the CPU that divide the images evenly.
 
-        It is 1 too for outputs with one position, and where the matrices of so many lanes were too large.
+        It is 1 too where images are lanes, for outputs with one position, and where T matrices were too large.
         """
         images, positions, channels = values.shape
-        threads = torch.get_num_threads() if values.is_cpu and positions > 1 else 1
+        threads = torch.get_num_threads() if values.is_cpu and 1 < positions < channels else 1
         count = threads if images % threads == 0 and threads * channels**2 <= LANE_SUMS else 1
         return values.view(count, images // count, positions, channels)
 
-    def size(self, lanes: Tensor) -> int:
-        """Images [P, n] of each lane in a block, at least one."""
-        positions, channels = lanes.shape[2:]
-        wanted = BLOCK_BYTES * torch.get_num_threads() // lanes.shape[0] if lanes.is_cpu else LARGE_BLOCK_BYTES
-        return max(1, wanted // (4 * positions * channels), FEWEST_ROWS // positions)
+    def size(self, values: Tensor) -> int:
+        """Images of each of the T parts [T, B, P, n] in a block, at least one."""
+        count, _, positions, channels = values.shape
+        wanted = BLOCK_BYTES * torch.get_num_threads() // count if values.is_cpu else LARGE_BLOCK_BYTES
+        most = wanted // (4 * positions * channels)
+        if channels <= positions:
+            return max(1, min(most, LANE_SUMS // channels**2))
+        return max(1, most, FEWEST_ROWS // positions)
 
     def shifted(self, values: Tensor, shift: Tensor) -> Tensor:
-        """The values [L, B, P, n] minus the shift, lane by lane, positions side by side where they are in the values.
-
-        In a small map it is the channels: means of so few neighbours are slow.
-        """
+        """The values [T, B, P, n] minus the shift, in the memory order in which its mean and product are fast."""
         block = self._memory
         if (block.device, block.dtype) != (values.device, shift.dtype) or block.numel() < values.numel():
             block = self._memory = torch.empty(values.numel(), dtype=shift.dtype, device=values.device)
         count, images, positions, channels = values.shape
         flat = block[: values.numel()]
-        if values.stride(3) == 1 or positions <= SMALL_MAP:
-            return torch.sub(values, shift, out=flat.view(values.shape))
-        return torch.sub(values, shift, out=flat.view(count, channels, images, positions).permute(0, 2, 3, 1))
+        if values.stride(3) == 1 or positions <= SMALL_MAP:  # a mean of so few neighbours is slow
+            view = flat.view(values.shape)
+        elif channels <= positions:
+            view = flat.view(count, images, channels, positions).transpose(2, 3)
+        else:
+            view = flat.view(count, channels, images, positions).permute(0, 2, 3, 1)
+        return torch.sub(values, shift, out=view)
+
+    def lanes(self, block: Tensor) -> Tensor:
+        """The samples of a block [T, B, P, n] as lanes [L, S, n]."""
+        return block.flatten(0, 1) if block.shape[3] <= block.shape[2] else block.flatten(1, 2)
 
 
 class LayerStream:
@@ -90,34 +96,21 @@ class LayerStream:
     Where an affine map is given, the values it is fed are those of the layer's input x [B, P, C], C < N, and
     Σ z zᵀ = W·(Σ x xᵀ)·Wᵀ: the quadratic form of the definition, exact, at a fraction of the cost. So for the means.
 
-    Large maps of few channels are not copied at all: where the means are near zero, each image is multiplied as it
-    lies, and the sums are moved to the shift in float64.
-
     Args:
         sums: the layer's sums.
         shift: [n], near the means of the values it will be fed; in their precision, float32 at least.
         blocks: memory to work in.
         affine: from what it is fed to the layer's output, or None where that is what it is fed.
-        near_zero: whether no mean is so many deviations from zero that sums around zero would cancel.
 
     Attributes:
         total: [N], float64, the sum of what the last `add` returned.
     """
 
-    def __init__(
-        self,
-        sums: LayerSums,
-        shift: Tensor,
-        blocks: Blocks,
-        affine: AffineMap | None = None,
-        near_zero: bool = False,
-    ) -> None:
+    def __init__(self, sums: LayerSums, shift: Tensor, blocks: Blocks, affine: AffineMap | None = None) -> None:
         self.sums, self.shift, self.affine = sums, shift, affine
         self.total = torch.zeros_like(sums.shift)
-        self._blocks, self._near_zero = blocks, near_zero
+        self._blocks = blocks
         self._second, self._pooled_second = SymmetricSum(), SymmetricSum()
-        self._whole, self._whole_samples = SymmetricSum(NEAR_ZERO_CHUNK), 0
-        self._whole_first = torch.zeros_like(shift, dtype=torch.float64)
         self._rows: list[Tensor] = []  # pooled values whose product is pending
         self._waiting = 0  # how many those are
         self._images = self._samples = 0  # that `sums` have still to hear of
@@ -127,8 +120,7 @@ class LayerStream:
     def start(cls, values: Tensor, blocks: Blocks, affine: AffineMap | None = None) -> LayerStream:
         """An empty stream around the mean of its first values [B, P, n]."""
         shift = values.mean((0, 1), dtype=torch.promote_types(values.dtype, torch.float32))
-        sums = LayerSums.zeros(shift if affine is None else affine.point(shift))
-        return cls(sums, shift, blocks, affine, _near_zero(values, shift))
+        return cls(LayerSums.zeros(shift if affine is None else affine.point(shift)), shift, blocks, affine)
 
     def add(
         self, values: Tensor, places: Tensor | None = None, match: bool = False, outputs: Tensor | None = None
@@ -145,41 +137,24 @@ class LayerStream:
             self.flush()
             self._single = False
         samples = values if places is None else _picked(values, places)
-        if self._near_zero and _fits_whole(samples):
-            chosen = self._add_whole(samples)
-        else:
-            chosen = self._through_blocks(samples, None if self._single else self._second)
-        pooled = chosen if match or samples is values else self._pooled(values)
+        chosen = self._through_blocks(samples, None if self._single else self._second)
+        pooled = chosen if match or samples is values else self._through_blocks(values, None)
         known = outputs[:, 0] if outputs is not None and outputs.shape[1] == 1 else None
         return self._count(pooled, chosen, samples.shape[1], known)
 
-    def _add_whole(self, samples: Tensor) -> Tensor:
-        """Adds products of samples [B, k, n] image by image, around zero; returns their shifted means [B, n]."""
-        pooled = self._pooled(samples)
-        self._whole.add(samples)
-        self._whole_first.add_(pooled.sum(0, dtype=torch.float64), alpha=samples.shape[1])
-        self._whole_samples += samples.shape[0] * samples.shape[1]
-        return pooled
-
     def _through_blocks(self, values: Tensor, products: SymmetricSum | None) -> Tensor:
         """Shifted means [B, n] of values [B, P, n]; block by block, so that what is shifted can be multiplied too."""
-        lanes = self._blocks.lanes(values)
-        count, each, _, channels = lanes.shape
-        pooled = values.new_empty(count, channels, each, dtype=self.shift.dtype).transpose(1, 2)  # like the blocks
-        size = self._blocks.size(lanes)
+        parts = self._blocks.divided(values)
+        count, each, _, channels = parts.shape
+        pooled = values.new_empty(count, each, channels, dtype=self.shift.dtype)
+        size = self._blocks.size(parts)
         for start in range(0, each, size):
-            part = slice(start, start + size)
-            block = self._blocks.shifted(lanes[:, part], self.shift)
-            torch.mean(block, 2, out=pooled[:, part])
+            some = slice(start, start + size)
+            block = self._blocks.shifted(parts[:, some], self.shift)
+            torch.mean(block, 2, out=pooled[:, some])
             if products is not None:
-                products.add(block.flatten(1, 2))
+                products.add(self._blocks.lanes(block))
         return pooled.flatten(0, 1)
-
-    def _pooled(self, values: Tensor) -> Tensor:
-        """Shifted means [B, n] over the positions of values [B, P, n]."""
-        if self._near_zero:
-            return values.mean(1, dtype=self.shift.dtype) - self.shift
-        return self._through_blocks(values, None)
 
     def _count(self, pooled: Tensor, sampled: Tensor, positions: int, known: Tensor | None) -> Tensor:
         """Adds what follows from a batch's means over all positions and over the samples, both [B, n]."""
@@ -211,12 +186,7 @@ class LayerStream:
         self.sums.samples += self._samples
         self._images = self._samples = 0
         self._multiply_rows()
-        joint, whole, pooled = self._second.take(), self._whole.take(), self._pooled_second.take()
-        if whole is not None:
-            shift = self.shift.double()
-            whole = moved(whole, self._whole_first + self._whole_samples * shift, self._whole_samples, shift)
-            joint = whole if joint is None else joint + whole
-            self._whole_first, self._whole_samples = torch.zeros_like(shift), 0
+        joint, pooled = self._second.take(), self._pooled_second.take()
         if joint is not None:
             self.sums.second = plus(self.sums.second, self._mapped(joint))
             if self._single:
@@ -227,19 +197,6 @@ class LayerStream:
     def _mapped(self, products: Tensor) -> Tensor:
         """The products [N, N] of the layer's outputs from those [n, n] of what it was fed."""
         return products if self.affine is None else transformed(self.affine.weight, products)
-
-
-def _fits_whole(values: Tensor) -> bool:
-    """Whether values [B, P, n] need no other precision, and a product for each image costs less than shifted copies."""
-    _, positions, channels = values.shape
-    return NARROW <= channels <= min(positions, WIDEST_WHOLE) and values.dtype in (torch.float32, torch.float64)
-
-
-def _near_zero(values: Tensor, mean: Tensor) -> bool:
-    """Whether mean² is at most 16 times the variance, in every channel of [B, P, n]."""
-    step = -(-values.shape[0] * values.shape[1] // SPREAD_SAMPLES)
-    variance = (values[:, ::step] - mean).square().mean((0, 1))
-    return bool((mean.square() <= NEAR_ZERO * variance).all())
 
 
 def _picked(values: Tensor, places: Tensor) -> Tensor:
