@@ -13,7 +13,10 @@ from lit_prune.pointwise import affine_map, loses_digits, pointwise_input, weigh
 from lit_prune.protocol import DEFAULT_PROTOCOL, Protocol
 from lit_prune.streaming import Blocks, LayerStream
 
-LEGACY_PRECISION = ("allow_tf32", (False,))  # of torch before 2.9
+BACKENDS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+PRECISION, EXACT = (
+    ("fp32_precision", ("ieee", "none")) if hasattr(BACKENDS[1], "fp32_precision") else ("allow_tf32", (False,))
+)
 
 
 class Recording:
@@ -29,13 +32,14 @@ class Recording:
         self._generator = torch.Generator().manual_seed(protocol.seed)
         self._batch = -1
         self._drawn: dict[int, Tensor] = {}  # of the batch that is running
+        self._lowered: dict[object, str | bool] = {}  # while it runs
 
     @property
     def sums(self) -> ActivationSums:
         """The sums so far; layers appear in the order in which they first ran. Read seldom: it adds what is pending."""
         self._check_finite()
-        with torch.no_grad(), full_precision(None):
-            for stream in self._streams.values():
+        for stream in self._streams.values():
+            with torch.no_grad(), full_precision(lowered_precision(), stream.shift.device.type):
                 stream.flush()
         return self._sums
 
@@ -51,13 +55,14 @@ class Recording:
         """Forward pre-hook of the whole model."""
         self._check_finite()
         self._pooled, self._drawn = {}, {}
+        self._lowered = lowered_precision()
         self._batch += 1
 
     def observe(self, name: str, module: nn.Module, inputs: tuple, output: Tensor) -> None:
         """Adds one output of the layer `name`, by way of its input where that is exact and cheaper."""
         if name in self._pooled:
             raise InputError(f"layers: {name!r} runs more than once in a forward pass; leave it out with layers=")
-        with torch.no_grad(), full_precision(output.device.type):
+        with torch.no_grad(), full_precision(self._lowered, output.device.type):
             outputs = position_view(module, output.detach(), self._protocol.token)
             source = self._source(name, module, inputs, output)
             stream = self._stream(name, module, source, outputs)
@@ -134,21 +139,29 @@ def position_view(module: nn.Module, output: Tensor, token: int | None) -> Tenso
     return output.flatten(2).transpose(1, 2)
 
 
+def lowered_precision() -> dict[object, str | bool]:
+    """Backends that may multiply float32 matrices in less than float32, as TF32 or bfloat16, and their settings."""
+    found = {backend: getattr(backend, PRECISION, EXACT[0]) for backend in BACKENDS}
+    return {backend: value for backend, value in found.items() if value not in EXACT}
+
+
 @contextmanager
-def full_precision(device_type: str | None) -> Iterator[None]:
-    """Float32 products in float32 inside, although the trainer may have allowed TF32 or bfloat16 ones, or autocast."""
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-    name, exact = ("fp32_precision", ("ieee", "none")) if hasattr(backends[1], "fp32_precision") else LEGACY_PRECISION
-    lowered = {backend: value for backend in backends if (value := getattr(backend, name, exact[0])) not in exact}
-    cast = device_type is not None and torch.is_autocast_enabled(device_type)
+def full_precision(lowered: dict[object, str | bool], device_type: str) -> Iterator[None]:
+    """Float32 products in float32 inside, although the trainer lowered the precision of these backends, or autocasts.
+
+    Args:
+        lowered: what `lowered_precision` gave.
+        device_type: where autocast has no say inside.
+    """
+    cast = torch.is_autocast_enabled(device_type)
     try:
         for backend in lowered:
-            setattr(backend, name, exact[0])
+            setattr(backend, PRECISION, EXACT[0])
         with torch.autocast(device_type, enabled=False) if cast else nullcontext():
             yield
     finally:
         for backend, value in lowered.items():
-            setattr(backend, name, value)
+            setattr(backend, PRECISION, value)
 
 
 @contextmanager

@@ -3,12 +3,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lit_prune.activations import Recording, pooled_outputs, record
+from lit_prune import streaming
+from lit_prune.activations import EXACT, PRECISION, Recording, pooled_outputs, record
 from lit_prune.errors import InputError
 from lit_prune.information import local_axis
 from lit_prune.layers import following_norms, select_layers, undisturbed
 from lit_prune.measure import collect_sums
 from lit_prune.moments import ActivationSums
+from lit_prune.products import SymmetricSum
 from lit_prune.protocol import Protocol
 from lit_prune.streaming import Blocks
 
@@ -119,7 +121,7 @@ def test_each_thread_sums_its_own_images(threads, memory_format):
         lanes = []
         for batch in batches:
             values = conv(batch).flatten(2).transpose(1, 2)
-            lanes.append(len(Blocks().lanes(values)))
+            lanes.append(len(Blocks().divided(values)))
             recording.add_target(values.mean((1, 2))[:, None])
     assert lanes == {2: [2, 2, 1], 3: [3, 3, 1]}[threads]
     samples, pooled = outputs(conv, conv, torch.cat(batches))
@@ -133,46 +135,61 @@ def test_each_thread_sums_its_own_images(threads, memory_format):
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize(("deviations", "copied"), [(0.0, False), (3.8, False), (4.3, True)])
-def test_narrow_maps_are_multiplied_as_they_lie_unless_their_means_are_far_from_zero(
-    deviations, copied, memory_format, monkeypatch
-):
+@pytest.mark.parametrize("channels", [8, 36, 37, 120])
+@pytest.mark.parametrize("block_bytes", [1, 20_000, 1 << 21])
+def test_maps_with_more_and_with_fewer_positions_than_channels(channels, block_bytes, memory_format, monkeypatch):
+    monkeypatch.setattr(streaming, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(streaming, "FEWEST_ROWS", 50)
     torch.manual_seed(0)
-    conv = nn.Conv2d(3, 24, 3).to(memory_format=memory_format)
-    data = images(70, 18).to(memory_format=memory_format)
-    with torch.no_grad():
-        conv.bias += deviations * conv(data).std((0, 2, 3)) * torch.randn(24).sign() - conv(data).mean((0, 2, 3))
-    copies = []
-    monkeypatch.setattr(Blocks, "shifted", lambda *a, shifted=Blocks.shifted: copies.append(1) or shifted(*a))
+    conv = nn.Conv2d(3, channels, 3).to(memory_format=memory_format)
+    conv.bias.data += 100 * torch.randn(channels)
+    data = images(70).repeat(1, 1, 2, 2)[:, :, :8, :8].contiguous(memory_format=memory_format)  # 36 positions
     with torch.no_grad(), record(conv) as recording:
         for part in data.split(32):
             conv(part)
-    assert bool(copies) == copied
     flat, pooled = outputs(conv, conv, data)
     sums = recording.sums.layers[""]
     joint = local_axis.covariance(sums.samples, sums.first, sums.second)
     means = local_axis.covariance(sums.images, sums.pooled_first, sums.pooled_second)
-    for found, values, tolerance in [(joint, flat, 4e-6), (means, pooled, 5e-6)]:  # means are rounded at their size
+    for found, values in [(joint, flat), (means, pooled)]:
         expected = torch.cov(values.T, correction=0)
         scale = expected.diagonal().sqrt()
-        assert float(((found - expected) / torch.outer(scale, scale)).abs().max()) < tolerance
+        assert float(((found - expected) / torch.outer(scale, scale)).abs().max()) < 1e-6
 
 
-def test_products_are_in_full_precision_whatever_the_trainer_allows():
-    torch.manual_seed(0)
-    conv, data = nn.Conv2d(3, 40, 3), images(64, 7)
-    flat, _ = outputs(conv, conv, data)
-    expected = torch.cov(flat.T, correction=0)
+def test_products_are_in_full_precision_whatever_the_trainer_allows(monkeypatch):
+    backends, settings, add = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul), [], SymmetricSum.add
+
+    def spied(*arguments):
+        settings.extend(getattr(backend, PRECISION, EXACT[0]) in EXACT for backend in backends)
+        add(*arguments)
+
+    monkeypatch.setattr(SymmetricSum, "add", spied)
+    conv, before = nn.Conv2d(3, 40, 3), torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
-        with torch.no_grad(), record(conv) as recording:
-            conv(data)
-        sums = recording.sums.layers[""]
-        assert torch.get_float32_matmul_precision() == "medium"
+        allowed = [getattr(backend, PRECISION, None) for backend in backends]
+        with torch.no_grad(), record(conv):
+            conv(images(64, 7))
+            assert [getattr(backend, PRECISION, None) for backend in backends] == allowed
+        assert [getattr(backend, PRECISION, None) for backend in backends] == allowed
+        assert not all(setting in EXACT for setting in allowed)
     finally:
-        torch.set_float32_matmul_precision("highest")
+        torch.set_float32_matmul_precision(before)
+    assert settings
+    assert all(settings)
+
+
+def test_sums_that_are_completed_under_autocast_are_exact():
+    torch.manual_seed(0)
+    linear, rows = nn.Linear(30, 90), torch.randn(1000, 30)  # read at its inputs
+    with torch.no_grad(), record(linear) as recording:
+        samples = linear(rows).double()
+        with torch.autocast("cpu", torch.bfloat16):
+            sums = recording.sums.layers[""]
+    expected = torch.cov(samples.T, correction=0)
     found = local_axis.covariance(sums.samples, sums.first, sums.second)
-    assert (found - expected).abs().max() < 1e-6 * expected.diagonal().max()
+    assert (found - expected).abs().max() < 1e-5 * expected.diagonal().max()
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

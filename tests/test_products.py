@@ -29,7 +29,10 @@ def test_pending_products_add_up_to_those_of_all_rows(channels):
 @pytest.mark.parametrize("channels", [3, 40, 101])
 def test_lanes_of_rows_add_up_to_all_of_them_whatever_their_number(channels):
     generator = torch.Generator().manual_seed(3)
-    batches = [torch.randn(*shape, channels, generator=generator) for shape in [(2, 700), (2, 9000), (3, 5), (11,)]]
+    batches = [
+        torch.randn(*shape, channels, generator=generator)
+        for shape in [(2, 700), (2, 9000), (3, 5), (1, 40), (3, 8), (11,)]
+    ]
     batches += [torch.randn(4, channels, 50, generator=generator).transpose(1, 2)]  # channels first
     products = SymmetricSum()
     for rows in batches:
