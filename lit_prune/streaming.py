@@ -10,7 +10,7 @@ from torch import Tensor
 from lit_prune.moments import LayerSums, plus
 from lit_prune.products import SymmetricSum, transformed
 
-BLOCK_BYTES = 1 << 21  # what stays in one core's cache between the shift and the product
+BLOCK_BYTES = 1 << 21  # a core's share of the cache; what is shifted stays there for its mean and product
 LARGE_BLOCK_BYTES = 1 << 28  # on an accelerator a launch costs more than a trip to memory
 LANE_SUMS = 1 << 22  # entries of the matrices of all lanes of one layer
 FEWEST_ROWS = 512  # fewer samples in a product, and the sums travel through memory more often than the samples
@@ -39,6 +39,11 @@ class AffineMap:
         return values @ self.weight.T
 
 
+def large_map(positions: int, channels: int) -> bool:
+    """Whether the product of one image [n, n] is no larger than the image [n, P]."""
+    return channels <= positions
+
+
 class Blocks:
     """A block of memory that all layers share, and how a batch goes through it: some images at a time.
 
@@ -57,8 +62,9 @@ class Blocks:
         It is 1 too where images are lanes, for outputs with one position, and where T matrices were too large.
         """
         images, positions, channels = values.shape
-        threads = torch.get_num_threads() if values.is_cpu and 1 < positions < channels else 1
-        count = threads if images % threads == 0 and threads * channels**2 <= LANE_SUMS else 1
+        threads = torch.get_num_threads()
+        alone = not values.is_cpu or positions == 1 or large_map(positions, channels)
+        count = 1 if alone or images % threads or threads * channels**2 > LANE_SUMS else threads
         return values.view(count, images // count, positions, channels)
 
     def size(self, values: Tensor) -> int:
@@ -66,9 +72,10 @@ class Blocks:
         count, _, positions, channels = values.shape
         wanted = BLOCK_BYTES * torch.get_num_threads() // count if values.is_cpu else LARGE_BLOCK_BYTES
         most = wanted // (4 * positions * channels)
-        if channels <= positions:
-            return max(1, min(most, LANE_SUMS // channels**2))
-        return max(1, most, FEWEST_ROWS // positions)
+        if not large_map(positions, channels):
+            return max(1, most, FEWEST_ROWS // positions)
+        most, threads = max(1, min(most, LANE_SUMS // channels**2)), torch.get_num_threads()
+        return most - most % threads if most > threads else most  # so that the threads have as many images each
 
     def shifted(self, values: Tensor, shift: Tensor) -> Tensor:
         """The values [T, B, P, n] minus the shift, in the memory order in which its mean and product are fast."""
@@ -79,15 +86,19 @@ class Blocks:
         flat = block[: values.numel()]
         if values.stride(3) == 1 or positions <= SMALL_MAP:  # a mean of so few neighbours is slow
             view = flat.view(values.shape)
-        elif channels <= positions:
+        elif large_map(positions, channels):
             view = flat.view(count, images, channels, positions).transpose(2, 3)
         else:
             view = flat.view(count, channels, images, positions).permute(0, 2, 3, 1)
         return torch.sub(values, shift, out=view)
 
     def lanes(self, block: Tensor) -> Tensor:
-        """The samples of a block [T, B, P, n] as lanes [L, S, n]."""
-        return block.flatten(0, 1) if block.shape[3] <= block.shape[2] else block.flatten(1, 2)
+        """The samples of a block [T, B, P, n] as lanes [L, S, n]; the threads share the positions of a lone image."""
+        _, images, positions, channels = block.shape
+        if not large_map(positions, channels):
+            return block.flatten(1, 2)
+        threads = torch.get_num_threads() if block.is_cpu else 1
+        return block.view(threads, -1, channels) if images == 1 and positions % threads == 0 else block[0]
 
 
 class LayerStream:

@@ -67,6 +67,15 @@ def test_signal_power_equals_the_unfolded_quadratic_form(arguments):
     torch.testing.assert_close(found, unfolded_power(conv, data), rtol=1e-5, atol=0)
 
 
+@pytest.fixture(params=[1, 2, 3])
+def threads(request):
+    """So many threads while the test runs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_covariance_agrees_with_float64_although_the_mean_is_a_thousand_deviations(memory_format):
     torch.manual_seed(0)
@@ -103,15 +112,6 @@ def test_merged_recordings_equal_one_pass(tiny_net, precision, tolerance):
             torch.testing.assert_close(value, expected.state()[key], rtol=0, atol=float(tolerance * scale))
 
 
-@pytest.fixture(params=[2, 3])
-def threads(request):
-    """So many threads while the test runs."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_each_thread_sums_its_own_images(threads, memory_format):
     torch.manual_seed(0)
@@ -123,7 +123,7 @@ def test_each_thread_sums_its_own_images(threads, memory_format):
             values = conv(batch).flatten(2).transpose(1, 2)
             lanes.append(len(Blocks().divided(values)))
             recording.add_target(values.mean((1, 2))[:, None])
-    assert lanes == {2: [2, 2, 1], 3: [3, 3, 1]}[threads]
+    assert lanes == {1: [1, 1, 1], 2: [2, 2, 1], 3: [3, 3, 1]}[threads]
     samples, pooled = outputs(conv, conv, torch.cat(batches))
     sums = recording.sums.layers[""]
     found = local_axis.covariance(sums.samples, sums.first, sums.second)
@@ -137,7 +137,9 @@ def test_each_thread_sums_its_own_images(threads, memory_format):
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("channels", [8, 36, 37, 120])
 @pytest.mark.parametrize("block_bytes", [1, 20_000, 1 << 21])
-def test_maps_with_more_and_with_fewer_positions_than_channels(channels, block_bytes, memory_format, monkeypatch):
+def test_maps_with_more_and_with_fewer_positions_than_channels(
+    channels, block_bytes, memory_format, threads, monkeypatch
+):
     monkeypatch.setattr(streaming, "BLOCK_BYTES", block_bytes)
     monkeypatch.setattr(streaming, "FEWEST_ROWS", 50)
     torch.manual_seed(0)
