@@ -4,17 +4,17 @@
 
 Median of 5 after one to warm up, random weights, random images. `forward` is evaluation mode without gradients;
 `measure` is `lit_prune.measure` whole: forward, sums, and the table made from them, with all scalar columns. The table
-and what leads to it cost the same whatever the number of images, so the ratio falls as that grows: `--images 5000` is
-what an analysis takes, the default is what a benchmark can wait for. Freed memory is kept, as the command line keeps
-it: otherwise page faults, at random, make up to a third of a forward pass. `analyze` is the whole verb with the extras
-that look at the structure of a layer. `unfolded` is what the definition says literally:
+and what leads to it cost the same whatever the number of images, so the ratio falls as that grows: 5,000 are what an
+analysis takes, and fewer, where a network is slow, are what a benchmark can wait for. Freed memory is kept, as the
+command line keeps it: otherwise page faults, at random, make up to a third of a forward pass. `analyze` is the whole
+verb with the extras that look at the structure of a layer. `unfolded` is what the definition says literally:
 Σ_X from unfolded patches, then w·Σ_X·w. `excess` is the target axis of one layer from its correlations.
 """
 
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from rows import REPEATS, Row, choose, half_range, in_turns, main, ratio_row
@@ -49,17 +49,17 @@ class Case:
     backbone: str
     arguments: dict[str, str] = field(default_factory=lambda: {"stem": "cifar"})
     size: int = 32
-    batch: int = 128
-    images: int = 512
+    batch: int = 512  # what a DataModule takes for calibration
+    images: int = 1024
     positions: tuple[int | str, ...] = ("all",)
 
 
 CASES = {
-    "resnet20": Case("cifar_resnet20", {}, images=2048),
-    "resnet18": Case("resnet18", images=256),
+    "resnet20": Case("cifar_resnet20", {}, images=5120),
+    "resnet18": Case("resnet18", images=1024),
     "vgg16": Case("vgg16_bn", images=2048),
-    "mobilenetv2": Case("mobilenet_v2", images=1024, positions=("all", 16)),
-    "resnet50": Case("resnet50", {}, 224, 16, 160),
+    "mobilenetv2": Case("mobilenet_v2", images=5120, positions=("all", 16)),
+    "resnet50": Case("resnet50", {}, 224, 32, 160),
 }
 
 
@@ -118,7 +118,7 @@ def unfolded(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> dict[str
 
 def unfolding(images: int | None) -> list[Row]:
     """Row of the literal definition against `measure`, ResNet-18."""
-    model, batches = prepared(CASES["resnet18"], min(images or 128, 128))
+    model, batches = prepared(replace(CASES["resnet18"], batch=128), min(images or 128, 128))
     taken = in_turns({"unfolded": lambda: unfolded(model, batches), "measure": lambda: measure(model, batches)})
     return [ratio_row("resnet18, 128×32×32: unfolded / measure", taken["unfolded"], taken["measure"])]
 
