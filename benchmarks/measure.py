@@ -1,17 +1,19 @@
 """Cost of the channel table beside the plain forward pass over the same batches.
 
-    python benchmarks/measure.py [CASE ...] [--images N] [--threads N]
+    python benchmarks/measure.py [CASE ...] [--images N]
 
 Median of 5 after one to warm up, random weights, random images. `forward` is evaluation mode without gradients;
 `measure` is `lit_prune.measure` whole: forward, sums, and the table made from them, with all scalar columns. The table
 and what leads to it cost the same whatever the number of images, so the ratio falls as that grows: 5,000 are what an
 analysis takes, and fewer, where a network is slow, are what a benchmark can wait for. Freed memory is kept, as the
-command line keeps it: otherwise page faults, at random, make up to a third of a forward pass. `analyze` is the whole
-verb with the extras that look at the structure of a layer. `unfolded` is what the definition says literally:
-Σ_X from unfolded patches, then w·Σ_X·w. `excess` is the target axis of one layer from its correlations.
+command line keeps it: otherwise page faults, at random, make up to a third of a forward pass. Networks are measured
+on one thread and on all cores, the rest on one thread. `analyze` is the whole verb with the extras that look at the
+structure of a layer. `unfolded` is what the definition says literally: Σ_X from unfolded patches, then w·Σ_X·w.
+`excess` is the target axis of one layer from its correlations.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -49,7 +51,7 @@ class Case:
     backbone: str
     arguments: dict[str, str] = field(default_factory=lambda: {"stem": "cifar"})
     size: int = 32
-    batch: int = 512  # what a DataModule takes for calibration
+    batch: int = 512  # what a DataModule takes for calibration, unless memory forbids it
     images: int = 1024
     positions: tuple[int | str, ...] = ("all",)
 
@@ -59,7 +61,7 @@ CASES = {
     "resnet18": Case("resnet18", images=1024),
     "vgg16": Case("vgg16_bn", images=2048),
     "mobilenetv2": Case("mobilenet_v2", images=5120, positions=("all", 16)),
-    "resnet50": Case("resnet50", {}, 224, 32, 160),
+    "resnet50": Case("resnet50", {}, 224, 32, 480),
 }
 
 
@@ -71,11 +73,14 @@ def figures(name: str, images: int | None) -> list[Row]:
     for positions in case.positions:
         protocol = Protocol(positions=positions)
         works[f"measure, {positions} positions"] = lambda protocol=protocol: measure(model, batches, protocol=protocol)
-    taken = in_turns(works, REPEATS)
-    title = f"{name}, {len(batches) * case.batch}×{case.size}×{case.size}"
-    return [
-        ratio_row(f"{title}: {work} / forward", taken[work], taken["forward"]) for work in works if work != "forward"
-    ]
+    found = []
+    for threads in sorted({1, os.cpu_count() or 1}):
+        torch.set_num_threads(threads)
+        taken = in_turns(works, REPEATS)
+        title = f"{name}, {len(batches) * case.batch}×{case.size}×{case.size}, threads: {threads}"
+        forward_seconds = taken.pop("forward")
+        found += [ratio_row(f"{title}: {work} / forward", taken[work], forward_seconds) for work in taken]
+    return found
 
 
 def prepared(case: Case, images: int) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
@@ -116,9 +121,9 @@ def unfolded(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> dict[str
     return power
 
 
-def unfolding(images: int | None) -> list[Row]:
+def unfolding(_: int | None) -> list[Row]:
     """Row of the literal definition against `measure`, ResNet-18."""
-    model, batches = prepared(replace(CASES["resnet18"], batch=128), min(images or 128, 128))
+    model, batches = prepared(replace(CASES["resnet18"], batch=128), 128)
     taken = in_turns({"unfolded": lambda: unfolded(model, batches), "measure": lambda: measure(model, batches)})
     return [ratio_row("resnet18, 128×32×32: unfolded / measure", taken["unfolded"], taken["measure"])]
 
@@ -154,12 +159,12 @@ def analyzed(images: int | None) -> list[Row]:
 OTHERS = {"unfolded": unfolding, "excess": excess, "analyze": analyzed}
 
 
-def rows(names: list[str], images: int | None = None, threads: int = 1) -> list[Row]:
+def rows(names: list[str], images: int | None = None) -> list[Row]:
     """Rows of the result table."""
     keep_freed_memory()
-    torch.set_num_threads(threads)
     found = []
     for name in choose(names, [*CASES, *OTHERS]):
+        torch.set_num_threads(1)
         found += OTHERS[name](images) if name in OTHERS else figures(name, images)
     return found
 
@@ -167,6 +172,5 @@ def rows(names: list[str], images: int | None = None, threads: int = 1) -> list[
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--images", type=int)
-    parser.add_argument("--threads", type=int, default=1)
     options, sys.argv[1:] = parser.parse_known_args()
-    main(lambda names: rows(names, options.images, options.threads), __doc__)
+    main(lambda names: rows(names, options.images), __doc__)

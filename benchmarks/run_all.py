@@ -2,10 +2,10 @@
 
     python benchmarks/run_all.py [SCRIPT ...] [--quick] [--to FILE]
 
-One process a script, one after the other, one thread each. With names, as `measure sweep`, only these run and the rows
-of the others stay as they are. With `--quick` a script that takes minutes runs some of its cases only. The table says
-how busy the machine was: ratios stand some load, other figures need an idle machine. A script that fails leaves a line
-that says so, and the exit code is 1.
+One process a script, one after the other, one thread each but where a row says otherwise. With names, as
+`measure sweep`, only these run and the rows of the others stay as they are. With `--quick` a script that takes minutes
+runs some of its cases only. The table says how busy the machine was: ratios stand some load, other figures need an idle
+machine. A script that fails leaves a line that says so, and the exit code is 1.
 """
 
 import argparse
@@ -29,7 +29,7 @@ PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "torch-pruning"
 QUICK = {
     "backbones": ["resnet18", "cifar_resnet20"],
     "lesions": ["layer2.1.conv1", "layer3.2.conv1"],
-    "measure": ["resnet18"],
+    "measure": ["resnet20"],
     "mechanisms": ["head"],
     "memory": ["resident"],
 }
@@ -46,8 +46,9 @@ def machine() -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     processor = names[0] if names else platform.machine()
     python = platform.python_version()
+    cores = f"{os.cpu_count()} cores, one thread but where a row says otherwise"
     load = f"load {os.getloadavg()[0]:.1f} before the start"
-    return f"{processor}, {os.cpu_count()} cores, one thread used, {device}, {load}; Python {python}, {versions}"
+    return f"{processor}, {cores}, {device}, {load}; Python {python}, {versions}"
 
 
 def run_script(name: str, quick: bool = False) -> list[Row] | None:

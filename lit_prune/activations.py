@@ -13,8 +13,8 @@ from lit_prune.pointwise import affine_map, loses_digits, pointwise_input, weigh
 from lit_prune.protocol import DEFAULT_PROTOCOL, Protocol
 from lit_prune.streaming import Blocks, LayerStream
 
-BACKENDS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-PRECISION, EXACT = (
+BACKENDS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # that may multiply in less than float32
+PRECISION, EXACT = (  # name of their setting, its values that mean float32; the first of them is the one to set
     ("fp32_precision", ("ieee", "none")) if hasattr(BACKENDS[1], "fp32_precision") else ("allow_tf32", (False,))
 )
 
@@ -38,17 +38,19 @@ class Recording:
     def sums(self) -> ActivationSums:
         """The sums so far; layers appear in the order in which they first ran. Read seldom: it adds what is pending."""
         self._check_finite()
+        lowered = lowered_precision()
         for stream in self._streams.values():
-            with torch.no_grad(), full_precision(lowered_precision(), stream.shift.device.type):
+            with exact_sums(lowered, stream.shift.device.type):
                 stream.flush()
         return self._sums
 
     def add_target(self, target: Tensor) -> None:
         """Adds the task variables [B, V] of the batch that has just run."""
         self._check_finite()
-        for name, pooled in self._pooled.items():
-            self._sums.layers[name].add_target(pooled, target)
-        self._sums.add_target(target)
+        with torch.inference_mode(False), torch.no_grad():  # in this order: the first switches gradients on
+            for name, pooled in self._pooled.items():
+                self._sums.layers[name].add_target(pooled, target)
+            self._sums.add_target(target)
         self._pooled = {}
 
     def start_batch(self, *_: object) -> None:
@@ -62,7 +64,7 @@ class Recording:
         """Adds one output of the layer `name`, by way of its input where that is exact and cheaper."""
         if name in self._pooled:
             raise InputError(f"layers: {name!r} runs more than once in a forward pass; leave it out with layers=")
-        with torch.no_grad(), full_precision(self._lowered, output.device.type):
+        with exact_sums(self._lowered, output.device.type):
             outputs = position_view(module, output.detach(), self._protocol.token)
             source = self._source(name, module, inputs, output)
             stream = self._stream(name, module, source, outputs)
@@ -79,18 +81,20 @@ class Recording:
         source = pointwise_input(module, inputs, output)
         return None if source is None else position_view(module, source.detach(), self._protocol.token)
 
-    def _stream(self, name: str, module: nn.Module, source: Tensor | None, values: Tensor) -> LayerStream:
+    def _stream(self, name: str, module: nn.Module, source: Tensor | None, outputs: Tensor) -> LayerStream:
         """The layer's stream; one that was fed inputs goes over to outputs, for good, where those no longer do."""
         stream = self._streams.get(name)
         if stream is None:
-            if source is None or loses_digits(module, source, values):
-                stream = LayerStream.start(values, self._blocks)
+            if not len(outputs):
+                raise InputError(f"batches: batch {self._batch} holds no images; leave it out")
+            if source is None or loses_digits(module, source, outputs):
+                stream = LayerStream.start(outputs, self._blocks)
             else:
                 stream = LayerStream.start(source, self._blocks, affine_map(module))
                 self._weights[name] = weight_state(module)
         elif stream.affine is not None and source is None:
             stream.flush()
-            shift = stream.sums.shift.to(torch.promote_types(values.dtype, torch.float32))
+            shift = stream.sums.shift.to(torch.promote_types(outputs.dtype, torch.float32))
             stream = LayerStream(stream.sums.reshift(shift), shift, self._blocks)
         self._streams[name], self._sums.layers[name] = stream, stream.sums
         return stream
@@ -98,7 +102,7 @@ class Recording:
     def _check_finite(self) -> None:
         """Raises if the batch that is running has met a value that is not a number; asks the device once."""
         if self._pooled:
-            totals = torch.stack([self._streams[name].total.sum() for name in self._pooled])
+            totals = torch.stack([self._sums.layers[name].pooled_first.sum() for name in self._pooled])
             for name, finite in zip(self._pooled, totals.isfinite().tolist(), strict=True):
                 if not finite:
                     self._pooled = {}
@@ -111,7 +115,8 @@ class Recording:
             return None
         if positions not in self._drawn:
             keys = torch.rand(images, positions, generator=self._generator)
-            self._drawn[positions] = keys.topk(wanted, 1, sorted=False).indices.sort(1).values  # in memory's order
+            smallest = keys.topk(wanted, 1, largest=False, sorted=False).indices
+            self._drawn[positions] = smallest.sort(1).values  # the order of memory
         return self._drawn[positions]
 
 
@@ -146,18 +151,18 @@ def lowered_precision() -> dict[object, str | bool]:
 
 
 @contextmanager
-def full_precision(lowered: dict[object, str | bool], device_type: str) -> Iterator[None]:
-    """Float32 products in float32 inside, although the trainer lowered the precision of these backends, or autocasts.
+def exact_sums(lowered: dict[object, str | bool], device_type: str) -> Iterator[None]:
+    """Neither gradients nor inference mode inside, no autocast, and products of float32 in float32.
 
     Args:
-        lowered: what `lowered_precision` gave.
-        device_type: where autocast has no say inside.
+        lowered: backends whose precision was lowered, from `lowered_precision`.
+        device_type: the device whose autocast is switched off.
     """
-    cast = torch.is_autocast_enabled(device_type)
+    cast = torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
     try:
         for backend in lowered:
             setattr(backend, PRECISION, EXACT[0])
-        with torch.autocast(device_type, enabled=False) if cast else nullcontext():
+        with torch.inference_mode(False), torch.no_grad(), cast:  # in this order, see above
             yield
     finally:
         for backend, value in lowered.items():

@@ -80,13 +80,16 @@ def channel_table(model: nn.Module, sums: ActivationSums, protocol: Protocol = D
     """The channel table of `measure` from its sums."""
     if sums.images < MINIMUM_IMAGES:
         raise InputError(f"batches: {sums.images} images are too few; give at least {MINIMUM_IMAGES}, better 1000")
-    deviation, found = target_deviation(sums), []
+    if not sums.layers:
+        raise InputError("layers: none of the chosen ones runs in a forward pass; choose others")
+    deviation = target_deviation(sums)
+    found = []
     for name, layer_sums in sums.layers.items():
         layer_sums = layer_sums.to("cpu")
         weight = model.get_submodule(name).weight.detach().flatten(1)
         weight_norm = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64).cpu()  # no float64 copy of it
         found.append(layer_columns(layer_sums, weight_norm, deviation, protocol))
-    widths = [len(layer_sums.shift) for layer_sums in sums.layers.values()]
+    widths = [len(columns["dead"]) for columns in found]
     places = {
         "layer": np.repeat(np.array(list(sums.layers), dtype=object), widths),
         "depth": np.repeat(np.arange(len(widths)), widths),

@@ -17,7 +17,7 @@ def keep_freed_memory() -> None:
     """
     if sys.platform != "linux":
         return
-    with suppress(AttributeError, OSError):  # another C library
+    with suppress(AttributeError):  # another C library
         library = ctypes.CDLL(None)
         library.mallopt(TRIM_THRESHOLD, NEVER)
         library.mallopt(MMAP_MAX, 0)

@@ -15,12 +15,16 @@ class SymmetricSum:
 
     So the float64 matrix, whose size has nothing to do with the batch's, is touched once in many batches. Rows come in
     lanes, each with a sum of its own until it is settled, so that threads need not meet over one product.
+
+    Args:
+        chunk: rows of a lane in one sum of their own precision.
     """
 
-    def __init__(self) -> None:
-        self._total: Tensor | None = None
+    def __init__(self, chunk: int = CHUNK) -> None:
+        self._chunk = chunk
+        self._total: Tensor | None = None  # its blocks on and above the diagonal
         self._stripes: list[tuple[int, int]] = []
-        self._parts: list[Tensor] = []  # of a stripe each, [lanes, its rows, N - its start]
+        self._pending: list[Tensor] = []  # of a stripe each, [lanes, its rows, N - its start]
         self._lanes = self._count = 0  # lanes that hold something, rows of the first of them
 
     def add(self, rows: Tensor) -> None:
@@ -28,57 +32,55 @@ class SymmetricSum:
         rows = rows if rows.ndim == 3 else rows[None]
         lanes, count, channels = rows.shape
         rows = rows.double() if channels < NARROW else rows
-        if not self._parts or self._parts[0].shape[0] < lanes or self._parts[0].dtype != rows.dtype:
+        if not self._pending or self._pending[0].shape[0] < lanes or self._pending[0].dtype != rows.dtype:
             self._settle()
             self._stripes = _stripes(channels)
-            self._parts = [rows.new_empty(lanes, stop - start, channels - start) for start, stop in self._stripes]
-        for first in range(0, count, CHUNK):
-            part = rows[:, first : first + CHUNK]
-            if self._count + part.shape[1] > CHUNK or lanes > self._lanes:
+            self._pending = [rows.new_empty(lanes, stop - start, channels - start) for start, stop in self._stripes]
+        for first in range(0, count, self._chunk):
+            some = rows[:, first : first + self._chunk]
+            if self._count + some.shape[1] > self._chunk or lanes > self._lanes:
                 self._settle()
                 self._lanes = lanes
-            left, keep = part.transpose(1, 2), int(self._count > 0)
-            for stripe, (start, stop) in zip(self._parts, self._stripes, strict=True):
-                stripe[:lanes].baddbmm_(left[:, start:stop], part[:, :, start:], beta=keep)
-            self._count += part.shape[1]
+            left, keep = some.transpose(1, 2), int(self._count > 0)
+            for pending, (start, stop) in zip(self._pending, self._stripes, strict=True):
+                pending[:lanes].baddbmm_(left[:, start:stop], some[:, :, start:], beta=keep)
+            self._count += some.shape[1]
 
     def take(self) -> Tensor | None:
         """The sum so far, float64 [N, N]; starts anew. None if nothing was added."""
         self._settle()
         total, self._total = self._total, None
+        if total is not None:
+            _mirror(total)
         return total
 
     def _settle(self) -> None:
         if self._count:
-            channels = self._parts[0].shape[2]
-            settled = self._parts[0].new_empty(channels, channels)
-            for stripe, (start, stop) in zip(self._parts, self._stripes, strict=True):
-                torch.sum(stripe[: self._lanes], 0, out=settled[start:stop, start:])
-            _mirror(settled)
             if self._total is None:
-                self._total = settled.double()
-            else:
-                self._total += settled
+                self._total = self._pending[0].new_zeros(self._pending[0].shape[2:] * 2, dtype=torch.float64)
+            for pending, (start, stop) in zip(self._pending, self._stripes, strict=True):
+                self._total[start:stop, start:] += pending[: self._lanes].sum(0, dtype=torch.float64)
             self._lanes = self._count = 0
 
 
 def transformed(weight: Tensor, matrix: Tensor) -> Tensor:
-    """The symmetric product W·M·Wᵀ, float64 [N, N], reckoned in the precision of W like the products in M.
+    """The symmetric product W·M·Wᵀ [N, N].
 
     Args:
         weight: W [N, C].
-        matrix: M [C, C], symmetric.
+        matrix: M [C, C], symmetric, in the same precision.
     """
     total = weight.new_empty(len(weight), len(weight))
-    mixed = weight @ matrix.to(weight)
+    mixed = weight @ matrix
     for start, stop in _stripes(len(total)):
         torch.mm(mixed[start:stop], weight[start:].T, out=total[start:stop, start:])
     _mirror(total)
-    return total.double()
+    return total
 
 
 def _stripes(channels: int) -> list[tuple[int, int]]:
-    step = -(-channels // next((stripes for fewest, stripes in STRIPES if channels >= fewest), 1))
+    stripes = next((stripes for fewest, stripes in STRIPES if channels >= fewest), 1)
+    step = -(-channels // stripes)
     return [(start, min(start + step, channels)) for start in range(0, channels, step)]
 
 

@@ -14,7 +14,9 @@ BLOCK_BYTES = 1 << 21  # a core's share of the cache; what is shifted stays ther
 LARGE_BLOCK_BYTES = 1 << 28  # on an accelerator a launch costs more than a trip to memory
 LANE_SUMS = 1 << 22  # entries of the matrices of all lanes of one layer
 FEWEST_ROWS = 512  # fewer samples in a product, and the sums travel through memory more often than the samples
-SMALL_MAP = 4  # positions
+FEW_POSITIONS = 4
+FIRST_IMAGES = 64  # whose mean is near enough to that of all
+MAPPED_CHUNK = 256  # W·M·Wᵀ may cancel nine tenths of M, which then has to be as much more exact
 
 
 @dataclass(frozen=True)
@@ -39,65 +41,71 @@ class AffineMap:
         return values @ self.weight.T
 
 
-def large_map(positions: int, channels: int) -> bool:
+def images_are_lanes(positions: int, channels: int) -> bool:
     """Whether the product of one image [n, n] is no larger than the image [n, P]."""
     return channels <= positions
+
+
+def threads_on(values: Tensor) -> int:
+    """Threads that work on the values; an accelerator needs no division of labour from here."""
+    return torch.get_num_threads() if values.is_cpu else 1
 
 
 class Blocks:
     """A block of memory that all layers share, and how a batch goes through it: some images at a time.
 
     What is multiplied comes in lanes [L, S, n], each with a product of its own. In a map with no more channels than
-    positions every image is a lane, in the memory order of the values. In others the channels of many images have to
-    be brought together, and a lane is what one thread works on from the shift to the product: consecutive images, as
-    the threads divide them when the layer runs, so that a thread finds the outputs where it left them.
+    positions every image is a lane, and nothing has to change its place. In others the channels of many images have to
+    be brought together, and a lane is what one thread can work on from the shift to the product: consecutive images,
+    as the threads divide them when the layer runs, so that a thread can find the outputs where it left them.
     """
 
     def __init__(self) -> None:
         self._memory = torch.empty(0)
 
     def divided(self, values: Tensor) -> Tensor:
-        """The values [B, P, n] as [T, B/T, P, n]; T = 1 but for T threads of the CPU that divide the images evenly.
+        """The values [B, P, n] as parts [T, B/T, P, n]; T = 1 but where T threads divide the images evenly.
 
         It is 1 too where images are lanes, for outputs with one position, and where T matrices were too large.
         """
         images, positions, channels = values.shape
-        threads = torch.get_num_threads()
-        alone = not values.is_cpu or positions == 1 or large_map(positions, channels)
+        threads = threads_on(values)
+        alone = positions == 1 or images_are_lanes(positions, channels)
         count = 1 if alone or images % threads or threads * channels**2 > LANE_SUMS else threads
         return values.view(count, images // count, positions, channels)
 
-    def size(self, values: Tensor) -> int:
-        """Images of each of the T parts [T, B, P, n] in a block, at least one."""
-        count, _, positions, channels = values.shape
-        wanted = BLOCK_BYTES * torch.get_num_threads() // count if values.is_cpu else LARGE_BLOCK_BYTES
-        most = wanted // (4 * positions * channels)
-        if not large_map(positions, channels):
+    def size(self, parts: Tensor) -> int:
+        """Images of each of the parts [T, B, P, n] in a block, at least one."""
+        count, _, positions, channels = parts.shape
+        threads, itemsize = threads_on(parts), max(parts.itemsize, 4)
+        most = (BLOCK_BYTES if parts.is_cpu else LARGE_BLOCK_BYTES) * threads // count
+        most //= itemsize * positions * channels
+        if not images_are_lanes(positions, channels):
             return max(1, most, FEWEST_ROWS // positions)
-        most, threads = max(1, min(most, LANE_SUMS // channels**2)), torch.get_num_threads()
-        return most - most % threads if most > threads else most  # so that the threads have as many images each
+        most = max(1, min(most, LANE_SUMS // channels**2))
+        return most // threads * threads or most  # so that the threads have as many images each
 
-    def shifted(self, values: Tensor, shift: Tensor) -> Tensor:
-        """The values [T, B, P, n] minus the shift, in the memory order in which its mean and product are fast."""
+    def shifted(self, parts: Tensor, shift: Tensor) -> Tensor:
+        """The parts [T, B, P, n] minus the shift, in the memory order in which their means and products are fast."""
         block = self._memory
-        if (block.device, block.dtype) != (values.device, shift.dtype) or block.numel() < values.numel():
-            block = self._memory = torch.empty(values.numel(), dtype=shift.dtype, device=values.device)
-        count, images, positions, channels = values.shape
-        flat = block[: values.numel()]
-        if values.stride(3) == 1 or positions <= SMALL_MAP:  # a mean of so few neighbours is slow
-            view = flat.view(values.shape)
-        elif large_map(positions, channels):
+        if (block.device, block.dtype) != (parts.device, shift.dtype) or block.numel() < parts.numel():
+            block = self._memory = torch.empty(parts.numel(), dtype=shift.dtype, device=parts.device)
+        count, images, positions, channels = parts.shape
+        flat = block[: parts.numel()]
+        if parts.stride(3) == 1 or positions <= FEW_POSITIONS:  # a mean of so few neighbours is slow
+            view = flat.view(parts.shape)
+        elif images_are_lanes(positions, channels):
             view = flat.view(count, images, channels, positions).transpose(2, 3)
         else:
             view = flat.view(count, channels, images, positions).permute(0, 2, 3, 1)
-        return torch.sub(values, shift, out=view)
+        return torch.sub(parts, shift, out=view)
 
     def lanes(self, block: Tensor) -> Tensor:
         """The samples of a block [T, B, P, n] as lanes [L, S, n]; the threads share the positions of a lone image."""
         _, images, positions, channels = block.shape
-        if not large_map(positions, channels):
+        if not images_are_lanes(positions, channels):
             return block.flatten(1, 2)
-        threads = torch.get_num_threads() if block.is_cpu else 1
+        threads = threads_on(block)
         return block.view(threads, -1, channels) if images == 1 and positions % threads == 0 else block[0]
 
 
@@ -106,31 +114,29 @@ class LayerStream:
 
     Where an affine map is given, the values it is fed are those of the layer's input x [B, P, C], C < N, and
     Σ z zᵀ = W·(Σ x xᵀ)·Wᵀ: the quadratic form of the definition, exact, at a fraction of the cost. So for the means.
+    Until `flush`, the second moments and the counts of `sums` lag behind their first moments.
 
     Args:
         sums: the layer's sums.
         shift: [n], near the means of the values it will be fed; in their precision, float32 at least.
         blocks: memory to work in.
         affine: from what it is fed to the layer's output, or None where that is what it is fed.
-
-    Attributes:
-        total: [N], float64, the sum of what the last `add` returned.
     """
 
     def __init__(self, sums: LayerSums, shift: Tensor, blocks: Blocks, affine: AffineMap | None = None) -> None:
         self.sums, self.shift, self.affine = sums, shift, affine
-        self.total = torch.zeros_like(sums.shift)
         self._blocks = blocks
-        self._second, self._pooled_second = SymmetricSum(), SymmetricSum()
+        self._second = SymmetricSum() if affine is None else SymmetricSum(MAPPED_CHUNK)
+        self._pooled_second = SymmetricSum()
         self._rows: list[Tensor] = []  # pooled values whose product is pending
         self._waiting = 0  # how many those are
         self._images = self._samples = 0  # that `sums` have still to hear of
-        self._single = not int(sums.samples)  # every image so far had one position: both second moments are one
+        self._one_position = not int(sums.samples)  # of every image so far: both second moments are one
 
     @classmethod
     def start(cls, values: Tensor, blocks: Blocks, affine: AffineMap | None = None) -> LayerStream:
-        """An empty stream around the mean of its first values [B, P, n]."""
-        shift = values.mean((0, 1), dtype=torch.promote_types(values.dtype, torch.float32))
+        """An empty stream around the mean of its first values [B, P, n], B > 0."""
+        shift = values[:FIRST_IMAGES].mean((0, 1), dtype=torch.promote_types(values.dtype, torch.float32))
         return cls(LayerSums.zeros(shift if affine is None else affine.point(shift)), shift, blocks, affine)
 
     def add(
@@ -144,14 +150,14 @@ class LayerStream:
             match: pool over those alone.
             outputs: [B, P, N], of the layer; those of one position need not be made anew from its inputs.
         """
-        if self._single and values.shape[1] > 1:
+        if self._one_position and values.shape[1] > 1:
             self.flush()
-            self._single = False
+            self._one_position = False
         samples = values if places is None else _picked(values, places)
-        chosen = self._through_blocks(samples, None if self._single else self._second)
+        chosen = self._through_blocks(samples, None if self._one_position else self._second)
         pooled = chosen if match or samples is values else self._through_blocks(values, None)
-        known = outputs[:, 0] if outputs is not None and outputs.shape[1] == 1 else None
-        return self._count(pooled, chosen, samples.shape[1], known)
+        own = outputs[:, 0] if outputs is not None and outputs.shape[1] == 1 else None
+        return self._count(pooled, chosen, samples.shape[1], own)
 
     def _through_blocks(self, values: Tensor, products: SymmetricSum | None) -> Tensor:
         """Shifted means [B, n] of values [B, P, n]; block by block, so that what is shifted can be multiplied too."""
@@ -167,20 +173,27 @@ class LayerStream:
                 products.add(self._blocks.lanes(block))
         return pooled.flatten(0, 1)
 
-    def _count(self, pooled: Tensor, sampled: Tensor, positions: int, known: Tensor | None) -> Tensor:
-        """Adds what follows from a batch's means over all positions and over the samples, both [B, n]."""
+    def _count(self, pooled: Tensor, sampled: Tensor, positions: int, own: Tensor | None) -> Tensor:
+        """Adds what follows from a batch's means over all positions and over the samples, both [B, n].
+
+        Args:
+            pooled: means over all positions, shifted.
+            sampled: means over the samples, shifted.
+            positions: samples of an image.
+            own: the layer's outputs [B, N] where they have one position.
+        """
         images = pooled.shape[0]
         self._rows.append(pooled)
         self._waiting += images
         if self._waiting >= FEWEST_ROWS:
             self._multiply_rows()
-        exact = self._outputs(pooled) if known is None else known - self.sums.shift
-        self.total = exact.sum(0)
-        self.sums.pooled_first += self.total
-        self.sums.first.add_(self.total if sampled is pooled else self._outputs(sampled).sum(0), alpha=positions)
+        outputs = self._outputs(pooled) if own is None else own - self.sums.shift
+        total = outputs.sum(0)
+        self.sums.pooled_first += total
+        self.sums.first.add_(total if sampled is pooled else self._outputs(sampled).sum(0), alpha=positions)
         self._images += images
         self._samples += images * positions
-        return exact
+        return outputs
 
     def _outputs(self, differences: Tensor) -> Tensor:
         """The layer's outputs [S, N], shifted, float64, from values minus the shift [S, n]."""
@@ -188,7 +201,9 @@ class LayerStream:
 
     def _multiply_rows(self) -> None:
         if self._rows:
-            (self._second if self._single else self._pooled_second).add(torch.cat(self._rows))
+            rows = torch.cat(self._rows)
+            products = self._second if self._one_position else self._pooled_second
+            products.add(rows if self.affine is None else rows.double())
             self._rows, self._waiting = [], 0
 
     def flush(self) -> None:
@@ -200,14 +215,14 @@ class LayerStream:
         joint, pooled = self._second.take(), self._pooled_second.take()
         if joint is not None:
             self.sums.second = plus(self.sums.second, self._mapped(joint))
-            if self._single:
+            if self._one_position:
                 self.sums.pooled_second = self.sums.second
         if pooled is not None:
             self.sums.pooled_second = plus(self.sums.pooled_second, self._mapped(pooled))
 
     def _mapped(self, products: Tensor) -> Tensor:
         """The products [N, N] of the layer's outputs from those [n, n] of what it was fed."""
-        return products if self.affine is None else transformed(self.affine.weight, products)
+        return products if self.affine is None else transformed(self.affine.weight.double(), products)
 
 
 def _picked(values: Tensor, places: Tensor) -> Tensor:

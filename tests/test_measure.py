@@ -288,6 +288,11 @@ def test_bad_data_is_named(tiny_net):
         measure(tiny_net, [])
     with pytest.raises(InputError, match="not logits"):
         measure(tiny_net.stem, [(data, torch.zeros(3).long())])
+    tiny_net.spare = torch.nn.Linear(3, 5)
+    with pytest.raises(InputError, match="none of the chosen ones runs"):
+        measure(tiny_net, [(data.repeat(2, 1, 1, 1), torch.zeros(6).long())], layers="spare")
+    with pytest.raises(InputError, match="batch 0 holds no images"):
+        measure(tiny_net, [(data[:0], torch.zeros(0).long())])
 
 
 def test_layer_table_has_the_rank_correlation_over_live_channels():

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from oracles import assert_moments, largest_error
 from torch import nn
 
 from lit_prune.activations import record
 from lit_prune.information import local_axis
-from lit_prune.pointwise import FEWEST_SAMPLES, affine_map, loses_digits, pointwise_input
+from lit_prune.pointwise import FEWEST_SAMPLES, SHARE, affine_map, loses_digits, pointwise_input
 from lit_prune.protocol import Protocol
 
 
@@ -37,9 +38,7 @@ def at_outputs(module, batches, protocol=None):
 def assert_same(found, expected, tolerance=1e-6):
     expected = expected.reshift(found.shift)
     for key in ("second", "pooled_second"):
-        one, other = found.state()[key], expected.state()[key]
-        scale = other.diagonal().sqrt()
-        assert float(((one - other) / torch.outer(scale, scale)).abs().max()) < tolerance, key
+        assert largest_error(found.state()[key], expected.state()[key]) < tolerance, key
     for key in ("first", "pooled_first"):
         scale = expected.second.diagonal().sqrt() * expected.samples.sqrt()
         assert float(((found.state()[key] - expected.state()[key]) / scale).abs().max()) < tolerance, key
@@ -93,18 +92,33 @@ def test_dead_channels_are_dead_however_they_came_to_be_constant():
     assert local_axis.dead_channels(power).nonzero().flatten().tolist() == [3, 7]
 
 
-def test_a_layer_whose_means_alone_would_cancel_is_read_at_its_outputs():
+@pytest.mark.parametrize("first", [1, 2, 64])
+def test_a_layer_whose_means_alone_would_cancel_is_read_at_its_outputs(first):
     """Opposite inputs share their mean over positions, and what they do not share is left out by the weights."""
     torch.manual_seed(0)
     conv = nn.Conv2d(2, 20, 1, bias=False)
     conv.weight.data[0] = torch.tensor([1.0, -1.0])[:, None, None]
     level, ripple = torch.randn(64, 1, 1, 1), torch.randn(64, 2, 6, 6)
     data = 30 * level + 10 * (ripple - ripple.mean((2, 3), keepdim=True)) + 0.01 * torch.randn(64, 2, 1, 1)
-    assert loses_digits(conv, data.flatten(2).mT, conv(data).flatten(2).mT)
-    pooled = conv(data).detach().double().mean((2, 3))
-    sums = recorded(conv, [data])
-    found = local_axis.covariance(sums.images, sums.pooled_first, sums.pooled_second)
-    torch.testing.assert_close(found.diagonal(), pooled.var(0, correction=0), rtol=1e-3, atol=0)
+    some = data[:first]
+    assert loses_digits(conv, some.flatten(2).mT, conv(some).flatten(2).mT)
+    values = conv(data).detach().double()
+    assert_moments(recorded(conv, data.split(first)), values.movedim(1, -1).flatten(0, 2), values.mean((2, 3)), 1e-4)
+
+
+@pytest.mark.parametrize("size", [1, 4, 6])
+def test_what_is_read_at_the_inputs_is_exact_although_most_of_them_cancels(size):
+    """The first output is a difference of inputs that share most of their variance, positions and means alike."""
+    conv = nn.Conv2d(64, 256, 1, bias=False)
+    generator = torch.Generator().manual_seed(0)
+    nn.init.normal_(conv.weight, generator=generator)
+    conv.weight.data[0] -= conv.weight.data[0].mean()
+    level, shared = torch.randn(500, 1, 1, 1, generator=generator), torch.randn(500, 1, size, size, generator=generator)
+    own = torch.randn(500, 64, 1, 1, generator=generator) + torch.randn(500, 64, size, size, generator=generator)
+    data = 3 + (1 - 1.4 * SHARE) ** 0.5 * (level + shared) + (1.4 * SHARE) ** 0.5 * own
+    assert not loses_digits(conv, data[:128].flatten(2).mT, conv(data[:128]).flatten(2).mT)
+    values = nn.functional.conv2d(data.double(), conv.weight.detach().double())
+    assert_moments(recorded(conv, data.split(128)), values.movedim(1, -1).flatten(0, 2), values.mean((2, 3)))
 
 
 def test_weights_that_change_while_recording_are_followed():
