@@ -61,7 +61,7 @@ CASES = {
     "resnet18": Case("resnet18", images=1024),
     "vgg16": Case("vgg16_bn", images=2048),
     "mobilenetv2": Case("mobilenet_v2", images=5120, positions=("all", 16)),
-    "resnet50": Case("resnet50", {}, 224, 32, 480),
+    "resnet50": Case("resnet50", {}, 224, 32, 640),
 }
 
 

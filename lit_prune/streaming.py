@@ -16,7 +16,7 @@ LANE_SUMS = 1 << 22  # entries of the matrices of all lanes of one layer
 FEWEST_ROWS = 512  # fewer samples in a product, and the sums travel through memory more often than the samples
 FEW_POSITIONS = 4
 FIRST_IMAGES = 64  # whose mean is near enough to that of all
-MAPPED_CHUNK = 256  # W·M·Wᵀ may cancel nine tenths of M, which then has to be as much more exact
+MAPPED_CHUNK = 512  # W·M·Wᵀ may cancel nine tenths of M, which then has to be as much more exact
 
 
 @dataclass(frozen=True)
