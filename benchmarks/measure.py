@@ -3,7 +3,8 @@
     python benchmarks/measure.py [CASE ...] [--images N]
 
 Median of 5 after one to warm up, random weights, random images. `forward` is evaluation mode without gradients;
-`measure` is `lit_prune.measure` whole: forward, sums, and the table made from them, with all scalar columns. The table
+`measure` is `lit_prune.measure` whole: forward, sums, and the table made from them, with all scalar columns. The two
+take turns batch by batch, a copy of the network in between, so that a machine that slows down slows both. The table
 and what leads to it cost the same whatever the number of images, so the ratio falls as that grows: 5,000 are what an
 analysis takes, and fewer, where a network is slow, are what a benchmark can wait for. Freed memory is kept, as the
 command line keeps it: otherwise page faults, at random, make up to a third of a forward pass. Networks are measured
@@ -13,9 +14,11 @@ structure of a layer. `unfolded` is what the definition says literally: Σ_X fro
 """
 
 import argparse
+import copy
 import os
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -61,7 +64,7 @@ CASES = {
     "resnet18": Case("resnet18", images=1024),
     "vgg16": Case("vgg16_bn", images=2048),
     "mobilenetv2": Case("mobilenet_v2", images=5120, positions=("all", 16)),
-    "resnet50": Case("resnet50", {}, 224, 32, 640),
+    "resnet50": Case("resnet50", {}, 224, 32, 480),
 }
 
 
@@ -69,18 +72,32 @@ def figures(name: str, images: int | None) -> list[Row]:
     """Rows of one network."""
     case = CASES[name]
     model, batches = prepared(case, images or case.images)
-    works: dict[str, Callable[[], object]] = {"forward": lambda: forward(model, batches)}
-    for positions in case.positions:
-        protocol = Protocol(positions=positions)
-        works[f"measure, {positions} positions"] = lambda protocol=protocol: measure(model, batches, protocol=protocol)
     found = []
     for threads in sorted({1, os.cpu_count() or 1}):
         torch.set_num_threads(threads)
-        taken = in_turns(works, REPEATS)
         title = f"{name}, {len(batches) * case.batch}×{case.size}×{case.size}, threads: {threads}"
-        forward_seconds = taken.pop("forward")
-        found += [ratio_row(f"{title}: {work} / forward", taken[work], forward_seconds) for work in taken]
+        for positions in case.positions:
+            protocol = Protocol(positions=positions)
+            taken = [batch_by_batch(model, batches, protocol) for _ in range(1 + REPEATS)][1:]
+            found += [ratio_row(f"{title}: measure, {positions} positions / forward", *zip(*taken, strict=True))]
     return found
+
+
+def batch_by_batch(model: nn.Module, batches: list[tuple[Tensor, Tensor]], protocol: Protocol) -> tuple[float, float]:
+    """Seconds of `measure` and of the plain pass over the same batches, each just before it is measured."""
+    plain, taken = copy.deepcopy(model), 0.0
+
+    def feed() -> Iterator[tuple[Tensor, Tensor]]:
+        nonlocal taken
+        for batch in batches:
+            start = time.perf_counter()
+            forward(plain, [batch])
+            taken += time.perf_counter() - start
+            yield batch
+
+    start = time.perf_counter()
+    measure(model, feed(), protocol=protocol)
+    return time.perf_counter() - start - taken, taken
 
 
 def prepared(case: Case, images: int) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
