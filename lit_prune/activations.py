@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
-from lit_prune.layers import Batches, following_norms, removing, select_layers, to_model, undisturbed
+from lit_prune.layers import Batches, following_norms, removing, select_layers, to_model, undisturbed, without_gradients
 from lit_prune.moments import ActivationSums
 from lit_prune.pointwise import affine_map, loses_digits, pointwise_input, weight_state
 from lit_prune.protocol import DEFAULT_PROTOCOL, Protocol
@@ -47,7 +47,7 @@ class Recording:
     def add_target(self, target: Tensor) -> None:
         """Adds the task variables [B, V] of the batch that has just run."""
         self._check_finite()
-        with torch.inference_mode(False), torch.no_grad():  # in this order: the first switches gradients on
+        with without_gradients():
             for name, pooled in self._pooled.items():
                 self._sums.layers[name].add_target(pooled, target)
             self._sums.add_target(target)
@@ -162,7 +162,7 @@ def exact_sums(lowered: dict[object, str | bool], device_type: str) -> Iterator[
     try:
         for backend in lowered:
             setattr(backend, PRECISION, EXACT[0])
-        with torch.inference_mode(False), torch.no_grad(), cast:  # in this order, see above
+        with without_gradients(), cast:
             yield
     finally:
         for backend, value in lowered.items():

@@ -74,6 +74,13 @@ def undisturbed(model: nn.Module, gradients: bool = False) -> Iterator[None]:
 
 
 @contextmanager
+def without_gradients() -> Iterator[None]:
+    """No gradients inside, and tensors that may be written to later, although inference mode is on around it."""
+    with torch.inference_mode(False), torch.no_grad():  # in this order: the first switches gradients on
+        yield
+
+
+@contextmanager
 def removing(handles: list[RemovableHandle]) -> Iterator[None]:
     """Removes the hooks in `handles` on exit, whatever happens."""
     try:

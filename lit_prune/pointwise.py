@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from lit_prune.streaming import AffineMap
 
 NARROWER = 2  # outputs per input from which the detour pays
-SHARE = 0.1  # of the variance of independent inputs; below, float32 moments of the inputs may lose more than 1e-6
+SHARE = 0.1  # of the variance of independent inputs; below, float32 moments of the inputs lose more than about 1e-6
 FEWEST_SAMPLES = 16  # to judge that by
 MOST_SAMPLES = 2048
 

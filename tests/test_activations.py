@@ -30,6 +30,14 @@ def outputs(model, module, data):
     return values.movedim(1, -1).flatten(0, -2), values.flatten(2).mean(2)
 
 
+def assert_recorded(conv, batches):
+    """The recording of the batches holds the moments of the convolution's own outputs."""
+    with torch.no_grad(), record(conv) as recording:
+        for batch in batches:
+            conv(batch)
+    assert_moments(recording.sums.layers[""], *outputs(conv, conv, torch.cat(list(batches))))
+
+
 def unfolded_power(conv, data):
     """w_iᵀ Σ_X w_i from the patches of each group, zero padding included: the definition itself."""
     powers = []
@@ -83,10 +91,7 @@ def test_covariance_agrees_with_float64_although_the_mean_is_a_thousand_deviatio
     conv = nn.Conv2d(3, channels, 3, padding=0).to(memory_format=memory_format)
     nn.init.normal_(conv.bias, 1000.0, 300.0)
     data = images(40, 20).to(memory_format=memory_format)
-    with torch.no_grad(), record(conv) as recording:
-        for part in data.split(16):
-            conv(part)
-    assert_moments(recording.sums.layers[""], *outputs(conv, conv, data))
+    assert_recorded(conv, data.split(16))
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-6)])
@@ -141,10 +146,7 @@ def test_maps_with_more_and_with_fewer_positions_than_channels(
     conv = nn.Conv2d(3, channels, 3).to(memory_format=memory_format)
     conv.bias.data += 100 * torch.randn(channels)
     data = images(70).repeat(1, 1, 2, 2)[:, :, :8, :8].contiguous(memory_format=memory_format)  # 36 positions
-    with torch.no_grad(), record(conv) as recording:
-        for part in data.split(32):
-            conv(part)
-    assert_moments(recording.sums.layers[""], *outputs(conv, conv, data))
+    assert_recorded(conv, data.split(32))
 
 
 @pytest.mark.parametrize(("channels", "lane_sums"), [(8, 1), (8, 500), (37, 1), (37, 5000)])
@@ -152,24 +154,14 @@ def test_few_lanes_where_their_sums_would_be_too_large(channels, lane_sums, thre
     monkeypatch.setattr(streaming, "LANE_SUMS", lane_sums)
     torch.manual_seed(0)
     conv, data = nn.Conv2d(3, channels, 3), images(36, 8)
-    with torch.no_grad(), record(conv) as recording:
-        for part in data.split(12):
-            conv(part)
-    assert_moments(recording.sums.layers[""], *outputs(conv, conv, data))
+    assert_recorded(conv, data.split(12))
 
 
-@pytest.mark.parametrize("size", [3, 4, 8])  # maps of 1, 4, and 36 positions: a lone one cannot be shared by 5 threads
-def test_single_images_and_the_smallest_maps(size):
+@pytest.mark.parametrize("size", [3, 4, 8])  # maps of 1, 4, and 36 positions
+@pytest.mark.parametrize("threads", [2, 5], indirect=True)  # that can, and cannot, share the positions of a lone one
+def test_single_images_and_the_smallest_maps(size, threads):
     torch.manual_seed(0)
-    conv, data, before = nn.Conv2d(3, 4, 3), images(40, size), torch.get_num_threads()
-    torch.set_num_threads(5)
-    try:
-        with torch.no_grad(), record(conv) as recording:
-            for part in data.split(1):
-                conv(part)
-    finally:
-        torch.set_num_threads(before)
-    assert_moments(recording.sums.layers[""], *outputs(conv, conv, data))
+    assert_recorded(nn.Conv2d(3, 4, 3), images(40, size).split(1))
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
@@ -178,10 +170,7 @@ def test_outputs_in_half_precision_are_summed_as_they_are(precision, channels):
     torch.manual_seed(0)
     conv = nn.Conv2d(3, channels, 3).to(precision)
     data = images(40, 8).to(precision)
-    with torch.no_grad(), record(conv) as recording:
-        for part in data.split(16):
-            conv(part)
-    assert_moments(recording.sums.layers[""], *outputs(conv, conv, data))
+    assert_recorded(conv, data.split(16))
 
 
 def test_sums_are_the_same_in_and_out_of_inference_mode(tiny_net):

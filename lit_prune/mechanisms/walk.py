@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lit_prune.layers import removing, to_model
+from lit_prune.layers import removing, to_model, without_gradients
 
 ADDITIONS = (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
 _running = threading.local()
@@ -102,7 +102,7 @@ class Walk:
         _running.walk = self
         self._go.acquire()
         try:
-            with torch.inference_mode(False), torch.no_grad():  # in this order: the first switches gradients on
+            with without_gradients():
                 if not self._cancelled:
                     self.output = model(to_model(model, images))
         except _Cancelled:
