@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 NARROW = 16  # below, the float32 product falls back to a plain loop and loses a digit; float64 costs nothing there
 CHUNK = 8192  # samples in one float32 sum: the longest that still agrees with float64 to 1e-6
-STRIPES = ((96, 4), (32, 2))  # from so many channels, stripes of rows, each from its diagonal block on: 5/8, 3/4 of all
+STRIPES = ((1024, 8), (96, 4), (32, 2))  # from so many channels, stripes of rows, each from its diagonal block on
 
 
 class SymmetricSum:
@@ -17,11 +19,13 @@ class SymmetricSum:
     lanes, each with a sum of its own until it is settled, so that threads need not meet over one product.
 
     Args:
-        chunk: rows of a lane in one sum of their own precision.
+        chunk: rows of a lane in the first sum of their own precision. The rounding of chunks of c rows is independent,
+            so that of K rows goes with c/√K: later ones may take √(chunk·K) rows, and all is as exact as the first.
     """
 
     def __init__(self, chunk: int = CHUNK) -> None:
         self._chunk = chunk
+        self._rows = 0  # of all lanes, since the beginning
         self._total: Tensor | None = None  # its blocks on and above the diagonal
         self._stripes: list[tuple[int, int]] = []
         self._pending: list[Tensor] = []  # of a stripe each, [lanes, its rows, N - its start]
@@ -36,15 +40,19 @@ class SymmetricSum:
             self._settle()
             self._stripes = _stripes(channels)
             self._pending = [rows.new_empty(lanes, stop - start, channels - start) for start, stop in self._stripes]
-        for first in range(0, count, self._chunk):
-            some = rows[:, first : first + self._chunk]
-            if self._count + some.shape[1] > self._chunk or lanes > self._lanes:
+        first = 0
+        while first < count:
+            longest = min(CHUNK, max(self._chunk, math.isqrt(self._chunk * self._rows)))
+            some = rows[:, first : first + longest]
+            if self._count + some.shape[1] > longest or lanes > self._lanes:
                 self._settle()
                 self._lanes = lanes
             left, keep = some.transpose(1, 2), int(self._count > 0)
             for pending, (start, stop) in zip(self._pending, self._stripes, strict=True):
                 pending[:lanes].baddbmm_(left[:, start:stop], some[:, :, start:], beta=keep)
+            first += some.shape[1]
             self._count += some.shape[1]
+            self._rows += some.shape[1] * lanes
 
     def take(self) -> Tensor | None:
         """The sum so far, float64 [N, N]; starts anew. None if nothing was added."""
@@ -59,7 +67,8 @@ class SymmetricSum:
             if self._total is None:
                 self._total = self._pending[0].new_zeros(self._pending[0].shape[2:] * 2, dtype=torch.float64)
             for pending, (start, stop) in zip(self._pending, self._stripes, strict=True):
-                self._total[start:stop, start:] += pending[: self._lanes].sum(0, dtype=torch.float64)
+                stripe = self._total[start:stop, start:]
+                stripe += pending[0] if self._lanes == 1 else pending[: self._lanes].sum(0)
             self._lanes = self._count = 0
 
 

@@ -41,6 +41,22 @@ def test_lanes_of_rows_add_up_to_all_of_them_whatever_their_number(channels):
     assert largest_error(products.take(), rows.T @ rows) < 1e-6
 
 
+def test_a_long_sum_is_as_exact_as_its_first_chunk():
+    chunk, batches = 16, torch.rand(160, 100, 64, generator=torch.Generator().manual_seed(4)) + 0.5
+
+    def error(products, rows):
+        """Root mean square of the relative errors."""
+        for part in rows:
+            products.add(part)
+        exact = rows.flatten(0, 1).double()
+        exact = exact.T @ exact
+        return (products.take() / exact - 1).square().mean().sqrt()
+
+    first = error(SymmetricSum(chunk), batches[:1, :chunk])
+    assert error(SymmetricSum(chunk), batches) < first / 2
+    assert error(SymmetricSum(), batches) > first  # in chunks of half the rows
+
+
 def test_float64_rows_lose_nothing():
     rows = torch.randn(500, 97, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     products = SymmetricSum()
