@@ -62,7 +62,7 @@ class Case:
 CASES = {
     "resnet20": Case("cifar_resnet20", {}, images=5120),
     "resnet18": Case("resnet18", images=1024),
-    "vgg16": Case("vgg16_bn", images=2048),
+    "vgg16": Case("vgg16_bn", images=5120),
     "mobilenetv2": Case("mobilenet_v2", images=5120, positions=("all", 16)),
     "resnet50": Case("resnet50", {}, 224, 32, 480),
 }
