@@ -87,10 +87,11 @@ class Recording:
         if stream is None:
             if not len(outputs):
                 raise InputError(f"batches: batch {self._batch} holds no images; leave it out")
-            if source is None or loses_digits(module, source, outputs):
+            if source is None:
                 stream = LayerStream.start(outputs, self._blocks)
             else:
-                stream = LayerStream.start(source, self._blocks, affine_map(module))
+                dtype = torch.float64 if loses_digits(module, source, outputs) else source.dtype
+                stream = LayerStream.start(source, self._blocks, affine_map(module, dtype))
                 self._weights[name] = weight_state(module)
         elif stream.affine is not None and source is None:
             stream.flush()

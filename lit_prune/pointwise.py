@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from lit_prune.streaming import AffineMap
 
 NARROWER = 2  # outputs per input from which the detour pays
-SHARE = 0.1  # of the variance of independent inputs; below, float32 moments of the inputs lose more than about 1e-6
+SHARE = 0.2  # of the variance of independent inputs; below, float32 moments of the inputs lose more than about 1e-6
 FEWEST_SAMPLES = 16  # to judge that by
 MOST_SAMPLES = 2048
 
@@ -39,10 +39,10 @@ def _one_by_one(conv: nn.Conv2d) -> bool:
     return conv.kernel_size == (1, 1) and conv.groups == 1 and conv.padding in ((0, 0), "valid", "same")
 
 
-def affine_map(module: nn.Module) -> AffineMap:
-    """The layer's W and b as they are now."""
-    bias = None if module.bias is None else module.bias.detach().clone()
-    return AffineMap(module.weight.detach().flatten(1).clone(), bias)
+def affine_map(module: nn.Module, dtype: torch.dtype) -> AffineMap:
+    """The layer's W and b as they are now, in the precision its inputs are to be summed in."""
+    bias = None if module.bias is None else module.bias.detach().to(dtype, copy=True)
+    return AffineMap(module.weight.detach().flatten(1).to(dtype, copy=True), bias)
 
 
 def weight_state(module: nn.Module) -> tuple[int, ...]:
@@ -52,7 +52,7 @@ def weight_state(module: nn.Module) -> tuple[int, ...]:
 
 
 def loses_digits(module: nn.Module, source: Tensor, values: Tensor) -> bool:
-    """Whether W·Σ·Wᵀ would cancel: some channel's variance is far below that of its parts, as a constant one's is.
+    """Whether W·Σ·Wᵀ cancels, so that float32 will not do for Σ: some channel varies far less than its parts.
 
     Both are looked at, the variance over images and positions and that of the means over positions.
 

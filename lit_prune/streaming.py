@@ -16,7 +16,7 @@ LANE_SUMS = 1 << 22  # entries of the matrices of all lanes of one layer
 FEWEST_ROWS = 512  # fewer samples in a product, and the sums travel through memory more often than the samples
 FEW_POSITIONS = 4
 FIRST_IMAGES = 64  # whose mean is near enough to that of all
-MAPPED_CHUNK = 512  # W·M·Wᵀ may cancel nine tenths of M, which then has to be as much more exact
+MAPPED_CHUNK = 512  # W·M·Wᵀ may cancel four fifths of M, which then has to be as much more exact
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Blocks:
     """
 
     def __init__(self) -> None:
-        self._memory = torch.empty(0)
+        self._memory = torch.empty(0, dtype=torch.uint8)
 
     def divided(self, values: Tensor) -> Tensor:
         """The values [B, P, n] as parts [T, B/T, P, n]; T = 1 but where T threads divide the images evenly.
@@ -74,10 +74,10 @@ class Blocks:
         count = 1 if alone or images % threads or threads * channels**2 > LANE_SUMS else threads
         return values.view(count, images // count, positions, channels)
 
-    def size(self, parts: Tensor) -> int:
-        """Images of each of the parts [T, B, P, n] in a block, at least one."""
+    def size(self, parts: Tensor, itemsize: int) -> int:
+        """Images of each of the parts [T, B, P, n] in a block, at least one; `itemsize` bytes a value."""
         count, _, positions, channels = parts.shape
-        threads, itemsize = threads_on(parts), max(parts.itemsize, 4)
+        threads = threads_on(parts)
         most = (BLOCK_BYTES if parts.is_cpu else LARGE_BLOCK_BYTES) * threads // count
         most //= itemsize * positions * channels
         if not images_are_lanes(positions, channels):
@@ -87,11 +87,11 @@ class Blocks:
 
     def shifted(self, parts: Tensor, shift: Tensor) -> Tensor:
         """The parts [T, B, P, n] minus the shift, in the memory order in which their means and products are fast."""
-        block = self._memory
-        if (block.device, block.dtype) != (parts.device, shift.dtype) or block.numel() < parts.numel():
-            block = self._memory = torch.empty(parts.numel(), dtype=shift.dtype, device=parts.device)
+        size = parts.numel() * shift.itemsize
+        if self._memory.device != parts.device or self._memory.numel() < size:
+            self._memory = torch.empty(size, dtype=torch.uint8, device=parts.device)
         count, images, positions, channels = parts.shape
-        flat = block[: parts.numel()]
+        flat = self._memory[:size].view(shift.dtype)
         if parts.stride(3) == 1 or positions <= FEW_POSITIONS:  # a mean of so few neighbours is slow
             view = flat.view(parts.shape)
         elif images_are_lanes(positions, channels):
@@ -120,13 +120,15 @@ class LayerStream:
         sums: the layer's sums.
         shift: [n], near the means of the values it will be fed; in their precision, float32 at least.
         blocks: memory to work in.
-        affine: from what it is fed to the layer's output, or None where that is what it is fed.
+        affine: from what it is fed to the layer's output, in the precision of the shift, or None where that is what
+            it is fed.
     """
 
     def __init__(self, sums: LayerSums, shift: Tensor, blocks: Blocks, affine: AffineMap | None = None) -> None:
         self.sums, self.shift, self.affine = sums, shift, affine
         self._blocks = blocks
-        self._second = SymmetricSum() if affine is None else SymmetricSum(MAPPED_CHUNK)
+        short = affine is not None and shift.dtype == torch.float32
+        self._second = SymmetricSum(MAPPED_CHUNK) if short else SymmetricSum()
         self._pooled_second = SymmetricSum()
         self._rows: list[Tensor] = []  # pooled values whose product is pending
         self._waiting = 0  # how many those are
@@ -135,8 +137,9 @@ class LayerStream:
 
     @classmethod
     def start(cls, values: Tensor, blocks: Blocks, affine: AffineMap | None = None) -> LayerStream:
-        """An empty stream around the mean of its first values [B, P, n], B > 0."""
-        shift = values[:FIRST_IMAGES].mean((0, 1), dtype=torch.promote_types(values.dtype, torch.float32))
+        """An empty stream around the mean of its first values [B, P, n], B > 0, in the precision of W where given."""
+        least = torch.float32 if affine is None else affine.weight.dtype
+        shift = values[:FIRST_IMAGES].mean((0, 1), dtype=torch.promote_types(values.dtype, least))
         return cls(LayerSums.zeros(shift if affine is None else affine.point(shift)), shift, blocks, affine)
 
     def add(
@@ -164,7 +167,7 @@ class LayerStream:
         parts = self._blocks.divided(values)
         count, each, _, channels = parts.shape
         pooled = values.new_empty(count, each, channels, dtype=self.shift.dtype)
-        size = self._blocks.size(parts)
+        size = self._blocks.size(parts, self.shift.itemsize)
         for start in range(0, each, size):
             some = slice(start, start + size)
             block = self._blocks.shifted(parts[:, some], self.shift)
