@@ -20,7 +20,7 @@ class SymmetricSum:
 
     Args:
         chunk: rows of a lane in the first sum of their own precision. The rounding of chunks of c rows is independent,
-            so that of K rows goes with c/√K: later ones may take √(chunk·K) rows, and all is as exact as the first.
+            so that of K rows goes with c/√K: later ones take √(chunk·K) rows, at most CHUNK, all as exact as the first.
     """
 
     def __init__(self, chunk: int = CHUNK) -> None:
