@@ -1,6 +1,12 @@
-"""`python -m lit_prune VERB ...`, the same as `lit-prune VERB ...`."""
+"""`python -m lit_prune VERB ...` and the installed command `lit-prune VERB ...`."""
 
-from lit_prune.cli.main import main
+
+def command() -> None:
+    """Carries out the command line of this process; whatever the verb returns, success is exit code 0."""
+    from lit_prune.cli.main import main
+
+    main()
+
 
 if __name__ == "__main__":
-    main()
+    command()
