@@ -4,6 +4,7 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from textwrap import shorten
 
 from lit_prune.errors import InputError, did_you_mean
 
@@ -67,11 +68,10 @@ def _file(value: str) -> str:
     return str(find_recipe(value)) if is_name and not Path(value).exists() else value
 
 
-def first_comment(file: Path) -> str:
-    """The first sentence of what a recipe says about itself after its command, or its command."""
-    lines = file.read_text(encoding="utf-8").splitlines()
-    said = [line.removeprefix("# ") for line in lines[1:4] if line.startswith("# ")]
-    return re.split(r"(?<=[.:;]) ", " ".join(said))[0] if said else ""
+def first_comment(file: Path, longest: int = 82) -> str:
+    """What a recipe says about itself first, after its command: a sentence, cut at a word."""
+    said = (line.removeprefix("# ") for line in file.read_text(encoding="utf-8").splitlines()[1:4] if line[:2] == "# ")
+    return shorten(re.split(r"(?<=\.) ", " ".join(said))[0], longest, placeholder=" ...")
 
 
 def recipes(names: list[str] = [], to: str | None = None) -> None:  # noqa: B006
