@@ -9,7 +9,7 @@ import pytest
 FAULTS = """
 import resource, sys
 import torch
-from lit_prune.memory import keep_freed_memory
+from lit_prune.cli.memory import keep_freed_memory
 
 torch.set_num_threads(1)
 if sys.argv[1] == "keep":
