@@ -6,12 +6,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
-from filelock import FileLock, Timeout
+from typing import TYPE_CHECKING, Any
 
 from lit_prune.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 LOCK = ".lock"
 
@@ -54,7 +54,7 @@ def defined(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_parquet(path: str | Path, table: pd.DataFrame) -> None:
+def write_parquet(path: str | Path, table: "pd.DataFrame") -> None:
     """Writes a table without its index to `path`, whole or not at all."""
     with whole_file(path) as partial:
         table.to_parquet(partial, index=False)
@@ -69,6 +69,8 @@ def alone(folder: Path) -> Iterator[None]:
     Raises:
         InputError: another process holds the folder.
     """
+    from filelock import FileLock, Timeout  # a network loads without it
+
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
     try:

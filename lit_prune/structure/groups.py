@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from lit_prune.structure import axes, probe, protection
 from lit_prune.structure.coupling import Draft, Group, Member, assign_roles, group_role, lost_positions
-from lit_prune.structure.cutting import cut_layer
-from lit_prune.structure.proposals import propose_groups
 from lit_prune.structure.tracing import one_image, run, undisturbed
 
 __all__ = ["ChannelGraph", "Group", "Member", "group_role", "trace_groups"]
@@ -64,6 +62,8 @@ class ChannelGraph:
             InputError: as in `removed_positions`.
             RuntimeError: a layer has not the expected width afterwards; it is named.
         """
+        from lit_prune.structure.cutting import cut_layer  # Torch-Pruning imports timm: seconds
+
         for (name, axis), positions in self.removed_positions(removed).items():
             before = axes.width(axes.find(model, name), axis)
             cut_layer(model, name, axis, positions)
@@ -92,6 +92,8 @@ def trace_groups(model: nn.Module, example_input: Tensor) -> ChannelGraph:
     Raises:
         InputError: the network does not run on `example_input`.
     """
+    from lit_prune.structure.proposals import propose_groups
+
     with undisturbed(model):
         image = one_image(model, example_input)
         run(model, image)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import rankdata
 from torch import Tensor
 
 from lit_prune.errors import InputError
@@ -21,11 +20,17 @@ def _centred(scores: np.ndarray, live: np.ndarray) -> np.ndarray:
     return (scores - live.mean()) / (live.std() or 1.0)
 
 
+def _quantiles(scores: np.ndarray, live: np.ndarray) -> np.ndarray:
+    from scipy.stats import rankdata
+
+    return (rankdata(scores) - 0.5) / len(scores)
+
+
 NORMALISATIONS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {  # (scores, finite scores) -> scores
     "none": lambda scores, live: scores,
     "layer_mean": lambda scores, live: scores / (np.abs(live).mean() or 1.0),
     "layer_max": lambda scores, live: scores / (np.abs(live).max() or 1.0),
-    "rank": lambda scores, live: (rankdata(scores) - 0.5) / len(scores),
+    "rank": _quantiles,
     "z": _centred,
 }
 
