@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lit_prune.scores.evidence import Evidence
+from lit_prune.scores.method import OwnScore
 from lit_prune.scores.table import find_score
 from lit_prune.structure.allocation import plan_channels, plan_latency
 from lit_prune.structure.cost import CostModel, cost
@@ -17,7 +18,9 @@ from lit_prune.structure.plan import Plan
 from lit_prune.structure.ranking import Budget, selected_groups
 
 
-def plan_method(evidence: Evidence, method: str, graph: ChannelGraph, cost_model: CostModel, request: Budget) -> Plan:
+def plan_method(
+    evidence: Evidence, method: str | OwnScore, graph: ChannelGraph, cost_model: CostModel, request: Budget
+) -> Plan:
     """Plan of any method under a budget; what the evidence has measured is not measured again.
 
     Make the evidence once for many methods and budgets: `Evidence(model, batches)`, `graph = evidence.graph`,
@@ -42,7 +45,7 @@ def plan_method(evidence: Evidence, method: str, graph: ChannelGraph, cost_model
         plan = plan_latency(evidence.model, graph, cost_model, ranks, request, evidence.example[:1])
     else:
         plan = plan_channels(graph, cost_model, ranks, request)
-    return replace(plan, notes={**plan.notes, "method": method})
+    return replace(plan, notes={**plan.notes, "method": method if isinstance(method, str) else find_score(method).name})
 
 
 def method_needs(methods: Iterable[str]) -> tuple[str, ...]:
