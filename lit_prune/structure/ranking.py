@@ -8,11 +8,11 @@ import numpy as np
 from torch import Tensor
 
 from lit_prune.errors import InputError
+from lit_prune.structure.budgets import find_budget
 from lit_prune.structure.groups import ChannelGraph, Group
 
 Ranks = Mapping[str, Tensor]
 
-BUDGETS = ("macs", "params", "channels", "latency")
 ALLOCATIONS = ("global", "uniform", "layerwise")
 
 
@@ -67,8 +67,8 @@ class Budget:
         Raises:
             InputError: one is outside its range.
         """
+        find_budget(self.kind)
         for name, value, allowed in (
-            ("budget", self.kind, BUDGETS),
             ("allocation", self.allocation, ALLOCATIONS),
             ("normalisation", self.normalisation, tuple(NORMALISATIONS)),
         ):
