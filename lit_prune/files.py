@@ -41,7 +41,11 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
-    """JSON that every reader takes: what is undefined (NaN, ±infinity) is null."""
+    """JSON that every reader takes: what is undefined (NaN, ±infinity) is null.
+
+    >>> json_text({"accuracy": float("nan")})
+    '{"accuracy": null}'
+    """
     return json.dumps(defined(value), indent=indent, allow_nan=False)
 
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
@@ -108,7 +108,7 @@ QUANTITIES = (
 )
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Tells whether `value` is a finite number (None and NaN mean: not measured)."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 

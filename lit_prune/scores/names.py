@@ -13,6 +13,10 @@ from lit_prune.scores.method import Method, Score
 def parse_method(name: str, known: Mapping[str, Score]) -> Method:
     """The method of a name.
 
+    >>> from lit_prune.scores import SCORES
+    >>> parse_method("ix_minus_redundancy(0.25)", SCORES).parameters
+    (0.25,)
+
     Args:
         name: a key of `known`, with parameters in parentheses where it has them; those not given take their defaults.
         known: the table of scores.

@@ -68,6 +68,12 @@ def score(
     Dead channels (constant output, told from `table`, else from `batches`) get the lowest finite score of their layer
     minus 1, so they go first. No score is NaN or infinite.
 
+    >>> import torch
+    >>> layer = nn.Linear(2, 3)
+    >>> layer.weight.data = torch.tensor([[0.0, 1.0], [3.0, 4.0], [5.0, 12.0]])
+    >>> score(nn.Sequential(layer), "magnitude")["0"].tolist()
+    [1.0, 5.0, 13.0]
+
     Args:
         model: any network; left as found.
         name: a name of `SCORES`, with parameters where it has them: `ix_minus_redundancy(0.5)`,

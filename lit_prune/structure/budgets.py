@@ -66,6 +66,9 @@ def register_budget(name: str) -> Callable[[type[Quantity]], type[Quantity]]:
 def find_budget(name: str) -> Quantity:
     """The quantity of a name.
 
+    >>> find_budget("params").of(nn.Linear(3, 2), None)
+    8
+
     Raises:
         InputError: unknown name.
     """
