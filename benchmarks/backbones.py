@@ -16,7 +16,7 @@ from rich.table import Table
 from rows import Row, choose, main
 
 from lit_prune import Plan, apply_plan, cost, load_compact, save_compact, score
-from lit_prune.backbones import build_backbone
+from lit_prune.models import build_backbone
 from lit_prune.structure import Budget, CostModel, plan_channels, trace_groups
 
 CIFAR, IMAGENET = (3, 32, 32), (3, 224, 224)

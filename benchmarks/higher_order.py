@@ -12,13 +12,13 @@ import torch
 from rows import Row, choose, half_range, in_turns, main
 from torch import Tensor, nn
 
-from lit_prune.information.broja import decompose, joint_counts
-from lit_prune.information.gradients import gradient_sums
-from lit_prune.information.graphs import excess_graph, greedy_modularity, redundancy_graph
-from lit_prune.information.groupings import group_channels, permutation_null
-from lit_prune.information.hulls import greedy_hulls
-from lit_prune.information.ksg import ksg_information
-from lit_prune.information.triplets import triplet_excess
+from lit_prune.lab.analyze.broja import decompose, joint_counts
+from lit_prune.lab.analyze.ksg import ksg_information
+from lit_prune.lab.analyze.triplets import triplet_excess
+from lit_prune.lab.trajectory.gradients import gradient_sums
+from lit_prune.scores.graphs import excess_graph, greedy_modularity, redundancy_graph
+from lit_prune.scores.groupings import group_channels, permutation_null
+from lit_prune.scores.hulls import greedy_hulls
 
 CHANNELS, IMAGES, PAIRS = 512, 2000, 512
 FORWARD = "forward"

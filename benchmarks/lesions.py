@@ -11,8 +11,8 @@ are per 1,000 lesion-images.
 import torch
 from rows import Row, choose, in_turns, main, ratio_row
 
-from lit_prune.backbones import build_backbone
-from lit_prune.interventions import Variants, losses_one_by_one, variant_losses
+from lit_prune.lab.lesion.variants import Variants, losses_one_by_one, variant_losses
+from lit_prune.models import build_backbone
 
 REPEATS = 3
 LESIONS, IMAGES = 16, 256

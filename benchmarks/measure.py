@@ -26,14 +26,14 @@ from rows import REPEATS, Row, choose, half_range, in_turns, main, ratio_row
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lit_prune import measure
-from lit_prune.analysis.request import AnalyzeRequest
-from lit_prune.backbones import build_backbone
-from lit_prune.experiments.analyze import analyze
-from lit_prune.information.target_axis import find_partners, target_excess
-from lit_prune.layers import removing
-from lit_prune.memory import keep_freed_memory
-from lit_prune.protocol import DEFAULT_PROTOCOL, Protocol
+from lit_prune.cli.memory import keep_freed_memory
+from lit_prune.lab.analyze.analysis import analyze
+from lit_prune.lab.analyze.request import AnalyzeRequest
+from lit_prune.measurement import channel_table as measure
+from lit_prune.measurement.layers import removing
+from lit_prune.measurement.protocol import DEFAULT_PROTOCOL, Protocol
+from lit_prune.measurement.target_axis import find_partners, target_excess
+from lit_prune.models import build_backbone
 
 CHANNELS = 512
 

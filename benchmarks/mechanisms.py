@@ -13,10 +13,17 @@ import torch
 from rows import REPEATS, Row, Work, choose, half_range, in_turns, main
 from torch import nn
 
-from lit_prune.backbones import build_backbone
-from lit_prune.mechanisms import Replacement, Swaps, replace_mechanisms
-from lit_prune.mechanisms.head import Features, Head, HeadEvidence, compile_head, interchange_heads, read_features
-from lit_prune.mechanisms.stand_ins import input_moments
+from lit_prune.lab.reduce.classifier_head import (
+    Features,
+    Head,
+    HeadEvidence,
+    compile_head,
+    interchange_heads,
+    read_features,
+)
+from lit_prune.models import build_backbone
+from lit_prune.replace import Replacement, Swaps, replace_mechanisms
+from lit_prune.replace.stand_ins import input_moments
 from lit_prune.structure import Plan
 
 IMAGES, UNITS, KEPT = 2000, 512, tuple(range(0, 512, 2))

@@ -16,12 +16,12 @@ import torch
 from rows import Row, choose, main
 from torch import nn
 
-from lit_prune.backbones import build_backbone
 from lit_prune.data.augmentation import Normalisation, PadCropFlip
 from lit_prune.data.resident import ResidentLoader
 from lit_prune.data.sampling import EpochSampler
 from lit_prune.data.sources import MemoryImages
-from lit_prune.measure import collect_sums
+from lit_prune.measurement.channel_table import collect_sums
+from lit_prune.models import build_backbone
 
 IMAGES, BATCH, MEBIBYTE = 50_000, 128, 2**20
 NETWORKS = ("resnet18", "mobilenet_v2")

@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lit_prune.backbones import build_backbone, load_weights
 from lit_prune.data import ImageFolderData
-from lit_prune.evaluation import evaluate
-from lit_prune.mechanisms import KINDS, replace_mechanisms
-from lit_prune.repair import recalibrate_batchnorm
+from lit_prune.models import build_backbone, load_weights
+from lit_prune.replace import KINDS, replace_mechanisms
 from lit_prune.scores import score
 from lit_prune.structure import Budget, CostModel, plan_channels, trace_groups
+from lit_prune.train.batchnorm import recalibrate_batchnorm
+from lit_prune.train.evaluation import evaluate
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PLANS = ("cmr_logit/uniform", "variance/uniform", "reconstruction/global")

@@ -10,7 +10,7 @@ import torch
 from rows import Row, choose, in_turns, main, ratio_row
 from torch import Tensor
 
-from lit_prune.backbones import build_backbone
+from lit_prune.models import build_backbone
 from lit_prune.scores import Evidence
 from lit_prune.scores.independence import nuclear_drops
 

@@ -26,15 +26,18 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from callbacks import AxisTrace, GradientTrace, StagedPruning
-from lit_prune.backbones import build_backbone
-from lit_prune.checkpoints import WholeFileIO, checkpoint_writer
+from lit_prune.cli.memory import keep_freed_memory
+from lit_prune.cli.trainer import Trainer, last_checkpoint
 from lit_prune.data import CIFAR100Data
 from lit_prune.data.sources import MemoryImages
-from lit_prune.memory import keep_freed_memory
-from lit_prune.modules import LitClassifier, PhaseCosine
-from lit_prune.stages import PruningStage
-from lit_prune.trainer import Trainer, last_checkpoint
+from lit_prune.lab.trajectory.gradient_trace import GradientTrace
+from lit_prune.models import build_backbone
+from lit_prune.train.axis_trace import AxisTrace
+from lit_prune.train.checkpoints import WholeFileIO, checkpoint_writer
+from lit_prune.train.classifier import LitClassifier
+from lit_prune.train.schedule import PhaseCosine
+from lit_prune.train.staged_pruning import StagedPruning
+from lit_prune.train.stages import PruningStage
 
 BATCH, TURNS = 128, 5
 NETWORKS = {

@@ -1,8 +1,5 @@
-"""Lightning callbacks of lit_prune."""
+"""Lightning callbacks of lit_prune, under the names that configurations of a clone may use."""
 
-from callbacks.axis_trace import AxisTrace
-from callbacks.decorrelation import Decorrelation
-from callbacks.gradient_trace import GradientTrace
-from callbacks.staged_pruning import StagedPruning
+from lit_prune import AxisTrace, Decorrelation, GradientTrace, StagedPruning
 
 __all__ = ["AxisTrace", "Decorrelation", "GradientTrace", "StagedPruning"]

@@ -1,21 +1,41 @@
 """Train a vision network, watch what its channels are for, prune it in stages, repair it, hand over a smaller one."""
 
-from lit_prune.measure import measure
-from lit_prune.mechanisms import interchange, replace_mechanisms
-from lit_prune.repair import recalibrate_batchnorm
-from lit_prune.scores import score
-from lit_prune.structure import Plan, apply_plan, cost, load_compact, make_plan, save_compact
+from importlib import import_module
+from typing import Any
 
-__all__ = [
-    "Plan",
-    "apply_plan",
-    "cost",
-    "interchange",
-    "load_compact",
-    "make_plan",
-    "measure",
-    "recalibrate_batchnorm",
-    "replace_mechanisms",
-    "save_compact",
-    "score",
-]
+__version__ = "0.1.0"
+
+_HOME = {  # public name -> module that defines it, imported at the first use
+    "AxisTrace": "lit_prune.train.axis_trace",
+    "Budget": "lit_prune.structure",
+    "Decorrelation": "lit_prune.train.decorrelation",
+    "GradientTrace": "lit_prune.lab.trajectory.gradient_trace",
+    "InputError": "lit_prune.errors",
+    "LitClassifier": "lit_prune.train.classifier",
+    "Plan": "lit_prune.structure",
+    "PruningStage": "lit_prune.train.stages",
+    "Repair": "lit_prune.train.distillation",
+    "Replacement": "lit_prune.replace",
+    "StagedPruning": "lit_prune.train.staged_pruning",
+    "apply_plan": "lit_prune.structure",
+    "cost": "lit_prune.structure",
+    "interchange": "lit_prune.replace",
+    "load_compact": "lit_prune.structure",
+    "make_plan": "lit_prune.structure",
+    "measure": "lit_prune.measurement.channel_table",
+    "recalibrate_batchnorm": "lit_prune.train.batchnorm",
+    "replace_mechanisms": "lit_prune.replace",
+    "save_compact": "lit_prune.structure",
+    "score": "lit_prune.scores",
+}
+__all__ = [*_HOME, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'lit_prune' has no attribute {name!r}")
+    return globals().setdefault(name, getattr(import_module(_HOME[name]), name))
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

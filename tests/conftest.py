@@ -66,12 +66,13 @@ def make_run():
     """Factory of a whole run on small digit images: `(trainer, module, data)`, fresh objects at every call."""
     from functools import partial
 
-    from callbacks.staged_pruning import StagedPruning
-    from lit_prune.checkpoints import checkpoint_writer
+    from lit_prune.cli.trainer import Trainer, last_checkpoint
     from lit_prune.data import DigitsData
-    from lit_prune.modules import LitClassifier, PhaseCosine
-    from lit_prune.stages import PruningStage
-    from lit_prune.trainer import Trainer, last_checkpoint
+    from lit_prune.train.checkpoints import checkpoint_writer
+    from lit_prune.train.classifier import LitClassifier
+    from lit_prune.train.schedule import PhaseCosine
+    from lit_prune.train.staged_pruning import StagedPruning
+    from lit_prune.train.stages import PruningStage
 
     def make(run_dir, stages=(("blocks", 2), ("channels", 4)), max_epochs=6, callbacks=(), trainer=None, **pruning):
         amounts = {"blocks": {"remove_ratio": 0.3}}

@@ -7,7 +7,7 @@ from pathlib import Path
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy
 
-from callbacks.rewire import parameter_checksum
+from lit_prune.train.rewire import parameter_checksum
 
 
 class RankChecksums(Callback):

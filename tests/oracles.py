@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from lit_prune.information import local_axis
-from lit_prune.moments import LayerSums
+from lit_prune.measurement import local_axis
+from lit_prune.measurement.moments import LayerSums
 
 
 def largest_error(found: Tensor, expected: Tensor) -> float:

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 import lit_prune
-from lit_prune.cli import build_cli, main
-from lit_prune.modules import LitClassifier
+from lit_prune.cli.main import main
+from lit_prune.cli.prune_cli import build_cli
+from lit_prune.train.classifier import LitClassifier
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["fit", "-c", str(ROOT / "tests" / "tiny_run.yaml")]

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from lit_prune import export, save_compact
-from lit_prune.backbones import PaddedShortcut, build_backbone
 from lit_prune.errors import InputError
 from lit_prune.export import ExportError, Format, export_compact, export_module, read_input_shape
+from lit_prune.models import PaddedShortcut, build_backbone
 
 INPUT_SHAPE = (3, 12, 12)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_prune.cli import main
+from lit_prune.cli.main import main
 from lit_prune.errors import InputError
 from lit_prune.files import LOCK, alone, write_json
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lit_prune.cli import build_cli
-from lit_prune.experiments.suite import Suite
+from lit_prune.cli.prune_cli import build_cli
+from lit_prune.lab.suite.suite import Suite
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEED = sorted((ROOT / "configs" / "speed").glob("*.yaml"))

@@ -12,8 +12,10 @@ from matplotlib.patches import Rectangle
 from lit_prune.report import drawing
 from lit_prune.report.drawing import Picture, new_figure
 from lit_prune.report.run_folder import AbsentInput, RunFolder, layer_order, stages_if_any
+from lit_prune.report.sections import register_section
 
 
+@register_section("plane", "The two axes", place=60)
 def draw_plane(run: RunFolder) -> Picture:
     """Draws channels of an early, a middle and a late layer on the two axes, first against last traced epoch."""
     table, epochs = _plane_table(run)
@@ -118,6 +120,7 @@ def _draw_movement(row: Sequence[Axes], panels: Sequence[pd.DataFrame]) -> None:
     row[-1].plot(x, y, color=drawing.GREY, linewidth=0.5, alpha=0.45, zorder=0)
 
 
+@register_section("coupling", "Coupling of the axes", place=70)
 def draw_coupling(run: RunFolder) -> Picture:
     """Draws the Spearman correlation of I_X and I_T, every layer by every traced epoch, and its mean above."""
     coupling = couple_axes(run.trace)

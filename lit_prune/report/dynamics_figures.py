@@ -10,6 +10,7 @@ from matplotlib.ticker import MaxNLocator
 from lit_prune.report import drawing
 from lit_prune.report.drawing import Picture, new_figure
 from lit_prune.report.run_folder import AbsentInput, RunFolder, stages_if_any
+from lit_prune.report.sections import register_section
 
 COSINES = {
     "capture_task": (r"$\nabla I_X$, $\nabla I_T$", drawing.BLUE),
@@ -26,6 +27,7 @@ DYNAMICS = {
 }
 
 
+@register_section("dynamics", "Motion on the two axes", place=80)
 def draw_dynamics(run: RunFolder) -> Picture:
     """Draws coupling, velocity and rank persistence over epochs, means over layers with quartile bands."""
     columns = [column for _, lines in DYNAMICS.values() for column in lines]
@@ -46,6 +48,7 @@ def draw_dynamics(run: RunFolder) -> Picture:
     )
 
 
+@register_section("gradients", "Directions of change", place=90)
 def draw_gradients(run: RunFolder) -> Picture:
     """Draws the three cosines between information gradients and the direction of descent over epochs."""
     table = run.table("trace/gradients.parquet", ["epoch", *COSINES])

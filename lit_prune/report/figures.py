@@ -16,11 +16,13 @@ from lit_prune.report import drawing
 from lit_prune.report.drawing import Picture, new_figure
 from lit_prune.report.event_files import find_curve, steps_to_epochs
 from lit_prune.report.run_folder import AbsentInput, RunFolder, stages_if_any
+from lit_prune.report.sections import register_section
 from lit_prune.report.tables import is_number
 
 CURVES = (("train", drawing.BLUE), ("val", drawing.ORANGE))
 
 
+@register_section("training", "Training", place=50)
 def draw_training(run: RunFolder) -> Picture:
     """Draws loss and accuracy over epochs, training and validation, with a line at every structural stage."""
     panels = [(name, curves) for name in ("loss", "accuracy") if (curves := _find_curves(run, name))]
@@ -59,6 +61,7 @@ def _draw_curves(axes: Axes, name: str, curves: Mapping[str, pd.DataFrame], run:
     drawing.label_line_ends(axes, ends)
 
 
+@register_section("widths", "Layer widths", place=40)
 def draw_widths(run: RunFolder) -> Picture:
     """Draws each layer's width before the first stage and after the last one."""
     widths = collect_widths(run.stages)
@@ -96,6 +99,7 @@ def collect_widths(stages: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, 
     return widths
 
 
+@register_section("path", "Cost and accuracy", place=20)
 def draw_path(run: RunFolder) -> Picture:
     """Draws accuracy against MACs: dense, then cut, recalibrated and repaired at every stage."""
     stages = [stage for stage in run.stages if is_number((stage.get("macs") or {}).get("after"))]

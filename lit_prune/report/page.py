@@ -2,7 +2,6 @@
 
 import base64
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -11,82 +10,18 @@ import jinja2
 
 from lit_prune.errors import InputError
 from lit_prune.files import whole_file, write_text
-from lit_prune.report import (
-    axes_figures,
-    dynamics_figures,
-    figures,
-    lesion_figures,
-    lesion_tables,
-    reduction_figures,
-    structure_figures,
-    sweep_figures,
-    tables,
-)
-from lit_prune.report.drawing import Picture, render_png, styled
+from lit_prune.report import axes_figures, dynamics_figures, figures, tables  # noqa: F401  (they register sections)
+from lit_prune.report.drawing import render_png, styled
 from lit_prune.report.run_folder import AbsentInput, RunFolder
-from lit_prune.report.tables import Table
+from lit_prune.report.sections import Section, register_section, sections
+from lit_prune.report.tables import Table, Text
 
 LOGGER = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Text:
-    """Preformatted text of the page inside a closed block."""
-
-    text: str
-    folded: str
-
-
-@dataclass(frozen=True)
-class Section:
-    """One section of the page: anchor and file name of its figure, heading, and the function that fills it."""
-
-    key: str
-    title: str
-    build: Callable[[RunFolder], Picture | Table | Text]
-
-
+@register_section("config", "Configuration", place=330)
 def _show_config(run: RunFolder) -> Text:
     return Text(run.config, "config.yaml")
-
-
-SECTIONS: tuple[Section, ...] = (
-    Section("result", "Result", tables.tabulate_result),
-    Section("path", "Cost and accuracy", figures.draw_path),
-    Section("stages", "Structural stages", tables.tabulate_stages),
-    Section("widths", "Layer widths", figures.draw_widths),
-    Section("training", "Training", figures.draw_training),
-    Section("plane", "The two axes", axes_figures.draw_plane),
-    Section("coupling", "Coupling of the axes", axes_figures.draw_coupling),
-    Section("dynamics", "Motion on the two axes", dynamics_figures.draw_dynamics),
-    Section("gradients", "Directions of change", dynamics_figures.draw_gradients),
-    Section("matrix", "Six metrics against each other", structure_figures.draw_matrix),
-    Section("collapse", "Target redundancy against task information", structure_figures.draw_collapse),
-    Section("depth", "Coupling by depth", structure_figures.draw_depth),
-    Section("groupings", "Groups on the two axes", structure_figures.draw_groupings),
-    Section("redundancy", "Pairwise redundancy", structure_figures.draw_redundancy),
-    Section("higher_order", "Graphs, hulls and triplets by depth", structure_figures.draw_higher_order),
-    Section("propagation", "From layer to layer", structure_figures.draw_propagation),
-    Section("damage", "Lesions", lesion_figures.draw_damage),
-    Section("ranking", "Scores and the damage of lesions", lesion_tables.tabulate_ranking),
-    Section("recovery", "Replacement by peers", lesion_figures.draw_recovery),
-    Section("replacement", "Recovery by least damage", lesion_tables.tabulate_replacement),
-    Section("matched", "Recovery at matched task information", lesion_tables.tabulate_matched),
-    Section("selection", "One score against two axes", lesion_figures.draw_selection),
-    Section("reduction", "Mechanisms replaced", reduction_figures.draw_reduction),
-    Section("certificate", "Certificate against measured agreement", reduction_figures.draw_certificate),
-    Section("rescaling", "Kept units under rescaling", reduction_figures.draw_rescaling),
-    Section("reduction_table", "Reductions", reduction_figures.tabulate_reduction),
-    Section("sweep", "Scores under the pruning protocol", sweep_figures.draw_sweep),
-    Section("sweep_areas", "Areas under the curves", sweep_figures.tabulate_sweep),
-    Section("sweep_gaps", "Gaps between the axes", sweep_figures.draw_sweep_gaps),
-    Section("sweep_rules", "Allocation rules", sweep_figures.tabulate_sweep_rules),
-    Section("sweep_weights", "Weights of mixed scores", sweep_figures.draw_sweep_weights),
-    Section("protocol", "Protocol", tables.tabulate_protocol),
-    Section("config", "Configuration", _show_config),
-    Section("files", "Files", tables.list_files),
-)
-"""The page from top to bottom. A further figure is one function that returns a `Picture` and one line here."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +56,7 @@ def write_report(run_dir: str | Path) -> Path:
     shown: list[Rendered] = []
     absent: list[tuple[str, str]] = []
     with styled():
-        for section in SECTIONS:
+        for section in sections():
             try:
                 shown.append(_render(section, run))
             except AbsentInput as reason:

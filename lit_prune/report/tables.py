@@ -11,6 +11,7 @@ from rich.table import Table as RichTable
 
 from lit_prune.errors import InputError
 from lit_prune.report.run_folder import AbsentInput, RunFolder, stages_if_any
+from lit_prune.report.sections import register_section
 
 ABSENT = "–"
 MINUS = "−"
@@ -35,6 +36,14 @@ class Table:
     text_columns: int = 1
     folded: str = ""
     """Title of a closed block that the table is put into; empty for an open table."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """Preformatted text of the page inside a closed block."""
+
+    text: str
+    folded: str
 
 
 def format_count(value: float) -> str:
@@ -165,6 +174,7 @@ def _read_result(run_dir: str | Path) -> dict[str, Any]:
         ) from None
 
 
+@register_section("result", "Result", place=10)
 def tabulate_result(run: RunFolder) -> Table:
     """Returns the final table of a run (see `result_cells`)."""
     return result_cells(run.result)
@@ -180,6 +190,7 @@ ACCURACIES = (
 )
 
 
+@register_section("stages", "Structural stages", place=30)
 def tabulate_stages(run: RunFolder) -> Table:
     """Returns one column a structural stage: plan, MACs, accuracy at every point of the stage, seconds."""
     titles = ("plan", "epoch", "MACs", "params", *(f"accuracy {title}" for _, title in ACCURACIES), "time")
@@ -236,6 +247,7 @@ def summarise_plan(plan: Mapping[str, Any]) -> str:
     return "; ".join(parts) or "nothing removed"
 
 
+@register_section("protocol", "Protocol", place=320)
 def tabulate_protocol(run: RunFolder) -> Table:
     """Returns `run.json` and every stage's protocol as rows of name and value; long lists are shortened."""
     rows = list(_flatten(run.protocol))
@@ -262,6 +274,7 @@ def _shorten(value: object, limit: int = 8) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
+@register_section("files", "Files", place=340)
 def list_files(run: RunFolder) -> Table:
     """Returns the files of the run folder with their sizes."""
     files = run.files

@@ -13,11 +13,11 @@ import torch
 from sklearn.cluster import KMeans
 from torch import Tensor
 
-from lit_prune.information.groupings import LOCAL_FEATURES, RESTARTS, group_channels
 from lit_prune.scores.arrangement import even_order, follow, guarded_order
 from lit_prune.scores.axes import composite_pid, scaled, weighted_sum
 from lit_prune.scores.evidence import Evidence
 from lit_prune.scores.gradients import taylor
+from lit_prune.scores.groupings import LOCAL_FEATURES, RESTARTS, group_channels
 from lit_prune.scores.relations import excess_between, redundancy_between
 from lit_prune.scores.units import to_layers, unit_matrices, unit_means
 

@@ -6,18 +6,18 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lit_prune.activations import Recording, position_view, record
 from lit_prune.errors import InputError
-from lit_prune.information import target_axis
-from lit_prune.layers import removing, select_layers
-from lit_prune.moments import ActivationSums
-from lit_prune.protocol import DEFAULT_PROTOCOL
+from lit_prune.measurement import target_axis
+from lit_prune.measurement.activations import Recording, position_view, record
+from lit_prune.measurement.layers import removing, select_layers
+from lit_prune.measurement.moments import ActivationSums
+from lit_prune.measurement.protocol import DEFAULT_PROTOCOL
 
 POOLED_IMAGES = 5000
 
 
 class Sums:
-    """Sums of all layers' raw outputs, with the true margin as task variable (`lit_prune.measure.collect_sums`)."""
+    """Sums of all layers' raw outputs, with the true margin as task variable (see `collect_sums`)."""
 
     gradients = False
 

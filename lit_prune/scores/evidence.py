@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
-from lit_prune.information import local_axis
-from lit_prune.layers import Batches, following_norms, peek, select_layers
-from lit_prune.measure import channel_table
-from lit_prune.mechanisms.curvature import CurvatureSums
-from lit_prune.mechanisms.risk_samples import RiskSamples
-from lit_prune.moments import ActivationSums
-from lit_prune.passes import Collector, run_pass
+from lit_prune.measurement import local_axis
+from lit_prune.measurement.channel_table import channel_table
+from lit_prune.measurement.layers import Batches, following_norms, peek, select_layers
+from lit_prune.measurement.moments import ActivationSums
+from lit_prune.measurement.passes import Collector, run_pass
+from lit_prune.replace.curvature import CurvatureSums
+from lit_prune.replace.risk_samples import RiskSamples
 from lit_prune.scores import independence, inputs
 from lit_prune.scores.collectors import Pooled, Saliency, Sums
 from lit_prune.structure.groups import ChannelGraph, Group, trace_groups

@@ -6,9 +6,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lit_prune.activations import position_view
-from lit_prune.layers import removing
-from lit_prune.moments import LayerSums
+from lit_prune.measurement.activations import position_view
+from lit_prune.measurement.layers import removing
+from lit_prune.measurement.moments import LayerSums
 from lit_prune.structure.groups import Group, Member
 
 Moments = tuple[float, Tensor, Tensor]  # count, mean, variance

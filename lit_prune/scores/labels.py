@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lit_prune.information import labels as information
+from lit_prune.measurement import labels as information
 from lit_prune.scores.evidence import Evidence
 
 

@@ -5,11 +5,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lit_prune.information import local_axis
-from lit_prune.information.hulls import full_explanation, greedy_hulls
-from lit_prune.mechanisms.reconstruction import reconstruction_costs
-from lit_prune.moments import LayerSums
+from lit_prune.measurement import local_axis
+from lit_prune.measurement.moments import LayerSums
+from lit_prune.replace.reconstruction import reconstruction_costs
 from lit_prune.scores.evidence import Evidence
+from lit_prune.scores.hulls import full_explanation, greedy_hulls
 from lit_prune.scores.inputs import input_weight_power, reads
 from lit_prune.scores.relations import correlations
 from lit_prune.scores.units import to_layers
@@ -121,7 +121,7 @@ def reconstruction(evidence: Evidence, per_mac: float) -> dict[str, Tensor]:
 
     Units go in greedy order, the cheapest of those left first; meant for the replacement kind `refit` and global
     allocation. `per_mac` is the power of the multiply-adds, 0 for no division. Per group, as `variance`; see
-    `lit_prune.mechanisms.reconstruction_costs`.
+    `lit_prune.replace.reconstruction_costs`.
     """
     costs = reconstruction_costs(evidence.model, evidence.batches, evidence.example, per_mac, evidence.seed)
     return to_layers(evidence, costs)

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from lit_prune.information import local_axis
-from lit_prune.information.graphs import excess_graph, redundancy_graph
-from lit_prune.measure import target_correlations, target_deviation
-from lit_prune.moments import LayerSums
+from lit_prune.measurement import local_axis
+from lit_prune.measurement.channel_table import target_correlations, target_deviation
+from lit_prune.measurement.moments import LayerSums
 from lit_prune.scores.evidence import Evidence
+from lit_prune.scores.graphs import excess_graph, redundancy_graph
 
 
 def correlations(sums: LayerSums) -> Tensor:

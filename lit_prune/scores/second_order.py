@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from lit_prune.mechanisms.affine_score import affine_risks
+from lit_prune.replace.affine_score import affine_risks
 from lit_prune.scores.evidence import Evidence
 from lit_prune.scores.outputs import summed_over_readers
 

@@ -3,7 +3,7 @@
 import pandas as pd
 from torch import Tensor, nn
 
-from lit_prune.layers import Batches
+from lit_prune.measurement.layers import Batches
 from lit_prune.scores import axes, clusters, gradients, labels, mixtures, outputs, second_order, weights
 from lit_prune.scores.evidence import Evidence
 from lit_prune.scores.method import SPARSITY, Method, Score

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
-from lit_prune.layers import weight_rows
+from lit_prune.measurement.layers import weight_rows
 from lit_prune.scores.evidence import Evidence
 from lit_prune.scores.inputs import input_weight_power
 from lit_prune.scores.units import to_layers

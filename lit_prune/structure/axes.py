@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from lit_prune.backbones.cifar_resnet import PaddedShortcut
+from lit_prune.models.cifar_resnet import PaddedShortcut
 
 CONVOLUTIONS = (
     nn.Conv1d,

@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lit_prune.backbones import build_backbone
 from lit_prune.errors import InputError
 from lit_prune.files import write_json
+from lit_prune.models import build_backbone
 from lit_prune.structure.latency import own_tensors
 from lit_prune.structure.plan import Plan
 from lit_prune.structure.surgery import apply_plan

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lit_prune.backbones import drop_blocks
 from lit_prune.errors import InputError
+from lit_prune.models import drop_blocks
 from lit_prune.structure import axes
 from lit_prune.structure.groups import ChannelGraph, trace_groups
 from lit_prune.structure.plan import Plan

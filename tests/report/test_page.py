@@ -12,12 +12,13 @@ import pytest
 from scipy.stats import spearmanr
 
 from lit_prune.errors import InputError
+from lit_prune.lab import sections as lab_sections  # noqa: F401  (they register)
 from lit_prune.report import write_report
 from lit_prune.report.axes_figures import couple_axes, draw_plane
 from lit_prune.report.drawing import spread_apart
 from lit_prune.report.figures import collect_widths, draw_path, draw_training
-from lit_prune.report.page import SECTIONS
 from lit_prune.report.run_folder import CHANNEL_COLUMNS, RunFolder, layer_order
+from lit_prune.report.sections import sections as registered
 
 ANALYSED = ("matrix", "collapse", "depth", "groupings", "redundancy", "higher_order", "propagation")
 LESIONED = ("damage", "ranking", "recovery", "replacement", "matched", "selection")
@@ -65,7 +66,7 @@ def without_drawing(monkeypatch):
 
 def test_full_run_shows_every_section_in_order_and_misses_none(page: str):
     parsed = Page(page)
-    assert parsed.sections == [section.key for section in SECTIONS]
+    assert parsed.sections == [section.key for section in registered()]
     assert parsed.open == []
 
 
@@ -115,7 +116,7 @@ def test_absent_input_is_named_at_the_end(full_run: Path, tmp_path: Path, remove
     end = html[html.index("Not in this run") :]
     assert set(re.findall(r"<li>([^:]+): ", end)) == sections
     assert removed in end
-    assert Page(html).sections == [s.key for s in SECTIONS if s.title not in sections] + ["absent"]
+    assert Page(html).sections == [s.key for s in registered() if s.title not in sections] + ["absent"]
 
 
 @pytest.mark.usefixtures("without_drawing")

@@ -6,11 +6,11 @@ import torch_pruning as tp
 from torch import nn
 from torch.nn import functional
 
-from lit_prune.backbones import build_backbone
 from lit_prune.errors import InputError
-from lit_prune.information.hulls import greedy_hulls
-from lit_prune.measure import measure
+from lit_prune.measurement.channel_table import measure
+from lit_prune.models import build_backbone
 from lit_prune.scores import SCORES, Evidence, find_score, score
+from lit_prune.scores.hulls import greedy_hulls
 from lit_prune.scores.independence import nuclear_drops
 from lit_prune.scores.planning import method_needs
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from lit_prune.backbones import build_backbone
 from lit_prune.errors import InputError
+from lit_prune.models import build_backbone
 from lit_prune.scores import SCORES, Evidence, find_score, plan_method, score
 from lit_prune.scores.planning import channel_sparsity
 from lit_prune.structure import Budget, CostModel, group_scores, make_plan

@@ -7,8 +7,8 @@ from torch import nn
 from torch.nn import functional
 
 from lit_prune.errors import InputError
-from lit_prune.information.labels import ClassSums, conditional_order, label_information
-from lit_prune.measure import measure
+from lit_prune.measurement.channel_table import measure
+from lit_prune.measurement.labels import ClassSums, conditional_order, label_information
 from lit_prune.scores import SCORES, score
 from lit_prune.scores.inputs import input_weight_power
 from lit_prune.scores.table import find_score

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.models.convnext import CNBlockConfig
 
-from lit_prune.backbones import build_backbone
+from lit_prune.models import build_backbone
 
 
 class MixedNet(nn.Module):

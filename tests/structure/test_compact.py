@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lit_prune.backbones import build_backbone
 from lit_prune.errors import InputError
+from lit_prune.models import build_backbone
 from lit_prune.structure import Plan, apply_plan, load_compact, make_plan, save_compact
 
 ARGUMENTS = {"num_classes": 10}

@@ -1,1 +1,0 @@
-"""What `analyze` computes beside the channel table: structure of layers, controls, comparisons of runs."""

@@ -1,0 +1,1 @@
+"""The command line: its verbs call functions of the library and of the lab."""

@@ -1,0 +1,68 @@
+"""The command line: `lit-prune VERB -c RECIPE [--key value ...]`, the same as `python train.py VERB ...`."""
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lit_prune.cli import recipes, verbs
+from lit_prune.cli.memory import keep_freed_memory
+from lit_prune.cli.parsing import FunctionParser, causes, one_line
+from lit_prune.errors import InputError
+from lit_prune.version import version_line
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {  # verbs that are a function each; the others need a model and data
+    "demo": verbs.demo,
+    "export": verbs.export,
+    "recipes": recipes.recipes,
+    "report": verbs.report,
+    "suite": verbs.suite,
+}
+
+
+def run(args: Sequence[str]) -> Any:
+    """Carries out one command line; see `main`."""
+    verb = args[0] if args else ""
+    if verb == "--version":
+        return print(f"lit-prune {version_line()}")
+    if verb in FUNCTIONS:
+        return call(FUNCTIONS[verb], verb, recipes.with_recipes(args[1:]))
+    from lit_prune.cli.prune_cli import build_cli
+
+    return build_cli(args)
+
+
+def call(function: Callable[..., Any], verb: str, args: Sequence[str]) -> Any:
+    """Calls the function of a verb with what the command line, and the file of `-c`, say."""
+    description = (function.__doc__ or "").partition("\n")[0]
+    parser = FunctionParser(prog=f"lit-prune {verb}", description=description)
+    parser.add_argument("-c", "--config", action="config", help="YAML file with these arguments.")
+    parser.add_function_arguments(function, as_positional=False)
+    asked = parser.parse_args(list(args)).as_dict()
+    return function(**{name: value for name, value in asked.items() if name != "config"})
+
+
+def is_about_the_run(record: logging.LogRecord) -> bool:
+    """Whether a line of Lightning's log is, and no advertisement."""
+    return "Tip: For seamless cloud" not in record.getMessage()
+
+
+def main(args: Sequence[str] | None = None) -> Any:
+    """Runs one command; bad input is one line on stderr and exit code 2.
+
+    Args:
+        args: the command line without the program's name; None reads it from the process.
+
+    Returns:
+        The command's CLI object (None for the verbs that only read a folder).
+    """
+    keep_freed_memory()
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(is_about_the_run)
+    try:
+        return run(sys.argv[1:] if args is None else args)
+    except Exception as error:
+        wrong = next((cause for cause in causes(error) if isinstance(cause, InputError)), None)
+        if wrong is None:
+            raise
+        print(f"error: {one_line(str(wrong))}", file=sys.stderr)
+        raise SystemExit(2) from None

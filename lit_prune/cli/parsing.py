@@ -1,0 +1,64 @@
+"""Parsers whose errors are one line, and what changed between two parsed configurations."""
+
+import re
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser
+
+from lit_prune.errors import InputError
+
+MACHINE_KEYS = ("accelerator", "devices", "num_nodes", "strategy", "enable_progress_bar", "enable_model_summary")
+
+
+class OneLineErrors:
+    """What makes the errors of a parser one line."""
+
+    def error(self, message: str, ex: BaseException | None = None) -> NoReturn:
+        """Raises the cause of a parse error as an InputError of one line.
+
+        Raises:
+            InputError: always.
+        """
+        chain = list(causes(ex))
+        given = next((cause for cause in chain if isinstance(cause, InputError)), None)
+        key = re.match(r'Parser key "([^"]+)"', message)
+        if given is not None:
+            raise given
+        if key and chain:
+            raise InputError(f"--{key[1]}: {one_line(str(chain[-1]))}")
+        raise InputError(one_line(message))
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and what it was raised from, outermost first, each once: jsonargparse raises from rings."""
+    met: set[int] = set()
+    while error is not None and id(error) not in met:
+        met.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def one_line(message: str, longest: int = 400) -> str:
+    """A message of several lines as one, cut where it is longer than anybody reads."""
+    line = " ".join(str(message).split())
+    return line if len(line) <= longest else f"{line[:longest]} ..."
+
+
+class FunctionParser(OneLineErrors, ArgumentParser):
+    """Parser of the verbs that are a function each."""
+
+
+def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of settings that differ, other than those that only say where the run happens."""
+    changed = []
+    for key in {**old, **new}:
+        name = f"{prefix}{key}"
+        if prefix == "trainer." and key in MACHINE_KEYS or name in ("run_dir", "ckpt_path", "trainer.default_root_dir"):
+            continue
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            changed += changed_keys(before, after, f"{name}.")
+        elif before != after:
+            changed.append(name)
+    return changed

@@ -1,1 +1,0 @@
-"""The verb `reduce`: score, keep, compile, verify, a record a cell."""

@@ -1,1 +1,0 @@
-"""The verb `sweep`: scores × sparsities × seeds under one protocol, a file a cell."""

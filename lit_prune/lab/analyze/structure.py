@@ -1,0 +1,210 @@
+"""Extras on the structure of each layer: groupings, graphs, hulls, triplets, propagation, boundary of the norm."""
+
+from dataclasses import asdict
+
+import numpy as np
+import pandas as pd
+import torch
+
+from lit_prune.lab.analyze.evidence import Analysis, LayerFacts
+from lit_prune.lab.analyze.propagation import propagation_matrix, routing_norms
+from lit_prune.lab.analyze.triplets import triplet_excess
+from lit_prune.measurement.summaries import live_rows, rank_correlation
+from lit_prune.scores.graphs import excess_graph, greedy_modularity, redundancy_graph
+from lit_prune.scores.groupings import LOCAL_FEATURES, TARGET_FEATURES, group_channels, grouping_agreement
+from lit_prune.scores.hulls import greedy_hulls
+from lit_prune.structure import trace_groups
+
+Frames = dict[str, pd.DataFrame]
+SHOWN_LAYERS, SHOWN_CHANNELS = 3, 128
+
+
+def groupings(analysis: Analysis) -> Frames:
+    """Groups of channels on each axis, their agreement, and what pairs inside and between local groups share.
+
+    Channel columns: local_group, target_group (-1 for a channel in none). Layer columns: rand_index, null_mean,
+    null_95, local_silhouette, target_silhouette, redundancy_within, redundancy_between, excess_within, excess_between
+    (mean nats a pair).
+    """
+    seed, channels, layers = analysis.request.seed, [], []
+    for layer in analysis.layers:
+        rows = analysis.rows(layer)
+        agreement = grouping_agreement(rows, seed)
+        groups = pd.DataFrame({"layer": layer, "channel": rows["channel"], "local_group": -1, "target_group": -1})
+        if np.isfinite(agreement.rand_index):
+            live = live_rows(rows).dropna(subset=[*LOCAL_FEATURES, *TARGET_FEATURES])
+            for column, features in (("local_group", LOCAL_FEATURES), ("target_group", TARGET_FEATURES)):
+                groups.loc[live.index, column] = group_channels(live[list(features)].to_numpy(), seed)
+        channels.append(groups)
+        pairs = pairs_by_group(analysis.facts(layer), groups["local_group"].to_numpy())
+        layers.append({"layer": layer, **asdict(agreement), **pairs})
+    return {"channels": pd.concat(channels, ignore_index=True), "layers": pd.DataFrame(layers)}
+
+
+def pairs_by_group(facts: LayerFacts, groups: np.ndarray) -> dict[str, float]:
+    """Mean redundancy and target excess of the pairs within and between groups, nats; NaN without such pairs."""
+    member = torch.from_numpy(np.array(groups))
+    used = member[:, None].ge(0) & member.ge(0) & torch.ones(len(member), len(member)).triu(1).bool()
+    same = member[:, None] == member
+    means = {}
+    for name, graph in _graphs(facts).items():
+        for where, chosen in (("within", used & same), ("between", used & ~same)):
+            values = graph[chosen]
+            values = values[values.isfinite()]
+            means[f"{name}_{where}"] = float(values.mean()) if len(values) else float("nan")
+    return means
+
+
+def _graphs(facts: LayerFacts) -> dict[str, torch.Tensor]:
+    return {
+        "redundancy": redundancy_graph(facts.correlations),
+        "excess": excess_graph(facts.task, facts.between),
+    }
+
+
+def graphs(analysis: Analysis) -> Frames:
+    """Modularity of the redundancy graph R and the target-excess graph S of each layer.
+
+    Channel column: redundancy_community. Layer columns: modularity_redundancy (Q_R), modularity_excess (Q_S), NaN for a
+    graph without edges. Table `graphs`: layer, channel, peer, redundancy, excess of all pairs of the first 128 channels
+    of an early, a middle and a late layer.
+    """
+    names = analysis.layers
+    shown = {names[int(place)] for place in np.linspace(0, len(names) - 1, SHOWN_LAYERS)}
+    channels, layers, pairs = [], [], []
+    for layer in names:
+        weights = _graphs(analysis.facts(layer))
+        parts = {name: greedy_modularity(graph) for name, graph in weights.items()}
+        layers.append({"layer": layer, **{f"modularity_{name}": part.modularity for name, part in parts.items()}})
+        communities = parts["redundancy"].communities.numpy()
+        channels.append(
+            pd.DataFrame({"layer": layer, "channel": np.arange(len(communities)), "redundancy_community": communities})
+        )
+        if layer in shown:
+            pairs.append(_pair_table(layer, weights))
+    return {
+        "channels": pd.concat(channels, ignore_index=True),
+        "layers": pd.DataFrame(layers),
+        "table": pd.concat(pairs, ignore_index=True),
+    }
+
+
+def _pair_table(layer: str, weights: dict[str, torch.Tensor]) -> pd.DataFrame:
+    size = min(SHOWN_CHANNELS, len(weights["redundancy"]))
+    channel, peer = np.divmod(np.arange(size * size), size)
+    values = {name: graph[:size, :size].flatten().numpy() for name, graph in weights.items()}
+    return pd.DataFrame({"layer": layer, "channel": channel, "peer": peer, **values})
+
+
+def hulls(analysis: Analysis) -> Frames:
+    """Replaceability hulls.
+
+    Channel columns: full_explanation, hull_size (-1 for a dead channel), compact_support. Layer columns:
+    singleton_ratio, saturated_ratio, mean_hull_size.
+    """
+    channels, layers = [], []
+    for layer in analysis.layers:
+        facts = analysis.facts(layer)
+        found = greedy_hulls(facts.correlations, facts.dead)
+        channels.append(
+            pd.DataFrame(
+                {
+                    "layer": layer,
+                    "channel": np.arange(len(found.sizes)),
+                    "full_explanation": found.full.numpy(),
+                    "hull_size": found.sizes.numpy(),
+                    "compact_support": found.compact_support.numpy(),
+                }
+            )
+        )
+        ratios = {name: getattr(found, name) for name in ("singleton_ratio", "saturated_ratio", "mean_size")}
+        ratios["mean_hull_size"] = ratios.pop("mean_size")
+        layers.append({"layer": layer, **ratios})
+    return {"channels": pd.concat(channels, ignore_index=True), "layers": pd.DataFrame(layers)}
+
+
+def triplets(analysis: Analysis) -> Frames:
+    """Layer columns triplet_ratio = mean(max(S3, 0))/mean(S2), mean_triple_excess and mean_pair_excess (nats)."""
+    layers = []
+    for layer in analysis.layers:
+        facts = analysis.facts(layer)
+        found = triplet_excess(facts.task, facts.between, seed=analysis.request.seed)
+        triple, pair = found.triple_excess.clamp_min(0), found.pair_excess
+        means = [float(part.mean()) if len(part) else float("nan") for part in (triple, pair)]
+        layers.append(
+            {
+                "layer": layer,
+                "triplet_ratio": found.ratio,
+                "mean_triple_excess": means[0],
+                "mean_pair_excess": means[1],
+            }
+        )
+    return {"layers": pd.DataFrame(layers)}
+
+
+def propagation(analysis: Analysis) -> Frames:
+    """Table `propagation`: how each metric, routed through the weights, ranks the next layer's channels by each metric.
+
+    Columns: source, destination (layers), source_metric, destination_metric, rank_correlation. A pair of layers is a
+    consumer and the last layer before it that writes channels it reads, as the dependency graph has it.
+    """
+    tables = []
+    for source, destination in consecutive_layers(analysis):
+        module = analysis.model.get_submodule(destination)
+        first, second = analysis.rows(source), analysis.rows(destination)
+        norms = routing_norms(module.weight.cpu(), len(first), getattr(module, "groups", 1))
+        matrix = propagation_matrix(norms, first, second)
+        long = matrix.rename_axis("source_metric").reset_index()
+        long = long.melt("source_metric", var_name="destination_metric", value_name="rank_correlation")
+        tables.append(long.assign(source=source, destination=destination))
+    columns = ["source", "destination", "source_metric", "destination_metric", "rank_correlation"]
+    return {"table": pd.concat(tables, ignore_index=True)[columns] if tables else pd.DataFrame(columns=columns)}
+
+
+def consecutive_layers(analysis: Analysis) -> list[tuple[str, str]]:
+    """Pairs (source, destination) of measured layers, one for each destination whose whole input one source writes."""
+    depth = {name: place for place, name in enumerate(analysis.layers)}
+    pairs = {}
+    for group in trace_groups(analysis.model, analysis.example).groups:
+        writers = [name for name in group.producers if name in depth]
+        for consumer in group.consumers:
+            before = [name for name in writers if consumer in depth and depth[name] < depth[consumer]]
+            if before:
+                source = max(before, key=depth.__getitem__)
+                if _fits(analysis, source, consumer):
+                    pairs[consumer] = source
+    return sorted(((source, consumer) for consumer, source in pairs.items()), key=lambda pair: depth[pair[1]])
+
+
+def _fits(analysis: Analysis, source: str, destination: str) -> bool:
+    """Whether the destination reads the source's channels and no others (no concatenation)."""
+    channels = analysis.model.get_submodule(source).weight.shape[0]
+    module = analysis.model.get_submodule(destination)
+    if hasattr(module, "in_channels"):
+        return module.in_channels == channels
+    return module.in_features % channels == 0
+
+
+def boundary(analysis: Analysis) -> Frames:
+    """Layer columns that say how far the weight norm stands in for the local axis.
+
+    norm_capture ρ(log‖w‖², I_X), norm_rayleigh ρ(log‖w‖², log RQ), norm_overlap ρ(log‖w‖², R̄_X), all Spearman, and
+    deviation_log_rayleigh, the standard deviation of log RQ, over the live channels.
+
+    Source: the two-axis paper, table 14.
+    """
+    layers = []
+    for layer in analysis.layers:
+        live = live_rows(analysis.rows(layer))
+        norm, rayleigh = live["weight_norm"], live["rayleigh_quotient"]
+        logs = np.log(rayleigh[rayleigh > 0])
+        layers.append(
+            {
+                "layer": layer,
+                "norm_capture": rank_correlation(norm, live["input_capture"]),
+                "norm_rayleigh": rank_correlation(norm, rayleigh),
+                "norm_overlap": rank_correlation(norm, live["peer_overlap"]),
+                "deviation_log_rayleigh": float(logs.std(ddof=0)) if len(logs) else float("nan"),
+            }
+        )
+    return {"layers": pd.DataFrame(layers)}

@@ -1,0 +1,1 @@
+"""The verb `lesion`: single channels set to zero or replaced by their peers."""

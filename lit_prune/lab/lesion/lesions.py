@@ -1,0 +1,97 @@
+"""Lesions and peer replacements of one layer, joined with its channel metrics."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from lit_prune.lab.lesion.peers import fit_peers
+from lit_prune.lab.lesion.request import LesionRequest
+from lit_prune.lab.lesion.variants import Variants, variant_losses
+from lit_prune.measurement import local_axis
+from lit_prune.measurement.layers import Batches
+from lit_prune.measurement.moments import LayerSums
+from lit_prune.scores.hulls import greedy_hulls
+
+SMALLEST_DAMAGE = 0.0  # a recovery is a share of the damage: there has to be one
+
+
+@dataclass(frozen=True)
+class LayerLesions:
+    """What the lesions of one layer start from.
+
+    Attributes:
+        model: the network.
+        metrics: the layer's rows of the channel table.
+        sums: the layer's moments over the calibration images, on the CPU.
+        batches: evaluation images and labels.
+        baseline: mean loss of the whole network on them, nats.
+    """
+
+    model: nn.Module
+    metrics: pd.DataFrame
+    sums: LayerSums
+    batches: Batches
+    baseline: float
+
+
+def draw_channels(metrics: pd.DataFrame, wanted: int | None, seed: int) -> np.ndarray:
+    """Channels of a layer to lesion, ascending: `wanted` live ones at random (all live ones where there are no more).
+
+    The draw depends on the seed and the layer's name alone. None takes every channel, dead ones too.
+
+    Args:
+        metrics: the layer's rows of the channel table.
+        wanted: number of channels.
+        seed: of the draw.
+    """
+    if wanted is None:
+        return metrics["channel"].to_numpy(copy=True)
+    live = metrics.loc[~metrics["dead"], "channel"].to_numpy()
+    random = np.random.default_rng([seed, zlib.crc32(metrics["layer"].iloc[0].encode())])
+    return np.sort(random.choice(live, min(wanted, len(live)), replace=False))
+
+
+def lesion_layer(
+    start: LayerLesions, request: LesionRequest, watch: Callable[[Iterable, str], Iterable] = lambda items, _: items
+) -> pd.DataFrame:
+    """Damage of lesions and of peer replacements of one layer's channels, with what might predict them.
+
+    Columns: those of the channel table; damage and damage_replaced, the rises ΔL of the mean loss in nats when the
+    channel's raw output is set to zero, or to its reconstruction from its peers; recovery
+    (ΔL_lesion - ΔL_replace)/ΔL_lesion, NaN where the lesion does no damage; peer_r2 of the reconstruction;
+    full_explanation E_full, hull_size |H| and compact_support E_full/max(1, |H|).
+
+    Args:
+        start: network, statistics, images.
+        request: how many channels, how many peers.
+        watch: wraps the loop over batches, for a progress bar.
+    """
+    layer = start.metrics["layer"].iloc[0]
+    channels = draw_channels(start.metrics, request.channels, request.seed)
+    rows = start.metrics.set_index("channel", drop=False).loc[channels].reset_index(drop=True)
+    fit = fit_peers(start.sums, request.peers, request.ridge)
+    chosen = torch.as_tensor(channels)
+    variants = Variants.lesions(chosen, len(start.sums.shift)) + fit.replacements(chosen)
+    losses = variant_losses(start.model, layer, variants, start.batches, request.values, watch)
+    damage, replaced = (losses - start.baseline).numpy().reshape(2, -1)
+    recovery = np.full(len(rows), np.nan)
+    np.divide(damage - replaced, damage, out=recovery, where=damage > SMALLEST_DAMAGE)
+    measured = {"damage": damage, "damage_replaced": replaced, "recovery": recovery, "peer_r2": fit.r2[chosen].numpy()}
+    return rows.assign(**measured, **_support(start, channels))
+
+
+def _support(start: LayerLesions, channels: np.ndarray) -> dict[str, np.ndarray]:
+    """Hull columns of the channels."""
+    covariance = local_axis.covariance(start.sums.samples, start.sums.first, start.sums.second)
+    dead = torch.as_tensor(start.metrics["dead"].to_numpy(copy=True))
+    hulls = greedy_hulls(local_axis.correlation_matrix(covariance), dead)
+    sizes = torch.where(hulls.sizes < 0, torch.nan, hulls.sizes.double())
+    columns = {"full_explanation": hulls.full, "hull_size": sizes, "compact_support": hulls.full / sizes.clamp_min(1)}
+    return {name: value[torch.as_tensor(channels)].numpy() for name, value in columns.items()}

@@ -1,0 +1,169 @@
+"""`lesion` on a run folder: which network, which images, the record, the tables on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from lit_prune.errors import InputError
+from lit_prune.lab.analyze.evidence import cut_batches
+from lit_prune.lab.lesion.request import LesionRequest
+from lit_prune.lab.lesion.table import Frames, Images, lesion, write_tables
+from lit_prune.measurement.layers import Batches
+from lit_prune.progress import progress_bars
+from lit_prune.structure.networks import find_network
+from lit_prune.train.evaluation import Evaluation
+from lit_prune.train.run_record import add_record, subject
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+    from lit_prune.data import ImageData
+    from lit_prune.train.classifier import LitClassifier
+
+SPLIT = "val"
+
+
+def lesion_run(
+    trainer: pl.Trainer,
+    module: LitClassifier,
+    datamodule: ImageData,
+    request: LesionRequest,
+    compare: Sequence[str] = (),
+    ckpt_path: str | None = None,
+) -> None:
+    """Carries out the verb; see `Trainer.lesion`."""
+    run_dir, console = Path(trainer.default_root_dir), Console()
+    others = [read_lesions(folder) for folder in compare]
+    network = find_network(module, run_dir, ckpt_path, "lesion")
+    datamodule.prepare_data()
+    datamodule.setup()
+    record = subject(network, datamodule, request.limit)
+    model = network.model.to(trainer.strategy.root_device)
+    calibration = FirstImages(datamodule.calibration_dataloader(), request.limit)
+    images = Images(calibration, datamodule.subset_dataloader(SPLIT, request.images))
+    with progress_bars() as watch:
+        table, whole = lesion(model, images, request, run_dir=run_dir, record=record, watch=watch)
+    tables = write_tables(run_dir / "lesions", table, request.seed)
+    add_record(run_dir, "lesion", {**record, "request": request.to_dict(), **evaluation_record(whole)})
+    for line in clipped_lines(table, request):
+        console.print(line)
+    show(console, tables, f"{len(table)} channels of {table['layer'].nunique()} layers, {whole.images} images")
+    if others:
+        pooled = pd.concat([name_cells(table, run_dir), *others], ignore_index=True)
+        tables = write_tables(run_dir / "lesions" / "pooled", pooled, request.seed)
+        show(console, tables, f"{len(pooled)} channels of {1 + len(others)} runs")
+    console.print(f"tables: {run_dir}/lesions.parquet, lesions/")
+
+
+@dataclass(frozen=True)
+class FirstImages:
+    """The first `limit` images of batches that can be read again; None takes all."""
+
+    batches: Batches
+    limit: int | None
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields the batches."""
+        return cut_batches(self.batches, self.limit)
+
+
+def evaluation_record(whole: Evaluation) -> dict[str, Any]:
+    """The unharmed network on the evaluation images."""
+    return {"split": SPLIT, "images": whole.images, "loss": whole.loss, "accuracy": whole.accuracy}
+
+
+def read_lesions(folder: str | Path) -> pd.DataFrame:
+    """Lesions of another run, its cells named after the run.
+
+    Raises:
+        InputError: the run has none.
+    """
+    file = Path(folder) / "lesions.parquet"
+    if not file.is_file():
+        raise InputError(f"compare: {folder} has no lesions.parquet; lesion that run first")
+    return name_cells(pd.read_parquet(file), folder)
+
+
+def name_cells(table: pd.DataFrame, folder: str | Path) -> pd.DataFrame:
+    """The table with layers named `run/layer`, so that layers of several networks stay apart."""
+    return table.assign(layer=[f"{Path(folder)}/{layer}" for layer in table["layer"]])
+
+
+def clipped_lines(table: pd.DataFrame, request: LesionRequest) -> list[str]:
+    """What to say of layers with fewer live channels than asked for."""
+    counts = table.groupby("layer", sort=False).size()
+    short = counts[counts < (request.channels or 0)]
+    if not len(short):
+        return []
+    named = ", ".join(f"{layer} {count}" for layer, count in short.head(6).items())
+    more = f", and {len(short) - 6} more" if len(short) > 6 else ""
+    return [f"channels: fewer than {request.channels} live ones, all taken: {named}{more}"]
+
+
+def show(console: Console, tables: Frames, title: str) -> None:
+    """Prints the tables that say most."""
+    console.print(replacement_rows(tables["thresholds"], title))
+    console.print(matched_rows(tables["matched_task"]))
+    console.print(ranking_rows(tables["ranking"]))
+
+
+def replacement_rows(table: pd.DataFrame, title: str) -> Table:
+    """Peer replacement by threshold."""
+    shown = _table(f"Peer replacement: {title}", "damage above", "channels", "median\nrecovery", "peers help")
+    for name in ("ρ(peer R²,\nrecovery)", "ρ(I_T,\nrecovery)"):
+        shown.add_column(name, justify="right")
+    for row in table.itertuples():
+        helped = interval(row.helped, row.helped_low, row.helped_high)
+        cells = (number(row.median_recovery), helped, number(row.peer_r2), number(row.task_information))
+        shown.add_row(f"{row.threshold:g}", str(row.channels), *cells)
+    return shown
+
+
+def matched_rows(table: pd.DataFrame) -> Table:
+    """Predictors of recovery at matched task information."""
+    names = ("damage above", "channels", "peer R²", "I_X", "I_T", "high-peer win")
+    shown = _table("Recovery at matched I_T: Spearman ρ and 95 % interval", *names)
+    for row in table.itertuples():
+        cells = [
+            interval(getattr(row, name), getattr(row, f"{name}_low"), getattr(row, f"{name}_high"))
+            for name in ("peer_r2", "input_capture", "task_information")
+        ]
+        win = interval(row.high_peer_win, row.win_low, row.win_high)
+        shown.add_row(f"{row.threshold:g}", str(row.channels), *cells, win)
+    return shown
+
+
+def ranking_rows(table: pd.DataFrame) -> Table:
+    """Which score ranks the damage."""
+    names = ("score", "ρ within layers", "pooled", "win at matched I_X")
+    shown = _table("Agreement of scores (high = safe to remove) with low damage", *names)
+    for row in table.itertuples():
+        mean = f"{number(row.agreement)} ± {number(row.standard_error)}"
+        shown.add_row(row.score, mean, number(row.pooled), interval(row.matched_win, row.win_low, row.win_high))
+    return shown
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(box=SIMPLE_HEAD, title=title, pad_edge=False)
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="right" if place else "left")
+    return table
+
+
+def number(value: float) -> str:
+    """Three digits after the point, a dash for NaN."""
+    return "–" if value != value else f"{value:.3f}"
+
+
+def interval(value: float, low: float, high: float) -> str:
+    """A value with its interval."""
+    return "–" if value != value else f"{value:.3f} [{low:.3f}, {high:.3f}]"

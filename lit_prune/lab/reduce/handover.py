@@ -1,0 +1,107 @@
+"""What a reduction hands over: the `compact/` folder of one reduced network, where a plan can say its structure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lit_prune.lab.reduce.bench import Bench, Images
+from lit_prune.lab.reduce.request import ReduceRequest
+from lit_prune.structure import compare_profiles
+from lit_prune.structure.networks import Network
+
+FOLDER = "compact"
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The cell whose network is handed over: its key, and its result."""
+
+    key: str
+    result: dict[str, Any]
+
+    @classmethod
+    def of(cls, content: dict[str, Any]) -> Chosen:
+        """Of the narrowest networks the most accurate, after training where there was some; the first of equals."""
+
+        def order(place: int) -> tuple[int, float]:
+            cell = content["cells"][place]
+            return cell["width"], -cell.get("accuracy_repaired", cell["accuracy"])
+
+        place = min(range(len(content["cells"])), key=order)
+        return cls(content["keys"][place], content["cells"][place])
+
+    @property
+    def words(self) -> str:
+        """Which one it is, for the terminal."""
+        cell = self.result
+        return f"{cell['method']}, {cell['width']} of {cell['units']} units, seed {cell['seed']}"
+
+
+def hand_over(
+    original: Callable[[int], Network], images: Images, request: ReduceRequest, content: dict[str, Any], run_dir: Path
+) -> str:
+    """Writes `compact/` with the most accurate of the narrowest networks; its stand-ins are computed again.
+
+    `report.json` gets `dense`, `compact` and `cell` (key, method, width, seed). A folder that another verb wrote stays.
+
+    Args:
+        original: seed -> the network that was reduced, with what rebuilds it.
+        images: as in `reduce`.
+        request: as in `reduce`.
+        content: what `reduce` returned.
+        run_dir: the run folder.
+
+    Returns:
+        One line that says what was written, or why nothing was.
+    """
+    chosen, folder = Chosen.of(content), run_dir / FOLDER
+    there = _written(folder)
+    if there is not None and "cell" not in there:
+        return f"{folder}: kept, it holds a network of another verb; give another --run_dir to have the reduced one"
+    if there is not None and there["cell"]["key"] == chosen.key:
+        return f"{folder}: {chosen.words} (was there)"
+    seed = chosen.result["seed"]
+    dense = original(seed)
+    small = _trained(run_dir, chosen, dense) or _compiled(dense, images, request, chosen)
+    if small is None:
+        return (
+            f"{folder}: not written; the units of {content['layer']!r} stay in the network and are only read no more, "
+            "which no plan of removed channels can say"
+        )
+    small.save(folder, _report(dense.model, small, chosen))
+    return f"{folder}: {chosen.words}"
+
+
+def _written(folder: Path) -> dict[str, Any] | None:
+    file = folder / "report.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def _trained(run_dir: Path, chosen: Chosen, dense: Network) -> Network | None:
+    """The network after its repair."""
+    if "accuracy_repaired" not in chosen.result:
+        return None
+    return Network.from_checkpoint(run_dir / "cells" / chosen.key / "checkpoints" / "last.ckpt", dense.image_shape)
+
+
+def _compiled(dense: Network, images: Images, request: ReduceRequest, chosen: Chosen) -> Network | None:
+    bench = Bench.build(dense.model, images, request, chosen.result["seed"])
+    cell = next(cell for cell in bench.cells() if bench.cell_key(cell) == chosen.key)
+    model, plan = bench.network(cell)
+    return None if plan is None else replace(dense, model=model, plans=(*dense.plans, plan))
+
+
+def _report(dense: nn.Module, small: Network, chosen: Chosen) -> dict[str, Any]:
+    cell = chosen.result
+    accuracies = [cell["accuracy_dense"], cell.get("accuracy_repaired", cell["accuracy"])]
+    models = [model.cpu().eval() for model in (dense, small.model)]
+    figures = compare_profiles(models, torch.zeros(1, *small.image_shape), accuracies)
+    named = {name: cell[name] for name in ("method", "width", "units", "seed")}
+    return {"dense": figures[0], "compact": figures[1], "cell": {"key": chosen.key, **named}}

@@ -1,0 +1,177 @@
+"""`reduce` on a run folder: which networks (trained here where there are none), which images, the tables."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import lightning.pytorch as pl
+import torch
+from rich.console import Console
+from torch import nn
+
+from lit_prune.data.calibration import stratified_order
+from lit_prune.errors import InputError
+from lit_prune.lab.reduce.bench import Images
+from lit_prune.lab.reduce.cells import reduce
+from lit_prune.lab.reduce.handover import hand_over
+from lit_prune.lab.reduce.request import ReduceRequest
+from lit_prune.lab.reduce.tables import difference_table, result_table
+from lit_prune.progress import progress_bars, unwatched
+from lit_prune.structure import Plan
+from lit_prune.structure.networks import Network, find_network
+from lit_prune.train.distillation import Distillation, Repair
+
+if TYPE_CHECKING:
+    from lit_prune.data import ImageData
+    from lit_prune.train.classifier import LitClassifier
+
+Factory = Callable[[int, Path], tuple[pl.Trainer, "LitClassifier", "ImageData"]]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a reduction starts from.
+
+    Attributes:
+        trainer: for the device and the run folder.
+        module: the network, trained or not.
+        data: calibration and test images.
+        ckpt_path: checkpoint of a fit, or None.
+        make: builds a trainer, a module and data anew for a seed and a folder; None where nothing can be trained.
+    """
+
+    trainer: pl.Trainer
+    module: LitClassifier
+    data: ImageData
+    ckpt_path: str | None = None
+    make: Factory | None = None
+
+    @property
+    def run_dir(self) -> Path:
+        """The run folder."""
+        return Path(self.trainer.default_root_dir)
+
+    @property
+    def trains(self) -> bool:
+        """Whether each seed gets a network of its own: nothing trained was given."""
+        there = (self.run_dir / "checkpoints" / "last.ckpt").is_file()
+        return self.make is not None and not (self.module.is_trained or self.ckpt_path or there)
+
+    def network(self, seed: int) -> Network:
+        """The seed's network, in evaluation mode on the trainer's device."""
+        if not self.trains:
+            found = find_network(self.module, self.run_dir, self.ckpt_path, "reduce")
+        else:
+            found = trained_network(self.make, seed, self.run_dir / f"seed={seed}")
+        return replace(found, model=found.model.to(self.trainer.strategy.root_device).eval())
+
+
+def reduce_run(setup: Setup, request: ReduceRequest) -> None:
+    """Carries out the verb; see `Trainer.reduce`."""
+    setup.data.prepare_data()
+    setup.data.setup("fit")
+    setup.data.setup("test")
+    calibration = [(images.cpu(), labels.cpu()) for images, labels in setup.data.calibration_dataloader()]
+    images = Images(
+        calibration, evaluation_batches(setup.data.test_dataloader(), request.test_images, request.swaps.images)
+    )
+    repair = None
+    if request.repair_epochs and setup.make is not None:
+        repair = Repairer(setup, request)
+    trains = setup.trains or request.repair_epochs  # training shows a bar of its own, and two at once fail
+    with nullcontext(unwatched) if trains else progress_bars() as watch:
+        arguments = {"run_dir": setup.run_dir, "repair": repair, "watch": watch}
+        content = reduce(lambda seed: setup.network(seed).model, images, request, **arguments)
+    console = Console()
+    console.print(result_table(content))
+    differences = difference_table(content)
+    if differences is not None:
+        console.print(differences)
+    console.print(f"results: {setup.run_dir}/reduction.json")
+    console.print(hand_over(setup.network, images, request, content, setup.run_dir))
+
+
+def evaluation_batches(loader, limit: int | None, swapped: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The batches of a loader on the CPU; where not all images are used, in class-balanced order (folders are sorted).
+
+    Args:
+        loader: test batches.
+        limit: images at the most.
+        swapped: how many of them, from the first on, interchange interventions take.
+    """
+    batches = [(images.cpu(), labels.cpu()) for images, labels in loader]
+    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    if min(limit or len(labels), swapped) >= len(labels):
+        return batches
+    order = stratified_order(labels, torch.Generator().manual_seed(0))[:limit]
+    return [(images[part], labels[part]) for part in order.split(len(batches[0][1]))]
+
+
+def trained_network(make: Factory, seed: int, folder: Path) -> Network:
+    """The network of a seed, trained in `folder` as the configuration says, or as far as is missing.
+
+    Args:
+        make: builds trainer, module and data.
+        seed: of initial weights and of the order of the images.
+        folder: for its checkpoint.
+    """
+    last = folder / "checkpoints" / "last.ckpt"
+    trainer, module, data = make(seed, folder)
+    if _epochs_done(last) < trainer.max_epochs:
+        trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
+    return Network.from_checkpoint(last, module.image_shape)
+
+
+def _epochs_done(checkpoint: Path) -> int:
+    if not checkpoint.is_file():
+        return 0
+    return torch.load(checkpoint, map_location="cpu", weights_only=True)["epoch"] + 1
+
+
+@dataclass(frozen=True)
+class Repairer:
+    """Trains compiled networks further: the configuration's optimizer and schedule over `repair_epochs`.
+
+    The teacher, where the request has distillation, is the network that was reduced.
+    """
+
+    setup: Setup
+    request: ReduceRequest
+
+    def __call__(self, network: nn.Module, dense: nn.Module, plan: Plan, folder: Path) -> nn.Module:
+        """The trained network; an interrupted repair goes on from its checkpoint."""
+        seed = self.request.seeds[0]
+        trainer, module, data = self.setup.make(seed, folder)
+        last = folder / "checkpoints" / "last.ckpt"
+        trainer.fit_loop.max_epochs = self.request.repair_epochs
+        module.adopt(network.train(), plan)
+        teach = self._teacher(module, dense)
+        if _epochs_done(last) < self.request.repair_epochs:
+            trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
+        else:
+            module.load_state_dict(torch.load(last, map_location="cpu", weights_only=True)["state_dict"])
+        if teach is not None:
+            teach.remove()
+        return module.backbone.eval()
+
+    def _teacher(self, module: LitClassifier, dense: nn.Module) -> Distillation | None:
+        repair: Repair | None = self.request.repair
+        if repair is None:
+            return None
+        if repair.beta:
+            raise InputError(f"request.repair.beta={repair.beta}: a reduced layer has other features; use beta=0")
+        head = _head_name(module)
+        term = Distillation(repair, module.backbone, copy.deepcopy(dense), head)
+        module.loss_terms["distillation"] = term
+        return term
+
+
+def _head_name(module: LitClassifier) -> str:
+    from lit_prune.models.anatomy import find_head
+
+    return find_head(module.backbone)

@@ -1,0 +1,1 @@
+"""The verb `suite`: many runs of one experiment on the devices at hand."""

@@ -1,0 +1,1 @@
+"""The verb `sweep`: methods × sparsities × seeds under one protocol."""

@@ -1,0 +1,238 @@
+"""The channel table: one forward pass over calibration images, every channel's place on the two axes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from lit_prune.errors import InputError
+from lit_prune.measurement import local_axis, target_axis
+from lit_prune.measurement.activations import record
+from lit_prune.measurement.layers import Batches, peek, select_layers, to_model, undisturbed
+from lit_prune.measurement.moments import ActivationSums, LayerSums
+from lit_prune.measurement.protocol import DEFAULT_PROTOCOL, Protocol
+
+MINIMUM_IMAGES = 4  # three correlated variables (T and two channels) need one image more
+ROUNDING = 1e-12  # a variance at most this share of its scale squared is float noise
+COLUMNS = (
+    "weight_norm",
+    "signal_power",
+    "rayleigh_quotient",
+    "input_capture",
+    "peer_overlap",
+    "task_information",
+    "target_redundancy",
+    "target_excess",
+)
+
+
+def measure(
+    model: nn.Module,
+    batches: Batches,
+    target: str = "true_margin",
+    layers: Sequence[str] | str | None = None,
+    *,
+    protocol: Protocol = DEFAULT_PROTOCOL,
+) -> pd.DataFrame:
+    """Channel table of a network, from one forward pass over `batches` in evaluation mode.
+
+    Args:
+        model: a classifier (its output is logits [B, K]); left as found.
+        batches: iterable of (images [B, C, H, W], labels int64 [B]).
+        target: the task variable, one of `target_axis.TARGETS`.
+        layers: names or fnmatch patterns of Conv2d and Linear layers; None takes all. Of a
+            layer with one channel the columns that need peers are NaN.
+        protocol: the conventions, recorded with a result by `protocol.to_dict()`.
+
+    Returns:
+        One row a channel: layer, depth (index in forward order among the measured layers, from 0), channel, weight_norm
+        ‖w‖, signal_power, rayleigh_quotient, input_capture, peer_overlap, task_information, target_redundancy,
+        target_excess (float64, information in nats, NaN where not defined) and dead (bool).
+
+    Raises:
+        InputError: no such layer, bad labels, NaN or infinite activations, or fewer than 4 images.
+    """
+    return channel_table(model, collect_sums(model, batches, target, layers, protocol), protocol)
+
+
+def collect_sums(
+    model: nn.Module,
+    batches: Batches,
+    target: str | None = "true_margin",
+    layers: Sequence[str] | str | None = None,
+    protocol: Protocol = DEFAULT_PROTOCOL,
+) -> ActivationSums:
+    """The sums behind the channel table; they add over batches and ranks. `target=None` leaves T out."""
+    select_layers(model, layers)  # a wrong pattern is reported before the data is touched
+    example, batches = peek(batches) if protocol.hook_point == "post_bn" else (None, batches)
+    with undisturbed(model), record(model, layers, protocol, example) as recording:
+        for images, labels in batches:
+            logits = model(to_model(model, images))
+            if target is not None:
+                recording.add_target(target_axis.task_variable(target, logits, labels))
+    return recording.sums
+
+
+def channel_table(model: nn.Module, sums: ActivationSums, protocol: Protocol = DEFAULT_PROTOCOL) -> pd.DataFrame:
+    """The channel table of `measure` from its sums."""
+    if sums.images < MINIMUM_IMAGES:
+        raise InputError(f"batches: {sums.images} images are too few; give at least {MINIMUM_IMAGES}, better 1000")
+    if not sums.layers:
+        raise InputError("layers: none of the chosen ones runs in a forward pass; choose others")
+    deviation = target_deviation(sums)
+    found = []
+    for name, layer_sums in sums.layers.items():
+        layer_sums = layer_sums.to("cpu")
+        weight = model.get_submodule(name).weight.detach().flatten(1)
+        weight_norm = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64).cpu()  # no float64 copy of it
+        found.append(layer_columns(layer_sums, weight_norm, deviation, protocol))
+    widths = [len(columns["dead"]) for columns in found]
+    places = {
+        "layer": np.repeat(np.array(list(sums.layers), dtype=object), widths),
+        "depth": np.repeat(np.arange(len(widths)), widths),
+        "channel": np.concatenate([np.arange(width) for width in widths]),
+    }
+    return pd.DataFrame(places | {key: torch.cat([columns[key] for columns in found]).numpy() for key in found[0]})
+
+
+def target_deviation(sums: ActivationSums) -> Tensor:
+    """Population standard deviation of the task variables, [V]; exactly 0 where it is no more than rounding."""
+    mean = sums.target_first / sums.images
+    variance = sums.target_second / sums.images - mean.square()
+    return torch.where(variance > ROUNDING * mean.square(), variance, 0.0).sqrt()
+
+
+@dataclass(frozen=True)
+class PooledMoments:
+    """Moments of the values that stand for a channel on the target axis.
+
+    Attributes:
+        count: [], number of samples.
+        mean: [N], around the layer's shift.
+        second: [N, N], Σ z zᵀ.
+        variance: [N]; exactly 0 where it is no more than rounding.
+    """
+
+    count: Tensor
+    mean: Tensor
+    second: Tensor
+    variance: Tensor
+
+    def pairs(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Correlations of the channels `rows` and `columns`, int64 of shapes that broadcast."""
+        crossed = self.second[rows, columns] / self.count - self.mean[rows] * self.mean[columns]
+        return crossed / (self.variance[rows] * self.variance[columns]).sqrt()
+
+
+def pooled_moments(sums: LayerSums, protocol: Protocol = DEFAULT_PROTOCOL) -> PooledMoments:
+    """Moments of the pooled outputs; with pooling `match` those of the positions, each a sample."""
+    match = protocol.target_pooling == "match"
+    joint, means = (sums.samples, sums.first, sums.second), (sums.images, sums.pooled_first, sums.pooled_second)
+    count, first, second = joint if match else means
+    variance = local_axis.variances(count, first, second)
+    variance = torch.where(variance > ROUNDING * local_axis.signal_power(sums), variance, 0.0)
+    return PooledMoments(count, first / count, second, variance)
+
+
+def layer_columns(
+    sums: LayerSums, weight_norm: Tensor, deviation: Tensor, protocol: Protocol = DEFAULT_PROTOCOL
+) -> dict[str, Tensor]:
+    """The numeric columns of one layer's channel table, each [N].
+
+    Args:
+        sums: the layer's sums, on the CPU.
+        weight_norm: ‖w_i‖ [N].
+        deviation: standard deviation of T, [V].
+        protocol: the conventions.
+    """
+    power = local_axis.signal_power(sums)
+    dead = local_axis.dead_channels(power)
+    overlap = local_axis.peer_overlap_of(sums, dead, protocol.overlap_mean)
+    local = [
+        weight_norm,
+        power,
+        local_axis.rayleigh_quotient(power, weight_norm),
+        local_axis.input_capture(power),
+        overlap,
+    ]
+    return dict(zip(COLUMNS, [*local, *_target_columns(sums, dead, deviation, protocol)], strict=True)) | {"dead": dead}
+
+
+def _target_columns(sums: LayerSums, dead: Tensor, deviation: Tensor, protocol: Protocol) -> list[Tensor]:
+    """I_T, Red_T and Syn, each [N]: among the live channels, averaged over task variables, NaN elsewhere."""
+    pooled = pooled_moments(sums, protocol)
+    task = _task_correlations(sums, pooled, deviation)
+    live = (~dead & (pooled.variance > 0)).nonzero().flatten()
+    columns = [torch.full_like(sums.shift, torch.nan) for _ in range(3)]
+    defined = [a for a in task[live].T if a.isfinite().all()]
+    if not defined or not len(live):
+        return columns
+    values = torch.stack([torch.stack(_axis(a, pooled, live, protocol)) for a in defined]).mean(0)  # [3, live]
+    for column, value in zip(columns, values, strict=True):
+        column[live] = value
+    return columns
+
+
+def _axis(task: Tensor, pooled: PooledMoments, live: Tensor, protocol: Protocol) -> list[Tensor]:
+    """I_T, Red_T and Syn of live channels for one task variable."""
+    information = target_axis.task_information(task)
+    if len(task) == 1:
+        return [information, torch.full_like(task, torch.nan), torch.full_like(task, torch.nan)]
+    by_task = protocol.partner_rule in target_axis.TASK_RULES
+    every = None if by_task else pooled.pairs(live[:, None], live)
+    partners = target_axis.find_partners(task, every, protocol)
+    redundancy = target_axis.target_redundancy(task, partners)
+    between = pooled.pairs(live[:, None], live[partners]) if by_task else every.gather(1, partners)
+    return [information, redundancy, target_axis.partner_excess(task, between, partners)]
+
+
+def _task_correlations(sums: LayerSums, pooled: PooledMoments, deviation: Tensor) -> Tensor:
+    """Correlations [N, V] of T with the channel's values; NaN where a variance is zero."""
+    mean = sums.pooled_first / sums.images
+    crossed = sums.cross / sums.images - torch.outer(mean, sums.target_first / sums.images)
+    scale = torch.outer(pooled.variance.sqrt(), deviation)
+    return torch.where(scale > 0, crossed / scale, torch.nan)
+
+
+def target_correlations(
+    sums: LayerSums, deviation: Tensor, protocol: Protocol = DEFAULT_PROTOCOL
+) -> tuple[Tensor, Tensor]:
+    """Correlations [N, V] of T with the channel's values, and [N, N] among those; NaN where a variance is zero.
+
+    With pooling `match` the values are the positions themselves and T is repeated over them: the covariance with T is
+    that of the mean over positions, the variances are those of the positions.
+    """
+    pooled = pooled_moments(sums, protocol)
+    values = local_axis.covariance(pooled.count, pooled.mean * pooled.count, pooled.second)
+    values.diagonal().copy_(pooled.variance)
+    return _task_correlations(sums, pooled, deviation), local_axis.correlation_matrix(values)
+
+
+def layer_table(channels: pd.DataFrame) -> pd.DataFrame:
+    """One row a layer of a channel table: layer, depth, channels, dead, coupling, and the column means `mean_<column>`.
+
+    coupling is the Spearman correlation of I_X and I_T over the live channels that have both; NaN for fewer than 3 of
+    them or a constant column. Means run over live channels.
+
+    Args:
+        channels: as `measure` returns it.
+    """
+    rows = []
+    for (name, depth), frame in channels.groupby(["layer", "depth"], sort=False):
+        live = frame[~frame["dead"]]
+        row = {"layer": name, "depth": depth, "channels": len(frame), "dead": int(frame["dead"].sum())}
+        row["coupling"] = coupling(live["input_capture"], live["task_information"])
+        rows.append(row | {f"mean_{column}": live[column].mean() for column in COLUMNS})
+    return pd.DataFrame(rows)
+
+
+def coupling(one: pd.Series, other: pd.Series) -> float:
+    """Spearman rank correlation over the channels where both are defined; NaN if it is not defined."""
+    both = one.notna() & other.notna()
+    one, other = one[both].rank(), other[both].rank()
+    if len(one) < 3 or one.nunique() < 2 or other.nunique() < 2:
+        return float("nan")
+    return float(np.corrcoef(one, other)[0, 1])

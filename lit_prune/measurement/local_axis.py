@@ -1,0 +1,115 @@
+"""Local axis: how much signal a channel carries and how much of it its peers carry too. Sums in, numbers out.
+
+Source: the two-axis paper, Eqs. 1, 2 and 7, appendix A; conventions in `Protocol`.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lit_prune.measurement.moments import LayerSums
+
+CORRELATION_LIMIT = 1 - 1e-6  # |ρ| is clipped here, so that a duplicate has a finite information of 6.6 nats
+DEAD_VARIANCE_RATIO = 1e-10
+STRIPE = 1 << 16  # entries of an N×N matrix looked at together: they stay in the cache
+
+
+def gaussian_information(correlation: Tensor) -> Tensor:
+    """Mutual information g(ρ) = -½·log(1-ρ²) of two Gaussian variables in nats, |ρ| clipped to 1-1e-6; NaN stays."""
+    return -0.5 * torch.log1p(-correlation.clamp(-CORRELATION_LIMIT, CORRELATION_LIMIT).square())
+
+
+def covariance(count: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Population covariance [N, N] from the shifted sums Σ 1, Σ z [N] and Σ z zᵀ [N, N]."""
+    mean = first / count
+    return (second / count).addr_(mean, mean, alpha=-1)
+
+
+def variances(count: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """The diagonal of `covariance`, [N]."""
+    return second.diagonal() / count - (first / count).square()
+
+
+def correlation_matrix(covariances: Tensor) -> Tensor:
+    """Correlations [N, N] of a covariance; NaN where a variance is not positive."""
+    variance = covariances.diagonal()
+    deviation = torch.where(variance > 0, variance, torch.nan).sqrt()
+    return covariances / deviation / deviation[:, None]
+
+
+def signal_power(sums: LayerSums) -> Tensor:
+    """Signal power s_i = w_iᵀ Σ_X w_i [N]: the population variance of the raw output over images and positions.
+
+    The two are identical, bias and grouped convolution included, so no input patch is looked at.
+    """
+    return variances(sums.samples, sums.first, sums.second).clamp_min(0)
+
+
+def dead_channels(power: Tensor) -> Tensor:
+    """Boolean [N]: variance at most 1e-10 of the median of the layer's positive variances.
+
+    Args:
+        power: s [N].
+    """
+    return power <= DEAD_VARIANCE_RATIO * noise_floor(power).nan_to_num(0.0)
+
+
+def noise_floor(power: Tensor) -> Tensor:
+    """Noise floor σ0² [], the median of the positive s_i (the mean of the middle two); NaN if none is positive."""
+    positive = power[power > 0]
+    return torch.quantile(positive, 0.5) if len(positive) else power.new_tensor(torch.nan)
+
+
+def rayleigh_quotient(power: Tensor, weight_norm: Tensor) -> Tensor:
+    """RQ_i = s_i/‖w_i‖² [N]; NaN for a kernel of zeros.
+
+    Args:
+        power: s [N].
+        weight_norm: ‖w_i‖ [N].
+    """
+    return torch.where(weight_norm > 0, power / weight_norm.square(), torch.nan)
+
+
+def input_capture(power: Tensor) -> Tensor:
+    """Input capture I_X(i) = ½·log(1 + s_i/σ0²) in nats [N], ≥ 0; NaN if the whole layer is constant."""
+    return 0.5 * torch.log1p(power / noise_floor(power))
+
+
+def peer_overlap(correlations: Tensor, dead: Tensor, over: str = "peers") -> Tensor:
+    """Peer overlap R̄_X(i) = mean over live j≠i of g(ρ_ij), nats [N]; NaN for dead channels and a lone live one.
+
+    Args:
+        correlations: ρ [N, N] over images and positions.
+        dead: boolean [N].
+        over: divide by the number of live `peers`, or of live `channels` (one more).
+    """
+    return _peer_overlap(lambda rows: correlations[rows].masked_fill(dead, 0.0), dead, over)
+
+
+def peer_overlap_of(sums: LayerSums, dead: Tensor, over: str = "peers") -> Tensor:
+    """`peer_overlap` straight from the sums, [N], without any other matrix of N×N."""
+    mean = sums.first / sums.samples
+    scale = torch.where(dead, 0.0, variances(sums.samples, sums.first, sums.second).rsqrt())
+
+    def correlations(rows: slice) -> Tensor:
+        stripe = (sums.second[rows] / sums.samples).addr_(mean[rows], mean, alpha=-1)
+        return stripe.mul_(scale).mul_(scale[rows, None])
+
+    return _peer_overlap(correlations, dead, over)
+
+
+def _peer_overlap(correlations: Callable[[slice], Tensor], dead: Tensor, over: str) -> Tensor:
+    """Peer overlap from some rows of ρ at a time, [n, N] and ours to write to, 0 in the columns of dead channels."""
+    channels = len(dead)
+    live = channels - int(dead.sum())
+    rows = max(1, STRIPE // channels)
+    stripes = [slice(start, min(start + rows, channels)) for start in range(0, channels, rows)]
+    totals = []
+    for stripe in stripes:
+        between = correlations(stripe)
+        between[:, stripe].fill_diagonal_(0.0)
+        totals.append(between.clamp_(-CORRELATION_LIMIT, CORRELATION_LIMIT).square_().neg_().log1p_().sum(1))
+    peers = live - (over == "peers")
+    overlap = torch.cat(totals) * (-0.5 / peers if live > 1 else torch.nan)
+    return overlap.masked_fill(dead, torch.nan)

@@ -1,0 +1,206 @@
+"""Second-order replacement risk: gradients and curvature of the loss in the values that a layer reads."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_prune.errors import InputError
+from lit_prune.measurement.layers import Batches
+from lit_prune.measurement.passes import InputGradients, collect
+from lit_prune.replace.patches import channel_dim
+
+CLASSES = 10  # up to so many classes the curvature is exact in the label, above it is sampled
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """Means over images of products of gradients, for the input channels of one layer.
+
+    With g_p the gradient of the cross-entropy in a channel's value a_p at position p: `G = Σ_p g_p`, `v = Σ_p g_p·a_p`.
+    A constant c in place of the channel changes the loss by `c·G - v` to first order. The curvature is Gauss-Newton:
+    the mean over labels drawn from the network's own softmax. It is the exact Hessian where the logits are affine in
+    the values, as in a linear softmax head.
+
+    Attributes:
+        gradient: E G for the true labels, float64 [C].
+        product: E v for the true labels, [C].
+        hessian: E G Gᵀ for the network's labels, [C, C].
+        mixed: E G vᵀ for the network's labels, [C, C].
+        power: E v² for the network's labels, [C].
+        method: "exact", "gauss_newton" or "hutchinson" (diagonals only).
+    """
+
+    gradient: Tensor
+    product: Tensor
+    hessian: Tensor
+    mixed: Tensor
+    power: Tensor
+    method: str = "gauss_newton"
+
+    def without_gradient(self) -> "Curvature":
+        """The same with every sample's gradient taken as zero (lemma 1, condition i).
+
+        Constants are then curvature-weighted means, scores `½ min_c E h (a - c)²`. In a trained network h is tiny
+        wherever the network is sure, so the gradient correction `ḡ/h̄` of equation 7 leaves the range of the values:
+        the second-order proxy is read far outside of where it holds.
+
+        Source: causal mechanism reduction, section A.2; our reading of cwvar in tables 5 and 6.
+        """
+        return replace(self, gradient=torch.zeros_like(self.gradient), product=torch.zeros_like(self.product))
+
+    def constants(self) -> Tensor:
+        """Best constant of each channel alone, `(hᵀa - 1ᵀg)/(1ᵀh)`; 0 where there is no curvature, [C].
+
+        Source: causal mechanism reduction, equation 7.
+        """
+        curved = self.hessian.diagonal() > 0
+        wanted = self.mixed.diagonal() - self.gradient
+        return torch.where(curved, wanted / torch.where(curved, self.hessian.diagonal(), 1), 0)
+
+    def scores(self) -> Tensor:
+        """Rise of the loss when each channel alone takes its best constant, [C], nats.
+
+        Source: causal mechanism reduction, equation 9.
+        """
+        wanted = self.mixed.diagonal() - self.gradient
+        return 0.5 * self.power - self.product - 0.5 * wanted * self.constants()
+
+    def joint_constants(self, replaced: Sequence[int], ridge: float = 1e-6) -> Tensor:
+        """Best constants when all of `replaced` go at once, [len(replaced)]: the cross-unit curvature counted.
+
+        Solves `H_SS c = E[G (Σ_S v)] - E[G]`.
+
+        Args:
+            replaced: channels.
+            ridge: relative to the mean of H's diagonal, towards the constants that each channel would have alone.
+
+        Raises:
+            InputError: only diagonals were estimated.
+        """
+        if self.method == "hutchinson":
+            raise InputError("objective='joint_loss' needs cross-unit curvature; use curvature='gauss_newton'")
+        chosen = list(replaced)
+        hessian = self.hessian[chosen][:, chosen]
+        wanted = self.mixed[chosen][:, chosen].sum(1) - self.gradient[chosen]
+        alone = self.constants()[chosen]
+        loading = (ridge * hessian.diagonal().mean()).clamp_min(torch.finfo(torch.float64).tiny)
+        change = torch.linalg.solve(hessian + loading * torch.eye(len(chosen)).to(hessian), wanted - hessian @ alone)
+        return alone + change
+
+    def risk(self, replaced: Sequence[int], constants: Tensor) -> float:
+        """Second-order rise of the loss when `replaced` take `constants`, up to the term that no constant changes.
+
+        Args:
+            replaced: channels.
+            constants: [len(replaced)].
+        """
+        chosen = list(replaced)
+        hessian = self.hessian[chosen][:, chosen]
+        wanted = self.mixed[chosen][:, chosen].sum(1) - self.gradient[chosen]
+        return float(0.5 * constants @ hessian @ constants - constants @ wanted)
+
+    def off_diagonal_ratio(self, block: int = 32, blocks: int = 50, seed: int = 0) -> float:
+        """Mean over seeded blocks of `‖H_B - diag(H_B)‖_F / ‖H_B‖_F`; 0 for a block without curvature.
+
+        Args:
+            block: channels in a block (all of them where there are fewer).
+            blocks: how many blocks.
+            seed: of the blocks.
+
+        Source: causal mechanism reduction, proposition 5.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        ratios = []
+        for _ in range(blocks):
+            chosen = torch.randperm(len(self.hessian), generator=generator)[:block]
+            part = self.hessian[chosen][:, chosen]
+            norm = part.norm()
+            ratios.append(float((part - part.diagonal().diag()).norm() / norm) if norm > 0 else 0.0)
+        return sum(ratios) / len(ratios)
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Labels [B] to differentiate, their weights [B], and whether they are the true ones."""
+
+    values: Tensor
+    weights: Tensor
+    true: bool
+
+
+def label_parts(logits: Tensor, labels: Tensor, generator: torch.Generator) -> list[Labels]:
+    """The true labels with weight 1, then the network's own: all of few classes by probability, else one drawn each."""
+    if labels is None or labels.is_floating_point():
+        raise InputError("labels: gradients of the loss need one class label (int64) for each calibration image")
+    labels = labels.to(logits.device)
+    probabilities = logits.detach().softmax(1)
+    ones = torch.ones_like(probabilities[:, 0])
+    parts = [Labels(labels, ones, True)]
+    if logits.shape[1] <= CLASSES:
+        classes = range(logits.shape[1])
+        return parts + [Labels(torch.full_like(labels, k), probabilities[:, k], False) for k in classes]
+    drawn = torch.multinomial(probabilities.cpu(), 1, generator=generator)[:, 0].to(labels.device)
+    return [*parts, Labels(drawn, ones, False)]
+
+
+class CurvatureSums(InputGradients):
+    """Collects the curvature of the mean cross-entropy in the input channels of each layer.
+
+    Up to `CLASSES` classes every label is weighted with its softmax probability (one backward pass a class); above, one
+    label an image is drawn. Layers may lie behind each other: each is differentiated with the others left alone.
+
+    Args:
+        model: any classifier.
+        layers: names of convolutions and linear layers.
+        seed: of the drawn labels.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[str], seed: int = 0) -> None:
+        super().__init__(model, layers, seed)
+        self.sums: dict[str, list[Tensor]] = {}
+        self.count = 0
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """See `passes.Collector`."""
+        for part in label_parts(logits, labels, self.generator):
+            loss = F.cross_entropy(logits, part.values, reduction="sum")
+            gradients = torch.autograd.grad(loss, list(self.inputs.values()), retain_graph=True)
+            for (name, inputs), gradient in zip(self.inputs.items(), gradients, strict=True):
+                self._add(name, channel_rows(self.model, name, inputs), channel_rows(self.model, name, gradient), part)
+        self.count += len(logits)
+
+    def _add(self, name: str, a: Tensor, g: Tensor, labels: Labels) -> None:
+        """Adds the products of one labelling's gradients; values and gradients are [B, P, C]."""
+        total, product = g.sum(1).cpu(), (g * a).sum(1).cpu()  # G, v: [B, C]
+        wide, weights = total.shape[1], labels.weights.double().cpu()[:, None]
+        shapes = [(wide,), (wide,), (wide, wide), (wide, wide), (wide,)]
+        sums = self.sums.setdefault(name, [torch.zeros(shape, dtype=torch.float64) for shape in shapes])
+        if labels.true:
+            parts = [(weights * total).sum(0), (weights * product).sum(0)]
+            sums[:2] = [old + new for old, new in zip(sums[:2], parts, strict=True)]
+        else:
+            weighted = (weights * total).T
+            parts = [weighted @ total, weighted @ product, (weights * product.square()).sum(0)]
+            sums[2:] = [old + new for old, new in zip(sums[2:], parts, strict=True)]
+
+    def result(self) -> dict[str, Curvature]:
+        """Layer -> means over the images."""
+        return {name: Curvature(*(total / self.count for total in totals)) for name, totals in self.sums.items()}
+
+
+def measure_curvature(model: nn.Module, layers: Sequence[str], batches: Batches, seed: int = 0) -> dict[str, Curvature]:
+    """`CurvatureSums` over batches of (images, labels); the model is left as found.
+
+    Raises:
+        InputError: no images, or no labels.
+    """
+    return collect(model, batches, CurvatureSums(model, layers, seed))
+
+
+def channel_rows(model: nn.Module, layer: str, values: Tensor) -> Tensor:
+    """A layer's input, or a tensor shaped like it, as float64 [B, P, C], detached."""
+    dim = channel_dim(model.get_submodule(layer))
+    return values.detach().double().movedim(dim, -1).reshape(len(values), -1, values.shape[dim])

@@ -1,0 +1,99 @@
+"""How far the outputs of single layers of the reduced network are from the original's, on real images."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lit_prune.measurement.layers import removing, to_model, undisturbed
+from lit_prune.replace.consumers import Reader
+from lit_prune.replace.patches import channel_dim, taken
+
+MOST_IMAGES = 512
+
+
+@dataclass
+class OutputError:
+    """Sums over images and positions of one layer's outputs, each [O] float64.
+
+    Attributes:
+        samples: images × positions.
+        squared: squared difference.
+        first: outputs of the original network.
+        second: their squares.
+    """
+
+    samples: int = 0
+    squared: Tensor = field(default_factory=lambda: torch.zeros(()))
+    first: Tensor = field(default_factory=lambda: torch.zeros(()))
+    second: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+    def add(self, original: Tensor, reduced: Tensor) -> None:
+        """Adds outputs [S, O]."""
+        self.samples += len(original)
+        self.squared = self.squared + (reduced - original).square().sum(0, dtype=torch.float64)
+        self.first = self.first + original.sum(0, dtype=torch.float64)
+        self.second = self.second + original.square().sum(0, dtype=torch.float64)
+
+    @property
+    def variance(self) -> float:
+        """Variance of the original's outputs, summed over channels."""
+        return float((self.second / self.samples - (self.first / self.samples).square()).sum())
+
+    def report(self, border: float) -> dict[str, float]:
+        """`error`: mean squared difference over the variance; `border_error`: the part that zero padding makes."""
+        variance = self.variance or 1.0
+        return {"error": float(self.squared.sum()) / self.samples / variance, "border_error": border / variance}
+
+
+def output_errors(
+    original: nn.Module,
+    reduced: nn.Module,
+    readers: Sequence[Reader],
+    norms: Mapping[str, str],
+    images: Sequence[Tensor],
+) -> dict[str, OutputError]:
+    """Errors of the readers' outputs, each in its own network, on at most `MOST_IMAGES` images.
+
+    A shift that was folded into the norm behind a layer counts as part of the layer's output.
+
+    Args:
+        original: network before.
+        reduced: network after, with the same names.
+        readers: layers to compare, and which of their outputs are left.
+        norms: layer -> BatchNorm behind it.
+        images: batches [B, C, H, W].
+    """
+    errors = {reader.name: OutputError() for reader in readers}
+    seen = 0
+    for batch in images:
+        if seen >= MOST_IMAGES:
+            break
+        before, after = (_outputs(network, batch, list(errors)) for network in (original, reduced))
+        for reader in readers:
+            module = reduced.get_submodule(reader.name)
+            dim = channel_dim(module)
+            target = taken(before[reader.name], reader.outputs, dim).movedim(dim, -1).flatten(0, -2)
+            result = after[reader.name]
+            rows = [place for place, channel in enumerate(reader.written) if channel in set(reader.outputs)]
+            result = taken(result, rows, dim).movedim(dim, -1).flatten(0, -2)
+            norm = norms.get(reader.name, "")
+            if norm:
+                means = [network.get_submodule(norm).running_mean for network in (original, reduced)]
+                result = result + (means[0][list(reader.outputs)] - means[1][rows])
+            errors[reader.name].add(target, result)
+        seen += len(batch)
+    return errors
+
+
+def _outputs(model: nn.Module, images: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+
+    def keeper(name: str):
+        return lambda module, args, output: found.__setitem__(name, output)
+
+    handles = [model.get_submodule(name).register_forward_hook(keeper(name)) for name in layers]
+    with removing(handles), undisturbed(model):
+        model(to_model(model, images))
+    return found

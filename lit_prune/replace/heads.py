@@ -1,0 +1,194 @@
+"""Attention heads as mechanisms: what removing one costs, the constant in its place, and folding it away."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_prune.errors import InputError
+from lit_prune.measurement.layers import Batches, removing, to_model, undisturbed
+from lit_prune.replace.curvature import label_parts
+
+HEAD_SCORES = ("cmr_const", "head_removal", "variance", "cmr_logit", "random")
+
+
+@dataclass(frozen=True)
+class HeadMoments:
+    """Means over images at the input of an attention's output projection, float64 [T, C] position by position.
+
+    Attributes:
+        heads: H; the C columns are H blocks.
+        mean: E a.
+        square: E a².
+        gradient: E g.
+        product: E g·a.
+        curvature: E η, Gauss-Newton.
+        mixed: E η·a.
+        power: E η·a².
+    """
+
+    heads: int
+    mean: Tensor
+    square: Tensor
+    gradient: Tensor
+    product: Tensor
+    curvature: Tensor
+    mixed: Tensor
+    power: Tensor
+
+    def _by_head(self, values: Tensor) -> Tensor:
+        """[..., C] summed to [H]."""
+        return values.reshape(-1, self.heads, values.shape[-1] // self.heads).sum((0, 2))
+
+    def removal_scores(self) -> Tensor:
+        """Rise of the loss when a head's output becomes 0: `Σ (½ E ηa² - E ga)`, [H], nats (equation 26)."""
+        return self._by_head(0.5 * self.power - self.product)
+
+    def optimal_constants(self) -> Tensor:
+        """C* of every position and dimension, [T, C] (equation 28); the mean where there is no curvature."""
+        curved = self.curvature > 1e-12 * self.curvature.max()
+        return torch.where(curved, (self.mixed - self.gradient) / torch.where(curved, self.curvature, 1), self.mean)
+
+    def foldable_constants(self, objective: str = "loss") -> Tensor:
+        """One constant a dimension for all positions, [C]: what can be folded into the projection's bias.
+
+        "loss": the average of C* over positions, weighted with their curvature: of all constants that are equal at all
+        positions it has the least risk. "distortion": the mean of the values.
+        """
+        if objective == "distortion":
+            return self.mean.mean(0)
+        curvature = self.curvature.sum(0)
+        curved = curvature > 1e-12 * curvature.max()
+        wanted = (self.mixed - self.gradient).sum(0)
+        return torch.where(curved, wanted / torch.where(curved, curvature, 1), self.mean.mean(0))
+
+    def risk(self, constants: Tensor) -> Tensor:
+        """Rise of the loss when each head takes its `constants`, [C] or [T, C]; [H], nats (equation 25)."""
+        first = constants * self.gradient - self.product
+        return self._by_head(first + 0.5 * (constants**2 * self.curvature - 2 * constants * self.mixed + self.power))
+
+    def variance(self) -> Tensor:
+        """Squared distance of a head's output from its mean over images and positions, summed, [H]."""
+        return self._by_head(self.square - 2 * self.mean * self.mean.mean(0) + self.mean.mean(0).square())
+
+    def distortion(self, weight: Tensor) -> Tensor:
+        """The same at the projection's output: variance of each dimension times ‖W[:, i]‖², [H]."""
+        spread = self.square - 2 * self.mean * self.mean.mean(0) + self.mean.mean(0).square()
+        return self._by_head(spread * weight.detach().double().cpu().square().sum(0))
+
+
+def find_attention(model: nn.Module, name: str) -> nn.Module:
+    """The attention module `name`, which must have `qkv`, `proj`, `num_heads` and `head_dim`, as timm's has.
+
+    Raises:
+        InputError: there is none, or it has norms or gates across heads.
+    """
+    module = dict(model.named_modules()).get(name)
+    if not is_attention(module):
+        some = [key for key, value in model.named_modules() if is_attention(value)]
+        raise InputError(f"layer={name!r} is no attention with qkv and proj; there are: {', '.join(some) or 'none'}")
+    if not isinstance(getattr(module, "norm", nn.Identity()), nn.Identity) or getattr(module, "gate", None) is not None:
+        raise InputError(f"layer={name!r}: a norm or gate across heads lies before the projection; heads are coupled")
+    return module
+
+
+def is_attention(module: nn.Module | None) -> bool:
+    """Whether heads can be taken from the module."""
+    return all(hasattr(module, name) for name in ("qkv", "proj", "num_heads", "head_dim"))
+
+
+def measure_heads(model: nn.Module, name: str, batches: Batches, seed: int = 0) -> HeadMoments:
+    """Moments, gradients and curvature of the heads of the attention `name`.
+
+    Args:
+        model: any classifier; left as found.
+        name: its attention module.
+        batches: (images, labels).
+        seed: of drawn labels (many classes).
+
+    Raises:
+        InputError: no such attention, or no images.
+    """
+    attention = find_attention(model, name)
+    found: dict[str, Tensor] = {}
+    generator = torch.Generator().manual_seed(seed)
+    totals: list[Tensor] = []
+    count = 0
+    hook = attention.proj.register_forward_pre_hook(lambda module, args: found.__setitem__("values", args[0]))
+    with removing([hook]), undisturbed(model, gradients=True):
+        for images, labels in batches:
+            logits = model(to_model(model, images).clone().requires_grad_())
+            part = _batch_moments(found["values"], logits, label_parts(logits, labels, generator))
+            totals = [old + new for old, new in zip(totals, part, strict=True)] if totals else part
+            count += len(images)
+    if not count:
+        raise InputError("batches: no batch of (images, labels) in it; give at least one")
+    return HeadMoments(attention.num_heads, *(total / count for total in totals))
+
+
+def _batch_moments(values: Tensor, logits: Tensor, parts: list) -> list[Tensor]:
+    a = values.detach().double()
+    gradient, curvature = torch.zeros_like(a), torch.zeros_like(a)
+    for part in parts:
+        loss = F.cross_entropy(logits, part.values, reduction="sum")
+        g = torch.autograd.grad(loss, values, retain_graph=True)[0].double()
+        if part.true:
+            gradient = g
+        else:
+            curvature += part.weights.double()[:, None, None] * g.square()
+    products = (a, a * a, gradient, gradient * a, curvature, curvature * a, curvature * a * a)
+    return [product.sum(0).cpu() for product in products]
+
+
+def remove_heads(model: nn.Module, name: str, removed: Sequence[int], constants: Tensor | None = None) -> nn.Module:
+    """A copy of `model` whose attention `name` lacks some heads: queries, keys, values, attention and projection.
+
+    Args:
+        model: the network.
+        name: its attention module.
+        removed: heads that go.
+        constants: [C], put in the place of the removed heads' outputs through the projection's bias; None: zero.
+
+    Raises:
+        InputError: no head would stay, or a head that is not there.
+
+    Source: causal mechanism reduction, proposition 10.
+    """
+    smaller = copy.deepcopy(model)
+    attention = find_attention(smaller, name)
+    heads, wide = attention.num_heads, attention.head_dim
+    kept = [head for head in range(heads) if head not in set(removed)]
+    if not kept or not set(removed) <= set(range(heads)):
+        raise InputError(f"layer={name!r}: heads {sorted(removed)} of {heads} cannot go; at least one must stay")
+    columns, lost = (head_columns(some, wide) for some in (kept, sorted(removed)))
+    rows = torch.cat([columns + part * heads * wide for part in range(3)])
+    with torch.no_grad():
+        if constants is not None:
+            shift = attention.proj.weight.double()[:, lost] @ constants[lost].to(attention.proj.weight.device)
+            if attention.proj.bias is None:
+                attention.proj.bias = nn.Parameter(attention.proj.weight.new_zeros(len(attention.proj.weight)))
+            attention.proj.bias.copy_((attention.proj.bias.double() + shift).to(attention.proj.bias.dtype))
+        _keep(attention.qkv, rows, 0)
+        _keep(attention.proj, columns, 1)
+    attention.num_heads = len(kept)
+    attention.attn_dim = len(kept) * wide
+    return smaller
+
+
+def head_columns(heads: Sequence[int], wide: int) -> Tensor:
+    """Columns of the projection that belong to `heads`, int64, head by head."""
+    return (torch.tensor(list(heads), dtype=torch.int64)[:, None] * wide + torch.arange(wide)).flatten()
+
+
+def _keep(module: nn.Linear, positions: Tensor, dim: int) -> None:
+    flag = module.weight.requires_grad
+    module.weight = nn.Parameter(module.weight.index_select(dim, positions.to(module.weight.device)), flag)
+    if dim == 0:
+        module.out_features = len(positions)
+        if module.bias is not None:
+            module.bias = nn.Parameter(module.bias[positions.to(module.bias.device)], flag)
+    else:
+        module.in_features = len(positions)

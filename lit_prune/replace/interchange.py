@@ -1,0 +1,248 @@
+"""Interchange interventions: does the reduced network answer as the original does when kept units are swapped?"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lit_prune.errors import InputError
+from lit_prune.measurement.layers import Batches, removing, to_model, undisturbed
+from lit_prune.replace.carrier import carrier_columns
+from lit_prune.replace.certificate import Certificate, certify
+from lit_prune.replace.consumers import find_readers
+from lit_prune.replace.flow import observe
+from lit_prune.replace.patches import channel_dim
+from lit_prune.replace.replacement import Reduced
+from lit_prune.structure import Plan, apply_plan, trace_groups
+
+
+@dataclass(frozen=True)
+class Swaps:
+    """Which interventions are made.
+
+    Attributes:
+        pairs: number R of (base, source) pairs, drawn with replacement; the two images differ.
+        probability: chance p that a kept unit is taken from the source.
+        images: most images the pairs are drawn from.
+        batch_size: pairs that run together.
+        seed: of pairs and masks.
+    """
+
+    pairs: int = 2000
+    probability: float = 0.5
+    images: int = 2000
+    batch_size: int = 128
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks the ranges.
+
+        Raises:
+            InputError: a value outside its range.
+        """
+        if self.pairs < 1 or self.images < 2 or self.batch_size < 1:
+            raise InputError(f"pairs={self.pairs} and batch_size must be at least 1, images={self.images} at least 2")
+        if not 0 <= self.probability <= 1:
+            raise InputError(f"probability={self.probability} must lie in [0, 1]")
+
+
+@dataclass(frozen=True)
+class Interchange:
+    """Agreement of two networks under the same interventions.
+
+    Attributes:
+        layer: the layer whose input channels were swapped.
+        low: logits of the original network, float32 [R, K].
+        high: logits of the reduced network, [R, K].
+    """
+
+    layer: str
+    low: Tensor
+    high: Tensor
+
+    @property
+    def agreement(self) -> Tensor:
+        """Whether the top classes are equal, float64 [R]."""
+        return (self.low.argmax(1) == self.high.argmax(1)).double()
+
+    @property
+    def divergence(self) -> Tensor:
+        """KL(low ‖ high) of the softmax outputs in nats, float64 [R]."""
+        low, high = (logits.double().log_softmax(1) for logits in (self.low, self.high))
+        return (low.exp() * (low - high)).sum(1)
+
+    @property
+    def iia(self) -> float:
+        """Interchange intervention accuracy, the share of equal top classes."""
+        return float(self.agreement.mean())
+
+    @property
+    def kl(self) -> float:
+        """Mean KL(low ‖ high) in nats."""
+        return float(self.divergence.mean())
+
+    @property
+    def certificate(self) -> Certificate:
+        """Lower bounds on `iia`."""
+        return certify(self.low, self.high)
+
+    def report(self) -> dict[str, Any]:
+        """Plain values: layer, pairs, iia, kl and the fields of the certificate."""
+        found = {"layer": self.layer, "pairs": len(self.low), "iia": self.iia, "kl": self.kl}
+        return found | {"certificate": asdict(self.certificate)}
+
+
+DEFAULT_SWAPS = Swaps()
+
+
+def interchange(
+    low: nn.Module,
+    reduced: Reduced,
+    batches: Batches,
+    example_input: Tensor,
+    layer: str | None = None,
+    *,
+    swaps: Swaps = DEFAULT_SWAPS,
+) -> Interchange:
+    """Runs both networks on pairs of images with the same kept units taken from the source image.
+
+    The units are the input channels of one layer. In the original network the channels that the plan removes keep the
+    base image's own values; the reduced network has none of them. Each network takes the swapped values from its own
+    run on the source. Networks are left as found.
+
+    Args:
+        low: the original network.
+        reduced: what `replace_mechanisms` made of it.
+        batches: (images, labels) the pairs are drawn from; labels are not read.
+        example_input: [B, C, H, W], for tracing.
+        layer: convolution or linear layer; None: the last one that loses input channels.
+        swaps: how many pairs, which probability, which seed.
+
+    Raises:
+        InputError: fewer than two images, or a layer that is unknown or runs more than once.
+
+    Source: causal mechanism reduction, section 5.3 (state map: projection on kept units).
+    """
+    layer, *kept = _interface(low, reduced, example_input, layer)
+    columns = [[[column] for column in side] for side in kept]
+    return swap_units((low, reduced.model), layer, columns, gather_images(batches, swaps.images), swaps)
+
+
+def swap_units(
+    networks: Sequence[nn.Module], layer: str, units: Sequence[Sequence[Sequence[int]]], images: Tensor, swaps: Swaps
+) -> Interchange:
+    """Interchange of units that are one or several input channels of `layer` each.
+
+    Args:
+        networks: the original and the reduced one; left as found.
+        layer: where the units are read, the same name in both.
+        units: for each network the columns of each kept unit, in the same order of units.
+        images: the pairs are drawn from them, [n, C, H, W].
+        swaps: how many pairs, which probability, which seed.
+    """
+    everything = draw_pairs(len(images), len(units[0]), swaps)
+    results: tuple[list[Tensor], list[Tensor]] = ([], [])
+    with undisturbed(networks[0]), undisturbed(networks[1]):
+        for base, source, mask in zip(*(part.split(swaps.batch_size) for part in everything), strict=True):
+            for network, columns, found in zip(networks, units, results, strict=True):
+                found.append(_swapped(network, layer, columns, (images[base], images[source]), mask))
+    return Interchange(layer, torch.cat(results[0]), torch.cat(results[1]))
+
+
+def paired_bootstrap(
+    one: Sequence[float] | Tensor, other: Sequence[float] | Tensor, resamples: int = 1000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Mean of `one - other` over paired units (seeds, or swaps), with its 95 % percentile interval.
+
+    Args:
+        one: a value a unit.
+        other: the value of the same unit under the other method.
+        resamples: bootstrap samples.
+        seed: of the samples.
+
+    Returns:
+        (mean, lower, upper).
+
+    Raises:
+        InputError: the two differ in length, or are empty.
+    """
+    first, second = np.asarray(one, dtype=float), np.asarray(other, dtype=float)
+    if first.shape != second.shape or not len(first):
+        raise InputError(f"paired_bootstrap needs equally many values, got {len(first)} and {len(second)}")
+    difference = first - second
+    drawn = np.random.default_rng(seed).integers(len(difference), size=(resamples, len(difference)))
+    lower, upper = np.quantile(difference[drawn].mean(1), (0.025, 0.975))
+    return float(difference.mean()), float(lower), float(upper)
+
+
+def _interface(
+    low: nn.Module, reduced: Reduced, example_input: Tensor, layer: str | None
+) -> tuple[str, list[int], list[int]]:
+    """The layer, and its kept input channels as they are numbered in the original and in the reduced network."""
+    plan = reduced.plan
+    dense = apply_plan(low, Plan(plan.drop_blocks), example_input) if plan.drop_blocks else low
+    graph = trace_groups(dense, example_input)
+    readers = find_readers(dense, reduced.plan, graph, observe(dense, example_input))
+    usable = {name: reader for name, reader in readers.items() if not reader.obstacle}
+    if layer is None:
+        layer = next((name for name in reversed(usable) if usable[name].removed), None)
+    if layer not in usable:
+        why = readers[layer].obstacle if layer in readers else "no such layer loses input channels"
+        raise InputError(f"layer={layer!r} cannot be swapped: {why}; some layers: {', '.join(list(usable)[-4:])}")
+    constant = carrier_columns(graph, reduced.carriers, usable[layer])
+    pairs = [(old, new) for new, old in enumerate(usable[layer].kept) if old not in constant]
+    return layer, [old for old, _ in pairs], [new for _, new in pairs]
+
+
+def gather_images(batches: Batches, limit: int) -> Tensor:
+    """The first `limit` images as one tensor.
+
+    Raises:
+        InputError: there are fewer than two.
+    """
+    parts, count = [], 0
+    for images, _ in batches:
+        parts.append(images[: limit - count])
+        count += len(parts[-1])
+        if count >= limit:
+            break
+    if count < 2:
+        raise InputError(f"batches: {count} images, an interchange needs at least two")
+    return torch.cat(parts)
+
+
+def draw_pairs(images: int, units: int, swaps: Swaps) -> tuple[Tensor, Tensor, Tensor]:
+    """Base and source indices [R] and masks [R, units]; base and source differ."""
+    generator = torch.Generator().manual_seed(swaps.seed)
+    base = torch.randint(images, (swaps.pairs,), generator=generator)
+    source = (base + torch.randint(1, images, (swaps.pairs,), generator=generator)) % images
+    mask = torch.rand(swaps.pairs, units, generator=generator) < swaps.probability
+    return base, source, mask
+
+
+def _swapped(
+    model: nn.Module, layer: str, units: Sequence[Sequence[int]], pair: tuple[Tensor, Tensor], mask: Tensor
+) -> Tensor:
+    """Logits of the base images, the channels of masked `units` taken from the source images, on the CPU."""
+    module = model.get_submodule(layer)
+    columns = [column for unit in units for column in unit]
+    wide = mask.repeat_interleave(torch.tensor([len(unit) for unit in units]), dim=1)
+    taken: list[Tensor] = []
+
+    def hook(module: nn.Module, args: tuple) -> tuple | None:
+        if not taken:
+            taken.append(args[0].clone())
+            return None
+        dim = channel_dim(module) % args[0].dim()
+        chosen = torch.zeros(len(mask), args[0].shape[dim], dtype=torch.bool)
+        chosen[:, columns] = wide
+        shape = [1] * args[0].dim()
+        shape[0], shape[dim] = chosen.shape
+        return (torch.where(chosen.to(args[0].device).view(shape), taken[0], args[0]), *args[1:])
+
+    with removing([module.register_forward_pre_hook(hook)]):
+        model(to_model(model, pair[1]))
+        return model(to_model(model, pair[0])).cpu()

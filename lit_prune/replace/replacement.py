@@ -1,0 +1,198 @@
+"""Replaces the mechanisms that a plan removes and compiles what is left into a smaller dense network."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from lit_prune.errors import InputError
+from lit_prune.measurement.layers import Batches
+from lit_prune.replace.carrier import carried_value, carrier_columns, light_carriers, pads_with_zeros
+from lit_prune.replace.consumers import Reader
+from lit_prune.replace.errors import output_errors
+from lit_prune.replace.fitting import check_objective, collect_evidence, fit_stand_in
+from lit_prune.replace.flow import observe
+from lit_prune.replace.folding import add_to_output, set_weight
+from lit_prune.replace.job import Job
+from lit_prune.replace.refit import Pair, refit
+from lit_prune.replace.settings import KINDS, Replacement
+from lit_prune.replace.stand_ins import Folded, fold
+from lit_prune.structure import Plan
+
+DEFAULT_REPLACEMENT = Replacement()
+Batch = tuple[Tensor, Tensor]  # images, labels
+Done = tuple[dict[str, dict], list[str]]  # report by layer, layers that gained a bias
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """A reduced network and how faithful its parts are.
+
+    Attributes:
+        model: the smaller dense network; no masks, no hooks.
+        report: plain values: `kind`, `images`, `groups` (kept, removed, readers), `layers` (one entry a layer changed:
+            kept, removed, `error` of its output relative to the output's variance, ...), `refused`.
+        plan: the plan to replay for the structure of `model`; beyond the plan given it may name biases that were added
+            and keep a carrier in some groups.
+        carriers: group -> unit that stays only to carry constants (`border="carrier"`).
+    """
+
+    model: nn.Module
+    report: dict[str, Any]
+    plan: Plan
+    carriers: Mapping[str, int] = field(default_factory=dict)
+
+
+def replace_mechanisms(
+    model: nn.Module,
+    plan: Plan,
+    batches: Batches,
+    example_input: Tensor,
+    kind: str = "delete",
+    *,
+    settings: Replacement = DEFAULT_REPLACEMENT,
+) -> Reduced:
+    """The network without what `plan` removes, with something in its place; `model` is untouched.
+
+    The mechanism of a removed unit is what a layer reads from it: an input channel of that layer, behind norm,
+    activation, pooling, depthwise convolution or gate. `delete`: zero (`apply_plan`). `constant`: its mean, folded into
+    the reader's bias. `affine`: a ridge combination of kept input channels, folded into their columns. `refit`: the
+    reader is solved again (see `refit`). A bias goes into the BatchNorm behind the reader where there is one, so the
+    structure is the plan's; else the reader gains a bias, which `Reduced.plan` says.
+
+    Args:
+        model: the original network.
+        plan: what to keep; its blocks are dropped first.
+        batches: unaugmented (images, labels); labels are read only where `settings.objective` is a loss.
+        example_input: [B, C, H, W], for tracing.
+        kind: "delete", "constant", "affine" or "refit".
+        settings: see `Replacement`.
+
+    Raises:
+        InputError: unknown kind, no images, or a layer in which nothing can stand in (it is named; see
+            `Replacement.unsupported`).
+
+    Source: causal mechanism reduction, section 3.2; refit: He et al. 2017, made sequential.
+    """
+    if kind not in KINDS:
+        raise InputError(f"kind={kind!r} is unknown; use one of {', '.join(KINDS)}")
+    check_objective(kind, settings)
+    taken = take_batches(batches, settings.images)
+    images = [batch for batch, _ in taken]
+    job = Job.prepare(model, plan, example_input, kind, settings)
+    layers, gained = _METHODS[kind](job, taken, settings)
+    readers = [job.readers[name] for name in layers]
+    errors = output_errors(job.dense, job.reduced, readers, job.flow.norms, images)
+    for name, entry in layers.items():
+        entry |= _shape(job.readers[name]) | errors[name].report(entry.pop("border", 0.0))
+    final = replace(job.plan, added_biases=tuple(dict.fromkeys((*plan.added_biases, *gained))))
+    report = {
+        "kind": kind,
+        "images": sum(map(len, images)),
+        "groups": _group_report(plan, layers, job.readers),
+        "layers": layers,
+        "refused": job.refused,
+    }
+    return Reduced(job.reduced, report, final, job.carriers)
+
+
+def take_batches(batches: Batches, limit: int) -> list[Batch]:
+    """The first `limit` images with their labels, batch by batch.
+
+    Raises:
+        InputError: there is no image.
+    """
+    taken, count = [], 0
+    for images, labels in batches:
+        if count >= limit:
+            break
+        taken.append((images[: limit - count], None if labels is None else labels[: limit - count]))
+        count += len(taken[-1][0])
+    if not count:
+        raise InputError("batches: no batch of (images, labels) in it; give at least one")
+    return taken
+
+
+def _delete(job: Job, batches: Sequence[Batch], settings: Replacement) -> Done:
+    return {reader.name: {} for reader in job.losing()}, []
+
+
+def _constant(job: Job, batches: Sequence[Batch], settings: Replacement) -> Done:
+    return _folded(job, batches, "constant", settings)
+
+
+def _affine(job: Job, batches: Sequence[Batch], settings: Replacement) -> Done:
+    return _folded(job, batches, "affine", settings)
+
+
+def _folded(job: Job, batches: Sequence[Batch], kind: str, settings: Replacement) -> Done:
+    """Constants or affine combinations, fitted on the network before the surgery."""
+    readers = job.losing()
+    inputs = collect_evidence(job.dense, [reader.name for reader in readers], batches, kind, settings)
+    gained = light_carriers(job.reduced, job.graph, job.plan, job.carriers, job.flow)
+    report = {}
+    for reader in readers:
+        module, found = job.dense.get_submodule(reader.name), inputs[reader.name]
+        stand_in, said = fit_stand_in(reader, module.weight, found, kind, settings)
+        folded = fold(module, reader, stand_in, found.size)
+        border, created = _write(job, reader, folded, batches[0][0][:2])
+        gained += [reader.name] if created else []
+        report[reader.name] = {"rows": int(found.sums.samples), "unexplained": stand_in.unexplained, "border": border}
+        report[reader.name] |= said
+    light_carriers(job.reduced, job.graph, job.plan, job.carriers, job.flow)  # a reader may write carriers itself
+    return report, gained
+
+
+def _write(job: Job, reader: Reader, folded: Folded, images: Tensor) -> tuple[float, bool]:
+    """Puts a folded map into the reduced network; the border error left, and whether the reader gained a bias."""
+    columns = carrier_columns(job.graph, job.carriers, reader)
+    module = job.reduced.get_submodule(reader.name)
+    places = {column: place for place, column in enumerate(sorted((*reader.kept, *columns)))}
+    weight = folded.weight.new_zeros(len(folded.weight), len(places), *folded.weight.shape[2:])
+    weight[:, [places[column] for column in reader.kept]] = folded.weight
+    carried = bool(columns) and pads_with_zeros(module)
+    if carried:
+        value = carried_value(job.reduced, reader.name, places[columns[0]], images)
+        weight[:, places[columns[0]]] = folded.carried[:, 0] / value
+    set_weight(module, weight)
+    if carried:
+        return 0.0, False
+    return folded.border, add_to_output(job.reduced, reader.name, job.flow.norms.get(reader.name, ""), folded.shift)
+
+
+def _refit(job: Job, batches: Sequence[Batch], settings: Replacement) -> Done:
+    images = [batch for batch, _ in batches]
+    names = [reader.name for reader in job.losing()]
+    if settings.scope == "all" or not names:
+        names = _downstream(job, images[0])
+    stops = job.flow.stops(names)
+    return refit(Pair(job.model, job.reduced), stops, dict(job.readers), images, settings)
+
+
+def _downstream(job: Job, images: Tensor) -> list[str]:
+    """Every layer that can be solved again and whose input may have changed."""
+    order = list(job.readers)
+    lost = [position for position, name in enumerate(order) if job.readers[name].removed]
+    first = min(lost, default=len(order))
+    if job.dense is not job.model:
+        original = dict.fromkeys(observe(job.model, images).layers)
+        first = min(first, next(position for position, name in enumerate(original) if name not in job.readers))
+    return [name for name in order[first:] if not job.readers[name].obstacle]
+
+
+_METHODS = {"delete": _delete, "constant": _constant, "affine": _affine, "refit": _refit}
+
+
+def _shape(reader: Reader) -> dict[str, Any]:
+    return {"groups": list(reader.groups), "kept": len(reader.kept), "removed": len(reader.removed)}
+
+
+def _group_report(plan: Plan, layers: Mapping[str, dict], readers: Mapping[str, Reader]) -> dict[str, dict]:
+    report = {}
+    for name, kept in plan.keep_channels.items():
+        if plan.removed(name):
+            reading = [reader.name for reader in readers.values() if name in reader.groups]
+            errors = {layer: layers[layer]["error"] for layer in reading if layer in layers}
+            report[name] = {"kept": len(kept), "removed": len(plan.removed(name)), "readers": reading, "errors": errors}
+    return report

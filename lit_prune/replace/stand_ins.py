@@ -1,0 +1,173 @@
+"""Constants and affine combinations of kept channels that stand in for removed ones, folded into their reader."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_prune.errors import InputError
+from lit_prune.measurement.moments import LayerSums
+from lit_prune.replace.consumers import Reader
+from lit_prune.replace.risk import solve_ridged
+from lit_prune.replace.settings import Replacement
+
+DEFAULT_REPLACEMENT = Replacement()
+PARENT_RULES = ("pearson", "weighted_pearson", "random")
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """a_j ≈ θ0 + Σ θ_p a_p for every removed input channel j of a layer.
+
+    Attributes:
+        offsets: θ0, float64 [removed].
+        coefficients: θ, float64 [removed, kept].
+        unexplained: share of the removed channels' summed variance that is left; NaN where variance is not what was
+            fitted.
+        singular: removed channels whose system could be solved only with the ridge.
+    """
+
+    offsets: Tensor
+    coefficients: Tensor
+    unexplained: float
+    singular: int = 0
+
+
+def constants(sums: LayerSums, reader: Reader) -> StandIn:
+    """Each removed channel's mean: the constant that distorts an affine reader's output least.
+
+    Source: causal mechanism reduction, proof of the CMR-Logit score.
+    """
+    removed = list(reader.removed)
+    mean = sums.shift + sums.first / sums.samples
+    return StandIn(mean[removed], mean.new_zeros(len(removed), len(reader.kept)), 1.0)
+
+
+def affine(sums: LayerSums, reader: Reader, parents: Tensor, ridge: float) -> StandIn:
+    """Ridge regression of each removed channel on kept channels of the same layer.
+
+    Args:
+        sums: of the layer's input channels.
+        reader: which go and which stay.
+        parents: places within `reader.kept`, int64 [removed, r], see `choose_parents`.
+        ridge: relative to each parent's own variance, above 0.
+
+    Source: causal mechanism reduction, affine case of theorem 1 with uniform curvature and no gradient.
+    """
+    removed, kept = list(reader.removed), list(reader.kept)
+    mean, covariance = input_moments(sums)
+    inner, cross = covariance[kept][:, kept], covariance[kept][:, removed]  # [K, K], [K, R]
+    if parents.shape[1] == len(kept):  # all of them: one system for all removed channels
+        parents = torch.arange(len(kept)).expand(len(removed), -1)
+        theta, flags = solve_ridged(inner[None], cross[None], ridge)
+        coefficients, singular = theta[0].T, len(removed) * int(flags)
+    else:
+        blocks = inner[parents[:, :, None], parents[:, None, :]]  # [R, r, r]
+        theta, flags = solve_ridged(blocks, cross.T.gather(1, parents)[..., None], ridge)
+        coefficients = cross.new_zeros(len(removed), len(kept)).scatter_(1, parents, theta[..., 0])
+        singular = int(flags.sum())
+    left = covariance.diagonal()[removed] - (coefficients * (2 * cross.T - coefficients @ inner)).sum(1)
+    total = covariance.diagonal()[removed].sum()
+    unexplained = float(left.clamp_min(0).sum() / total) if total > 0 else 0.0
+    return StandIn(mean[removed] - coefficients @ mean[kept], coefficients, unexplained, singular)
+
+
+def input_moments(sums: LayerSums) -> tuple[Tensor, Tensor]:
+    """Mean [C] and population covariance [C, C], float64."""
+    mean = sums.first / sums.samples
+    return mean + sums.shift, sums.second / sums.samples - torch.outer(mean, mean)
+
+
+def choose_parents(
+    sums: LayerSums, reader: Reader, weight: Tensor, settings: Replacement = DEFAULT_REPLACEMENT
+) -> Tensor:
+    """Places within `reader.kept` of the channels that stand in for each removed one, int64 [removed, r], ascending.
+
+    Args:
+        sums: of the layer's input channels.
+        reader: which go and which stay.
+        weight: of the reader, [O, C, *taps].
+        settings: how many parents (all of them where there are fewer), by which rule, which seed.
+
+    Raises:
+        InputError: fewer images than parents.
+    """
+    removed, kept = list(reader.removed), list(reader.kept)
+    count = len(kept) if settings.parents is None else min(settings.parents, len(kept))
+    if settings.parents is not None and count >= int(sums.samples):
+        raise InputError(
+            f"parents={settings.parents}: {int(sums.samples)} calibration samples are too few for layer "
+            f"{reader.name!r}; use more images or fewer parents"
+        )
+    strength = parent_strength(input_moments(sums)[1], weight, settings.parent_rule, settings.seed)
+    return strength[removed][:, kept].topk(count, dim=1).indices.sort(1).values
+
+
+def parent_strength(covariance: Tensor, weight: Tensor, rule: str, seed: int) -> Tensor:
+    """How fit channel k is to stand in for channel j, [C, C].
+
+    Args:
+        covariance: of a reader's input channels, float64 [C, C].
+        weight: of the reader, [O, C, *taps] (ungrouped where the rule looks at it).
+        rule: absolute `pearson` correlation; `weighted_pearson`, that times the absolute cosine of the outgoing
+            weights; or `random` numbers.
+        seed: of the random numbers.
+    """
+    if rule == "random":
+        generator = torch.Generator().manual_seed(seed)
+        return torch.rand(covariance.shape, generator=generator, dtype=torch.float64)
+    strength = correlations(covariance)
+    if rule == "weighted_pearson":
+        columns = F.normalize(weight.detach().double().cpu().movedim(1, 0).flatten(1), dim=1)  # [C, O·taps]
+        strength = strength * (columns @ columns.T).abs()
+    return strength
+
+
+def correlations(covariance: Tensor) -> Tensor:
+    """|Pearson correlation| of each pair, [C, C]; 0 where a variance is 0."""
+    spread = covariance.diagonal().clamp_min(0).sqrt()
+    scale = torch.outer(spread, spread)
+    return torch.where(scale > 0, covariance.abs() / scale, 0)
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A reader's affine map with the stand-ins folded in.
+
+    Attributes:
+        weight: float64 [O, kept, *taps].
+        shift: what the output gains, float64 [O].
+        border: mean over positions and sum over outputs of the squared error that zero padding makes: at the border the
+            removed channels were zero, the shift is not.
+        carried: kernel for a channel that is 1 everywhere, float64 [O, 1, *taps], exact in place of `shift`.
+    """
+
+    weight: Tensor
+    shift: Tensor
+    border: float
+    carried: Tensor
+
+
+def fold(module: nn.Module, reader: Reader, stand_in: StandIn, size: tuple[int, ...]) -> Folded:
+    """Parents' columns gain W[:, j]·θ_p; the output gains Σ_j θ0_j·ΣW[:, j] over taps.
+
+    Args:
+        module: the reader in the original network.
+        reader: what goes.
+        stand_in: for its removed columns.
+        size: height and width of the map it reads; () for a linear layer.
+
+    Source: causal mechanism reduction, proposition 1.
+    """
+    weight = module.weight.detach().to(stand_in.offsets)[list(reader.written)]
+    lost, rest = weight[:, list(reader.removed)], weight[:, list(reader.kept)]
+    rest = rest + torch.einsum("oj...,jk->ok...", lost, stand_in.coefficients)
+    carried = torch.einsum("oj...,j->o...", lost, stand_in.offsets)[:, None]
+    shift = carried.flatten(1).sum(1)
+    border = 0.0
+    if isinstance(module, nn.Conv2d) and module.padding_mode == "zeros":
+        ones = carried.new_ones(1, 1, *size)
+        actual = F.conv2d(ones, carried, None, module.stride, module.padding, module.dilation)[0]  # [O, H, W]
+        border = float((actual - shift[:, None, None]).square().mean((1, 2)).sum())
+    return Folded(rest, shift, border, carried)

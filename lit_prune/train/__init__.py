@@ -1,0 +1,1 @@
+"""What runs inside a Trainer: modules, callbacks, stages, repair, and the records that they leave."""

@@ -1,0 +1,3 @@
+"""The made-up run folder for tests of figures and of the page."""
+
+from made_up_run import full_run, made_up  # noqa: F401

@@ -1,0 +1,242 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lit_prune.replace import Replacement, replace_mechanisms
+from lit_prune.replace.flow import observe
+from lit_prune.replace.patches import PositionSample, input_rows, output_rows
+from lit_prune.replace.regression import PairSums, solve, solve_held_out
+from lit_prune.replace.walk import watching
+from lit_prune.structure import Plan, apply_plan
+
+IMAGE = torch.zeros(1, 3, 6, 6, dtype=torch.float64)
+
+
+class Block(nn.Module):
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(5, 6, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(6)
+        self.conv2 = nn.Conv2d(6, 5, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(5)
+        self.in_place = in_place
+
+    def forward(self, trunk):
+        values = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(trunk)))))
+        if self.in_place:
+            values += trunk
+            return torch.relu_(values)
+        return torch.relu(trunk + values)
+
+
+class Trunk(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 5, 3, padding=1)
+        self.first, self.second = Block(False), Block(True)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, images):
+        return self.head(self.second(self.first(torch.relu(self.stem(images)))).mean((2, 3)))
+
+
+@pytest.fixture
+def trunk():
+    torch.manual_seed(3)
+    net = Trunk()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.running_mean, -0.3, 0.3)
+    return net.double().eval()
+
+
+@pytest.fixture
+def batches():
+    torch.manual_seed(4)
+    return [(torch.randn(20, 3, 6, 6, dtype=torch.float64), torch.zeros(20)) for _ in range(3)]
+
+
+PLAN = Plan(
+    keep_channels={"first.conv1": (0, 1, 3, 5), "second.conv1": (1, 2, 4)},
+    sizes={"first.conv1": 6, "second.conv1": 6},
+)
+
+
+def test_passes_wait_at_the_addition_that_reads_a_layer_and_in_front_of_others(trunk):
+    flow = observe(trunk, IMAGE)
+    stops = flow.stops(["first.conv1", "first.conv2", "second.conv2", "head"])
+    assert [(stop.layer, stop.norm, stop.joined) for stop in stops] == [
+        ("first.conv1", "first.bn1", False),
+        ("first.conv2", "first.bn2", True),
+        ("second.conv2", "second.bn2", True),
+        ("head", "", False),
+    ]
+
+
+def test_of_two_layers_that_one_addition_reads_only_the_last_waits_there():
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.branch, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+            self.projection, self.both = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+
+        def forward(self, images):
+            total = self.norm(self.branch(images)) + self.projection(images)
+            seen_twice = self.both(total)
+            return seen_twice + seen_twice.relu()
+
+    stops = observe(Joined().eval(), torch.zeros(1, 3, 4, 4)).stops(["branch", "projection", "both"])
+    assert [(stop.layer, stop.joined) for stop in stops] == [("branch", False), ("projection", True), ("both", False)]
+
+
+def test_one_waiting_pass_solves_what_layer_by_layer_passes_solve(trunk, batches):
+    images = torch.cat([batch for batch, _ in batches])
+    settings = Replacement(ridge=1e-9)
+    reduced = replace_mechanisms(trunk, PLAN, batches, IMAGE, "refit", settings=settings).model
+    naive = apply_plan(trunk, PLAN, IMAGE)
+    seen = {}
+    for name in ("first", "second"):
+        block, original = naive.get_submodule(name), trunk.get_submodule(name)
+        seen.clear()
+        hooks = [
+            block.conv2.register_forward_pre_hook(lambda m, args: seen.update(u=args[0])),
+            block.register_forward_pre_hook(lambda m, args: seen.update(shortcut=args[0].clone())),
+            original.conv2.register_forward_hook(lambda m, args, z: seen.update(z=z)),
+            original.register_forward_pre_hook(lambda m, args: seen.update(trunk=args[0].clone())),
+        ]
+        with torch.no_grad():
+            naive(images), trunk(images)
+            scale = original.bn2.weight * (original.bn2.running_var + original.bn2.eps).rsqrt()
+            target = seen["z"] + (seen["trunk"] - seen["shortcut"]) / scale[:, None, None]
+            rows = input_rows(block.conv2, seen["u"], None)
+            design = torch.cat([rows, torch.ones(len(rows), 1)], 1)
+            solution = torch.linalg.lstsq(design, target.permute(0, 2, 3, 1).flatten(0, 2)).solution.T
+            block.conv2.weight.copy_(solution[:, :-1].reshape(block.conv2.weight.shape))
+            block.bn2.running_mean -= solution[:, -1]
+        for hook in hooks:
+            hook.remove()
+        found = reduced.get_submodule(name)
+        torch.testing.assert_close(found.conv2.weight, block.conv2.weight, rtol=0, atol=1e-6)
+        torch.testing.assert_close(found.bn2.running_mean, block.bn2.running_mean, rtol=0, atol=1e-6)
+    torch.testing.assert_close(reduced(images), naive(images), rtol=0, atol=1e-5)
+
+
+def test_a_reader_of_512_maps_is_solved_as_least_squares_on_all_rows_at_once_solves_it():
+    torch.manual_seed(0)
+    body = [nn.Conv2d(3, 512, 3, padding=1), nn.ReLU(), nn.Conv2d(512, 48, 3, padding=1), nn.ReLU()]
+    net = nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 3)).double().eval()
+    batches = [(torch.randn(5, 3, 8, 8, dtype=torch.float64), torch.zeros(5)) for _ in range(5)]
+    kept = tuple(range(0, 512, 4))  # 1,152 columns against 1,600 rows, streamed in five parts
+    plan = Plan(keep_channels={"0": kept}, sizes={"0": 512})
+    settings = Replacement(ridge=1e-12, held_out=0.0)
+    found = replace_mechanisms(net, plan, batches, torch.zeros(1, 3, 8, 8).double(), "refit", settings=settings).model
+    with torch.no_grad():
+        maps = net[:2](torch.cat([images for images, _ in batches]))
+        rows = F.unfold(maps[:, kept], 3, padding=1).mT.flatten(0, 1)
+        target = net[2](maps).permute(0, 2, 3, 1).flatten(0, 2)
+    solution = torch.linalg.lstsq(torch.cat([rows, torch.ones(len(rows), 1).double()], 1), target).solution.T
+    torch.testing.assert_close(found[2].weight.flatten(1), solution[:, :-1], rtol=0, atol=1e-8)
+    torch.testing.assert_close(found[2].bias, solution[:, -1], rtol=0, atol=1e-8)
+
+
+def test_the_order_of_batches_does_not_matter(trunk, batches):
+    settings = Replacement(ridge=1e-6)
+    one = replace_mechanisms(trunk, PLAN, batches, IMAGE, "refit", settings=settings)
+    other = replace_mechanisms(trunk, PLAN, batches[::-1], IMAGE, "refit", settings=settings)
+    for name, value in one.model.state_dict().items():
+        torch.testing.assert_close(value, other.model.state_dict()[name], rtol=0, atol=1e-9)
+
+
+def test_an_error_in_the_network_ends_all_waiting_passes(trunk, batches):
+    class Fragile(Trunk):
+        def forward(self, images):
+            if len(images) == 20 and getattr(self, "armed", False):
+                raise RuntimeError("broken network")
+            return super().forward(images)
+
+    net = Fragile().double().eval()
+    net.load_state_dict(copy.deepcopy(trunk.state_dict()))
+    net.armed = True
+    with pytest.raises(RuntimeError, match="broken network"):
+        replace_mechanisms(net, PLAN, batches, IMAGE, "refit")
+    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in net.modules())
+
+
+def test_streamed_sums_solve_the_ridge_problem():
+    generator = torch.Generator().manual_seed(0)
+    inputs = 3 + torch.randn(500, 7, generator=generator, dtype=torch.float64)
+    targets = torch.randn(500, 2, generator=generator, dtype=torch.float64) + inputs[:, :2] - 5
+    sums = PairSums.zeros(inputs[:50], targets[:50])
+    for part in range(0, 500, 50):
+        sums.add(inputs[part : part + 50], targets[part : part + 50])
+    data = sums.covariance()
+    fit = solve(data, 0.1)
+    u, z = inputs - inputs.mean(0), targets - targets.mean(0)
+    penalty = 0.1 * u.square().mean() * 500
+    expected = torch.linalg.solve(u.T @ u + penalty * torch.eye(7).double(), u.T @ z).T
+    torch.testing.assert_close(fit.weight, expected, rtol=0, atol=1e-10)
+    residual = inputs @ fit.weight.T + fit.bias - targets
+    assert data.error(fit) == pytest.approx(float(residual.square().sum() / z.square().sum()), rel=1e-9)
+
+
+def test_float32_rows_agree_with_float64_sums():
+    generator = torch.Generator().manual_seed(0)
+    inputs = 100 + torch.randn(20_000, 9, generator=generator)
+    targets = inputs[:, :3] * 0.5 + torch.randn(20_000, 3, generator=generator)
+    pairs = [(inputs, targets), (inputs.double(), targets.double())]
+    found = []
+    for u, z in pairs:
+        sums = PairSums.zeros(u[:100], z[:100])
+        sums.add(u, z)
+        found.append(sums.covariance())
+    torch.testing.assert_close(found[0].inputs, found[1].inputs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[0].cross, found[1].cross, rtol=1e-5, atol=1e-5)
+
+
+def test_held_out_rows_choose_a_strong_ridge_for_noise_and_a_weak_one_for_a_clean_signal():
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(80, 30, generator=generator, dtype=torch.float64)
+    noise = torch.randn(80, 1, generator=generator, dtype=torch.float64)
+    for targets, strong in ((noise, True), (inputs[:, :1], False)):
+        fitted = PairSums.zeros(inputs[:40], targets[:40])
+        held_out = fitted.empty()
+        fitted.add(inputs[:40], targets[:40])
+        held_out.add(inputs[40:], targets[40:])
+        fit, _ = solve_held_out(fitted, held_out)
+        assert (fit.ridge >= 1e-2) == strong
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"padding": 1}, {"stride": 2, "padding": (2, 1)}, {"dilation": 2, "padding": "same"}]
+)
+def test_sampled_rows_are_the_patches_that_the_convolution_reads(options):
+    torch.manual_seed(0)
+    layer = nn.Conv2d(3, 4, (3, 2), bias=False, **options).double()
+    inputs = torch.randn(2, 3, 7, 9, dtype=torch.float64)
+    outputs = layer(inputs)
+    chosen = PositionSample(5, seed=1).draw(2, outputs[0, 0].numel())
+    for positions in (None, chosen):
+        rows = input_rows(layer, inputs, positions)
+        torch.testing.assert_close(rows @ layer.weight.flatten(1).T, output_rows(layer, outputs, positions))
+
+
+def test_sampled_positions_are_seeded_distinct_and_in_range():
+    draws = [PositionSample(5, seed=1).draw(4, 30) for _ in range(2)]
+    assert torch.equal(*draws)
+    assert all(len(set(row.tolist())) == 5 and max(row) < 30 for row in draws[0])
+    assert PositionSample(30, seed=1).draw(4, 30) is None
+
+
+def test_waiting_passes_keep_no_graph(trunk, batches):
+    stops = {stop.layer: stop for stop in observe(trunk, IMAGE).stops(["first.conv2", "second.conv2"])}
+    with watching(trunk, stops, before=False) as start:
+        walk = start(batches[0][0])
+        for layer in stops:
+            seen = walk.advance(layer)
+            assert not seen.inputs.requires_grad and not seen.output.requires_grad
+        assert walk.advance() is None
+        torch.testing.assert_close(walk.output, trunk(batches[0][0]).detach())

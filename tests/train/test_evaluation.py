@@ -1,0 +1,32 @@
+import pytest
+import torch
+
+from lit_prune.errors import InputError
+from lit_prune.train.evaluation import evaluate
+
+
+def test_accuracy_and_loss_of_all_images_whatever_the_batches(tiny_net):
+    torch.manual_seed(0)
+    images, labels = torch.randn(10, 3, 8, 8), torch.randint(0, 4, (10,))
+    logits = tiny_net(images)
+    parts = [(images[:3], labels[:3]), (images[3:], labels[3:])]
+    result = evaluate(tiny_net.train(), parts)
+    assert result.accuracy == (logits.argmax(1) == labels).double().mean().item()
+    assert result.loss == pytest.approx(torch.nn.functional.cross_entropy(logits.double(), labels).item(), rel=1e-6)
+    assert result.images == 10 and tiny_net.training
+
+
+def test_ranks_add_as_sums(tiny_net):
+    torch.manual_seed(0)
+    images, labels = torch.randn(9, 3, 8, 8), torch.randint(0, 4, (9,))
+    shares = []
+    evaluate(tiny_net, [(images[:2], labels[:2])], lambda sums: shares.append(sums) or sums)
+    both = evaluate(tiny_net, [(images[2:], labels[2:])], lambda sums: sums + shares[0])
+    whole = evaluate(tiny_net, [(images, labels)])
+    assert (both.accuracy, both.images) == (whole.accuracy, whole.images)
+    assert both.loss == pytest.approx(whole.loss, rel=1e-6)
+
+
+def test_no_batches_is_an_error(tiny_net):
+    with pytest.raises(InputError, match="no batches"):
+        evaluate(tiny_net, [])

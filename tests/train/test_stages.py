@@ -1,0 +1,103 @@
+import pytest
+import torch
+
+from lit_prune import apply_plan, cost
+from lit_prune.errors import InputError
+from lit_prune.models import Block, build_backbone
+from lit_prune.train.stages import DenseCost, PruningStage, plan_stage, removable_in_order
+
+
+def block(name: str, protected: str = "") -> Block:
+    return Block(name, name.split(".")[0], (name,), protected)
+
+
+BLOCKS = (block("s1.0"), block("s1.1"), block("s2.0", "changes shape"), block("s2.1"), block("s3.0"), block("s3.1"))
+
+
+def test_blocks_go_in_ascending_information_skipping_protected_ones_and_the_last_of_a_stage():
+    information = {"s1.0": 0.3, "s1.1": 0.1, "s2.0": 0.0, "s2.1": 0.5, "s3.0": 0.2, "s3.1": 0.4}
+    assert removable_in_order(BLOCKS, information) == ["s1.1", "s3.0", "s2.1"]
+
+
+def test_information_decides_between_the_blocks_of_a_stage():
+    information = {"s1.0": 0.1, "s1.1": 0.3, "s2.0": 0.0, "s2.1": 0.5, "s3.0": 0.4, "s3.1": 0.2}
+    assert removable_in_order(BLOCKS, information) == ["s1.0", "s3.1", "s2.1"]
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    torch.manual_seed(0)
+    model = build_backbone("cifar_resnet20", 4).eval()
+    example = torch.zeros(1, 3, 16, 16)
+    batches = [(torch.randn(32, 3, 16, 16), torch.arange(32) % 4)]
+    return model, batches, example, DenseCost.of(model, example)
+
+
+@pytest.mark.parametrize(("ratio", "count"), [(0.1, 0), (0.15, 1), (0.4, 2), (0.6, 4)])
+def test_ratio_removes_the_floor_of_its_share_of_the_free_blocks(resnet, ratio, count):
+    model, batches, example, dense = resnet  # 7 free blocks: 9 less the two that change shape
+    stage = PruningStage("blocks", remove_ratio=ratio)
+    if not count:
+        with pytest.raises(InputError, match="removes nothing: 9 blocks, 7 free"):
+            plan_stage(model, stage, batches, example, dense)
+        return
+    plan = plan_stage(model, stage, batches, example, dense)
+    assert len(plan.drop_blocks) == count and not {"layer2.0", "layer3.0"} & set(plan.drop_blocks)
+    information = plan.notes["information"]
+    kept = [name for name in information if name not in plan.drop_blocks and name not in plan.notes["protected"]]
+    survivors_of_thin_stages = {name for name in kept if sum(k.startswith(name[:6]) for k in information) == 1}
+    assert max(information[name] for name in plan.drop_blocks) <= min(
+        information[name] for name in kept if name not in survivors_of_thin_stages
+    )
+
+
+def test_blocks_by_budget_stops_at_the_first_that_fits(resnet):
+    model, batches, example, dense = resnet
+    plan = plan_stage(model, PruningStage("blocks", keep=0.7), batches, example, dense)
+    fewer = type(plan)(drop_blocks=plan.drop_blocks[:-1], keep_channels={}, sizes={}, notes={})
+    assert cost(apply_plan(model, plan, example), example).macs <= 0.7 * dense.macs
+    assert cost(apply_plan(model, fewer, example), example).macs > 0.7 * dense.macs
+
+
+def test_hand_written_keep_configuration(resnet):
+    model, batches, example, dense = resnet
+    stage = PruningStage("blocks", keep_blocks={"layer1": [0], "layer2": [0, 2], "layer3": [0]})
+    dropped = plan_stage(model, stage, batches, example, dense).drop_blocks
+    assert set(dropped) == {"layer1.1", "layer1.2", "layer2.1", "layer3.1", "layer3.2"}
+
+
+@pytest.mark.parametrize("kind", ["planes", "mid", "channels"])
+def test_channel_budgets_are_shares_of_the_dense_network(resnet, kind):
+    model, batches, example, dense = resnet
+    smaller = apply_plan(
+        model, plan_stage(model, PruningStage("blocks", remove_count=2), batches, example, dense), example
+    )
+    plan = plan_stage(smaller, PruningStage(kind, keep=0.5), batches, example, dense)
+    macs = cost(apply_plan(smaller, plan, example), example).macs
+    assert 0.47 * dense.macs < macs <= 0.5 * dense.macs
+    inside = {name.endswith("conv1") and name != "conv1" for name, kept in plan.keep_channels.items() if kept}
+    assert inside == {"planes": {False}, "mid": {True}, "channels": {True, False}}[kind]
+
+
+def test_a_budget_already_met_is_an_error_that_says_what_the_network_costs(resnet):
+    model, batches, example, dense = resnet
+    smaller = apply_plan(model, plan_stage(model, PruningStage("mid", keep=0.5), batches, example, dense), example)
+    with pytest.raises(InputError, match=r"removes nothing: the network already costs (49|50)\.\d% of the dense macs"):
+        plan_stage(smaller, PruningStage("mid", keep=0.8), batches, example, dense)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "blocks"}, "give exactly one of"),
+        ({"kind": "blocks", "remove_ratio": 0.5, "keep": 0.5}, "give exactly one of"),
+        ({"kind": "mid", "remove_ratio": 0.5}, "give exactly one of keep"),
+        ({"kind": "mid", "keep": 0.0}, r"keep must lie in \(0, 1\], got keep=0.0"),
+        ({"kind": "blocks", "remove_ratio": 1.0}, r"remove_ratio must lie in \(0, 1\)"),
+        ({"kind": "blocks", "remove_ratio": 0.5, "replace": "refit"}, "a whole block has no stand-in"),
+        ({"kind": "mid", "keep": 0.5, "epoch": -1}, "epoch must be >= 0"),
+    ],
+)
+def test_stages_out_of_range_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        PruningStage(**options)
