@@ -122,7 +122,8 @@ class _OpenWindows:
         height, width = x.shape[1:3]
         wide, high = self.window_size[1], self.window_size[0]
         x = F.pad(x, (0, 0, 0, -width % wide, 0, -height % high))
-        shift = [0 if window >= size else s for window, size, s in zip((high, wide), x.shape[1:3], self.shift_size)]
+        whole = (high >= x.shape[1], wide >= x.shape[2])  # one window covers the image: nothing to shift
+        shift = [0 if one else s for one, s in zip(whole, self.shift_size, strict=True)]
         x = x.roll((-shift[0], -shift[1]), (1, 2)) if any(shift) else x
         windows = _into_windows(x, high, wide)  # [B, n, P, C]
         mask = _window_mask(x, high, wide, shift) if any(shift) else None  # [n, 1, P, P]

@@ -1,8 +1,8 @@
 """Attention layers whose forward states the number of heads through the width of the input, written out again.
 
-Their classes compute the width of a head as `width // heads`, so that a head cannot go without another forward. For each
-of them there is one class here that computes the same function from the same tensors and names, with the number of
-heads and the width of a head as two attributes. An instance changes its class in place; nothing else about it changes.
+Their classes compute the width of a head as `width // heads`, so that a head cannot go without another forward. For
+each of them one class is registered here that computes the same function from the same tensors and names, with the
+number of heads and the width of a head as two attributes. An instance changes its class in place; nothing else changes.
 """
 
 from collections.abc import Callable, Iterator
