@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lit_prune.structure.example import Example
+
 _SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
 _PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 MIXERS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
@@ -73,15 +75,15 @@ class _Read:
     dim: int
 
 
-def find_attention(model: nn.Module, image: Tensor) -> list[Attention]:
+def find_attention(model: nn.Module, sample: Example) -> list[Attention]:
     """The attentions of `model` in order of use; it is run once, in the state it is in.
 
     Args:
         model: network in evaluation mode whose parameters require gradients, its attention layers open (`opened`).
-        image: one image [1, ...].
+        sample: one sample.
     """
     with watching(model, _Watch(model)) as watch:
-        model(image)
+        model(*sample.args, **sample.kwargs)
     reads = [read for read in watch.reads if read.inputs.requires_grad]
     columns = _columns(watch.calls, reads)
     return [_attention(model, call, reads, found) for call, found in zip(watch.calls, columns, strict=True)]

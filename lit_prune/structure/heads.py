@@ -1,6 +1,5 @@
 """Groups of attention heads: the slices of each head, the attributes that follow, and a trial that both are right."""
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -13,14 +12,16 @@ from lit_prune.structure import axes
 from lit_prune.structure.attention import MIXERS, Attention, Slices, find_attention
 from lit_prune.structure.coupling import Group, Member
 from lit_prune.structure.cutting import cut_layer
+from lit_prune.structure.example import Example
 from lit_prune.structure.opened import opened
+from lit_prune.structure.tracing import copy_network
 
 ROLE = "heads"
 _CLOSE = 1e-4  # of the largest value: rounding of products that are summed over fewer heads
 _Call = tuple[tuple, dict]
 
 
-def head_groups(model: nn.Module, image: Tensor) -> list[Group]:
+def head_groups(model: nn.Module, sample: Example) -> list[Group]:
     """A group for each attention of `model` whose units are its heads; protected, with the reason, where none can go.
 
     A group is offered only if it passes a trial: the attention without some heads, run on what it reads in the pass,
@@ -28,15 +29,15 @@ def head_groups(model: nn.Module, image: Tensor) -> list[Group]:
 
     Args:
         model: network in evaluation mode whose parameters require gradients.
-        image: one image [1, ...].
+        sample: one sample.
     """
     with opened(model):
-        found = find_attention(model, image)
+        found = find_attention(model, sample)
         counts = {name: sum(other.name == name for other in found) for name in {a.name for a in found}}
         drafts = [_draft(model, attention, counts[attention.name]) for attention in found]
         pairs = zip(drafts, found, strict=True)
         scopes = {group.name: _scope(attention.name, group) for group, attention in pairs if not group.protected}
-        calls = _calls(model, image, set(scopes.values()))
+        calls = _calls(model, sample, set(scopes.values()))
         return [
             group if group.protected else _tried(model, group, attention, scopes[group.name], calls)
             for group, attention in zip(drafts, found, strict=True)
@@ -88,7 +89,7 @@ def _scope(name: str, group: Group) -> str:
     return ".".join(common)
 
 
-def _calls(model: nn.Module, image: Tensor, scopes: set[str]) -> dict[str, _Call]:
+def _calls(model: nn.Module, sample: Example, scopes: set[str]) -> dict[str, _Call]:
     """What the modules are called with in one pass, the first call of each."""
     calls: dict[str, _Call] = {}
 
@@ -98,7 +99,7 @@ def _calls(model: nn.Module, image: Tensor, scopes: set[str]) -> dict[str, _Call
     handles = [model.get_submodule(name).register_forward_pre_hook(note(name), with_kwargs=True) for name in scopes]
     try:
         with torch.no_grad():
-            model(image)
+            model(*sample.args, **sample.kwargs)
     finally:
         for handle in handles:
             handle.remove()
@@ -158,7 +159,7 @@ def _between(scope: str, name: str) -> list[str]:
 def _without(whole: nn.Module, scope: str, members: Sequence[Member], removed: list[int]) -> nn.Module:
     """A copy of the module `scope` without the heads `removed`."""
     holder = nn.Module()
-    holder.scope = copy.deepcopy(whole)
+    holder.scope = copy_network(whole)
     for member in members:
         inner = f"scope.{member.module[len(scope) :].lstrip('.')}".rstrip(".")
         cut_layer(holder, inner, member.axis, [place for unit in removed for place in member.positions[unit]])
