@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 from lit_prune.structure import axes, probe, protection
 from lit_prune.structure.axes import PaddedShortcut
 from lit_prune.structure.coupling import Draft, assemble_group, members_alike
-from lit_prune.structure.cutting import FrozenNormPruner, ShortcutPruner
 from lit_prune.structure.example import Example
+from lit_prune.structure.pruners import FrozenNormPruner, ShortcutPruner
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from lit_prune.structure import axes, probe
 from lit_prune.structure.coupling import Group, lost_positions
+from lit_prune.structure.cutting import cut_layer
 from lit_prune.structure.example import Example
 from lit_prune.structure.tracing import copy_network
 
@@ -68,8 +69,6 @@ class _Trial:
 
     def fault(self, groups: Sequence[Group]) -> str:
         """Why half of the units of these groups cannot go; "" where they can."""
-        from lit_prune.structure.cutting import cut_layer  # Torch-Pruning imports timm: seconds
-
         generator = np.random.default_rng(len(groups))
         removed = {g.name: sorted(generator.permutation(g.size)[: g.size // 2].tolist()) for g in groups}
         lost = lost_positions({group.name: group for group in groups}, removed)
