@@ -1,4 +1,4 @@
-"""Torch-Pruning's layer functions, with ours for the layers that it does not know. Importing it takes seconds (timm)."""
+"""Torch-Pruning's layer functions, and ours for layers that it does not know. Importing it takes seconds (timm)."""
 
 import warnings
 from collections.abc import Sequence
