@@ -203,7 +203,9 @@ class StagedPruning(Callback):
                 f"the first stage already failed its repair ({self.records[0]['accuracy']['after_repair']:.2%}, dense "
                 f"{self.dense['accuracy']:.2%}, tolerance {self.tolerance}): nothing to hand over; remove less at once"
             )
-        network = Network.from_checkpoint(self._checkpoint(trainer, held), module.image_shape)
+        network = Network.from_checkpoint(
+            self._checkpoint(trainer, held), module.image_shape, trust=(module.backbone_name,)
+        )
         return write_compact(run_dir, network, self.dense, self.records[:held])
 
     def _run(self, stage: PruningStage, trainer: Trainer, module: LitClassifier) -> None:
