@@ -31,6 +31,8 @@ def build_network(
     """
     arguments = {} if arguments is None else arguments
     check_arguments(backbone, arguments)
+    if arguments.get("pretrained") not in (None, False, pretrained):
+        raise InputError(f"backbone {backbone!r}: argument 'pretrained' does nothing here; give --model.pretrained true")
     if ":" not in backbone:
         return build_backbone(backbone, **(arguments | {"pretrained": pretrained}))
     if backbone not in ({trust} if isinstance(trust, str) else set(trust)):
