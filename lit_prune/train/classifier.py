@@ -1,7 +1,6 @@
 """`LitClassifier`: a backbone, its loss seam, its structure in the checkpoint."""
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +12,14 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from lit_prune.errors import InputError
-from lit_prune.models import build_network, load_weights
+from lit_prune.models import build_network, check_forward, load_weights
 from lit_prune.models.registry import first_line
 from lit_prune.structure import Plan, apply_plan
 from lit_prune.structure.description import Description
 from lit_prune.structure.networks import STRUCTURE_KEY, backbone_weights, refuse_import_path, structure_of
 from lit_prune.train.execution import CompiledForward, check_compile, check_precision
 from lit_prune.train.loss import LossTerm, TrainingStep
-from lit_prune.train.schedule import PhaseCosine
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What trains the parameters of a phase: optimizer, schedule, largest gradient norm (None: the trainer's)."""
-
-    optimizer: OptimizerCallable
-    scheduler: LRSchedulerCallable | None = None
-    gradient_clip: float | None = None
+from lit_prune.train.schedule import PhaseCosine, Recipe
 
 
 class LitClassifier(LightningModule):
@@ -78,6 +68,9 @@ class LitClassifier(LightningModule):
         self.image_shape = tuple(int(size) for size in image_shape)
         self.arguments = {"num_classes": num_classes, "in_channels": self.image_shape[0], **(arguments or {})}
         self.backbone = build_network(backbone, self.arguments, pretrained=pretrained, trust=(backbone,))
+        check_forward(self.backbone, self.image_shape, num_classes, backbone)
+        if not 0 <= label_smoothing < 1:
+            raise InputError(f"label_smoothing={label_smoothing} must lie in [0, 1)")
         if weights is not None:
             load_weights(self.backbone, weights)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -224,10 +217,9 @@ class LitClassifier(LightningModule):
         if not parameters:
             raise InputError(f"all parameters of {self.backbone_name} are frozen: nothing to train; unfreeze some")
         recipe = self.active_recipe
-        optimizer = recipe.optimizer(parameters)
-        if recipe.scheduler is None:
+        optimizer, scheduler = recipe.build(parameters)
+        if scheduler is None:
             return optimizer
-        scheduler = recipe.scheduler(optimizer)
         interval = getattr(scheduler, "interval", "epoch")
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval}}
 
