@@ -21,6 +21,7 @@ from lit_prune.files import write_json
 from lit_prune.models import build_backbone
 from lit_prune.structure.latency import own_tensors
 from lit_prune.structure.plan import Plan
+from lit_prune.structure.record import Record, note_record
 from lit_prune.structure.surgery import apply_plan
 
 FORMAT = "lit_prune.compact"
@@ -40,8 +41,9 @@ def build_network(backbone: str, arguments: dict[str, Any] | None = None, pretra
         InputError: unknown name, or an import path that leads nowhere.
     """
     arguments = dict(arguments or {})
+    record = Record(backbone, arguments)
     if ":" not in backbone:
-        return build_backbone(backbone, **(arguments | {"pretrained": pretrained}))
+        return note_record(build_backbone(backbone, **(arguments | {"pretrained": pretrained})), record)
     if pretrained:
         raise InputError(f"backbone {backbone!r} is an import path; pretrained=True works with names only")
     package, _, attribute = backbone.partition(":")
@@ -49,7 +51,7 @@ def build_network(backbone: str, arguments: dict[str, Any] | None = None, pretra
         builder = getattr(importlib.import_module(package), attribute)
     except (ImportError, AttributeError) as error:
         raise InputError(f"backbone {backbone!r} cannot be imported: {error}; give package.module:callable") from error
-    return builder(**arguments)
+    return note_record(builder(**arguments), record)
 
 
 def save_compact(

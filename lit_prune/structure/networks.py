@@ -13,6 +13,7 @@ from torch import nn
 from lit_prune.errors import InputError
 from lit_prune.models import load_weights
 from lit_prune.structure import Plan, apply_plan, build_network, save_compact
+from lit_prune.structure.record import record_of
 
 if TYPE_CHECKING:
     from lit_prune.train.classifier import LitClassifier
@@ -31,7 +32,8 @@ class Network:
     @classmethod
     def of(cls, module: "LitClassifier") -> "Network":
         """Network of a LightningModule as it stands."""
-        return cls(module.backbone, module.backbone_name, module.arguments, module.image_shape, tuple(module.plans))
+        plans = record_of(module.backbone).plans
+        return cls(module.backbone, module.backbone_name, module.arguments, module.image_shape, plans)
 
     @classmethod
     def from_checkpoint(cls, path: Path, image_shape: tuple[int, int, int]) -> "Network":

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from lightning.pytorch import LightningModule
@@ -10,7 +10,18 @@ from torch import Tensor
 
 from lit_prune.errors import InputError
 
-Term = Callable[[], Tensor | None]  # its value for the step that has just run; None where it adds nothing
+
+class Term(Protocol):
+    """A scalar to be added to the loss of a step."""
+
+    def __call__(self) -> Tensor | None:
+        """Its value for the step that has just run; None where it adds nothing."""
+        ...
+
+    def forget(self) -> None:
+        """A new step begins: drops what was kept of one that took no term."""
+        ...
+
 
 
 class AddedLoss:
@@ -33,6 +44,12 @@ class AddedLoss:
         self.steps = 0
         self.evaluations: dict[str, int] = {}
 
+    def begin_step(self) -> None:
+        """Counts a step."""
+        self.steps += 1
+        for term in self.terms.values():
+            term.forget()
+
     def total(self) -> Tensor | None:
         """Sum of the terms for the step that has just run; None where none adds anything."""
         found = None
@@ -46,8 +63,17 @@ class AddedLoss:
         return found
 
     def mean(self, name: str) -> Tensor | None:
-        """Mean of a term over the steps of the epoch so far, 0 where it added nothing; None where it never did."""
-        return self.sums[name] / max(1, self.steps) if name in self.sums else None
+        """Mean of a term over the steps of the epoch so far, 0 where it added nothing; None where it never did.
+
+        Raises:
+            InputError: it is NaN or infinite.
+        """
+        if name not in self.sums:
+            return None
+        mean = self.sums[name] / max(1, self.steps)
+        if not torch.isfinite(mean):
+            raise InputError(f"the term {name} of the loss is NaN or infinite; lower its weight or the learning rate")
+        return mean
 
 
 def add_term(module: LightningModule, name: str, term: Term) -> AddedLoss:
@@ -70,7 +96,7 @@ def drop_term(module: LightningModule, name: str) -> None:
     if added is not None:
         added.terms.pop(name, None)
         if not added.terms:
-            del module.training_step
+            module.__dict__.pop("training_step", None)
 
 
 def added_loss(module: LightningModule) -> Tensor:
@@ -87,8 +113,8 @@ def added_loss(module: LightningModule) -> Tensor:
 def _wrapped(module: LightningModule, step: Callable[..., Any], added: AddedLoss) -> Callable[..., Any]:
     @functools.wraps(step)
     def with_terms(*args: Any, **kwargs: Any) -> Any:
+        added.begin_step()
         output = step(*args, **kwargs)
-        added.steps += 1
         return _plus(output, added, module) if module.automatic_optimization else output
 
     with_terms.added_loss = added

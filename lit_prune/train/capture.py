@@ -79,7 +79,7 @@ def see(trainer: Trainer, path: str, batch: Any, index: int, step: str, loader: 
     """
     module = trainer.lightning_module
     network = network_at(module, path)
-    with _as_found(trainer, module, network), isolate_rng(), torch.no_grad():
+    with as_found(trainer, module, network), isolate_rng(), torch.no_grad():
         torch.manual_seed(index)
         setattr(trainer, STEPS[step], True)
         module.train(step == "training_step")
@@ -106,7 +106,7 @@ def _call_of(module: nn.Module, network: nn.Module, step: Any, given: tuple[Any,
     handle = network.register_forward_pre_hook(reach, with_kwargs=True, prepend=True)
     try:
         with suppress(_ReachedError):
-            step(*_arguments(step, *given))
+            step(*step_arguments(step, *given))
     finally:
         handle.remove()
     if not found:
@@ -118,7 +118,7 @@ def _call_of(module: nn.Module, network: nn.Module, step: Any, given: tuple[Any,
     return found[0]
 
 
-def _arguments(step: Any, batch: Any, index: int, loader: int) -> list[Any]:
+def step_arguments(step: Any, batch: Any, index: int, loader: int) -> list[Any]:
     """Arguments of a step, as many as it takes."""
     step = getattr(step, "__wrapped__", step)
     names = inspect.signature(step).parameters
@@ -128,7 +128,7 @@ def _arguments(step: Any, batch: Any, index: int, loader: int) -> list[Any]:
 
 
 @contextmanager
-def _as_found(trainer: Trainer, module: LightningModule, network: nn.Module) -> Iterator[None]:
+def as_found(trainer: Trainer, module: LightningModule, network: nn.Module) -> Iterator[None]:
     """Silences the module's log and puts back what a step may have changed before it called the network."""
     stage = trainer.state.stage
     modes = [(part, part.training) for part in module.modules()]

@@ -97,14 +97,15 @@ class Calls:
     Args:
         network: the student, or the teacher.
         layer: name of the layer whose inputs are the features; None keeps none.
-        whole: keep the calls of the network too.
+        student: keep the calls of the network too, and nothing outside of training.
     """
 
-    def __init__(self, network: nn.Module, layer: str | None, whole: bool = True) -> None:
+    def __init__(self, network: nn.Module, layer: str | None, student: bool = True) -> None:
+        self._student = student
         self.calls: list[tuple[tuple, dict, Any]] = []
         self.features: list[Tensor] = []
         self._handles = []
-        if whole:
+        if student:
             self._handles.append(network.register_forward_hook(self._keep_call, with_kwargs=True))
         if layer is not None:
             self._handles.append(network.get_submodule(layer).register_forward_pre_hook(self._keep_features))
@@ -114,7 +115,7 @@ class Calls:
             self.calls.append((args, kwargs, output))
 
     def _keep_features(self, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if layer.training == torch.is_grad_enabled():  # a student in training, a teacher outside of it
+        if not self._student or layer.training and torch.is_grad_enabled():
             self.features.append(args[0])
 
     def take(self) -> tuple[list[tuple[tuple, dict, Any]], list[Tensor]]:
@@ -135,6 +136,9 @@ class Distillation:
     z are the outputs that student and teacher share (by their place in tuples and dicts; a mean over them), φ the
     inputs of the last layer. The teacher gets the arguments that the student just got. It is no submodule of the
     student: it is in no optimizer, no checkpoint and no DDP bucket.
+
+    Attributes:
+        evaluations: steps in which the teacher was asked.
 
     Args:
         repair: weights, ramp and form.
@@ -159,8 +163,8 @@ class Distillation:
         self.repair, self.teacher, self.progress = repair, teacher.eval().requires_grad_(False), progress
         device = next(teacher.parameters()).device  # a copy in every step would make it wait
         self.columns = None if columns is None else torch.tensor(columns, dtype=torch.long, device=device)
-        self.layer = layer
-        self._student, self._teacher = Calls(student, layer), Calls(teacher, layer, whole=False)
+        self.layer, self.evaluations = layer, 0
+        self._student, self._teacher = Calls(student, layer), Calls(teacher, layer, student=False)
 
     def __call__(self) -> Tensor | None:
         """Value for the step that has just run; the teacher runs only where a weight is not 0.
@@ -178,6 +182,12 @@ class Distillation:
             )
         if alpha == beta == 0:
             return next(iter(named_outputs(calls[0][2]).values())).new_zeros(())
+        if beta and len(features) != len(calls):
+            raise InputError(
+                f"distillation: {self.layer} is called {len(features)} times in {len(calls)} calls of the network, so its "
+                "inputs cannot be compared; set beta=0 in repair"
+            )
+        self.evaluations += 1
         terms = []
         for place, (args, kwargs, output) in enumerate(calls):
             with torch.no_grad():
@@ -218,6 +228,10 @@ class Distillation:
         if self.repair.form == "kl":
             return divergence(student, teacher, self.repair.temperature)
         return cosine_distance(student, teacher)
+
+    def forget(self) -> None:
+        """Drops what was kept of a step whose loss took no term."""
+        self._student.take()
 
     def remove(self) -> None:
         """Takes all hooks off."""
