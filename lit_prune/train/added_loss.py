@@ -23,7 +23,6 @@ class Term(Protocol):
         ...
 
 
-
 class AddedLoss:
     """The terms added to one module's loss, their sums over the epoch, and how often they were evaluated.
 

@@ -1,4 +1,4 @@
-"""What the network inside a LightningModule really gets: the arguments of its call, taken from the module's own step."""
+"""What the network inside a LightningModule really gets: the arguments of its call, from the module's own step."""
 
 import inspect
 from collections.abc import Iterator

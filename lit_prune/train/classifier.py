@@ -17,6 +17,7 @@ from lit_prune.train.execution import CompiledForward, check_compile, check_prec
 from lit_prune.train.pruned_checkpoint import STRUCTURE_KEY, restore_structure, save_structure
 from lit_prune.train.schedule import fit_schedule
 
+
 class LitClassifier(LightningModule):
     """Trains a backbone with cross-entropy; callbacks add to its loss and change its backbone as in any other module.
 

@@ -23,8 +23,9 @@ class Decorrelation(Callback):
 
     Hooks: `on_fit_start` adds the term to what `training_step` returns (manual optimization: `lit_prune.added_loss`),
     `on_train_batch_start` attaches to the network of that moment (one that has just been pruned as well),
-    `on_train_batch_end` and `on_train_epoch_end` log, `teardown` detaches. Nothing is kept in the callback's state, so a
-    resumed run equals the uninterrupted one. Strategies: one device, DDP (each rank its own images). Logged: `train/decorrelation` (the term), `train/peer_overlap` (mean R̄_X over S, where it was measured).
+    `on_train_batch_end` and `on_train_epoch_end` log, `teardown` detaches. Nothing is kept in the callback's state, so
+    a resumed run equals the uninterrupted one. Strategies: one device, DDP (each rank its own images). Logged:
+    `train/decorrelation` (the term), `train/peer_overlap` (mean R̄_X over S, where it was measured).
 
     Args:
         weight: λ ≥ 0. With 0 the training is bit for bit the one without the callback, and R̄_X is still logged.
@@ -33,9 +34,9 @@ class Decorrelation(Callback):
         network: path of the network in the module; None finds it, see `find_path`.
 
     Raises:
-        InputError: a value out of range; at fit start: no network found, one without a convolution of two channels, or a
-            compiled training step; at the end of an epoch: the chosen layers were never called, or manual optimization
-            never took the term.
+        InputError: a value out of range; at fit start: no network found, one without a convolution of two channels, or
+            a compiled training step; at the end of an epoch: the chosen layers were never called, or manual
+            optimization never took the term.
 
     Source: the two-axis paper, appendix O and table 17.
     """
@@ -84,8 +85,8 @@ class Decorrelation(Callback):
         mean = self._added.mean(TERM)
         if mean is None and self._added.steps:
             raise InputError(
-                f"Decorrelation: the loss of {type(pl_module).__name__} never took the term in a whole epoch: the network "
-                f"{self._path!r} is not called by training_step, or manual optimization lacks lit_prune.added_loss(self)"
+                f"Decorrelation: the loss of {type(pl_module).__name__} never took the term in a whole epoch: "
+                f"training_step does not call {self._path!r}, or manual optimization lacks lit_prune.added_loss(self)"
             )
         if mean is not None:
             pl_module.log(f"train/{TERM}", mean, sync_dist=True)

@@ -184,8 +184,8 @@ class Distillation:
             return next(iter(named_outputs(calls[0][2]).values())).new_zeros(())
         if beta and len(features) != len(calls):
             raise InputError(
-                f"distillation: {self.layer} is called {len(features)} times in {len(calls)} calls of the network, so its "
-                "inputs cannot be compared; set beta=0 in repair"
+                f"distillation: {self.layer} is called {len(features)} times in {len(calls)} calls of the network, so "
+                "its inputs cannot be compared; set beta=0 in repair"
             )
         self.evaluations += 1
         terms = []

@@ -1,7 +1,7 @@
 """The task of a LightningModule: its batches as its network gets them, its loss as its own step computes it."""
 
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,7 +40,9 @@ class SeenTask(Task):
     def to(self, batch: Seen, model: nn.Module) -> Seen:
         """On the network's device; they are there already where the module's hooks put them there."""
         device = next(model.parameters()).device
-        parts = (map_tensors(part, lambda tensor: tensor.to(device)) for part in (batch.args, batch.kwargs, batch.batch))
+        parts = (
+            map_tensors(part, lambda tensor: tensor.to(device)) for part in (batch.args, batch.kwargs, batch.batch)
+        )
         return Seen(*parts)
 
     def take(self, batch: Seen, samples: slice | int) -> Seen:

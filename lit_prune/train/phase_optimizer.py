@@ -45,7 +45,9 @@ class PhaseOptimizer:
         """For the record of a stage."""
         if self.continues:
             return "continued: momentum of kept channels, learning rates and schedules"
-        return "fresh, by configure_optimizers, for the phase" if self.optimizer == ANEW else "fresh, made for the phase"
+        return (
+            "fresh, by configure_optimizers, for the phase" if self.optimizer == ANEW else "fresh, made for the phase"
+        )
 
     def attach(self, trainer: Trainer, module: LightningModule, phase: Callable[[], tuple[bool, int | None]]) -> None:
         """Wraps the module's hook.
@@ -75,7 +77,9 @@ class PhaseOptimizer:
 
     def _check(self, found: Any) -> None:
         """Refuses several optimizers where the repair is to have one of its own."""
-        several = found[0] if isinstance(found, tuple | list) and found and isinstance(found[0], list | tuple) else found
+        several = (
+            found[0] if isinstance(found, tuple | list) and found and isinstance(found[0], list | tuple) else found
+        )
         if callable(self.optimizer) and isinstance(several, list | tuple) and len(several) > 1:
             raise InputError(
                 f"optimizer: configure_optimizers gives {len(several)} optimizers, the repair would have one; leave "

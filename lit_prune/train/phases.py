@@ -37,8 +37,8 @@ def check_epochs(stages: Sequence[Stage], total: int | None) -> None:
         raise InputError(f"stage epochs must increase, one stage an epoch, got {epochs}")
     if total is not None and epochs[-1] >= total:
         raise InputError(
-            f"stage {stages[-1].name} at epoch {epochs[-1]} leaves no epoch for repair in a run of {total} epochs (0 to "
-            f"{total - 1}); raise --trainer.max_epochs (or max_steps)"
+            f"stage {stages[-1].name} at epoch {epochs[-1]} leaves no epoch for repair in a run of {total} epochs "
+            f"(0 to {total - 1}); raise --trainer.max_epochs (or max_steps)"
         )
 
 

@@ -94,8 +94,8 @@ def _restore(trainer: Trainer, carried: list[dict[str, Any]], positions: list[An
     found = [len(optimizer.param_groups) for optimizer in trainer.optimizers]
     if found != [len(state["groups"]) for state in carried] or len(positions) != len(trainer.lr_scheduler_configs):
         raise InputError(
-            "optimizer: configure_optimizers gives other optimizers, parameter groups or schedules than before the cut, "
-            "so their state cannot go on; give StagedPruning(optimizer=...) or optimizer=anew"
+            "optimizer: configure_optimizers gives other optimizers, parameter groups or schedules than before the "
+            "cut, so their state cannot go on; give StagedPruning(optimizer=...) or optimizer=anew"
         )
     for entry, state in zip(trainer.lr_scheduler_configs, positions, strict=True):
         entry.scheduler.load_state_dict(state)

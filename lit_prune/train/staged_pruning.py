@@ -65,8 +65,8 @@ class StagedPruning(Callback):
         task: what batches and outputs mean, where it is not recognised.
         repair: weights and form of the distillation terms.
         optimizer: of the repair phases, with a fresh state (the paper: Adam, 1e-4). `anew` calls the module's
-            `configure_optimizers` again, with `trainer.max_epochs` as long as the phase, so that its schedule fits. None
-            lets the optimizers go on: momentum of kept channels, learning rates, the schedules' positions.
+            `configure_optimizers` again, with `trainer.max_epochs` as long as the phase, so that its schedule fits.
+            None lets the optimizers go on: momentum of kept channels, learning rates, the schedules' positions.
         scheduler: of the repair phases; None keeps the learning rate constant. Only with an `optimizer`.
         teacher: folder of a saved network (`save_compact`) to learn from; None: this run's own dense network.
         probe_limit: samples at the most that block information is measured on.
@@ -96,7 +96,7 @@ class StagedPruning(Callback):
             raise InputError(f"StagedPruning needs BlockStage and ChannelStage objects as stages, got stages={stages}")
         if probe_limit < 1 or recalibration_batches < 0:
             raise InputError(
-                f"probe_limit={probe_limit} must be at least 1, recalibration_batches={recalibration_batches} at least 0"
+                f"probe_limit={probe_limit} is below 1 or recalibration_batches={recalibration_batches} below 0"
             )
         if monitor is not None:
             check_metric_name(monitor)
@@ -193,7 +193,9 @@ class StagedPruning(Callback):
             return
         total = total_epochs(trainer)
         if total is None:
-            raise InputError("staged pruning needs max_epochs, or max_steps and loaders of known length: phases have ends")
+            raise InputError(
+                "staged pruning needs max_epochs, or max_steps and loaders of known length: phases have ends"
+            )
         check_epochs(self.stages, None if trainer.fast_dev_run else total)
         late = [s for s in self.stages[len(self.records) :] if s.epoch < trainer.current_epoch]
         if late:
@@ -294,8 +296,8 @@ class StagedPruning(Callback):
         if not held:
             found, dense = (format_figure(name, v) for v in (self._repaired, self.dense["value"]))
             raise InputError(
-                f"the first stage already failed its repair ({name} {found}, dense {dense}, tolerance {self.tolerance}): "
-                "nothing to hand over; remove less at once"
+                f"the first stage already failed its repair ({name} {found}, dense {dense}, tolerance {self.tolerance})"
+                ": nothing to hand over; remove less at once"
             )
         plans = self.dense["plans"] + held
         network = self.subject.before(plans)

@@ -132,8 +132,8 @@ class ChannelStage(Stage):
             raise InputError(f"stage {self.name}: keep must lie in (0, 1], got keep={self.keep}")
         if self.normalisation is not None and self.allocation != "global":
             raise InputError(
-                f"stage {self.name}: normalisation={self.normalisation} has no effect with allocation=uniform; leave it "
-                "out, or set allocation=global"
+                f"stage {self.name}: normalisation={self.normalisation} has no effect with allocation=uniform; leave "
+                "it out, or set allocation=global"
             )
         if self.replace not in KINDS:
             raise InputError(f"stage {self.name}: replace={self.replace!r} is none of {', '.join(KINDS)}")
@@ -271,9 +271,7 @@ def plan_channels(
     return plan_method(evidence, stage.score, evidence.graph, cost_model, stage.request(keep))
 
 
-def cut(
-    model: nn.Module, plan: Plan, stage: Stage, batches: Batches, example_input: Tensor
-) -> tuple[nn.Module, Plan]:
+def cut(model: nn.Module, plan: Plan, stage: Stage, batches: Batches, example_input: Tensor) -> tuple[nn.Module, Plan]:
     """The network after the plan with the stage's stand-ins in place, and the plan that rebuilds its structure.
 
     Layers in which nothing can stand in (a reader that is not affine) are left with what is kept.

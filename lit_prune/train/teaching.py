@@ -81,9 +81,7 @@ class Teaching:
         if not self.wanted:
             return
         columns = self._find_features(lesson)
-        self._term = Distillation(
-            self.repair, lesson.student, lesson.teacher, lesson.progress, self.layer, columns
-        )
+        self._term = Distillation(self.repair, lesson.student, lesson.teacher, lesson.progress, self.layer, columns)
         self._added = add_term(module, TERM, self._term)
 
     def _find_features(self, lesson: Lesson) -> list[int] | None:
@@ -170,7 +168,8 @@ class Tutor(Callback):
     """Teaches the network of any LightningModule by another one through a whole `fit`.
 
     Hooks: `on_fit_start` adds the term, `on_train_epoch_start` and `on_train_epoch_end` keep its mean (logged as
-    `train/distillation`), `teardown` takes it out. Nothing is kept in the callback's state. Strategies: one device, DDP.
+    `train/distillation`), `teardown` takes it out. Nothing is kept in the callback's state. Strategies: one device and
+    DDP.
 
     Args:
         repair: weights and form of the term; features are compared where the last layers read equally many channels.

@@ -22,8 +22,8 @@ from lit_prune.train.samples import Samples, calibration_samples
 class Trace(Callback, ABC):
     """Traces the network at initialisation and after every k-th training epoch, and says what that cost.
 
-    For any LightningModule. Hooks: `setup` (finds the network), `on_train_start` (initialisation, skipped on resume) and
-    `on_train_epoch_end`; `on_train_epoch_start`, `on_train_batch_start` and `on_train_batch_end` keep the time that
+    For any LightningModule. Hooks: `setup` (finds the network), `on_train_start` (initialisation, skipped on resume)
+    and `on_train_epoch_end`; `on_train_epoch_start`, `on_train_batch_start` and `on_train_batch_end` keep the time that
     training takes. Nothing is kept in the callback's state.
 
     Args:

@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_prune.errors import InputError
 from lit_prune.lab.trajectory.gradient_trace import GradientTrace
-from lit_prune.train import execution
 from lit_prune.structure.record import record_of
+from lit_prune.train import execution
 from lit_prune.train.axis_trace import AxisTrace
 from lit_prune.train.decorrelation import Decorrelation
 from lit_prune.train.execution import CompiledForward, backend_and_mode, check_compile, check_precision

@@ -69,9 +69,7 @@ def test_hand_written_keep_configuration(resnet):
 @pytest.mark.parametrize("kind", ["planes", "mid", "channels"])
 def test_channel_budgets_are_shares_of_the_dense_network(resnet, kind):
     model, batches, example, dense = resnet
-    smaller = apply_plan(
-        model, plan_stage(model, BlockStage(remove_count=2), batches, example, dense), example
-    )
+    smaller = apply_plan(model, plan_stage(model, BlockStage(remove_count=2), batches, example, dense), example)
     plan = plan_stage(smaller, ChannelStage(0.5, part=kind), batches, example, dense)
     macs = cost(apply_plan(smaller, plan, example), example).macs
     assert 0.47 * dense.macs < macs <= 0.5 * dense.macs
@@ -101,7 +99,11 @@ def test_a_budget_already_met_is_an_error_that_says_what_the_network_costs(resne
         (ChannelStage, {"keep": 0.5, "budget": "mac"}, "budget='mac' is unknown"),
         (ChannelStage, {"keep": 0.5, "score": "taylr"}, "score: 'taylr' is unknown; did you mean taylor"),
         (ChannelStage, {"keep": 0.5, "allocation": "even"}, "allocation='even' is unknown"),
-        (ChannelStage, {"keep": 0.5, "normalisation": "rank"}, "normalisation=rank has no effect with allocation=uniform"),
+        (
+            ChannelStage,
+            {"keep": 0.5, "normalisation": "rank"},
+            "normalisation=rank has no effect with allocation=uniform",
+        ),
         (ChannelStage, {"keep": 0.5, "replace": "means"}, "replace='means' is none of"),
         (ChannelStage, {"keep": 0.5, "cap": 1.5}, "cap=1.5 within"),
         (ChannelStage, {"keep": 0.5, "round_to": 0}, "round_to=0 must be at least 1"),
