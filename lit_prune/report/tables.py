@@ -207,7 +207,8 @@ def tabulate_stages(run: RunFolder) -> Table:
     rows = zip(map(Cell, titles), *(_stage_cells(stage) for stage in run.stages), strict=True)
     caption = (
         f"{name.capitalize()} of each stage at the points where it was measured: what the cut alone cost, what new "
-        "BatchNorm statistics gave back (the dense network gets the same treatment for comparison), what training gave back."
+        "BatchNorm statistics gave back (the dense network gets the same treatment for comparison), what training gave "
+        "back."
     )
     return Table(("stage", *names), tuple(rows), caption)
 

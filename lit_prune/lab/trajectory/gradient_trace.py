@@ -23,8 +23,9 @@ class GradientTrace(Trace):
     Hooks: `on_train_start` (initialisation, skipped on resume) and `on_train_epoch_end`. Nothing is kept in the
     callback's state. The first `limit` calibration samples go twice through the network in evaluation mode, as it gets
     them in the module's validation step; each layer costs two weight-gradient passes (one of the loss), no patch is
-    unfolded. L is the plain cross-entropy on these images. The training state, gradients and the
-    random state included, is left as found. Under DDP the ranks share each batch and add their sums, and rank 0 writes. Supported strategies: one device and DDP.
+    unfolded. L is the plain cross-entropy on these images. The training state, gradients and the random state included,
+    is left as found. Under DDP the ranks share each batch and add their sums, and rank 0 writes. Supported strategies:
+    one device and DDP.
 
     File, whole or not at all: `<default_root_dir>/trace/gradients.parquet` with epoch (finished epochs, 0 =
     initialisation) and the columns of `direction_table`. On resume the earlier epochs are kept, an
