@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from rich.console import Console
 
 from lit_prune.cli.compress import schedule_sweep
 from lit_prune.cli.memory import keep_freed_memory
-from lit_prune.cli.parsing import FolderParser, OneLineParser, causes, changed_keys, one_line
+from lit_prune.cli.parsing import FolderParser, OneLineParser, causes, changed_keys, import_paths, one_line
 from lit_prune.cli.trainer import Trainer, last_checkpoint
+from lit_prune.cli.yaml_text import read_yaml
 from lit_prune.data import ImageData
 from lit_prune.errors import InputError
 from lit_prune.export import ExportError, export_compact
@@ -54,18 +55,24 @@ def report(run_dir: str) -> None:
     print(f"report: {page}")
 
 
-def export(run_dir: str, formats: list[str] = ["onnx", "torch_export"], to: str | None = None) -> None:  # noqa: B006
+def export(
+    run_dir: str,
+    formats: list[str] = ["onnx", "torch_export"],  # noqa: B006
+    to: str | None = None,
+    trust: list[str] = [],  # noqa: B006
+) -> None:
     """Exports the compact model of a run folder and verifies each file against the module.
 
     Args:
         run_dir: run folder with `compact/`, or a compact folder itself.
         formats: `onnx` (needs the extra `export`) and `torch_export`.
         to: folder for the files; default: `export/` in the run folder.
+        trust: import paths `package.module:callable` that the folder may name as its backbone.
     """
     folder = Path(run_dir)
     compact = folder / "compact" if (folder / "compact").is_dir() else folder
     try:
-        results = export_compact(compact, Path(to) if to else folder / "export", tuple(formats))
+        results = export_compact(compact, Path(to) if to else folder / "export", tuple(formats), trust=trust)
     except ExportError as error:
         raise SystemExit(f"error: {one_line(str(error))}") from None  # exit code 1: the input was right
     for name, result in results.items():
@@ -217,7 +224,7 @@ class PruneCLI(LightningCLI):
             return
         written = self.run_dir / "config.yaml"
         if int(os.environ.get("LOCAL_RANK", "0")) == 0 and written.exists() and self._has_begun():
-            changed = self.changed_since(yaml.safe_load(written.read_text()))
+            changed = self.changed_since(read_yaml(written))
             if changed:
                 raise InputError(
                     f"run folder {self.run_dir} holds a run with another configuration ({', '.join(changed[:4])}); "
@@ -240,12 +247,13 @@ class PruneCLI(LightningCLI):
         An option that is newer than the run counts with its default; it did not change what the run did.
         """
         self._dump_config()
-        parser = self._parser(self.subcommand)
-        try:
-            full = parser.parse_object(copy.deepcopy(old))  # it changes what it is given
-            old = yaml.safe_load(parser.dump(full, skip_link_targets=False, skip_none=False, format="yaml"))
-        except InputError:  # it has options that are no more: compared as it is, they are named
-            pass
+        if not isinstance(old, dict):
+            return ["config.yaml"]
+        if import_paths(old) <= import_paths(self.config_dump):  # what only the folder names is not imported
+            parser = self._parser(self.subcommand)
+            with suppress(InputError):  # it has options that are no more: compared as it is, they are named
+                full = parser.parse_object(copy.deepcopy(old))  # it changes what it is given
+                old = yaml.safe_load(parser.dump(full, skip_link_targets=False, skip_none=False, format="yaml"))
         return changed_keys(old, self.config_dump)
 
     @rank_zero_only

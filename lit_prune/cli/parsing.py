@@ -65,3 +65,12 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
         elif before != after:
             changed.append(name)
     return changed
+
+
+def import_paths(settings: Any) -> set[str]:
+    """Every text among settings that may be the import path of a class or a function."""
+    if isinstance(settings, dict):
+        return {path for value in settings.values() for path in import_paths(value)}
+    if isinstance(settings, list | tuple):
+        return {path for value in settings for path in import_paths(value)}
+    return {settings} if isinstance(settings, str) and re.fullmatch(r"\w+([.:]\w+)+", settings) else set()

@@ -1,6 +1,7 @@
 """`LitClassifier`: a backbone trained with cross-entropy, the LightningModule of the command line."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,10 +12,13 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from lit_prune.errors import InputError
-from lit_prune.models import load_weights
-from lit_prune.structure import build_network
+from lit_prune.models import build_network, load_weights
+from lit_prune.structure.description import Description
+from lit_prune.structure.networks import backbone_weights, structure_of
+from lit_prune.structure.record import Record, note_record
+from lit_prune.tensor_files import read_torch
 from lit_prune.train.execution import CompiledForward, check_compile, check_precision
-from lit_prune.train.pruned_checkpoint import STRUCTURE_KEY, restore_structure, save_structure
+from lit_prune.train.pruned_checkpoint import restore_structure, save_structure
 from lit_prune.train.schedule import fit_schedule
 
 
@@ -59,7 +63,8 @@ class LitClassifier(LightningModule):
         self.backbone_name = backbone
         self.image_shape = tuple(int(size) for size in image_shape)
         self.arguments = {"num_classes": num_classes, "in_channels": self.image_shape[0], **(arguments or {})}
-        self.backbone = build_network(backbone, self.arguments, pretrained=pretrained)
+        self.backbone = build_network(backbone, self.arguments, pretrained=pretrained, trust=(backbone,))
+        note_record(self.backbone, Record(backbone, self.arguments))
         if weights is not None:
             load_weights(self.backbone, weights)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -192,12 +197,30 @@ class LitClassifier(LightningModule):
         Raises:
             InputError: the checkpoint holds another network.
         """
-        saved = checkpoint.get(STRUCTURE_KEY)
+        saved = structure_of(checkpoint)
         if saved is None:
             raise InputError("checkpoint has no lit_prune structure: give its file to --model.weights instead")
-        if (saved["backbone"], saved["arguments"]) != (self.backbone_name, self.arguments):
+        described = Description.read(saved, self.image_shape, "checkpoint")
+        if (described.backbone, described.arguments) != (self.backbone_name, self.arguments):
             raise InputError(
-                f"checkpoint of another network: it holds {saved['backbone']} {saved['arguments']}, "
+                f"checkpoint of another network: it holds {described.backbone} {described.arguments}, "
                 f"this run is configured for {self.backbone_name} {self.arguments}"
             )
+        backbone_weights(checkpoint, "checkpoint")
         restore_structure(self, checkpoint)
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **arguments: Any) -> "LitClassifier":
+        """As Lightning's; an import path that only the checkpoint names is not imported.
+
+        Raises:
+            InputError: the checkpoint names one, and `backbone=` was not given.
+        """
+        checkpoint = read_torch(checkpoint_path, "checkpoint")
+        hparams = checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_KEY) if isinstance(checkpoint, dict) else None
+        named = hparams.get("backbone") if isinstance(hparams, dict) else None
+        if "backbone" not in arguments and ":" in str(named):
+            raise InputError(
+                f"checkpoint {checkpoint_path} names the import path {named!r}; if it is yours, give backbone={named!r}"
+            )
+        return super().load_from_checkpoint(checkpoint_path, *args, **{"weights_only": True, **arguments})

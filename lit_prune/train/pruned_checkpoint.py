@@ -13,11 +13,12 @@ from torch import nn
 
 from lit_prune.errors import InputError
 from lit_prune.structure import Plan, apply_plan
+from lit_prune.structure.networks import STRUCTURE_KEY, structure_of
 from lit_prune.structure.record import example_input, note_plan, note_record, rebuild_inputs, record_of
 from lit_prune.structure.tracing import copy_network
+from lit_prune.tensor_files import read_torch
 from lit_prune.train.locate import find_path, network_at, put_network
 
-STRUCTURE_KEY = "lit_prune_structure"
 Module = TypeVar("Module", bound=LightningModule)
 
 
@@ -47,7 +48,7 @@ def restore_structure(module: LightningModule, checkpoint: dict[str, Any], dense
     Raises:
         InputError: the checkpoint is from before a cut that the module's network has had.
     """
-    saved = checkpoint.get(STRUCTURE_KEY)
+    saved = structure_of(checkpoint)
     if not saved or "network" not in saved:
         return
     path = find_path(module, saved["network"])
@@ -98,11 +99,7 @@ def load_pruned(
     Raises:
         InputError: no such file, arguments missing, or weights that do not fit.
     """
-    try:
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"checkpoint: {path} cannot be read ({reason}); give a checkpoint of a fit") from error
+    checkpoint = read_torch(path, "checkpoint")
     known = inspect.signature(kind).parameters
     saved = {key: value for key, value in checkpoint.get("hyper_parameters", {}).items() if key in known}
     try:

@@ -1,6 +1,5 @@
 """The run folder: what a run writes about itself, beside checkpoints and logs."""
 
-import json
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 
 from lit_prune.data import ImageData
-from lit_prune.files import json_text, write_json, write_text
+from lit_prune.files import json_text, read_json, write_json, write_text
 from lit_prune.structure.networks import Network
 
 PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "numpy", "scipy", "timm", "torch-pruning")
@@ -29,7 +28,7 @@ def add_record(run_dir: Path, verb: str, record: dict[str, Any]) -> None:
     """Puts `record` under the key `verb` of run.json; begins the file where there is none."""
     file = run_dir / "run.json"
     if file.is_file():
-        write_json(file, {**json.loads(file.read_text(encoding="utf-8")), verb: record})
+        write_json(file, {**read_json(file), verb: record})
     else:
         write_run(run_dir, {"verb": verb, verb: record})
 

@@ -14,6 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from lit_prune.errors import InputError
+from lit_prune.files import read_parquet
 from lit_prune.lab.analyze.evidence import cut_batches
 from lit_prune.lab.lesion.request import LesionRequest
 from lit_prune.lab.lesion.table import Frames, Images, lesion, write_tables
@@ -90,7 +91,7 @@ def read_lesions(folder: str | Path) -> pd.DataFrame:
     file = Path(folder) / "lesions.parquet"
     if not file.is_file():
         raise InputError(f"compare: {folder} has no lesions.parquet; lesion that run first")
-    return name_cells(pd.read_parquet(file), folder)
+    return name_cells(read_parquet(file), folder)
 
 
 def name_cells(table: pd.DataFrame, folder: str | Path) -> pd.DataFrame:

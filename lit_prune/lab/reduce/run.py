@@ -23,8 +23,9 @@ from lit_prune.lab.reduce.request import ReduceRequest
 from lit_prune.lab.reduce.tables import difference_table, result_table
 from lit_prune.progress import progress_bars, unwatched
 from lit_prune.structure import Plan
-from lit_prune.structure.networks import Network, find_network
+from lit_prune.structure.networks import Network, epochs_done, find_network
 from lit_prune.structure.record import note_plan, record_of
+from lit_prune.tensor_files import read_torch
 from lit_prune.train.distillation import Repair
 from lit_prune.train.teaching import Tutor
 
@@ -124,15 +125,9 @@ def trained_network(make: Factory, seed: int, folder: Path) -> Network:
     """
     last = folder / "checkpoints" / "last.ckpt"
     trainer, module, data = make(seed, folder)
-    if _epochs_done(last) < trainer.max_epochs:
+    if epochs_done(last) < trainer.max_epochs:
         trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
-    return Network.from_checkpoint(last, module.image_shape)
-
-
-def _epochs_done(checkpoint: Path) -> int:
-    if not checkpoint.is_file():
-        return 0
-    return torch.load(checkpoint, map_location="cpu", weights_only=True)["epoch"] + 1
+    return Network.from_checkpoint(last, module.image_shape, trust=(module.backbone_name,))
 
 
 @dataclass(frozen=True)
@@ -154,10 +149,10 @@ class Repairer:
         module.backbone = note_plan(network.train(), record_of(module.backbone), plan)
         if self.request.repair is not None:
             trainer.callbacks.insert(0, Tutor(self._checked(self.request.repair), copy.deepcopy(dense)))
-        if _epochs_done(last) < self.request.repair_epochs:
+        if epochs_done(last) < self.request.repair_epochs:
             trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
         else:
-            module.load_state_dict(torch.load(last, map_location="cpu", weights_only=True)["state_dict"])
+            module.load_state_dict(read_torch(last, "checkpoint")["state_dict"])
         return module.backbone.eval()
 
     @staticmethod

@@ -22,6 +22,7 @@ from lit_prune.files import write_json, write_parquet, write_text
 from lit_prune.lab.suite.estimate import Estimate, estimate_fit
 from lit_prune.progress import bars
 from lit_prune.report.event_files import read_scalars
+from lit_prune.structure.networks import epochs_done
 
 CONFIG, LOG, FINISHED = "fit.yaml", "log.txt", "finished.json"
 POLL_SECONDS = 0.2
@@ -240,8 +241,7 @@ def preview(suite: Suite, slots: int, load: Callable[[list[str]], tuple[Any, Any
 
 
 def _epochs_done(run: Run) -> int:
-    last = run.folder / "checkpoints" / "last.ckpt"
-    return int(torch.load(last, map_location="cpu", weights_only=True)["epoch"]) + 1 if last.exists() else 0
+    return epochs_done(run.folder / "checkpoints" / "last.ckpt")
 
 
 def _estimate(run: Run, load: Callable[[list[str]], tuple[Any, Any, dict[str, Any]]]) -> Estimate:
