@@ -9,7 +9,7 @@ from torch import nn
 
 from lit_prune.files import read_parquet, write_parquet
 from lit_prune.lab.trajectory.directions import collect_directions, direction_table
-from lit_prune.measurement.target_axis import TARGETS
+from lit_prune.task import TARGETS
 from lit_prune.train.samples import as_pair
 from lit_prune.train.tracing import Trace, Traced, trace_folder
 
