@@ -96,18 +96,17 @@ class DictModule(Classifier):
 
 
 class Segmenter(LightningModule):
-    """Per-pixel classes, an auxiliary output in training, a dict of outputs."""
+    """Per-pixel classes, a dict of outputs."""
 
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
             self.stem, self.mid = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 10, 3, padding=1)
-            self.norm, self.head, self.aux = nn.BatchNorm2d(10), nn.Conv2d(10, 3, 1), nn.Conv2d(8, 3, 1)
+            self.norm, self.head = nn.BatchNorm2d(10), nn.Conv2d(10, 3, 1)
 
         def forward(self, x):
             x = torch.relu(self.stem(x))
-            out = {"out": self.head(torch.relu(self.norm(self.mid(x))))}
-            return {**out, "aux": self.aux(x)} if self.training else out
+            return {"out": self.head(torch.relu(self.norm(self.mid(x)))), "features": x}
 
     def __init__(self):
         super().__init__()
@@ -115,8 +114,7 @@ class Segmenter(LightningModule):
         self.model = self.Net()
 
     def training_step(self, batch, batch_idx):
-        out = self.model(batch[0] / 100)
-        return F.cross_entropy(out["out"], batch[1]) + 0.4 * F.cross_entropy(out["aux"], batch[1])
+        return F.cross_entropy(self.model(batch[0] / 100)["out"], batch[1])
 
     def validation_step(self, batch, batch_idx):
         right = (self.model(batch[0] / 100)["out"].argmax(1) == batch[1]).float().mean()

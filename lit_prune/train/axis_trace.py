@@ -12,9 +12,8 @@ from lit_prune.files import read_parquet, write_parquet
 from lit_prune.measurement.channel_table import channel_table, collect_sums, layer_table
 from lit_prune.measurement.protocol import DEFAULT_PROTOCOL, Protocol
 from lit_prune.report.axes_figures import plane_pixels
-from lit_prune.task import TARGETS
+from lit_prune.task import TARGETS, Task
 from lit_prune.train.dynamics import dynamics_table
-from lit_prune.train.samples import as_pair
 from lit_prune.train.tracing import Trace, Traced, trace_folder
 
 
@@ -44,6 +43,7 @@ class AxisTrace(Trace):
         plane: log a picture of three layers on the two axes, `trace/plane`, where there is a TensorBoard logger.
         network: path of the network in the module; None finds it, see `find_path`.
         calibration: a loader, or a number of samples, to measure on; None: see `calibration_samples`.
+        task: what batches and outputs mean, where it is not recognised.
 
     Raises:
         InputError: a value out of range; at the start: no network found, no calibration data, fewer samples in the
@@ -56,14 +56,15 @@ class AxisTrace(Trace):
         self,
         every_n_epochs: int = 1,
         layers: list[str] | None = None,
-        target: str = "true_margin",
+        target: str | None = None,
         limit: int | None = None,
         protocol: Protocol | None = None,
         plane: bool = True,
         network: str | None = None,
         calibration: Any = None,
+        task: Task | str | None = None,
     ) -> None:
-        super().__init__(Traced(every_n_epochs, layers, target, limit, network, calibration, None), tuple(TARGETS))
+        super().__init__(Traced(every_n_epochs, layers, target, limit, network, calibration, task), tuple(TARGETS))
         self.protocol = protocol or DEFAULT_PROTOCOL
         self.plane = plane
 
@@ -74,8 +75,8 @@ class AxisTrace(Trace):
 
     def trace(self, trainer: Trainer, network: nn.Module, epoch: int) -> str:
         """Adds the ranks' sums; rank 0 writes and logs."""
-        batches = map(as_pair, self.samples(trainer))
-        sums = collect_sums(network, batches, self.chosen.target, self.chosen.layers, self.protocol).all_reduce()
+        (batches, task), chosen = self.samples(trainer), self.chosen
+        sums = collect_sums(network, batches, chosen.target, chosen.layers, self.protocol, task).all_reduce()
         if not trainer.is_global_zero:
             return ""
         channels = channel_table(network, sums, self.protocol)

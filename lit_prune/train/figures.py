@@ -1,17 +1,15 @@
 """The one figure that says how good the network is: the user's logged monitor, or the metric of the task."""
 
 from collections.abc import Iterable
-from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
-from torch import nn
 
 from lit_prune.errors import InputError
 from lit_prune.task import Task
 from lit_prune.train.capture import step_for_evaluation
+from lit_prune.train.evaluation import evaluate
 from lit_prune.train.locate import network_at
-from lit_prune.train.module_task import SeenTask, task_in
+from lit_prune.train.module_task import task_in
 from lit_prune.train.rewire import mean_over_ranks, sum_over_ranks, validation_loader
 from lit_prune.train.samples import Samples
 from lit_prune.train.validation import run_validation
@@ -36,7 +34,7 @@ class Figures:
         if mode not in MODES:
             raise InputError(f"mode={mode!r} is unknown; use max or min")
         self.monitor, self._mode, self.task = monitor, mode, task
-        self._found: SeenTask | None = None
+        self._found: Task | None = None
 
     @property
     def name(self) -> str:
@@ -94,27 +92,5 @@ class Figures:
         )
         if self._found is None:
             self._found = task_in(trainer, path, samples.first(), self.task)
-        sums = metric_sums(network_at(trainer.lightning_module, path), samples, self._found)
-        return self._found.figure(sum_over_ranks(trainer, sums))
-
-
-@torch.no_grad()
-def metric_sums(network: nn.Module, batches: Iterable[Any], task: Task) -> torch.Tensor:
-    """Sums behind the task's figure over batches, in evaluation mode; modes are as before on return.
-
-    Raises:
-        InputError: no batch.
-    """
-    modes = [(part, part.training) for part in network.modules()]
-    total = None
-    network.eval()
-    try:
-        for batch in batches:
-            sums = task.metric(task.run(network, batch), batch).double()
-            total = sums if total is None else total + sums
-    finally:
-        for part, training in modes:
-            part.training = training
-    if total is None:
-        raise InputError("validation: there is no batch to measure on; give at least one")
-    return total
+        network = network_at(trainer.lightning_module, path)
+        return evaluate(network, samples, lambda sums: sum_over_ranks(trainer, sums), self._found).figure

@@ -1,6 +1,5 @@
 """What a pruned run leaves in its folder: the teacher's weights, the stages, the compact network."""
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lit_prune.errors import InputError
-from lit_prune.files import whole_file
+from lit_prune.files import read_json, whole_file
+from lit_prune.report import result_table
 from lit_prune.structure import Plan, apply_plan, save_compact
 from lit_prune.structure.latency import compare_profiles, own_tensors
 from lit_prune.structure.record import Record, example_input, rebuild_inputs, record_of
@@ -50,6 +50,12 @@ def load_teacher(run_dir: Path, network: nn.Module) -> nn.Module:
     return network
 
 
+def run_of(run_dir: Path) -> str | None:
+    """Identifier of the run that handed over the `compact/` of a folder; None where nothing says it."""
+    report = run_dir / "compact" / "report.json"
+    return read_json(report).get("run") if report.is_file() else None
+
+
 def set_aside(run_dir: Path, run: str) -> None:
     """Moves what an earlier run handed over out of the way of a fresh one; nothing where there is none.
 
@@ -57,9 +63,7 @@ def set_aside(run_dir: Path, run: str) -> None:
         run_dir: the folder that both runs write to.
         run: identifier of the fresh run.
     """
-    compact = run_dir / "compact"
-    report = compact / "report.json"
-    earlier = json.loads(report.read_text()).get("run") if report.is_file() else None
+    compact, earlier = run_dir / "compact", run_of(run_dir)
     if not compact.is_dir() or earlier == run:
         return
     aside = run_dir / f"compact-{earlier or 'earlier'}"
@@ -113,8 +117,6 @@ def write_compact(
         records: of the stages.
         run: identifier of the run.
     """
-    from lit_prune.report import result_table
-
     record = record_of(network)
     report = {"run": run, **stage_profiles(dense.eval(), record.inputs, first, records)}
     write_stages(run_dir, records)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,14 +12,37 @@ from torch import Tensor, nn
 
 from lit_prune.errors import InputError
 from lit_prune.structure.example import Example
-from lit_prune.task import TASKS, Task, find_task
+from lit_prune.task import TASKS, Task, Term, find_task
 from lit_prune.task.batches import find_layout, map_tensors
+from lit_prune.task.running import undisturbed
 from lit_prune.train.capture import Seen, as_found, step_arguments
 from lit_prune.train.locate import network_at
 
 
-class SeenTask(Task):
-    """A task on batches as the network gets them (`Seen`): the network reads their arguments, the task their batch.
+class _OnSeen(Task):
+    """A task on batches as the network gets them (`Seen`)."""
+
+    def inputs(self, batch: Seen) -> Example:
+        """What the network was called with."""
+        return Example(batch.args, batch.kwargs)
+
+    def to(self, batch: Seen, model: nn.Module) -> Seen:
+        """On the network's device; they are there already where the module's hooks put them there."""
+        device = next(model.parameters()).device
+        parts = (batch.args, batch.kwargs, batch.batch)
+        return Seen(*(map_tensors(part, lambda tensor: tensor.to(device)) for part in parts))
+
+    def take(self, batch: Seen, samples: slice | int) -> Seen:
+        """Some of the samples."""
+        return batch.take(slice(samples) if isinstance(samples, int) else samples)
+
+    def size(self, batch: Seen) -> int:
+        """Number of samples."""
+        return batch.size
+
+
+class SeenTask(_OnSeen):
+    """The network reads the arguments of its call, the task the module's batch.
 
     Args:
         inner: what the output is compared with, and how.
@@ -29,35 +53,19 @@ class SeenTask(Task):
         self.name, self.needs_target, self.scalar_loss = inner.name, inner.needs_target, inner.scalar_loss
         self.metric_name, self.higher_is_better = inner.metric_name, inner.higher_is_better
 
-    def inputs(self, batch: Seen) -> Example:
-        """What the network was called with."""
-        return Example(batch.args, batch.kwargs)
-
     def target(self, batch: Seen) -> Any:
         """The inner task's."""
         return self.inner.target(batch.batch)
 
-    def to(self, batch: Seen, model: nn.Module) -> Seen:
-        """On the network's device; they are there already where the module's hooks put them there."""
-        device = next(model.parameters()).device
-        parts = (
-            map_tensors(part, lambda tensor: tensor.to(device)) for part in (batch.args, batch.kwargs, batch.batch)
-        )
-        return Seen(*parts)
-
-    def take(self, batch: Seen, samples: slice | int) -> Seen:
-        """Some of the samples."""
-        return batch.take(slice(samples) if isinstance(samples, int) else samples)
-
-    def size(self, batch: Seen) -> int:
-        """Number of samples."""
-        return batch.size
+    def relabelled(self, batch: Seen, target: Any) -> Seen:
+        """The inner task's."""
+        return replace(batch, batch=self.inner.relabelled(batch.batch, target))
 
     def loss(self, output: Any, batch: Seen) -> Tensor:
         """The inner task's."""
         return self.inner.loss(output, batch.batch)
 
-    def prediction(self, output: Any, batch: Seen | None = None) -> Tensor:
+    def prediction(self, output: Any) -> Tensor:
         """The inner task's."""
         return self.inner.prediction(output)
 
@@ -82,12 +90,16 @@ class SeenTask(Task):
         """The inner task's."""
         return self.inner.figure(sums)
 
+    def curvature_terms(self, output: Any, batch: Seen, generator: torch.Generator) -> list[Term]:
+        """The inner task's."""
+        return self.inner.curvature_terms(output, batch.batch, generator)
+
     def agreement(self, original: Tensor, other: Tensor) -> Tensor:
         """The inner task's."""
         return self.inner.agreement(original, other)
 
 
-class ModuleTask(Task):
+class ModuleTask(_OnSeen):
     """The loss is what the module's own `training_step` returns for an output of the network.
 
     Args:
@@ -101,11 +113,11 @@ class ModuleTask(Task):
     def __init__(self, trainer: Trainer, path: str) -> None:
         self.trainer, self.path = trainer, path
 
-    def target(self, batch: Any) -> Any:
+    def target(self, batch: Seen) -> Any:
         """The whole batch: what the step reads in it is not known."""
-        return batch
+        return batch.batch
 
-    def loss(self, output: Any, batch: Any) -> Tensor:
+    def loss(self, output: Any, batch: Seen) -> Tensor:
         """The mean loss of the batch, a scalar.
 
         Raises:
@@ -116,7 +128,7 @@ class ModuleTask(Task):
         step = getattr(module.training_step, "__wrapped__", module.training_step)
         with as_found(self.trainer, module, network), isolate_rng(), _answering(network, output), torch.enable_grad():
             torch.manual_seed(0)
-            returned = step(*step_arguments(step, batch, 0, 0))
+            returned = step(*step_arguments(step, batch.batch, 0, 0))
         loss = returned.get("loss") if isinstance(returned, dict) else returned
         if not isinstance(loss, Tensor):
             raise InputError(
@@ -138,7 +150,7 @@ def _answering(network: nn.Module, output: Any) -> Iterator[None]:
         network.__dict__.update(before)
 
 
-def task_in(trainer: Trainer, path: str, seen: Seen, given: Task | str | None) -> SeenTask:
+def task_in(trainer: Trainer, path: str, seen: Seen, given: Task | str | None) -> Task:
     """The task of a module's network.
 
     Args:
@@ -150,7 +162,8 @@ def task_in(trainer: Trainer, path: str, seen: Seen, given: Task | str | None) -
     """
     if given is not None:
         return SeenTask(find_task(given))
-    return SeenTask(_recognised(network_at(trainer.lightning_module, path), seen) or ModuleTask(trainer, path))
+    found = _recognised(network_at(trainer.lightning_module, path), seen)
+    return ModuleTask(trainer, path) if found is None else SeenTask(found)
 
 
 def _recognised(network: nn.Module, seen: Seen) -> Task | None:
@@ -160,12 +173,7 @@ def _recognised(network: nn.Module, seen: Seen) -> Task | None:
         target = find_layout(few.batch).target_of(few.batch)
     except InputError:
         return None
-    modes = [(part, part.training) for part in network.modules()]
-    try:
-        with isolate_rng(), torch.no_grad():
-            output = network.eval()(*few.args, **few.kwargs)
-    finally:
-        for part, training in modes:
-            part.training = training
+    with undisturbed(network):
+        output = network(*few.args, **few.kwargs)
     fitting = (kind() for kind in reversed(TASKS.values()) if kind.fits(output, target, few.size))
     return next(fitting, None) if target is not None else None

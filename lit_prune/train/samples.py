@@ -14,7 +14,6 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader, RandomSampler
 
 from lit_prune.errors import InputError
-from lit_prune.task.batches import find_layout
 from lit_prune.train.capture import Seen, see, step_for_evaluation
 from lit_prune.train.rewire import training_loader, validation_loader
 
@@ -172,18 +171,3 @@ def _generators(loader: Any) -> Iterable[torch.Generator]:
     inner = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
     owners = (loader, sampler, inner)
     return {id(g): g for o in owners if isinstance(g := getattr(o, "generator", None), torch.Generator)}.values()
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """Samples as pairs of what the network gets and the target of the batch."""
-
-    samples: Samples
-
-    def __iter__(self) -> Iterator[tuple[Any, Any]]:
-        return map(as_pair, self.samples)
-
-
-def as_pair(seen: Seen) -> tuple[Any, Any]:
-    """What the network gets, and the target of the batch."""
-    return seen.args[0], find_layout(seen.batch).target_of(seen.batch)

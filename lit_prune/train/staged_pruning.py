@@ -16,12 +16,21 @@ from rich.table import Table
 from torch import nn
 
 from lit_prune.errors import InputError
+from lit_prune.report import result_table
 from lit_prune.structure.record import note_record, record_of
 from lit_prune.structure.tracing import copy_network
 from lit_prune.task import Task
 from lit_prune.train.distillation import Repair
 from lit_prune.train.figures import Figures
-from lit_prune.train.hand_over import load_teacher, save_teacher, set_aside, shortened, weights_of, write_compact
+from lit_prune.train.hand_over import (
+    load_teacher,
+    run_of,
+    save_teacher,
+    set_aside,
+    shortened,
+    weights_of,
+    write_compact,
+)
 from lit_prune.train.locate import check_replaceable, find_path
 from lit_prune.train.phase_optimizer import PhaseOptimizer
 from lit_prune.train.phases import Phases, check_epochs, total_epochs
@@ -118,6 +127,7 @@ class StagedPruning(Callback):
         self.run = uuid.uuid4().hex[:12]
         self._epoch_began = 0.0
         self._measured = -1
+        self._trained = False
 
     def state_dict(self) -> dict[str, Any]:
         """Figures of the dense network, one record a stage done, the phase's start: plain values."""
@@ -188,6 +198,7 @@ class StagedPruning(Callback):
         Raises:
             InputError: a stage beyond the end of the run, or one that was never done before the present epoch.
         """
+        self._trained = True
         if self.failed:
             trainer.should_stop = True
             return
@@ -249,7 +260,9 @@ class StagedPruning(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hands over the compact model."""
         if self.records and trainer.is_global_zero:
-            Console().print(self._hand_over(trainer))
+            run_dir = Path(trainer.default_root_dir)
+            done = not self._trained and run_of(run_dir) == self.run  # a finished run was started again
+            Console().print(result_table(run_dir) if done else self._hand_over(trainer))
         trainer.strategy.barrier("compact")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

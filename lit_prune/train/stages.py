@@ -12,8 +12,9 @@ from lit_prune.models import Block, dropped_by_keep_configuration, find_blocks
 from lit_prune.replace import KINDS, Replacement, replace_mechanisms
 from lit_prune.scores import Evidence, find_score, plan_method
 from lit_prune.structure import Budget, CostModel, Plan, apply_plan, cost, measure_latency
+from lit_prune.task import Task
 
-Batches = Iterable[tuple[Tensor, Tensor]]
+Batches = Iterable[Any]
 BLOCK_AMOUNTS = ("remove_ratio", "remove_count", "keep_blocks", "keep")
 
 
@@ -170,6 +171,21 @@ class DenseCost:
         return cls(counted.macs, counted.params, seconds)
 
 
+@dataclass(frozen=True)
+class Probe:
+    """What a network is measured with.
+
+    Attributes:
+        example: what it is called with, for tracing.
+        task: what batches and outputs mean; None recognises it.
+        limit: samples at the most that block information is measured on.
+    """
+
+    example: Any
+    task: Task | None = None
+    limit: int = 5000
+
+
 def removable_in_order(blocks: tuple[Block, ...], information: Mapping[str, float]) -> list[str]:
     """Names of the blocks that may go, least information first, never emptying a stage.
 
@@ -186,26 +202,23 @@ def removable_in_order(blocks: tuple[Block, ...], information: Mapping[str, floa
     return order
 
 
-def plan_blocks(
-    model: nn.Module, stage: BlockStage, batches: Batches, example_input: Tensor, dense: DenseCost, limit: int = 5000
-) -> Plan:
+def plan_blocks(model: nn.Module, stage: BlockStage, batches: Batches, dense: DenseCost, probe: Probe) -> Plan:
     """Plan that drops the blocks with the least information about the label.
 
     Args:
         model: network as it is now.
         stage: how many go.
-        batches: fixed probe of `(images, labels)`.
-        example_input: one image, for tracing.
+        batches: fixed samples, with labels.
         dense: what a budget refers to.
-        limit: probe images at the most.
+        probe: how it is measured.
 
     Raises:
         InputError: the network has no removable blocks, or the stage would remove none.
 
     Source: m2m_dc sections 3.1 and 3.3.
     """
-    blocks = find_blocks(model, example_input)
-    information = block_information(model, blocks, batches, limit=limit)
+    blocks = find_blocks(model, probe.example)
+    information = block_information(model, blocks, batches, limit=probe.limit, task=probe.task)
     notes: dict[str, Any] = {
         "information": information,
         "protected": {b.name: b.protected for b in blocks if b.protected},
@@ -214,7 +227,7 @@ def plan_blocks(
         names: list[str] = list(dropped_by_keep_configuration(blocks, stage.keep_blocks))
     else:
         order = removable_in_order(blocks, information)
-        names = order[: _block_count(model, order, blocks, stage, example_input, dense)]
+        names = order[: _block_count(model, order, blocks, stage, probe.example, dense)]
     if not names:
         raise InputError(
             f"stage blocks removes nothing: {len(blocks)} blocks, {sum(not b.protected for b in blocks)} free; "
@@ -228,7 +241,7 @@ def _block_count(
     order: list[str],
     blocks: tuple[Block, ...],
     stage: BlockStage,
-    example: Tensor,
+    example: Any,
     dense: DenseCost,
 ) -> int:
     """How many blocks of `order` go: `floor(r * free)`, or as few as bring the cost under the budget."""
@@ -248,9 +261,7 @@ def _block_count(
     )
 
 
-def plan_channels(
-    model: nn.Module, stage: ChannelStage, batches: Batches, example_input: Tensor, dense: DenseCost, seed: int = 0
-) -> Plan:
+def plan_channels(model: nn.Module, stage: ChannelStage, batches: Batches, dense: DenseCost, probe: Probe) -> Plan:
     """Plan that slices channels by `stage.score` until the budget, a share of the dense network's cost, is met.
 
     Raises:
@@ -258,20 +269,22 @@ def plan_channels(
     """
     keep = stage.keep
     if stage.budget in ("macs", "params"):
-        keep = stage.keep * getattr(dense, stage.budget) / getattr(cost(model, example_input), stage.budget)
+        keep = stage.keep * getattr(dense, stage.budget) / getattr(cost(model, probe.example), stage.budget)
     elif stage.budget == "latency":
-        keep = stage.keep * dense.latency / measure_latency(model, tuple(example_input.shape[1:]))
+        keep = stage.keep * dense.latency / measure_latency(model, tuple(probe.example.shape[1:]))
     if keep >= 1:
         raise InputError(
             f"stage {stage.name} removes nothing: the network already costs {stage.keep / keep:.1%} of the dense "
             f"{stage.budget}, keep={stage.keep} asks for no less"
         )
-    evidence = Evidence(model, batches, seed=seed)
-    cost_model = CostModel.build(model, evidence.graph, example_input)
+    evidence = Evidence(model, batches, task=probe.task)
+    cost_model = CostModel.build(model, evidence.graph, probe.example)
     return plan_method(evidence, stage.score, evidence.graph, cost_model, stage.request(keep))
 
 
-def cut(model: nn.Module, plan: Plan, stage: Stage, batches: Batches, example_input: Tensor) -> tuple[nn.Module, Plan]:
+def cut(
+    model: nn.Module, plan: Plan, stage: Stage, batches: Batches, example_input: Any, task: Task | None = None
+) -> tuple[nn.Module, Plan]:
     """The network after the plan with the stage's stand-ins in place, and the plan that rebuilds its structure.
 
     Layers in which nothing can stand in (a reader that is not affine) are left with what is kept.
@@ -279,14 +292,11 @@ def cut(model: nn.Module, plan: Plan, stage: Stage, batches: Batches, example_in
     if isinstance(stage, BlockStage) or stage.replace == "delete":
         return apply_plan(model, plan, example_input), plan
     settings = Replacement(unsupported="delete")
-    reduced = replace_mechanisms(model, plan, batches, example_input, stage.replace, settings=settings)
+    reduced = replace_mechanisms(model, plan, batches, example_input, stage.replace, settings=settings, task=task)
     return reduced.model, reduced.plan
 
 
-def plan_stage(
-    model: nn.Module, stage: Stage, batches: Batches, example_input: Tensor, dense: DenseCost, limit: int = 5000
-) -> Plan:
+def plan_stage(model: nn.Module, stage: Stage, batches: Batches, dense: DenseCost, probe: Probe) -> Plan:
     """Plan of any stage; see `plan_blocks` and `plan_channels`."""
-    if isinstance(stage, BlockStage):
-        return plan_blocks(model, stage, batches, example_input, dense, limit)
-    return plan_channels(model, stage, batches, example_input, dense)
+    plan = plan_blocks if isinstance(stage, BlockStage) else plan_channels
+    return plan(model, stage, batches, dense, probe)

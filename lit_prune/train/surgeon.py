@@ -6,18 +6,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
 
 from lit_prune.errors import InputError
 from lit_prune.structure import Plan, cost
+from lit_prune.task import Task, Unlabelled
 from lit_prune.train.batchnorm import recalibrate_batchnorm
 from lit_prune.train.figures import Figures
+from lit_prune.train.module_task import SeenTask, task_in
 from lit_prune.train.phase_optimizer import PhaseOptimizer
 from lit_prune.train.rewire import begin_anew, rewired, share_buffers
-from lit_prune.train.samples import Labelled, Samples, calibration_samples, recalibration_samples
+from lit_prune.train.samples import Samples, calibration_samples, recalibration_samples
 from lit_prune.train.stage_record import figures_of, note_cost, plain
-from lit_prune.train.stages import ChannelStage, DenseCost, Stage, cut, plan_stage
+from lit_prune.train.stages import ChannelStage, DenseCost, Probe, Stage, cut, plan_stage
 from lit_prune.train.subject import Subject
 
 
@@ -61,12 +62,13 @@ class Surgeon:
     def carry_out(self, trainer: Trainer, subject: Subject, stage: Stage, record: dict[str, Any]) -> None:
         """Plans and cuts on every rank, and completes the record."""
         samples = self._samples(trainer, subject)
+        task = task_in(trainer, subject.path, samples.first(), self.figures.task)
         note_cost(record, cost(subject.network, subject.example), "before")
         with _timed(record, "plan"):
-            plan = shared_plan(trainer, lambda: self._plan(subject, stage, samples, record))
+            plan = shared_plan(trainer, lambda: self._plan(subject, stage, samples, task, record))
         with rewired(trainer, subject.slice_tensors(plan) if self.optimizer.continues else None):
             with _timed(record, "surgery"):
-                network, plan = cut(subject.network, plan, stage, Labelled(samples), subject.example)
+                network, plan = cut(subject.network, plan, stage, samples, subject.example, task)
                 subject.put(network, plan)
             figures_of(record)["after_surgery"] = self.figures.measure(trainer, subject.path)
             with _timed(record, "recalibration"):
@@ -87,12 +89,12 @@ class Surgeon:
     def _samples(self, trainer: Trainer, subject: Subject) -> Samples:
         return calibration_samples(trainer, subject.path, self.calibration)
 
-    def _plan(self, subject: Subject, stage: Stage, samples: Samples, record: dict[str, Any]) -> Plan:
+    def _plan(self, subject: Subject, stage: Stage, samples: Samples, task: Task, record: dict[str, Any]) -> Plan:
         dense = DenseCost(record["macs"]["dense"], record["params"]["dense"])
         if isinstance(stage, ChannelStage) and stage.budget == "latency":
             base = subject.before(len(subject.plans) - record["stage"]).to(next(subject.network.parameters()).device)
             dense = DenseCost.of(base, subject.example, with_latency=True)
-        return plan_stage(subject.network, stage, Labelled(samples), subject.example, dense, self.probe_limit)
+        return plan_stage(subject.network, stage, samples, dense, Probe(subject.example, task, self.probe_limit))
 
     def _recalibrate(self, trainer: Trainer, subject: Subject) -> None:
         """New BatchNorm statistics from training batches, by rank 0 for all; nothing for 0 batches."""
@@ -100,8 +102,8 @@ class Surgeon:
             return
         if trainer.is_global_zero:
             samples = recalibration_samples(trainer, subject.path, self.recalibration_batches)
-            with torch.no_grad():
-                recalibrate_batchnorm(subject.network, Labelled(samples), self.recalibration_batches)
+            task = SeenTask(Unlabelled())
+            recalibrate_batchnorm(subject.network, samples, self.recalibration_batches, task=task)
         share_buffers(trainer, subject.network)
 
 

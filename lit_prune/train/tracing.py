@@ -16,6 +16,7 @@ from lit_prune.errors import InputError
 from lit_prune.task import Task
 from lit_prune.train.capture import Seen
 from lit_prune.train.locate import find_path, network_at
+from lit_prune.train.module_task import task_in
 from lit_prune.train.samples import Samples, calibration_samples
 
 
@@ -39,7 +40,7 @@ class Trace(Callback, ABC):
             raise InputError(f"every_n_epochs: {chosen.every_n_epochs} is below 1")
         if chosen.limit is not None and chosen.limit < 1:
             raise InputError(f"limit: {chosen.limit} is below 1; give a number of samples, or None for all")
-        if chosen.target not in targets:
+        if chosen.task is None and chosen.target is not None and chosen.target not in targets:
             raise InputError(f"target: {chosen.target!r} is not one of {', '.join(targets)}")
         self.chosen = chosen
         self.path = ""
@@ -67,10 +68,11 @@ class Trace(Callback, ABC):
         """
         self.path = find_path(pl_module, self.chosen.network)
 
-    def samples(self, trainer: Trainer) -> Iterator[Seen]:
-        """This rank's share of the calibration samples, as the network gets them."""
+    def samples(self, trainer: Trainer) -> tuple[Iterator[Seen], Task]:
+        """This rank's share of the calibration samples, as the network gets them, and what they mean."""
         found = calibration_samples(trainer, self.path, self.chosen.calibration)
-        return share_samples(found, trainer.global_rank, trainer.world_size, self.chosen.limit)
+        task = task_in(trainer, self.path, found.first(), self.chosen.task)
+        return share_samples(found, trainer.global_rank, trainer.world_size, self.chosen.limit), task
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Traces the initialisation of a fresh fit."""
@@ -121,7 +123,7 @@ class Traced:
     Attributes:
         every_n_epochs: trace after epochs n-1, 2n-1, ... (counted from 0).
         layers: names or fnmatch patterns of the layers; None takes every layer that can be measured.
-        target: task variable, as in `lit_prune.measure`.
+        target: task variable, as in `lit_prune.measure`; None takes the task's default.
         limit: number of calibration samples; None takes all.
         network: path of the network in the module; None finds it, see `find_path`.
         calibration: a loader, or a number of samples, to measure on; None: see `calibration_samples`.
@@ -130,7 +132,7 @@ class Traced:
 
     every_n_epochs: int
     layers: list[str] | None
-    target: str
+    target: str | None
     limit: int | None
     network: str | None
     calibration: Any

@@ -9,8 +9,7 @@ from torch import nn
 
 from lit_prune.files import read_parquet, write_parquet
 from lit_prune.lab.trajectory.directions import collect_directions, direction_table
-from lit_prune.task import TARGETS
-from lit_prune.train.samples import as_pair
+from lit_prune.task import TARGETS, Task
 from lit_prune.train.tracing import Trace, Traced, trace_folder
 
 COSINES = ("capture_task", "update_capture", "update_task")
@@ -39,6 +38,7 @@ class GradientTrace(Trace):
         limit: number of calibration samples; None takes all.
         network: path of the network in the module; None finds it, see `lit_prune.train.locate.find_path`.
         calibration: a loader, or a number of samples, to measure on; None: the DataModule's calibration samples.
+        task: what batches and outputs mean, where it is not recognised.
 
     Raises:
         InputError: a value out of range; at the start: no network found, no calibration data, fewer samples in the
@@ -51,17 +51,18 @@ class GradientTrace(Trace):
         self,
         every_n_epochs: int = 1,
         layers: list[str] | None = None,
-        target: str = "true_margin",
+        target: str | None = None,
         limit: int | None = 1000,
         network: str | None = None,
         calibration: Any = None,
+        task: Task | str | None = None,
     ) -> None:
-        super().__init__(Traced(every_n_epochs, layers, target, limit, network, calibration, None), SINGLE_TARGETS)
+        super().__init__(Traced(every_n_epochs, layers, target, limit, network, calibration, task), SINGLE_TARGETS)
 
     def trace(self, trainer: Trainer, network: nn.Module, epoch: int) -> str:
         """Adds the ranks' sums; rank 0 writes and logs."""
-        batches = map(as_pair, self.samples(trainer))
-        sums = collect_directions(network, batches, self.chosen.target, self.chosen.layers).all_reduce()
+        batches, task = self.samples(trainer)
+        sums = collect_directions(network, batches, self.chosen.target, self.chosen.layers, task).all_reduce()
         if not trainer.is_global_zero:
             return ""
         table = direction_table(network, sums)
