@@ -1,5 +1,6 @@
 """What rebuilds the structure of a network, kept with the network itself and with its copies."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -66,6 +67,23 @@ def rebuild_inputs(described: Mapping[str, Any], device: torch.device | str = "c
     """Arguments as described, with zeros in the place of floating-point values."""
     kwargs = _rebuild(described["kwargs"], device)
     return Example(tuple(_rebuild(value, device) for value in described["args"]), kwargs)
+
+
+def largest_input(described: Any) -> int:
+    """Values of the largest tensor among described arguments; checks sizes before anything is built from them.
+
+    Raises:
+        InputError: a size that is no whole number, or below 0.
+    """
+    if isinstance(described, Mapping) and "shape" in described:
+        sizes = described["shape"]
+        if not isinstance(sizes, list) or any(type(size) is not int or size < 0 for size in sizes):
+            raise InputError(f"inputs: the shape {sizes} is none of a tensor")
+        return math.prod(sizes)
+    inner = described.values() if isinstance(described, Mapping) else described
+    if not isinstance(described, Mapping | list):
+        return 0
+    return max((largest_input(value) for value in inner), default=0)
 
 
 def example_input(example: Example) -> Any:

@@ -8,17 +8,21 @@ from typing import Any
 import torch
 from rich.table import Table
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from lit_prune.errors import InputError
-from lit_prune.files import read_json, whole_file
+from lit_prune.files import read_json, whole_file, write_json
 from lit_prune.report import result_table
 from lit_prune.structure import Plan, apply_plan, save_compact
+from lit_prune.structure.example import Example
 from lit_prune.structure.latency import compare_profiles, own_tensors
 from lit_prune.structure.record import Record, example_input, rebuild_inputs, record_of
+from lit_prune.structure.tracing import copy_network
 from lit_prune.train.run_record import write_stages
 from lit_prune.train.stage_record import figures_of
 
+PROGRAM = "program.pt2"
 TEACHER = Path("teacher") / "model.safetensors"
 
 
@@ -134,7 +138,44 @@ def save_network(folder: Path, network: nn.Module, record: Record, report: dict[
         input_shape=record.image_shape,
         plans=record.plans,
         report=report,
+        inputs=None if record.image_shape else record.inputs,
     )
+    if record.backbone is None:  # whoever has not got the class can run it all the same
+        write_json(folder / "report.json", {**report, "program": write_program(network, record, folder / PROGRAM)})
+
+
+def write_program(network: nn.Module, record: Record, file: Path) -> str:
+    """Writes the network as a torch.export program, which runs without its class; says how, or why there is none.
+
+    The batch size is free where the network allows it. `torch.export.load(file).module()(*inputs)` runs it.
+    """
+    model = copy_network(network).cpu().eval().requires_grad_(False)
+    example = doubled(rebuild_inputs(record.inputs))
+    for free in (True, False):
+        sizes = tree_map(_batch_axis, (example.args, example.kwargs)) if free else None
+        try:
+            shapes = {"dynamic_shapes": (*sizes[0], *sizes[1].values())} if free else {}
+            program = torch.export.export(model, example.args, example.kwargs, **shapes)
+            with whole_file(file) as partial:
+                torch.export.save(program, partial)
+            return f"{file.name}: for {'any number of' if free else 'batches of 2'} samples"
+        except Exception as error:  # the exporter has many families of errors
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return f"none: torch.export cannot write this network ({reason})"
+
+
+def doubled(example: Example) -> Example:
+    """The arguments with two samples in the place of one."""
+
+    def twice(value: Any) -> Any:
+        return torch.cat([value, value]) if isinstance(value, Tensor) and value.ndim and len(value) == 1 else value
+
+    return Example(*tree_map(twice, (example.args, example.kwargs)))
+
+
+def _batch_axis(value: Any) -> Any:
+    tensor = isinstance(value, Tensor) and value.ndim and len(value) == 2
+    return {0: torch.export.Dim("batch")} if tensor else None
 
 
 def weights_of(checkpoint: Path, path: str) -> dict[str, torch.Tensor]:

@@ -165,13 +165,16 @@ def check_ranks(trainer: Trainer) -> None:
         raise RuntimeError(f"ranks hold different parameters after surgery (checksums {sums})")
 
 
-def share_buffers(trainer: Trainer, network: nn.Module) -> None:
-    """Gives every rank the buffers that rank 0 holds."""
-    own = {name: buffer.cpu() for name, buffer in network.named_buffers()} if trainer.is_global_zero else None
+def share_state(trainer: Trainer, network: nn.Module) -> None:
+    """Gives every rank the parameters and buffers that rank 0 holds; the structure is the same on all."""
+    if trainer.world_size == 1:
+        return
+    state = network.state_dict()
+    own = {name: value.cpu() for name, value in state.items()} if trainer.is_global_zero else None
     found = trainer.strategy.broadcast(own)
     with torch.no_grad():
-        for name, buffer in network.named_buffers():
-            buffer.copy_(found[name])
+        for name, value in state.items():
+            value.copy_(found[name])
 
 
 def mean_over_ranks(trainer: Trainer, value: float) -> float:

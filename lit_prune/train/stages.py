@@ -167,6 +167,8 @@ class DenseCost:
     def of(cls, model: nn.Module, example_input: Tensor, with_latency: bool = False) -> "DenseCost":
         """Counts `model`; the latency is measured only where a budget needs it."""
         counted = cost(model, example_input)
+        if with_latency and not isinstance(example_input, Tensor):
+            raise InputError("budget=latency: the network reads more than one tensor; use macs or params")
         seconds = measure_latency(model, tuple(example_input.shape[1:])) if with_latency else float("nan")
         return cls(counted.macs, counted.params, seconds)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import Trainer
+from torch import nn
 
 from lit_prune.errors import InputError
 from lit_prune.structure import Plan, cost
@@ -15,7 +16,7 @@ from lit_prune.train.batchnorm import recalibrate_batchnorm
 from lit_prune.train.figures import Figures
 from lit_prune.train.module_task import SeenTask, task_in
 from lit_prune.train.phase_optimizer import PhaseOptimizer
-from lit_prune.train.rewire import begin_anew, rewired, share_buffers
+from lit_prune.train.rewire import begin_anew, rewired, share_state
 from lit_prune.train.samples import Samples, calibration_samples, recalibration_samples
 from lit_prune.train.stage_record import figures_of, note_cost, plain
 from lit_prune.train.stages import ChannelStage, DenseCost, Probe, Stage, cut, plan_stage
@@ -65,11 +66,13 @@ class Surgeon:
         task = task_in(trainer, subject.path, samples.first(), self.figures.task)
         note_cost(record, cost(subject.network, subject.example), "before")
         with _timed(record, "plan"):
-            plan = shared_plan(trainer, lambda: self._plan(subject, stage, samples, task, record))
+            made = on_rank_zero(trainer, lambda: self._plan(subject, stage, samples, task, record).to_dict())
+            plan = Plan.from_dict(made)
         with rewired(trainer, subject.slice_tensors(plan) if self.optimizer.continues else None):
             with _timed(record, "surgery"):
                 network, plan = cut(subject.network, plan, stage, samples, subject.example, task)
                 subject.put(network, plan)
+                share_state(trainer, subject.network)  # stand-ins are fitted to the samples of rank 0
             figures_of(record)["after_surgery"] = self.figures.measure(trainer, subject.path)
             with _timed(record, "recalibration"):
                 self._recalibrate(trainer, subject)
@@ -100,15 +103,22 @@ class Surgeon:
         """New BatchNorm statistics from training batches, by rank 0 for all; nothing for 0 batches."""
         if not self.recalibration_batches:
             return
-        if trainer.is_global_zero:
-            samples = recalibration_samples(trainer, subject.path, self.recalibration_batches)
-            task = SeenTask(Unlabelled())
-            recalibrate_batchnorm(subject.network, samples, self.recalibration_batches, task=task)
-        share_buffers(trainer, subject.network)
+        task, limit = SeenTask(Unlabelled()), self.recalibration_batches
+
+        def measure() -> None:
+            recalibrate_batchnorm(
+                subject.network, recalibration_samples(trainer, subject.path, limit), limit, task=task
+            )
+
+        if any(isinstance(part, nn.SyncBatchNorm) for part in subject.network.modules()):
+            measure()  # a synchronised norm waits for the other ranks
+        else:
+            on_rank_zero(trainer, measure)
+        share_state(trainer, subject.network)
 
 
-def shared_plan(trainer: Trainer, make: Callable[[], Plan]) -> Plan:
-    """A plan made on rank 0, the same on every rank.
+def on_rank_zero(trainer: Trainer, make: Callable[[], Any]) -> Any:
+    """What `make` gives on rank 0, plain values, on every rank.
 
     Raises:
         InputError: what rank 0 raised, on every rank.
@@ -116,13 +126,13 @@ def shared_plan(trainer: Trainer, make: Callable[[], Plan]) -> Plan:
     message: dict[str, Any] | None = None
     if trainer.is_global_zero:
         try:
-            message = {"plan": make().to_dict()}
+            message = {"found": make()}
         except InputError as error:
             message = {"error": str(error)}
     message = trainer.strategy.broadcast(message)
     if "error" in message:
         raise InputError(message["error"])
-    return Plan.from_dict(message["plan"])
+    return message["found"]
 
 
 @contextmanager
