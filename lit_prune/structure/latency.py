@@ -13,7 +13,6 @@ from lit_prune.errors import InputError
 from lit_prune.structure.cost import cost
 from lit_prune.structure.example import Example
 
-
 Inputs = Sequence[int] | Example  # shape of one image, or what a network is called with
 
 

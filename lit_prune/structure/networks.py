@@ -134,6 +134,19 @@ def structure_of(checkpoint: Any) -> Any:
     return checkpoint.get(STRUCTURE_KEY) if isinstance(checkpoint, Mapping) else None
 
 
+def refuse_import_path(path: str | Path, key: str) -> None:
+    """Refuses a checkpoint whose arguments, under `key`, name an import path as the backbone.
+
+    Raises:
+        InputError: they do; or as `read_torch`.
+    """
+    checkpoint = read_torch(path, "checkpoint")
+    arguments = checkpoint.get(key) if isinstance(checkpoint, Mapping) else None
+    named = arguments.get("backbone") if isinstance(arguments, Mapping) else None
+    if ":" in str(named):
+        raise InputError(f"checkpoint {path} names the import path {named!r}; if it is yours, give backbone={named!r}")
+
+
 def epochs_done(path: Path) -> int:
     """Epochs that a run has finished by its last checkpoint; 0 where there is none.
 

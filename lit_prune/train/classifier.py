@@ -14,9 +14,8 @@ from torchmetrics.classification import MulticlassAccuracy
 from lit_prune.errors import InputError
 from lit_prune.models import build_network, load_weights
 from lit_prune.structure.description import Description
-from lit_prune.structure.networks import backbone_weights, structure_of
+from lit_prune.structure.networks import backbone_weights, refuse_import_path, structure_of
 from lit_prune.structure.record import Record, note_record
-from lit_prune.tensor_files import read_torch
 from lit_prune.train.execution import CompiledForward, check_compile, check_precision
 from lit_prune.train.pruned_checkpoint import restore_structure, save_structure
 from lit_prune.train.schedule import fit_schedule
@@ -216,11 +215,6 @@ class LitClassifier(LightningModule):
         Raises:
             InputError: the checkpoint names one, and `backbone=` was not given.
         """
-        checkpoint = read_torch(checkpoint_path, "checkpoint")
-        hparams = checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_KEY) if isinstance(checkpoint, dict) else None
-        named = hparams.get("backbone") if isinstance(hparams, dict) else None
-        if "backbone" not in arguments and ":" in str(named):
-            raise InputError(
-                f"checkpoint {checkpoint_path} names the import path {named!r}; if it is yours, give backbone={named!r}"
-            )
+        if "backbone" not in arguments:
+            refuse_import_path(checkpoint_path, cls.CHECKPOINT_HYPER_PARAMS_KEY)
         return super().load_from_checkpoint(checkpoint_path, *args, **{"weights_only": True, **arguments})

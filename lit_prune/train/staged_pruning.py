@@ -11,11 +11,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from lit_prune.errors import InputError
+from lit_prune.progress import terminal
 from lit_prune.report import result_table
 from lit_prune.structure.record import note_record, record_of
 from lit_prune.structure.tracing import copy_network
@@ -262,7 +262,7 @@ class StagedPruning(Callback):
         if self.records and trainer.is_global_zero:
             run_dir = Path(trainer.default_root_dir)
             done = not self._trained and run_of(run_dir) == self.run  # a finished run was started again
-            Console().print(result_table(run_dir) if done else self._hand_over(trainer))
+            terminal().print(result_table(run_dir) if done else self._hand_over(trainer))
         trainer.strategy.barrier("compact")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -339,7 +339,7 @@ class StagedPruning(Callback):
         self._teach(trainer, module)
         record["distillation"] = self.teaching.describe()
         if trainer.is_global_zero:
-            Console().print(describe_record(record))
+            terminal().print(describe_record(record))
 
     def _teach(self, trainer: Trainer, module: LightningModule) -> None:
         """Puts the teacher into the module's loss."""

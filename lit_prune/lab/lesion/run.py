@@ -19,7 +19,7 @@ from lit_prune.lab.analyze.evidence import cut_batches
 from lit_prune.lab.lesion.request import LesionRequest
 from lit_prune.lab.lesion.table import Frames, Images, lesion, write_tables
 from lit_prune.measurement.layers import Batches
-from lit_prune.progress import progress_bars
+from lit_prune.progress import progress_bars, terminal
 from lit_prune.structure.networks import find_network
 from lit_prune.train.evaluation import Evaluation
 from lit_prune.train.run_record import add_record, subject
@@ -42,7 +42,7 @@ def lesion_run(
     ckpt_path: str | None = None,
 ) -> None:
     """Carries out the verb; see `Trainer.lesion`."""
-    run_dir, console = Path(trainer.default_root_dir), Console()
+    run_dir, console = Path(trainer.default_root_dir), terminal()
     others = [read_lesions(folder) for folder in compare]
     network = find_network(module, run_dir, ckpt_path, "lesion")
     datamodule.prepare_data()

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 import torch
-from rich.console import Console
 from torch import nn
 
 from lit_prune.data.calibration import stratified_order
@@ -21,7 +20,7 @@ from lit_prune.lab.reduce.cells import reduce
 from lit_prune.lab.reduce.handover import hand_over
 from lit_prune.lab.reduce.request import ReduceRequest
 from lit_prune.lab.reduce.tables import difference_table, result_table
-from lit_prune.progress import progress_bars, unwatched
+from lit_prune.progress import progress_bars, terminal, unwatched
 from lit_prune.structure import Plan
 from lit_prune.structure.networks import Network, epochs_done, find_network
 from lit_prune.structure.record import note_plan, record_of
@@ -90,7 +89,7 @@ def reduce_run(setup: Setup, request: ReduceRequest) -> None:
     with nullcontext(unwatched) if trains else progress_bars() as watch:
         arguments = {"run_dir": setup.run_dir, "repair": repair, "watch": watch}
         content = reduce(lambda seed: setup.network(seed).model, images, request, **arguments)
-    console = Console()
+    console = terminal()
     console.print(result_table(content))
     differences = difference_table(content)
     if differences is not None:

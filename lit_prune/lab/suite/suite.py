@@ -14,13 +14,12 @@ from typing import Any
 import pandas as pd
 import torch
 import yaml
-from rich.console import Console
 from rich.table import Table
 
 from lit_prune.errors import InputError
 from lit_prune.files import write_json, write_parquet, write_text
 from lit_prune.lab.suite.estimate import Estimate, estimate_fit
-from lit_prune.progress import bars
+from lit_prune.progress import bars, terminal
 from lit_prune.report.event_files import read_scalars
 from lit_prune.structure.networks import epochs_done
 
@@ -188,7 +187,7 @@ def _finish(run: Run, code: int, seconds: float) -> list[Run]:
     """Marks a run that ended; returns it where it failed."""
     if code == 0:
         write_json(run.folder / FINISHED, {"seconds": seconds})
-    Console().print(f"{run.network} seed {run.seed}: {'finished' if code == 0 else 'failed'} after {seconds:.0f} s")
+    terminal().print(f"{run.network} seed {run.seed}: {'finished' if code == 0 else 'failed'} after {seconds:.0f} s")
     return [] if code == 0 else [run]
 
 
