@@ -64,7 +64,7 @@ def test_the_command_ends_with_exit_code_0_and_nothing_but_what_it_says(tmp_path
     """In a project with a folder `callbacks` of its own, where a folder of that name of ours would be hidden."""
     (tmp_path / "callbacks").mkdir()
     (tmp_path / "callbacks" / "__init__.py").write_text("raise RuntimeError('the user's own')")
-    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from lit_prune.__main__ import command; sys.exit(command())"
+    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from lit_prune.__main__ import command as c; sys.exit(c())"
     done = subprocess.run(
         [sys.executable, "-c", code, str(ROOT), "--version"], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
