@@ -135,7 +135,7 @@ def test_sixteen_bit_images_keep_their_differences(tmp_path):
     found = [read_image(tmp_path / f"{name}.png").getpixel((0, 0)) for name in ("dark", "middle", "bright")]
     assert found == [(12,) * 3, (117,) * 3, (255,) * 3]
     Image.fromarray(np.full((4, 4), 0.5, dtype=np.float32)).save(tmp_path / "real.tif")
-    with pytest.raises(InputError, match="real.tif .*of unknown range; save it with 8 or 16 bits"):
+    with pytest.raises(InputError, match="real.tif .*whose range is not known; save it with 8 or 16 bits"):
         read_image(tmp_path / "real.tif")
 
 
