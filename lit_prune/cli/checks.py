@@ -37,5 +37,8 @@ def check_trainer(trainer: pl.Trainer) -> None:
     clip = trainer.gradient_clip_val
     if clip is not None and not clip >= 0:
         raise InputError(f"trainer.gradient_clip_val={clip} would turn gradients around; give a value above 0")
-    if trainer.accumulate_grad_batches < 1:
-        raise InputError(f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} must be at least 1")
+    least = {"accumulate_grad_batches": 1, "log_every_n_steps": 1, "check_val_every_n_epoch": 1}
+    for name, minimum in {**least, "val_check_interval": 1e-9}.items():
+        value = getattr(trainer, name)
+        if isinstance(value, int | float) and value < minimum:
+            raise InputError(f"trainer.{name}={value} must be at least {max(minimum, 1)}, or a share above 0")

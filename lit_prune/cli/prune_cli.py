@@ -81,6 +81,10 @@ class PruneCLI(LightningCLI):
         with as_input_errors("the command line or a file of -c"):
             super().parse_arguments(parser, args)
 
+    def _set_seed(self) -> None:
+        with as_input_errors("seed_everything"):
+            super()._set_seed()
+
     def instantiate_classes(self) -> None:
         """Builds data, model and trainer.
 

@@ -1,10 +1,11 @@
 """A network by name, or by the import path that the caller vouches for: nothing that only a file names is imported."""
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lit_prune.errors import InputError
 from lit_prune.models.registry import build_backbone, check_arguments, first_line
@@ -31,6 +32,8 @@ def build_network(
     """
     arguments = {} if arguments is None else arguments
     check_arguments(backbone, arguments)
+    if arguments.get("pretrained") not in (None, False, pretrained):
+        raise InputError(f"backbone {backbone!r}: argument 'pretrained' does nothing, give --model.pretrained true")
     if ":" not in backbone:
         return build_backbone(backbone, **(arguments | {"pretrained": pretrained}))
     if backbone not in ({trust} if isinstance(trust, str) else set(trust)):
@@ -41,6 +44,38 @@ def build_network(
     if pretrained:
         raise InputError(f"backbone {backbone!r} is an import path; pretrained=True works with names only")
     return _call(backbone, arguments)
+
+
+def check_forward(model: nn.Module, image_shape: Sequence[int], num_classes: int, name: str) -> None:
+    """Passes one grey image through a network, which is left as it was, random state included.
+
+    Args:
+        model: the network.
+        image_shape: (C, H, W) of the data's images.
+        num_classes: of the data.
+        name: of the backbone, for the message.
+
+    Raises:
+        InputError: it does not take such images, or has fewer outputs than there are classes.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            output = model.eval()(torch.zeros(1, *image_shape))
+    except Exception as error:  # whatever its layers say of an image that is too small, or of other channels
+        raise InputError(
+            f"backbone {name!r} does not take the data's images of shape {list(image_shape)}: {first_line(error)}; "
+            "choose another backbone, its arguments (stem, in_channels, img_size) or the data's resolution"
+        ) from error
+    finally:
+        for module, training in modes:
+            module.training = training
+    if not isinstance(output, Tensor) or output.shape[:1] != (1,) or output.dim() != 2:
+        raise InputError(f"backbone {name!r} returns no logits [N, num_classes] for images of {list(image_shape)}")
+    if output.shape[1] < num_classes:
+        raise InputError(
+            f"backbone {name!r} has {output.shape[1]} outputs, the data {num_classes} classes; leave num_classes out"
+        )
 
 
 def _call(path: str, arguments: dict[str, Any]) -> nn.Module:

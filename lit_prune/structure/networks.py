@@ -123,7 +123,7 @@ def read_network(path: Path, module: "LitClassifier", argument: str) -> Network:
         if structure_of(checkpoint) is not None:
             return Network.of_checkpoint(checkpoint, module.image_shape, trust, f"{argument}: {path}")
     elif not path.is_file():
-        raise InputError(f"{argument}: {path} is no file; give a checkpoint of a fit or a file of weights")
+        raise InputError(f"{argument}: {path}: no such file; give a checkpoint of a fit or a file of weights")
     model = build_network(module.backbone_name, module.arguments, trust=trust)
     load_weights(model, path, strict_head=True)
     return Network(model.eval(), module.backbone_name, module.arguments, module.image_shape, ())

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from lit_prune.errors import InputError
-from lit_prune.models import build_network, load_weights
+from lit_prune.models import build_network, check_forward, load_weights
 from lit_prune.structure.description import Description
 from lit_prune.structure.networks import backbone_weights, refuse_import_path, structure_of
 from lit_prune.structure.record import Record, note_record
 from lit_prune.train.execution import CompiledForward, check_compile, check_precision
 from lit_prune.train.pruned_checkpoint import restore_structure, save_structure
-from lit_prune.train.schedule import fit_schedule
+from lit_prune.train.schedule import configure
 
 
 class LitClassifier(LightningModule):
@@ -64,6 +64,9 @@ class LitClassifier(LightningModule):
         self.arguments = {"num_classes": num_classes, "in_channels": self.image_shape[0], **(arguments or {})}
         self.backbone = build_network(backbone, self.arguments, pretrained=pretrained, trust=(backbone,))
         note_record(self.backbone, Record(backbone, self.arguments))
+        check_forward(self.backbone, self.image_shape, num_classes, backbone)
+        if not 0 <= label_smoothing < 1:
+            raise InputError(f"label_smoothing={label_smoothing} must lie in [0, 1)")
         if weights is not None:
             load_weights(self.backbone, weights)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -178,12 +181,7 @@ class LitClassifier(LightningModule):
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         if not parameters:
             raise InputError(f"all parameters of {self.backbone_name} are frozen: nothing to train; unfreeze some")
-        optimizer = self.optimizer(parameters)
-        if self.scheduler is None:
-            return optimizer
-        scheduler = fit_schedule(self.scheduler(optimizer), self.trainer)
-        interval = getattr(scheduler, "interval", "epoch")
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval}}
+        return configure(self.optimizer, self.scheduler, parameters, lambda: self.trainer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the structure; a network whose loss is not finite is not saved."""

@@ -10,7 +10,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from lit_prune.errors import InputError
 from lit_prune.train.phases import spanning
-from lit_prune.train.schedule import fit_schedule
+from lit_prune.train.schedule import configure
 
 ANEW = "anew"
 
@@ -87,12 +87,8 @@ class PhaseOptimizer:
             )
 
     def _make(self, trainer: Trainer, module: LightningModule) -> Any:
-        optimizer = self.optimizer([parameter for parameter in module.parameters() if parameter.requires_grad])
-        if self.scheduler is None:
-            return optimizer
-        scheduler = fit_schedule(self.scheduler(optimizer), trainer)
-        interval = getattr(scheduler, "interval", "epoch")
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval}}
+        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        return configure(self.optimizer, self.scheduler, parameters, lambda: trainer)
 
     def clip(self, optimizer: torch.optim.Optimizer) -> None:
         """Limits the gradients of a repair step; the trainer's own clipping comes after it."""

@@ -1,12 +1,17 @@
-"""A learning rate schedule that fits the phase it runs in."""
+"""What trains the parameters of a phase, and a learning rate schedule that fits the phase it runs in."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lit_prune.errors import InputError
+from lit_prune.models.registry import first_line
 
 
 class PhaseCosine(LRScheduler):
@@ -60,3 +65,34 @@ def fit_schedule(scheduler: LRScheduler, trainer: Trainer) -> LRScheduler:
             raise InputError("PhaseCosine: the number of training steps is not known; set max_epochs, or max_steps")
         scheduler.begin(int(steps))
     return scheduler
+
+
+def configure(
+    optimizer: OptimizerCallable,
+    scheduler: LRSchedulerCallable | None,
+    parameters: list[nn.Parameter],
+    trainer: Callable[[], Trainer],
+) -> Any:
+    """What `configure_optimizers` returns for an optimizer of `parameters` and its schedule, if any.
+
+    Args:
+        optimizer: makes the optimizer.
+        scheduler: makes the schedule; a `PhaseCosine` is fitted to the steps that the trainer has before it.
+        parameters: what is trained.
+        trainer: gives the trainer, asked for only where there is a schedule.
+
+    Raises:
+        InputError: one of them refuses its settings, such as a negative learning rate.
+    """
+    try:
+        made = optimizer(parameters)
+        if scheduler is None:
+            return made
+        schedule = scheduler(made)
+    except InputError:
+        raise
+    except Exception as error:  # each optimizer and schedule has its own exceptions for settings
+        problem = f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(f"optimizer or scheduler is refused ({problem}); change its settings") from error
+    interval = getattr(schedule, "interval", "epoch")
+    return {"optimizer": made, "lr_scheduler": {"scheduler": fit_schedule(schedule, trainer()), "interval": interval}}
