@@ -120,24 +120,28 @@ def read_parquet(path: str | Path, columns: list[str] | None = None) -> pd.DataF
     try:
         return pd.read_parquet(path, columns=columns, page_checksum_verification=True)
     except Exception as error:  # pyarrow raises its own families, and others in the middle of a damaged file
-        problem = f"{type(error).__name__}: {error}"
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise InputError(f"{path} cannot be read ({problem}); delete it and run its verb again") from error
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path, name: str = LOCK) -> Iterator[None]:
     """Holds a folder while the block lasts, so that no second process works in it; the system frees it on any exit.
 
-    A folder in which nothing was written is removed again.
+    A folder in which nothing was written is removed again, and what killed processes left half-written in it too.
+
+    Args:
+        folder: is made where it is missing.
+        name: of the lock file; processes that share a folder on purpose hold one each.
 
     Raises:
         InputError: another process holds the folder.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if (folder / LOCK).is_symlink():
-            raise InputError(f"run_dir: {folder / LOCK} is a symbolic link; delete it")
-        lock = FileLock(folder / LOCK)
+        if (folder / name).is_symlink():
+            raise InputError(f"run_dir: {folder / name} is a symbolic link; delete it")
+        lock = FileLock(folder / name)
         lock.acquire(blocking=False)
     except Timeout:
         raise InputError(
@@ -150,22 +154,28 @@ def alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):  # there is more in it than the lock: it stays
-            if os.listdir(folder) == [LOCK]:
-                (folder / LOCK).unlink()
+            if os.listdir(folder) == [name]:
+                (folder / name).unlink()
                 folder.rmdir()
         lock.release()
 
 
 def sweep_partial(folder: Path) -> None:
-    """Deletes what killed processes left half-written in a folder that this process holds alone.
-
-    Folders in it that have a lock of their own are left to whoever holds them.
-    """
+    """Deletes what killed processes left half-written in a folder; folders in it with a lock of their own are left."""
     for path, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not (Path(path) / name / LOCK).exists()]
         for name in files:
-            if name.startswith(".") and name.endswith(".partial"):
+            if name.startswith(".") and name.endswith(".partial") and not _is_alive(name.split(".")[-2]):
                 (Path(path) / name).unlink(missing_ok=True)
+
+
+def _is_alive(process: str) -> bool:
+    """Whether there is another process of that number on this machine."""
+    try:
+        os.kill(int(process), 0)
+    except (ValueError, OSError):
+        return False
+    return int(process) != os.getpid()
 
 
 def one_reason(error: OSError | NotImplementedError) -> str:

@@ -49,7 +49,9 @@ def read_safetensors(path: str | Path, argument: str = "file") -> dict[str, Tens
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError, MemoryError, RuntimeError) as error:
-        raise InputError(f"{argument}: {path} is not readable ({type(error).__name__}: {error})") from error
+        raise InputError(
+            f"{argument}: {path} is not readable ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        ) from error
 
 
 def undefined_tensor(tensors: Mapping[str, Any]) -> str | None:

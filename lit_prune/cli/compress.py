@@ -43,9 +43,11 @@ def schedule_sweep(run_dir: Path, ratios: Sequence[float], run_one: Callable[[fl
     outside = [ratio for ratio in ratios if not 0 < ratio < 1]
     if outside:
         raise InputError(f"ratios must lie in (0, 1), got {outside}")
+    if len({float(ratio) for ratio in ratios}) < len(ratios):
+        raise InputError(f"ratios must be distinct, got {list(ratios)}")
     rows = []
     for ratio in ratios:
-        folder = run_dir / f"ratio={ratio:.2f}"
+        folder = run_dir / f"ratio={ratio if round(ratio, 2) != ratio else format(ratio, '.2f')}"
         if not (folder / "compact" / "report.json").exists():
             run_one(ratio, folder)
         rows.append(_row(ratio, folder))

@@ -9,6 +9,7 @@ from lit_prune.cli.failures import one_line_failures
 from lit_prune.cli.memory import keep_freed_memory
 from lit_prune.cli.narration import narrated_on_stdout
 from lit_prune.cli.parsing import FunctionParser
+from lit_prune.processes import end_with_parent
 from lit_prune.version import version_line
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {  # verbs that are a function each; the others need a model and data
@@ -52,5 +53,6 @@ def main(args: Sequence[str] | None = None) -> Any:
         The command's CLI object (None for the verbs that only read a folder).
     """
     keep_freed_memory()
+    end_with_parent()
     with narrated_on_stdout(), one_line_failures():
         return run(sys.argv[1:] if args is None else args)

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lit_prune.cli.checks import as_input_errors, check_trainer
 from lit_prune.cli.compress import schedule_sweep
 from lit_prune.cli.parsing import OneLineErrors, changed_keys, import_paths
+from lit_prune.cli.ranks import RanksEndAtOnce
 from lit_prune.cli.recipes import with_recipes
 from lit_prune.cli.trainer import Trainer, last_checkpoint
 from lit_prune.cli.yaml_text import read_yaml
@@ -107,6 +108,7 @@ class PruneCLI(LightningCLI):
         trains = self.subcommand in TRAINING_VERBS or self.fits_networks
         if trains and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
             callbacks.append(last_checkpoint(self.run_dir))
+        callbacks.append(RanksEndAtOnce())
         logger = settings.get("logger")
         if logger in (None, True):
             logger = trains and TensorBoardLogger(self.run_dir, name="", version="tensorboard", default_hp_metric=False)

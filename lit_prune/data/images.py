@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import math
 from functools import cached_property
 from typing import Any, Literal, Self
 
@@ -104,7 +105,11 @@ class ImageData(LightningDataModule):
             value = getattr(self, name)
             if value is not None and not value >= minimum:
                 raise InputError(f"{name}={value} is too small; use at least {minimum}")
-        if len(self.mean) != len(self.std) or min(self.std) <= 0:
+        if (
+            len(self.mean) != len(self.std)
+            or not min(self.std) > 0
+            or not all(map(math.isfinite, self.mean + self.std))
+        ):
             raise InputError(f"mean={self.mean} and std={self.std} need one value a channel each, std above 0")
 
     def load_split(self, split: str) -> ImageSource:

@@ -97,6 +97,7 @@ def find_network(module: "LitClassifier", run_dir: Path, ckpt_path: str | None, 
     if ckpt_path is not None:
         return read_network(Path(ckpt_path), module, "ckpt_path")
     if module.is_trained:
+        check_defined(module.backbone.state_dict(), "the network")
         return Network.of(module)
     last = run_dir / "checkpoints" / "last.ckpt"
     if not last.is_file():
