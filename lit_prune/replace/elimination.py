@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lit_prune.replace.regression import ridged
+
 
 @dataclass
 class ReaderMoments:
@@ -32,13 +34,11 @@ class ReaderMoments:
             weight: [O, D].
             metric: positive semidefinite [O, O]; an error δ of the output counts δᵀ·metric·δ.
             columns: [units, taps].
-            ridge: relative to the mean variance of the patches.
+            ridge: relative to each input's own variance.
         """
-        scale = covariance.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-        ridged = covariance + ridge * scale * torch.eye(len(covariance)).to(covariance)
         values, vectors = torch.linalg.eigh(metric)
         root = (vectors * values.clamp_min(0).sqrt()).T  # rootᵀ root = metric
-        return cls(torch.cholesky_inverse(torch.linalg.cholesky(ridged)), root @ weight, columns)
+        return cls(torch.cholesky_inverse(torch.linalg.cholesky(ridged(covariance, ridge))), root @ weight, columns)
 
     def costs(self, units: Tensor) -> Tensor:
         """Rise of the error if one of `units` goes and all other weights are solved again, float64 [len(units)].

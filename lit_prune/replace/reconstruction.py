@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lit_prune.measurement.layers import Batches, removing, to_model, undisturbed
 from lit_prune.replace.elimination import ReaderMoments, elimination_costs
 from lit_prune.replace.patches import PositionSample, input_rows, output_rows
-from lit_prune.replace.regression import PairSums
+from lit_prune.replace.regression import Covariance, PairSums
 from lit_prune.structure import CostModel, Group, trace_groups
 
 RIDGE = 1e-4
@@ -37,8 +37,8 @@ def reconstruction_costs(
         Group name -> float64 [size], higher = keep.
     """
     graph = trace_groups(model, example_input)
-    groups = [group for group in graph.prunable if group.consumers and _readers(group, model)]
-    names = sorted({name for group in groups for name in _readers(group, model)})
+    groups = [group for group in graph.prunable if group.consumers and solvable_readers(model, group)]
+    names = sorted({name for group in groups for name in solvable_readers(model, group)})
     covariances = patch_covariances(model, names, batches, seed)
     metrics = output_metrics(model, names, batches, seed)
     cost_model = CostModel.build(model, graph, example_input)
@@ -48,7 +48,8 @@ def reconstruction_costs(
     }
 
 
-def _readers(group: Group, model: nn.Module) -> list[str]:
+def solvable_readers(model: nn.Module, group: Group) -> list[str]:
+    """Layers that read the group and can be solved again."""
     supported = (name for name in group.consumers if getattr(model.get_submodule(name), "groups", 1) == 1)
     return [name for name in supported if isinstance(model.get_submodule(name), nn.Conv2d | nn.Linear)]
 
@@ -69,13 +70,13 @@ def _group_costs(
             weight = model.get_submodule(member.module).weight.detach().cpu().double()
             taps = weight[0, 0].numel()
             places = torch.tensor(member.positions)[:, :, None] * taps + torch.arange(taps)  # [units, positions, taps]
-            covariance, metric = covariances[member.module], metrics[member.module]
+            covariance, metric = covariances[member.module].inputs, metrics[member.module]
             readers.append(ReaderMoments.build(covariance, weight.flatten(1), metric, places.flatten(1), RIDGE))
     return elimination_costs(readers, group.size)
 
 
-def patch_covariances(model: nn.Module, layers: Sequence[str], batches: Batches, seed: int) -> dict[str, Tensor]:
-    """Population covariance of the input patches of each layer, zero padding included, float64 [D, D] on the CPU.
+def patch_covariances(model: nn.Module, layers: Sequence[str], batches: Batches, seed: int) -> dict[str, Covariance]:
+    """Means and population covariance of the input patches of each layer, zero padding included, float64 on the CPU.
 
     Args:
         model: the network.
@@ -101,7 +102,7 @@ def patch_covariances(model: nn.Module, layers: Sequence[str], batches: Batches,
     with removing(handles), undisturbed(model):
         for images, _ in batches:
             model(to_model(model, images))
-    return {name: found.covariance().inputs.cpu() for name, found in sums.items()}
+    return {name: found.covariance() for name, found in sums.items()}
 
 
 def output_metrics(model: nn.Module, layers: Sequence[str], batches: Iterable, seed: int) -> dict[str, Tensor]:

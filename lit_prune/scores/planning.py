@@ -7,14 +7,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from lit_prune.replace.ladder import distortion_ladders
+from lit_prune.replace.reconstruction import patch_covariances, solvable_readers
 from lit_prune.scores.evidence import Evidence
 from lit_prune.scores.table import find_score
-from lit_prune.structure.allocation import plan_channels, plan_latency
+from lit_prune.structure.allocation import Measured, plan_channels, plan_ladders, plan_latency
 from lit_prune.structure.cost import CostModel, cost
 from lit_prune.structure.groups import ChannelGraph
 from lit_prune.structure.masking import mask_channels, plan_masks
 from lit_prune.structure.plan import Plan
-from lit_prune.structure.ranking import Budget, selected_groups
+from lit_prune.structure.ranking import Budget, Ranks, group_scores, selected_groups
 
 
 def plan_method(evidence: Evidence, method: str, graph: ChannelGraph, cost_model: CostModel, request: Budget) -> Plan:
@@ -40,9 +42,26 @@ def plan_method(evidence: Evidence, method: str, graph: ChannelGraph, cost_model
     ranks = find_score(method).at(sparsity).ranks(evidence)
     if request.kind == "latency" and request.allocation != "layerwise":
         plan = plan_latency(evidence.model, graph, cost_model, ranks, request, evidence.example[:1])
+    elif request.allocation == "measured":
+        plan = plan_ladders(graph, cost_model, ranks, request, measured_damage(evidence, graph, ranks, request))
     else:
         plan = plan_channels(graph, cost_model, ranks, request)
     return replace(plan, notes={**plan.notes, "method": method})
+
+
+def measured_damage(evidence: Evidence, graph: ChannelGraph, ranks: Ranks, request: Budget) -> Measured:
+    """How far the prediction moves when one group alone is cut and its readers are solved again, by group and width.
+
+    See `lit_prune.replace.ladder.distortion_ladders`. Groups that some layer reads which cannot be solved again are left
+    out, and so stay whole.
+    """
+    scores, _ = group_scores(graph, ranks, request)
+    groups = [graph.by_name[name] for name in scores]
+    groups = [group for group in groups if solvable_readers(evidence.model, group)]
+    readers = sorted({name for group in groups for name in solvable_readers(evidence.model, group)})
+    covariances = patch_covariances(evidence.model, readers, evidence.batches, evidence.seed)
+    wanted = {group.name: scores[group.name] for group in groups}
+    return distortion_ladders(evidence.model, graph, wanted, evidence.batches, covariances, seed=evidence.seed)
 
 
 def method_needs(methods: Iterable[str]) -> tuple[str, ...]:
@@ -84,7 +103,7 @@ def channel_sparsity(graph: ChannelGraph, cost_model: CostModel, request: Budget
     if request.kind == "channels" and not isinstance(request.keep, Mapping):
         return 1 - request.keep
     kind = "macs" if request.kind == "latency" else request.kind
-    allocation = "uniform" if request.allocation == "global" else request.allocation
+    allocation = "uniform" if request.allocation in ("global", "measured") else request.allocation
     groups = selected_groups(graph, request)
     zeros = {name: torch.zeros(graph.widths[name, "out"]) for group in groups for name in group.producers}
     plan = plan_channels(graph, cost_model, zeros, replace(request, kind=kind, allocation=allocation))

@@ -1,6 +1,6 @@
 """From scores and a budget to a plan: how many channels each group keeps, and which."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,13 +10,15 @@ from torch import Tensor, nn
 from lit_prune.errors import InputError
 from lit_prune.structure.cost import CostModel
 from lit_prune.structure.groups import ChannelGraph, trace_groups
+from lit_prune.structure.ladders import Ladder, cheapest_damage
 from lit_prune.structure.latency import measure_latency
 from lit_prune.structure.plan import Plan
 from lit_prune.structure.ranking import Budget, Ranks, group_scores
 from lit_prune.structure.surgery import apply_plan
-from lit_prune.structure.widths import Steps, global_widths, uniform_widths
+from lit_prune.structure.widths import Price, Steps, allowed_widths, global_widths, uniform_widths
 
 LATENCY_TRIALS = 6
+Measured = Mapping[str, tuple[Sequence[int], Sequence[float]]]  # group -> widths, damage at each
 _TOLERANCE = 0.01
 
 
@@ -77,14 +79,61 @@ def plan_channels(graph: ChannelGraph, cost_model: CostModel, ranks: Ranks, requ
     scores, notes = group_scores(graph, ranks, request)
     if request.allocation == "layerwise":
         return _plan_layerwise(graph, cost_model, scores, request, notes)
+    _check_arithmetic(request)
+    choose = global_widths if request.allocation == "global" else uniform_widths
+    return _plan_widths(graph, cost_model, scores, request, notes, choose)
+
+
+def plan_ladders(
+    graph: ChannelGraph, cost_model: CostModel, ranks: Ranks, request: Budget, measured: Measured
+) -> Plan:
+    """Plan whose widths do the least summed damage within the budget, see `cheapest_damage`.
+
+    Args:
+        graph: the groups.
+        cost_model: of the same network.
+        ranks: which units of a group go first.
+        request: the budget; its `allocation` is not read.
+        measured: group -> widths and the damage done when the group alone is cut to each; a group without stays whole.
+
+    Raises:
+        InputError: as `make_plan`.
+    """
+    scores, notes = group_scores(graph, ranks, request)
+    left_out = [name for name in scores if name not in measured]
+    scores = {name: values for name, values in scores.items() if name in measured}
+    if not scores:
+        raise InputError(f"nothing to prune: no damage was measured for {', '.join(left_out[:6])}")
+
+    def choose(steps: Steps, price: Price, target: float) -> np.ndarray:
+        allowed = [allowed_widths(len(values), request.round_to, request.cap) for values in scores.values()]
+        ladders = [Ladder.interpolated(*measured[name], widths) for name, widths in zip(scores, allowed, strict=True)]
+        return cheapest_damage(ladders, price, target)
+
+    return _plan_widths(graph, cost_model, scores, request, notes | {"without_damage": left_out}, choose)
+
+
+def _check_arithmetic(request: Budget) -> None:
+    """Refuses what needs more than scores."""
     if request.kind == "latency":
         raise InputError("budget='latency' has to run the network; use make_plan or plan_method")
+    if request.allocation == "measured":
+        raise InputError("allocation='measured' has to look at data; use plan_method or compress")
+
+
+def _plan_widths(
+    graph: ChannelGraph,
+    cost_model: CostModel,
+    scores: dict[str, np.ndarray],
+    request: Budget,
+    notes: dict[str, Any],
+    choose: Callable[[Steps, Price, float], np.ndarray],
+) -> Plan:
     columns = np.array([cost_model.names.index(name) for name in scores])
     steps = Steps.build(list(scores.values()), request.round_to, request.cap)
     price = _price(cost_model, columns, request.kind)
     dense = price(steps.sizes)
     target = request.keep * dense
-    choose = global_widths if request.allocation == "global" else uniform_widths
     widths = choose(steps, price, target)
     achieved = price(widths) / dense
     reason = _shortfall(graph, steps, scores, widths, price, target)

@@ -92,7 +92,7 @@ def test_metric_of_the_classifier_is_the_identity_and_covariance_is_that_of_unfo
     net.mix.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
     covariance = patch_covariances(net, ["mix"], batches, seed=0)["mix"]
     patches = torch.cat([nn.functional.unfold(u, 3).transpose(1, 2).flatten(0, 1) for u in seen]).double()
-    torch.testing.assert_close(covariance, torch.cov(patches.T, correction=0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(covariance.inputs, torch.cov(patches.T, correction=0), rtol=1e-5, atol=1e-6)
 
 
 def test_score_is_invariant_to_rescaled_units_and_divides_by_multiply_adds(batches):

@@ -1,0 +1,222 @@
+"""How far the prediction moves when one group alone is cut to each of a row of widths and its readers are solved again."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_prune.errors import InputError
+from lit_prune.measurement.layers import removing, undisturbed
+from lit_prune.replace.patches import input_rows, output_rows
+from lit_prune.replace.regression import Covariance, ridged
+from lit_prune.structure import ChannelGraph, Group
+from lit_prune.task import Task, settle
+
+LEVELS = 16
+IMAGES = 512  # most images whose predictions are projected
+RIDGE = 1e-4
+_PIECE = 1 << 24  # most values of one product
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What a reader loses at each width, and what its other weights become: the change of its map, for L widths.
+
+    Attributes:
+        weight: float32 [L, O, D].
+        bias: float32 [L, O].
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    @classmethod
+    def build(
+        cls, weight: Tensor, covariance: Covariance, columns: Tensor, order: Sequence[int], widths: Sequence[int]
+    ) -> "Cut":
+        """Least squares on the kept columns, for nested sets of units from one factorisation.
+
+        With the columns in the order in which they are kept, the normal matrix of every kept set is a leading block,
+        and so is its Cholesky factor.
+
+        Args:
+            weight: of the reader, float64 [O, D].
+            covariance: of its input patches.
+            columns: places of each unit in the patch, int64 [units, taps].
+            order: units, the last to go first.
+            widths: ascending.
+        """
+        first = torch.ones(weight.shape[1], dtype=torch.bool)
+        first[columns.flatten()] = False
+        rest = first.nonzero().flatten()  # columns of other groups
+        placed = torch.cat([rest, columns[torch.tensor(order)].flatten()])
+        inputs = covariance.inputs[placed][:, placed]
+        factor = torch.linalg.cholesky(ridged(inputs, RIDGE))
+        cross = inputs @ weight[:, placed].T  # [D, O]
+        changes = []
+        for width in widths:
+            kept = len(rest) + width * columns.shape[1]
+            change = -weight.clone()
+            solved = torch.cholesky_solve(cross[:kept], factor[:kept, :kept]).T
+            change[:, placed[:kept]] += solved
+            changes.append(change)
+        change = torch.stack(changes)
+        return cls(change.float(), -(change @ covariance.input_mean).float())
+
+
+def measured_distortion(
+    model: nn.Module,
+    batches: Iterable[Any],
+    cuts: Mapping[str, Mapping[str, Cut]],
+    task: Task | str | None = None,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Expected squared change of the prediction to first order, `E (Σ_p g_pᵀ δ_p)²`, for each group and width.
+
+    δ is the error that a cut leaves in its readers' outputs, g the gradient of a random unit-variance projection of the
+    prediction, p runs over all positions of all readers of the group: errors that add up over positions count as such.
+    Since `Σ_p g_pᵀ (ΔW u_p + Δb) = ⟨ΔW, Σ_p g_p u_pᵀ⟩ + ⟨Δb, Σ_p g_p⟩`, one gradient of the weights for each image
+    serves all widths.
+
+    Args:
+        model: any network; left as found.
+        batches: of any kind the task knows; the first `IMAGES` samples are used.
+        cuts: group -> reader -> change of its map.
+        task: see `settle`.
+        seed: of the projections.
+
+    Returns:
+        Group -> float64 [L].
+    """
+    task, batches = settle(task, model, batches)
+    readers = sorted({reader for found in cuts.values() for reader in found})
+    sums, count = {group: 0.0 for group in cuts}, 0
+    generator = torch.Generator().manual_seed(seed)
+    for sample in gradient_samples(model, batches, readers, task, generator):
+        for group, found in cuts.items():
+            moved = sum(_moved(model.get_submodule(reader), *sample.at[reader], cut) for reader, cut in found.items())
+            sums[group] = sums[group] + moved.double().square().sum(0).cpu()
+        count += sample.size
+        if count >= IMAGES:
+            break
+    return {group: total / count for group, total in sums.items()}
+
+
+@dataclass(frozen=True)
+class GradientSample:
+    """One batch: `at` gives for each layer what it read and the gradient in what it wrote; `size` images."""
+
+    at: Mapping[str, tuple[Tensor, Tensor]]
+    size: int
+
+
+def gradient_samples(
+    model: nn.Module, batches: Iterable[Any], layers: Sequence[str], task: Task, generator: torch.Generator
+) -> Iterable[GradientSample]:
+    """For each batch, inputs of layers and the gradients of `v · prediction` in their outputs, v standard normal.
+
+    Raises:
+        InputError: a layer runs more than once, or not at all.
+    """
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def keeper(name: str):
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            if name in seen:
+                raise InputError(f"layer {name!r} runs more than once in a forward pass; protect the group it reads")
+            output = output if output.requires_grad else output.detach().requires_grad_()
+            seen[name] = (args[0].detach(), output)
+            return output.clone()  # what follows may write in place
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(keeper(name)) for name in layers]
+    with removing(handles), undisturbed(model, gradients=True):
+        for batch in batches:
+            seen.clear()
+            batch = task.to(batch, model)
+            values = task.prediction(task.run(model, batch))
+            probe = torch.randn(values.shape, generator=generator).to(values)
+            gradients = torch.autograd.grad((probe * values).sum(), [seen[name][1] for name in layers])
+            found = {name: (seen[name][0], g) for name, g in zip(layers, gradients, strict=True)}
+            yield GradientSample(found, task.size(batch))
+
+
+def _moved(module: nn.Module, inputs: Tensor, gradient: Tensor, cut: Cut) -> Tensor:
+    """Change of the projected prediction of each image at each width, [B, L]."""
+    levels, outputs, wide = cut.weight.shape
+    weight, bias = cut.weight.flatten(1).T.to(gradient), cut.bias.T.to(gradient)
+    positions = gradient[0].numel() // outputs
+    piece = max(1, _PIECE // (wide * max(positions, outputs)))
+    parts = []
+    for u, g in zip(inputs.split(piece), gradient.split(piece), strict=True):
+        rows = input_rows(module, u, None).unflatten(0, (len(u), positions))
+        slopes = output_rows(module, g, None).unflatten(0, (len(u), positions))
+        products = slopes.transpose(1, 2) @ rows  # [b, O, D], each image's gradient of the weights
+        parts.append(products.flatten(1) @ weight + slopes.sum(1) @ bias)
+    return torch.cat(parts)
+
+
+def ladder_widths(size: int) -> list[int]:
+    """About `LEVELS` widths of a group, ascending, the dense one among them."""
+    return sorted({max(1, round(size * level / LEVELS)) for level in range(1, LEVELS + 1)})
+
+
+def group_cuts(
+    model: nn.Module, group: Group, scores: Sequence[float], covariances: Mapping[str, Covariance], widths: Sequence[int]
+) -> dict[str, Cut]:
+    """The cuts of a group's readers, in the order of its units' scores.
+
+    Args:
+        model: the network.
+        group: the group.
+        scores: [size], higher = goes later.
+        covariances: of readers; others are left out.
+        widths: ascending.
+    """
+    order = torch.as_tensor(scores).argsort(descending=True, stable=True).tolist()
+    found = {}
+    for name, columns in reader_columns(model, group, covariances).items():
+        weight = model.get_submodule(name).weight.detach().cpu().double().flatten(1)
+        found[name] = Cut.build(weight, covariances[name], columns, order, widths)
+    return found
+
+
+def reader_columns(model: nn.Module, group: Group, readers: Iterable[str]) -> dict[str, Tensor]:
+    """For those of `readers` that read the group: places of each unit in their patch, int64 [units, taps]."""
+    found = {}
+    for member in group.members:
+        if member.axis == "in" and member.module in readers and member.module in group.consumers:
+            taps = model.get_submodule(member.module).weight[0, 0].numel()
+            found[member.module] = (torch.tensor(member.positions)[:, :, None] * taps + torch.arange(taps)).flatten(1)
+    return found
+
+
+def distortion_ladders(
+    model: nn.Module,
+    graph: ChannelGraph,
+    scores: Mapping[str, Sequence[float]],
+    batches: Iterable[Any],
+    covariances: Mapping[str, Covariance],
+    task: Task | str | None = None,
+    seed: int = 0,
+) -> dict[str, tuple[list[int], list[float]]]:
+    """Group -> widths (ascending) and how far the prediction moves at each, see `measured_distortion`.
+
+    Args:
+        model: the network; left as found.
+        graph: its groups.
+        scores: group -> score of each unit; groups that no layer of `covariances` reads are left out.
+        batches: see `measured_distortion`.
+        covariances: of the input patches of readers.
+        task: see `settle`.
+        seed: of the projections.
+    """
+    groups = [graph.by_name[name] for name in scores]
+    widths = {group.name: ladder_widths(group.size) for group in groups}
+    cuts = {g.name: group_cuts(model, g, scores[g.name], covariances, widths[g.name][:-1]) for g in groups}
+    cuts = {name: found for name, found in cuts.items() if found and len(widths[name]) > 1}
+    moved = measured_distortion(model, batches, cuts, task, seed)
+    return {name: (widths[name], [*values.tolist(), 0.0]) for name, values in moved.items()}
