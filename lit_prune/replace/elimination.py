@@ -10,8 +10,8 @@ from lit_prune.replace.regression import ridged
 
 
 @dataclass
-class ReaderMoments:
-    """What one reader of a group needs for the elimination.
+class Elimination:
+    """The state of one reader of a group during the elimination.
 
     Attributes:
         inverse: inverse of the ridged covariance of its input patches, float64 [D, D]; changed by the elimination.
@@ -24,9 +24,7 @@ class ReaderMoments:
     columns: Tensor
 
     @classmethod
-    def build(
-        cls, covariance: Tensor, weight: Tensor, metric: Tensor, columns: Tensor, ridge: float
-    ) -> "ReaderMoments":
+    def build(cls, covariance: Tensor, weight: Tensor, metric: Tensor, columns: Tensor, ridge: float) -> "Elimination":
         """From population moments.
 
         Args:
@@ -60,7 +58,7 @@ class ReaderMoments:
         self.inverse -= rows.T @ solved
 
 
-def elimination_costs(readers: Sequence[ReaderMoments], units: int) -> Tensor:
+def elimination_costs(readers: Sequence[Elimination], units: int) -> Tensor:
     """Error that each unit adds when it goes in greedy order (the cheapest of those left goes next), float64 [units].
 
     The error is Σ over readers of `E (W u - Ŵ u_K)ᵀ metric (W u - Ŵ u_K)`, Ŵ the least-squares solution on the units

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_prune.errors import InputError
-from lit_prune.measurement.layers import removing, undisturbed
 from lit_prune.replace.patches import input_rows, output_rows
+from lit_prune.replace.reconstruction import ReaderMoments, reader_columns
 from lit_prune.replace.regression import Covariance, ridged
+from lit_prune.replace.slopes import gradient_samples
 from lit_prune.structure import ChannelGraph, Group
 from lit_prune.task import Task, settle
 
@@ -93,55 +93,18 @@ def measured_distortion(
     task, batches = settle(task, model, batches)
     readers = sorted({reader for found in cuts.values() for reader in found})
     sums, count = {group: 0.0 for group in cuts}, 0
-    generator = torch.Generator().manual_seed(seed)
-    for sample in gradient_samples(model, batches, readers, task, generator):
+    for sample in gradient_samples(model, batches, readers, task, seed):
         for group, found in cuts.items():
-            moved = sum(_moved(model.get_submodule(reader), *sample.at[reader], cut) for reader, cut in found.items())
+            moved = sum(
+                _moved(model.get_submodule(reader), *call, cut)
+                for reader, cut in found.items()
+                for call in sample.at[reader]
+            )
             sums[group] = sums[group] + moved.double().square().sum(0).cpu()
         count += sample.size
         if count >= IMAGES:
             break
     return {group: total / count for group, total in sums.items()}
-
-
-@dataclass(frozen=True)
-class GradientSample:
-    """One batch: `at` gives for each layer what it read and the gradient in what it wrote; `size` images."""
-
-    at: Mapping[str, tuple[Tensor, Tensor]]
-    size: int
-
-
-def gradient_samples(
-    model: nn.Module, batches: Iterable[Any], layers: Sequence[str], task: Task, generator: torch.Generator
-) -> Iterable[GradientSample]:
-    """For each batch, inputs of layers and the gradients of `v · prediction` in their outputs, v standard normal.
-
-    Raises:
-        InputError: a layer runs more than once, or not at all.
-    """
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def keeper(name: str):
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-            if name in seen:
-                raise InputError(f"layer {name!r} runs more than once in a forward pass; protect the group it reads")
-            output = output if output.requires_grad else output.detach().requires_grad_()
-            seen[name] = (args[0].detach(), output)
-            return output.clone()  # what follows may write in place
-
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_hook(keeper(name)) for name in layers]
-    with removing(handles), undisturbed(model, gradients=True):
-        for batch in batches:
-            seen.clear()
-            batch = task.to(batch, model)
-            values = task.prediction(task.run(model, batch))
-            probe = torch.randn(values.shape, generator=generator).to(values)
-            gradients = torch.autograd.grad((probe * values).sum(), [seen[name][1] for name in layers])
-            found = {name: (seen[name][0], g) for name, g in zip(layers, gradients, strict=True)}
-            yield GradientSample(found, task.size(batch))
 
 
 def _moved(module: nn.Module, inputs: Tensor, gradient: Tensor, cut: Cut) -> Tensor:
@@ -165,7 +128,7 @@ def ladder_widths(size: int) -> list[int]:
 
 
 def group_cuts(
-    model: nn.Module, group: Group, scores: Sequence[float], covariances: Mapping[str, Covariance], widths: Sequence[int]
+    model: nn.Module, group: Group, scores: Sequence[float], moments: Mapping[str, ReaderMoments], widths: Sequence[int]
 ) -> dict[str, Cut]:
     """The cuts of a group's readers, in the order of its units' scores.
 
@@ -173,24 +136,14 @@ def group_cuts(
         model: the network.
         group: the group.
         scores: [size], higher = goes later.
-        covariances: of readers; others are left out.
+        moments: of readers; others are left out.
         widths: ascending.
     """
     order = torch.as_tensor(scores).argsort(descending=True, stable=True).tolist()
     found = {}
-    for name, columns in reader_columns(model, group, covariances).items():
+    for name, columns in reader_columns(model, group, moments).items():
         weight = model.get_submodule(name).weight.detach().cpu().double().flatten(1)
-        found[name] = Cut.build(weight, covariances[name], columns, order, widths)
-    return found
-
-
-def reader_columns(model: nn.Module, group: Group, readers: Iterable[str]) -> dict[str, Tensor]:
-    """For those of `readers` that read the group: places of each unit in their patch, int64 [units, taps]."""
-    found = {}
-    for member in group.members:
-        if member.axis == "in" and member.module in readers and member.module in group.consumers:
-            taps = model.get_submodule(member.module).weight[0, 0].numel()
-            found[member.module] = (torch.tensor(member.positions)[:, :, None] * taps + torch.arange(taps)).flatten(1)
+        found[name] = Cut.build(weight, moments[name].covariance, columns, order, widths)
     return found
 
 
@@ -199,7 +152,7 @@ def distortion_ladders(
     graph: ChannelGraph,
     scores: Mapping[str, Sequence[float]],
     batches: Iterable[Any],
-    covariances: Mapping[str, Covariance],
+    moments: Mapping[str, ReaderMoments],
     task: Task | str | None = None,
     seed: int = 0,
 ) -> dict[str, tuple[list[int], list[float]]]:
@@ -208,15 +161,15 @@ def distortion_ladders(
     Args:
         model: the network; left as found.
         graph: its groups.
-        scores: group -> score of each unit; groups that no layer of `covariances` reads are left out.
+        scores: group -> score of each unit; groups that no layer of `moments` reads are left out.
         batches: see `measured_distortion`.
-        covariances: of the input patches of readers.
+        moments: of readers.
         task: see `settle`.
         seed: of the projections.
     """
     groups = [graph.by_name[name] for name in scores]
     widths = {group.name: ladder_widths(group.size) for group in groups}
-    cuts = {g.name: group_cuts(model, g, scores[g.name], covariances, widths[g.name][:-1]) for g in groups}
+    cuts = {g.name: group_cuts(model, g, scores[g.name], moments, widths[g.name][:-1]) for g in groups}
     cuts = {name: found for name, found in cuts.items() if found and len(widths[name]) > 1}
     moved = measured_distortion(model, batches, cuts, task, seed)
     return {name: (widths[name], [*values.tolist(), 0.0]) for name, values in moved.items()}

@@ -8,12 +8,13 @@ import torch
 from torch import nn
 
 from lit_prune.replace.ladder import distortion_ladders
-from lit_prune.replace.reconstruction import patch_covariances, solvable_readers
+from lit_prune.replace.reconstruction import solvable_readers
 from lit_prune.scores.evidence import Evidence
+from lit_prune.scores.outputs import moments_of_readers
 from lit_prune.scores.table import find_score
 from lit_prune.structure.allocation import Measured, plan_channels, plan_ladders, plan_latency
 from lit_prune.structure.cost import CostModel, cost
-from lit_prune.structure.groups import ChannelGraph
+from lit_prune.structure.groups import ChannelGraph, Group
 from lit_prune.structure.masking import mask_channels, plan_masks
 from lit_prune.structure.plan import Plan
 from lit_prune.structure.ranking import Budget, Ranks, group_scores, selected_groups
@@ -41,7 +42,7 @@ def plan_method(evidence: Evidence, method: str, graph: ChannelGraph, cost_model
     sparsity = channel_sparsity(graph, cost_model, request)
     ranks = find_score(method).at(sparsity).ranks(evidence)
     if request.kind == "latency" and request.allocation != "layerwise":
-        plan = plan_latency(evidence.model, graph, cost_model, ranks, request, evidence.example[:1])
+        plan = plan_latency(evidence.model, graph, cost_model, ranks, request, evidence.example.args[0])
     elif request.allocation == "measured":
         plan = plan_ladders(graph, cost_model, ranks, request, measured_damage(evidence, graph, ranks, request))
     else:
@@ -56,12 +57,13 @@ def measured_damage(evidence: Evidence, graph: ChannelGraph, ranks: Ranks, reque
     out, and so stay whole.
     """
     scores, _ = group_scores(graph, ranks, request)
-    groups = [graph.by_name[name] for name in scores]
-    groups = [group for group in groups if solvable_readers(evidence.model, group)]
-    readers = sorted({name for group in groups for name in solvable_readers(evidence.model, group)})
-    covariances = patch_covariances(evidence.model, readers, evidence.batches, evidence.seed)
-    wanted = {group.name: scores[group.name] for group in groups}
-    return distortion_ladders(evidence.model, graph, wanted, evidence.batches, covariances, seed=evidence.seed)
+    solvable = {name: values for name, values in scores.items() if _all_solvable(evidence, graph.by_name[name])}
+    moments = evidence.once(moments_of_readers)
+    return distortion_ladders(evidence.model, graph, solvable, evidence.batches, moments, evidence.task, evidence.seed)
+
+
+def _all_solvable(evidence: Evidence, group: Group) -> bool:
+    return set(solvable_readers(evidence.model, group)) == set(group.consumers)
 
 
 def method_needs(methods: Iterable[str]) -> tuple[str, ...]:

@@ -84,9 +84,7 @@ def plan_channels(graph: ChannelGraph, cost_model: CostModel, ranks: Ranks, requ
     return _plan_widths(graph, cost_model, scores, request, notes, choose)
 
 
-def plan_ladders(
-    graph: ChannelGraph, cost_model: CostModel, ranks: Ranks, request: Budget, measured: Measured
-) -> Plan:
+def plan_ladders(graph: ChannelGraph, cost_model: CostModel, ranks: Ranks, request: Budget, measured: Measured) -> Plan:
     """Plan whose widths do the least summed damage within the budget, see `cheapest_damage`.
 
     Args:

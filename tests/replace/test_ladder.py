@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from lit_prune.errors import InputError
 from lit_prune.replace.ladder import Cut, distortion_ladders, ladder_widths, measured_distortion
-from lit_prune.replace.reconstruction import patch_covariances, reconstruction_costs
+from lit_prune.replace.reconstruction import reader_moments, reconstruction_costs
 from lit_prune.replace.regression import Covariance, solve
 from lit_prune.structure import trace_groups
 
@@ -34,8 +33,8 @@ def batches():
     return [(torch.randn(40, 3, 8, 8, dtype=torch.float64), torch.randint(4, (40,))) for _ in range(2)]
 
 
-def covariances_of(model, batches):
-    return patch_covariances(model, ["conv2", "linear"], batches, 0)
+def moments_of(model, batches):
+    return reader_moments(model, ["conv2", "linear"], batches)
 
 
 def test_nested_cuts_are_the_least_squares_fits_on_the_kept_columns():
@@ -83,7 +82,7 @@ def test_frozen_networks_are_measured_and_left_alone(chain, batches):
 def test_wider_is_better_and_dense_costs_nothing(chain, batches):
     graph = trace_groups(chain, batches[0][0])
     costs = reconstruction_costs(chain, batches, batches[0][0], per_mac=0)
-    found = distortion_ladders(chain, graph, {"conv1": costs["conv1"]}, batches, covariances_of(chain, batches))
+    found = distortion_ladders(chain, graph, {"conv1": costs["conv1"]}, batches, moments_of(chain, batches))
     widths, errors = found["conv1"]
     assert widths == ladder_widths(6) == [1, 2, 3, 4, 5, 6]
     assert errors[-1] == 0 and errors[0] > errors[2] > errors[4]
@@ -101,13 +100,30 @@ def test_order_and_ladder_survive_a_rescaling_of_units(chain, batches):
     found = []
     for model in (chain, scaled):
         costs = reconstruction_costs(model, batches, batches[0][0], per_mac=0)["conv1"]
-        ladders = distortion_ladders(model, graph, {"conv1": costs}, batches, covariances_of(model, batches))
+        ladders = distortion_ladders(model, graph, {"conv1": costs}, batches, moments_of(model, batches))
         found.append((costs.argsort().tolist(), ladders["conv1"][1]))
     assert found[0][0] == found[1][0]
     assert found[0][1] == pytest.approx(found[1][1], rel=1e-3)
 
 
-def test_a_layer_that_runs_twice_is_refused_by_name(chain, batches):
-    twice = nn.Sequential(chain.conv1, nn.ReLU(), (same := nn.Conv2d(6, 6, 1)).double(), nn.ReLU(), same)
-    with pytest.raises(InputError, match=r"layer '2' runs more than once"):
-        measured_distortion(twice, batches, {"g": {"2": Cut(torch.ones(1, 6, 6), torch.ones(1, 6))}}, "unlabelled")
+def test_both_calls_of_a_layer_count(chain, batches):
+    """A layer that runs twice on the same values moves the prediction as two equal layers would."""
+    torch.manual_seed(4)
+    same, cut = nn.Linear(3, 3, bias=False).double(), Cut(torch.randn(1, 3, 3), torch.zeros(1, 3))
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = same, copy.deepcopy(same), copy.deepcopy(same)
+
+        def forward(self, x):
+            return self.a(x) + self.a(x)
+
+    class Apart(Twice):
+        def forward(self, x):
+            return self.b(x) + self.c(x)
+
+    values = [torch.randn(50, 3, dtype=torch.float64)]
+    once = measured_distortion(Twice(), values, {"g": {"a": cut}}, "unlabelled")["g"]
+    apart = measured_distortion(Apart(), values, {"g": {"b": cut, "c": cut}}, "unlabelled")["g"]
+    torch.testing.assert_close(once, apart)

@@ -78,7 +78,7 @@ class FirstImages:
 
 def evaluation_record(whole: Evaluation) -> dict[str, Any]:
     """The unharmed network on the evaluation images."""
-    return {"split": SPLIT, "images": whole.images, "loss": whole.loss, "accuracy": whole.accuracy}
+    return {"split": SPLIT, "images": whole.images, "loss": whole.loss, "accuracy": whole.figure}
 
 
 def read_lesions(folder: str | Path) -> pd.DataFrame:
