@@ -16,6 +16,7 @@ _HOME = {  # public name -> module that defines it, imported at the first use
     "Replacement": "lit_prune.replace",
     "StagedPruning": "lit_prune.train.staged_pruning",
     "apply_plan": "lit_prune.structure",
+    "compress": "lit_prune.compression",
     "cost": "lit_prune.structure",
     "interchange": "lit_prune.replace",
     "load_compact": "lit_prune.structure",

@@ -13,7 +13,6 @@ from lit_prune.replace.walk import ADDITIONS, Stop
 from lit_prune.structure import axes
 from lit_prune.structure.tracing import one_image, run, undisturbed
 
-
 Clip = tuple[float, float]
 _RELU = (torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.relu, F.relu_)
 _BOUNDED = (F.hardtanh, F.hardtanh_)

@@ -1,4 +1,4 @@
-"""How far the prediction moves when one group alone is cut to each of a row of widths and its readers are solved again."""
+"""How far the prediction moves when one group alone is cut and its readers are solved again, for a row of widths."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

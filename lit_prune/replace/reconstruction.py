@@ -26,8 +26,8 @@ class ReaderMoments:
 
     Attributes:
         covariance: means and population covariance of its input patches, zero padding included, float64.
-        metric: E[Σ_p g gᵀ], float64 [O, O], g = ∂(v·prediction)/∂output, v standard normal, the mean over images, p over
-            positions: the Gauss-Newton matrix of the prediction's squared change, positions taken as independent.
+        metric: E[Σ_p g gᵀ], float64 [O, O], g = ∂(v·prediction)/∂output, v standard normal, the mean over images, p
+            over positions: the Gauss-Newton matrix of the prediction's squared change, positions taken as independent.
     """
 
     covariance: Covariance

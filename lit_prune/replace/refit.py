@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_prune.errors import InputError
 from lit_prune.replace.consumers import Reader
 from lit_prune.replace.folding import add_to_output, set_weight
 from lit_prune.replace.patches import PositionSample, channel_dim, input_rows, output_rows, taken
@@ -77,7 +78,7 @@ class _Solver:
     """Gathers the rows of one layer and writes the solution into it."""
 
     def __init__(self, pair: Pair, stop: Stop, reader: Reader, settings: Replacement, images: int) -> None:
-        self.pair, self.stop, self.reader, self.settings = pair, stop, reader, settings
+        self.pair, self.stop, self.reader, self.settings, self.images = pair, stop, reader, settings, images
         self.module = pair.reduced.get_submodule(stop.layer)
         rows = max(settings.rows, ROWS_A_WEIGHT * self.module.weight[0].numel())
         self.positions = PositionSample(-(-rows // images), settings.seed)
@@ -133,10 +134,12 @@ class _Solver:
 
     def finish(self) -> tuple[dict, bool]:
         """Solves, writes weights and bias; the layer's report, and whether it gained a bias."""
+        everything = self.sums[False] + self.sums[True]
+        if self.settings.towards == "zero" and everything.rows <= len(everything.inputs):
+            return self._left(everything), False
         prior = self.module.weight.detach().double().flatten(1) if self.settings.towards == "weights" else None
         ridges = RIDGES if self.settings.ridge == "held_out" else (self.settings.ridge,)
         fit, held_out = solve_held_out(self.sums[False], self.sums[True], ridges, prior)
-        everything = self.sums[False] + self.sums[True]
         if self.stop.clip is not None and self.settings.clipped:
             fit = self._clipped(fit, everything, prior)
         set_weight(self.module, fit.weight)
@@ -151,10 +154,26 @@ class _Solver:
             "held_out_error": held_out,
         }, created
 
-    def _clipped(self, fit: Fit, sums: PairSums, prior: Tensor | None) -> Fit:
-        """The fit to the output behind the clip, by majorisation: `Σ‖W u + b - clamp(W u + b, low, high)‖²` never rises.
+    def _left(self, sums: PairSums) -> dict:
+        """Report of a layer that stays as it is, because there are fewer rows than weights to solve for.
 
-        In each round the target of a row is the value within its range that is nearest to the present fit.
+        Raises:
+            InputError: it has lost inputs, so that it cannot stay.
+        """
+        rows, wide = int(sums.rows), len(sums.inputs)
+        if self.reader.removed:
+            needed = -(-self.images * (wide + 1) // rows)
+            raise InputError(
+                f"layer {self.stop.layer!r} reads {wide} values and is to be solved again from {rows} positions of "
+                f"{self.images} images; give at least {needed} calibration images, or set towards='weights'"
+            )
+        return {"rows": rows, "left": f"{rows} positions do not determine {wide} weights"}
+
+    def _clipped(self, fit: Fit, sums: PairSums, prior: Tensor | None) -> Fit:
+        """The fit to the output behind the clip: `argmin Σ‖W u + b - clamp(W u + b, low, high)‖²` by majorisation.
+
+        The sum never rises. In each round the target of a row is the value within its range that is nearest to the
+        present fit.
         """
         for _ in range(CLIP_ROUNDS):
             targets = CrossSums.like(sums)

@@ -11,6 +11,9 @@ from lit_prune.measurement.layers import removing
 from lit_prune.task import Task
 from lit_prune.task.running import undisturbed
 
+MOST_SAMPLES = 64
+MOST_VALUES = 1 << 21  # of the inputs, in one pass with gradients
+
 
 @dataclass(frozen=True)
 class GradientSample:
@@ -52,7 +55,7 @@ def gradient_samples(
     generator = torch.Generator().manual_seed(seed)
     handles = [model.get_submodule(name).register_forward_hook(keeper(name)) for name in layers]
     with removing(handles), undisturbed(model, gradients=True):
-        for batch in batches:
+        for batch in _pieces(batches, task):
             seen.clear()
             batch = task.to(batch, model)
             values = task.prediction(task.run(model, batch))
@@ -64,3 +67,12 @@ def gradient_samples(
                 found[name].append((inputs, gradient))
             yield GradientSample(found, task.size(batch))
     seen.clear()
+
+
+def _pieces(batches: Iterable[Any], task: Task) -> Iterator[Any]:
+    """The batches in parts whose graph fits: an image of 224 pixels leaves 100 MB in a ResNet-50."""
+    for batch in batches:
+        size = task.size(batch)
+        one = sum(value.numel() for value in task.inputs(task.take(batch, 1)).args if isinstance(value, Tensor))
+        piece = min(MOST_SAMPLES, max(1, MOST_VALUES // max(1, one)))
+        yield from (task.take(batch, slice(start, start + piece)) for start in range(0, size, piece))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,20 +42,22 @@ def plan_method(evidence: Evidence, method: str, graph: ChannelGraph, cost_model
     """
     sparsity = channel_sparsity(graph, cost_model, request)
     ranks = find_score(method).at(sparsity).ranks(evidence)
-    if request.kind == "latency" and request.allocation != "layerwise":
-        plan = plan_latency(evidence.model, graph, cost_model, ranks, request, evidence.example.args[0])
-    elif request.allocation == "measured":
-        plan = plan_ladders(graph, cost_model, ranks, request, measured_damage(evidence, graph, ranks, request))
+    if request.allocation == "measured":
+        plan_at = partial(plan_ladders, graph, cost_model, ranks, measured_damage(evidence, graph, ranks, request))
     else:
-        plan = plan_channels(graph, cost_model, ranks, request)
+        plan_at = partial(plan_channels, graph, cost_model, ranks)
+    if request.kind == "latency" and request.allocation != "layerwise":
+        plan = plan_latency(evidence.model, plan_at, request, evidence.example.args[0])
+    else:
+        plan = plan_at(request)
     return replace(plan, notes={**plan.notes, "method": method})
 
 
 def measured_damage(evidence: Evidence, graph: ChannelGraph, ranks: Ranks, request: Budget) -> Measured:
     """How far the prediction moves when one group alone is cut and its readers are solved again, by group and width.
 
-    See `lit_prune.replace.ladder.distortion_ladders`. Groups that some layer reads which cannot be solved again are left
-    out, and so stay whole.
+    See `lit_prune.replace.ladder.distortion_ladders`. Groups that are read by a layer which cannot be solved again are
+    left out, and so stay whole.
     """
     scores, _ = group_scores(graph, ranks, request)
     solvable = {name: values for name, values in scores.items() if _all_solvable(evidence, graph.by_name[name])}

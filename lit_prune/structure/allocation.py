@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,8 @@ def make_plan(
     graph = trace_groups(model, example_input)
     cost_model = CostModel.build(model, graph, example_input)
     if budget == "latency" and allocation != "layerwise":
-        return plan_latency(model, graph, cost_model, ranks, request, example_input)
+        plan_at = partial(plan_channels, graph, cost_model, ranks)
+        return plan_latency(model, plan_at, request, example_input)
     return plan_channels(graph, cost_model, ranks, request)
 
 
@@ -84,15 +86,15 @@ def plan_channels(graph: ChannelGraph, cost_model: CostModel, ranks: Ranks, requ
     return _plan_widths(graph, cost_model, scores, request, notes, choose)
 
 
-def plan_ladders(graph: ChannelGraph, cost_model: CostModel, ranks: Ranks, request: Budget, measured: Measured) -> Plan:
+def plan_ladders(graph: ChannelGraph, cost_model: CostModel, ranks: Ranks, measured: Measured, request: Budget) -> Plan:
     """Plan whose widths do the least summed damage within the budget, see `cheapest_damage`.
 
     Args:
         graph: the groups.
         cost_model: of the same network.
         ranks: which units of a group go first.
-        request: the budget; its `allocation` is not read.
         measured: group -> widths and the damage done when the group alone is cut to each; a group without stays whole.
+        request: the budget; its `allocation` is not read.
 
     Raises:
         InputError: as `make_plan`.
@@ -209,16 +211,21 @@ def _plan_layerwise(
     return replace(plan, notes=notes | found)
 
 
-def plan_latency(
-    model: nn.Module, graph: ChannelGraph, cost_model: CostModel, ranks: Ranks, request: Budget, example_input: Tensor
-) -> Plan:
-    """Bisection over the share of MACs with trial surgery, until the measured latency of the batch is within budget."""
+def plan_latency(model: nn.Module, plan_at: Callable[[Budget], Plan], request: Budget, example_input: Tensor) -> Plan:
+    """Bisection over the share of MACs with trial surgery, until the measured latency of the batch is within budget.
+
+    Args:
+        model: the network.
+        plan_at: plan for a budget of MACs.
+        request: the budget of latency.
+        example_input: the batch whose latency counts.
+    """
     shape, batch = tuple(example_input.shape[1:]), len(example_input)
     dense = measure_latency(model, shape, batch)
     low, high, best, fastest = 0.0, 1.0, None, None
     for _ in range(LATENCY_TRIALS):
         share = (low + high) / 2
-        plan = plan_channels(graph, cost_model, ranks, replace(request, kind="macs", keep=share))
+        plan = plan_at(replace(request, kind="macs", keep=share))
         trial = model if plan.removes_nothing else apply_plan(model, plan, example_input)
         ratio = measure_latency(trial, shape, batch) / dense
         fastest = min(fastest or (ratio, plan), (ratio, plan), key=lambda pair: pair[0])
