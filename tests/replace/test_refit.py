@@ -96,7 +96,7 @@ def test_of_two_layers_that_one_addition_reads_only_the_last_waits_there():
 
 def test_one_waiting_pass_solves_what_layer_by_layer_passes_solve(trunk, batches):
     images = torch.cat([batch for batch, _ in batches])
-    settings = Replacement(ridge=1e-9, clipped=False)
+    settings = Replacement(ridge=1e-9, clipped=False, scope="consumers")
     reduced = replace_mechanisms(trunk, PLAN, batches, IMAGE, "refit", settings=settings).model
     naive = apply_plan(trunk, PLAN, IMAGE)
     seen = {}
@@ -268,7 +268,7 @@ def test_behind_a_clip_only_what_it_lets_through_is_fitted(clip, joined):
     net.norm.running_var.fill_(0.02)
     batches = [(torch.randn(60, 3, 4, 4, dtype=torch.float64), None) for _ in range(4)]
     plan = Plan(keep_channels={"first": (0, 2, 3)}, sizes={"first": 6})
-    settings = [Replacement(rows=10**6, clipped=clipped) for clipped in (True, False)]
+    settings = [Replacement(rows=10**6, clipped=clipped, scope="consumers") for clipped in (True, False)]
     models = [replace_mechanisms(net, plan, batches, IMAGE, "refit", settings=given).model for given in settings]
     images = torch.cat([images for images, _ in batches])
     flow = observe(net, IMAGE)
