@@ -30,7 +30,7 @@ from lit_prune.task import Task, find_task, recognise
 LABELLED = ("taylor", "cmr_const", "cmr_affine", "composite_pid", "label_information")
 FREE = ("magnitude", "variance", "cmr_logit", "composite_ix", "chip", "mipp", "reconstruction")
 KINDS = ("delete", "constant", "affine", "refit")
-ERRORS = (InputError, RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, AssertionError)
+ERRORS = (ImportError, InputError, RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, AssertionError)
 
 
 @dataclass
@@ -131,7 +131,7 @@ class Row:
         """A fit with both callbacks."""
         from fitting import fit
 
-        return fit(self.case)
+        return fit(self.case, self.task)
 
     def predictions(self, model: nn.Module) -> list[Tensor]:
         """What the network predicts for the batches, without targets where they change how it runs."""

@@ -134,22 +134,21 @@ class Analysis:
     @cached_property
     def evidence(self) -> Evidence:
         """What the pass over the images leaves behind."""
-        request = self.request
+        request, task = self.request, self.task  # recognised before anything watches the network
         sizes = request.sizes if "calibration_sizes" in request.extras else ()
         keep = request.samples if set(SAMPLED) & set(request.extras) else 0
-        names = self.task.variables if "targets" in request.extras else (request.target,)
+        names = task.variables if "targets" in request.extras else (request.target,)
         evidence = Evidence(ActivationSums())
         kept: list[tuple[Tensor, Tensor, Tensor]] = []
         with undisturbed(self.model), self._recording() as recording, self._pooling(keep) as evidence.pooled:
             evidence.sums = recording.sums
             for batch in self.batches("forward pass", sizes):
-                batch = self.task.to(batch, self.model)
-                output = self.task.run(self.model, batch)
-                variables = {name: self.task.variable(output, batch, name) for name in names}
+                batch = task.to(batch, self.model)
+                output = task.run(self.model, batch)
+                variables = {name: task.variable(output, batch, name) for name in names}
                 recording.add_target(torch.cat(list(variables.values()), 1))
-                kept.append(
-                    (self.task.prediction(output).cpu(), self.task.target(batch).cpu(), variables[request.target].cpu())
-                )
+                values = task.prediction(output), task.target(batch), variables[request.target]
+                kept.append(tuple(value.cpu() for value in values))
                 if evidence.sums.images in sizes:
                     evidence.prefixes[recording.sums.images] = _copy(recording.sums)
         if not kept:
