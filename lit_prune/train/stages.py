@@ -31,7 +31,8 @@ class PruningStage:
         keep: share of the *dense* network's budget left after this stage, in (0, 1].
         budget: what `keep` counts: `macs`, `params`, `latency`, or `channels` (the share of this stage's channels).
         score: name of the method that ranks the channels (`lit_prune.scores.SCORES`), such as `hybrid`.
-        allocation: `global` (one threshold) or `uniform` (the same share everywhere).
+        allocation: `global` (one threshold), `uniform` (the same share everywhere), or `measured` (by what the width of
+            each group does to the prediction).
         normalisation: of the scores before a global threshold: none, layer_mean, layer_max, rank or z.
         round_to: widths are multiples of it.
         cap: largest share of one group that may go.
@@ -48,7 +49,7 @@ class PruningStage:
     keep: float | None = None
     budget: Literal["macs", "params", "latency", "channels"] = "macs"
     score: str = "proxy"
-    allocation: Literal["global", "uniform"] = "uniform"
+    allocation: Literal["global", "uniform", "measured"] = "uniform"
     normalisation: Literal["none", "layer_mean", "layer_max", "rank", "z"] = "none"
     round_to: int = 1
     cap: float = 0.95
