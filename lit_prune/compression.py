@@ -1,4 +1,4 @@
-"""A trained network and a budget in, a smaller network out: score, plan, cut, stand in, verify. Nothing is trained."""
+"""A trained network and a budget in, a smaller network out: score, plan, cut, stand in, verify."""
 
 import time
 from collections.abc import Iterable
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lit_prune.errors import InputError
 from lit_prune.measurement.layers import Batches
 from lit_prune.replace import Reduced, Replacement, replace_mechanisms
+from lit_prune.replace.distil import Distilling, distil
 from lit_prune.replace.replacement import take_batches
 from lit_prune.scores import Evidence, plan_method
 from lit_prune.structure import Budget, CostModel, Plan, apply_plan, cost
@@ -58,6 +59,7 @@ def compress(
     keep: float = 0.5,
     budget: str = "macs",
     task: Task | str | None = None,
+    seconds: float | None = None,
     *,
     recipe: Recipe = STRONGEST,
 ) -> tuple[nn.Module, dict[str, Any]]:
@@ -65,7 +67,8 @@ def compress(
 
     Units that the readers' other inputs can make up for go first (`reconstruction`), widths are chosen by what they do
     to the prediction, and every layer from the first cut on is solved again in closed form. No labels are read, nothing
-    is trained, BatchNorm is not recalibrated: the solve has put its statistics right.
+    is trained, BatchNorm is not recalibrated: the solve has put its statistics right. With `seconds` the compact
+    network is then trained towards the original's prediction for so long, without labels (`distil`).
 
     Args:
         model: any trained network that `trace_groups` can follow.
@@ -73,13 +76,14 @@ def compress(
         keep: share kept, in (0, 1].
         budget: "macs", "params", "channels" or "latency" (of one sample).
         task: what a batch and an output mean; None recognises it.
+        seconds: of repair after that; None: no training.
         recipe: how.
 
     Returns:
         The network, in the mode of `model`, and plain values: `plan` (a `Plan` dict; replayed on `model` it gives the
         structure), `dense` and `compact` (macs, params, and the task's figure on `batches` where they have targets),
         `distortion` (squared change of the prediction over its variance), `agreement` (see `Task.agreement`),
-        `layers` (see `Reduced.report`), `images`, `seconds` by step.
+        `layers` (see `Reduced.report`), `images`, `seconds` by step, and `repair` (see `distil`) where asked for.
 
     Raises:
         InputError: no batches, a budget outside (0, 1] or out of reach, fewer images than a solve needs, nothing to
@@ -93,9 +97,13 @@ def compress(
     example = task.inputs(task.to(task.take(batches[0], 1), model))
     with clock.step("stand_in"):
         reduced = replace_mechanisms(model, plan, batches, example, recipe.kind, settings=recipe.replacement, task=task)
+    repair = {}
+    if seconds is not None:
+        with clock.step("repair"):
+            repair["repair"] = distil(model, reduced.model, batches, task, Distilling(seconds, seed=recipe.seed))
     with clock.step("verify"):
         report = verify(model, reduced, batches, example, task)
-    return reduced.model, report | {"seconds": clock.seconds}
+    return reduced.model, report | repair | {"seconds": clock.seconds}
 
 
 def plan_compression(model: nn.Module, batches: Iterable[Any], request: Budget, task: Task, recipe: Recipe) -> Plan:

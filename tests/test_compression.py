@@ -111,3 +111,19 @@ def test_too_few_images_are_refused_with_the_number_that_is_needed(net):
     few = [(torch.randn(2, 3, 4, 4), torch.tensor([0, 1]))]
     with pytest.raises(InputError, match=r"from 32 positions of 2 images; give at least \d+ calibration images"):
         lit_prune.compress(net, few, keep=0.6)
+
+
+def test_seconds_of_repair_never_end_worse_on_held_out_samples_and_leave_norm_statistics_alone(net, batches):
+    plain, _ = lit_prune.compress(net, batches, keep=0.35)
+    repaired, after = lit_prune.compress(net, batches, keep=0.35, seconds=1.0)
+    assert after["repair"]["steps"] >= 1
+    assert after["repair"]["distortion_after"] <= after["repair"]["distortion_before"]
+    for one, other in zip(plain.blocks, repaired.blocks, strict=True):
+        assert torch.equal(one[1].running_mean, other[1].running_mean)
+    assert not any(parameter.grad is not None for parameter in repaired.parameters())
+
+
+def test_repair_of_frozen_weights_is_no_step(net, batches):
+    frozen = net.requires_grad_(False)
+    with pytest.raises(InputError, match="requires_grad"):
+        lit_prune.compress(frozen, batches, keep=0.6, seconds=0.5)
