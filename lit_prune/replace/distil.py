@@ -56,8 +56,8 @@ def distil(
     """Trains `reduced` in place towards the original's prediction, and leaves it at the best that was seen.
 
     The loss is the squared change of the prediction over its variance. Both networks stay in evaluation mode: norms
-    keep their statistics, only weights and biases move. What is kept is the running average of the weights with the least
-    distortion on held-out samples, the start included: it never ends worse there than it began.
+    keep their statistics, only weights and biases move. What is kept is the running average of the weights with the
+    least distortion on held-out samples, the start included: it never ends worse there than it began.
 
     Args:
         original: the network before surgery.
