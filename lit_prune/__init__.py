@@ -20,6 +20,7 @@ _HOME = {  # public name -> module that defines it, imported at the first use
     "StagedPruning": "lit_prune.train.staged_pruning",
     "added_loss": "lit_prune.train.added_loss",
     "apply_plan": "lit_prune.structure",
+    "compress": "lit_prune.compression",
     "cost": "lit_prune.structure",
     "interchange": "lit_prune.replace",
     "load_compact": "lit_prune.structure",

@@ -94,7 +94,8 @@ class ChannelStage(Stage):
         part: `planes` slices the residual trunk, `mid` the channels inside the blocks, `channels` both.
         budget: what `keep` counts: `macs`, `params`, `latency`, or `channels` (the share of this stage's channels).
         score: name of the method that ranks the channels (`lit_prune.scores.SCORES`), such as `hybrid`.
-        allocation: `global` (one threshold) or `uniform` (the same share everywhere).
+        allocation: `global` (one threshold), `uniform` (the same share everywhere), or `measured` (by what the width of
+            each group does to the prediction).
         normalisation: of the scores before a global threshold: none, layer_mean, layer_max, rank or z. None is none.
         round_to: widths are multiples of it.
         cap: largest share of one group that may go.
@@ -108,7 +109,7 @@ class ChannelStage(Stage):
     part: Literal["channels", "planes", "mid"] = "channels"
     budget: Literal["macs", "params", "latency", "channels"] = "macs"
     score: str = "proxy"
-    allocation: Literal["global", "uniform"] = "uniform"
+    allocation: Literal["global", "uniform", "measured"] = "uniform"
     normalisation: Literal["none", "layer_mean", "layer_max", "rank", "z"] | None = None
     round_to: int = 1
     cap: float = 0.95
@@ -133,8 +134,8 @@ class ChannelStage(Stage):
             raise InputError(f"stage {self.name}: keep must lie in (0, 1], got keep={self.keep}")
         if self.normalisation is not None and self.allocation != "global":
             raise InputError(
-                f"stage {self.name}: normalisation={self.normalisation} has no effect with allocation=uniform; leave "
-                "it out, or set allocation=global"
+                f"stage {self.name}: normalisation={self.normalisation} has no effect with "
+                f"allocation={self.allocation}; leave it out, or set allocation=global"
             )
         if self.replace not in KINDS:
             raise InputError(f"stage {self.name}: replace={self.replace!r} is none of {', '.join(KINDS)}")
