@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from lit_prune.errors import InputError
-from lit_prune.files import write_parquet
+from lit_prune.files import read_json, write_parquet
 
 SHOWN = {
     "remove_ratio": "r",
@@ -56,7 +56,7 @@ def schedule_sweep(run_dir: Path, ratios: Sequence[float], run_one: Callable[[fl
 
 def _row(ratio: float, folder: Path) -> dict[str, float | int]:
     """Figures of one finished run."""
-    report = json.loads((folder / "compact" / "report.json").read_text())
+    report = read_json(folder / "compact" / "report.json")
     stages = [json.loads(line) for line in (folder / "stages.jsonl").read_text().splitlines()]
     return {
         "remove_ratio": ratio,

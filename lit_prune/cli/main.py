@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lit_prune.cli import recipes, verbs
+from lit_prune.cli.failures import one_line_failures
 from lit_prune.cli.memory import keep_freed_memory
-from lit_prune.cli.parsing import FunctionParser, causes, one_line
-from lit_prune.errors import InputError
+from lit_prune.cli.parsing import FunctionParser
 from lit_prune.version import version_line
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {  # verbs that are a function each; the others need a model and data
@@ -58,11 +58,5 @@ def main(args: Sequence[str] | None = None) -> Any:
     """
     keep_freed_memory()
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(is_about_the_run)
-    try:
+    with one_line_failures():
         return run(sys.argv[1:] if args is None else args)
-    except Exception as error:
-        wrong = next((cause for cause in causes(error) if isinstance(cause, InputError)), None)
-        if wrong is None:
-            raise
-        print(f"error: {one_line(str(wrong))}", file=sys.stderr)
-        raise SystemExit(2) from None

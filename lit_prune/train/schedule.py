@@ -2,15 +2,18 @@
 
 import math
 
+from lightning.pytorch import Trainer
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+from lit_prune.errors import InputError
 
 
 class PhaseCosine(LRScheduler):
     """Linear warm-up, then a half cosine to zero, over the steps of the current phase.
 
     With s the step, S the steps of the phase and W = warmup·S: factor (s + 1) / (W + 1) while s < W, then
-    `½·(1 + cos(π·(s - W) / (S - W)))`. `LitClassifier` sets `phase_steps` when the phase begins, so that the same
+    `½·(1 + cos(π·(s - W) / (S - W)))`. `fit_schedule` sets `phase_steps` when the phase begins, so that the same
     configuration serves the dense training and every repair.
 
     Args:
@@ -43,3 +46,17 @@ class PhaseCosine(LRScheduler):
     def get_lr(self) -> list[float]:
         """Learning rate of every parameter group at the current step."""
         return [base * self.factor(max(0, self.last_epoch)) for base in self.base_lrs]
+
+
+def fit_schedule(scheduler: LRScheduler, trainer: Trainer) -> LRScheduler:
+    """The schedule, fitted to the steps that the trainer has before it where it is a `PhaseCosine`.
+
+    Raises:
+        InputError: the number of steps is not known.
+    """
+    if isinstance(scheduler, PhaseCosine):
+        steps = trainer.estimated_stepping_batches
+        if not 0 < steps < math.inf:
+            raise InputError("PhaseCosine: the number of training steps is not known; set max_epochs, or max_steps")
+        scheduler.begin(int(steps))
+    return scheduler

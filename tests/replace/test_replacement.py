@@ -225,7 +225,7 @@ def test_reduced_networks_survive_the_compact_folder(tmp_path, monkeypatch, back
     source += "    net.add_module('flat', nn.Flatten())\n    net.add_module('head', nn.Linear(64, 3))\n    return net\n"
     (tmp_path / "bare_chain.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
-    from lit_prune.structure import build_network
+    from lit_prune.models import build_network
 
     arguments = {} if ":" in backbone else {"num_classes": 3}
     net = build_network(backbone, arguments).eval()

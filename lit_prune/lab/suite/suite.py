@@ -14,14 +14,14 @@ from typing import Any
 import pandas as pd
 import torch
 import yaml
-from rich.console import Console
 from rich.table import Table
 
 from lit_prune.errors import InputError
 from lit_prune.files import write_json, write_parquet, write_text
 from lit_prune.lab.suite.estimate import Estimate, estimate_fit
-from lit_prune.progress import bars
+from lit_prune.progress import bars, terminal
 from lit_prune.report.event_files import read_scalars
+from lit_prune.structure.networks import epochs_done
 
 CONFIG, LOG, FINISHED = "fit.yaml", "log.txt", "finished.json"
 POLL_SECONDS = 0.2
@@ -187,7 +187,7 @@ def _finish(run: Run, code: int, seconds: float) -> list[Run]:
     """Marks a run that ended; returns it where it failed."""
     if code == 0:
         write_json(run.folder / FINISHED, {"seconds": seconds})
-    Console().print(f"{run.network} seed {run.seed}: {'finished' if code == 0 else 'failed'} after {seconds:.0f} s")
+    terminal().print(f"{run.network} seed {run.seed}: {'finished' if code == 0 else 'failed'} after {seconds:.0f} s")
     return [] if code == 0 else [run]
 
 
@@ -240,8 +240,7 @@ def preview(suite: Suite, slots: int, load: Callable[[list[str]], tuple[Any, Any
 
 
 def _epochs_done(run: Run) -> int:
-    last = run.folder / "checkpoints" / "last.ckpt"
-    return int(torch.load(last, map_location="cpu", weights_only=True)["epoch"]) + 1 if last.exists() else 0
+    return epochs_done(run.folder / "checkpoints" / "last.ckpt")
 
 
 def _estimate(run: Run, load: Callable[[list[str]], tuple[Any, Any, dict[str, Any]]]) -> Estimate:

@@ -1,0 +1,63 @@
+"""A network by name, or by the import path that the caller vouches for: nothing that only a file names is imported."""
+
+import importlib
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from lit_prune.errors import InputError
+from lit_prune.models.registry import build_backbone, check_arguments, first_line
+
+
+def build_network(
+    backbone: str,
+    arguments: dict[str, Any] | None = None,
+    pretrained: bool = False,
+    *,
+    trust: Iterable[str] = (),
+) -> nn.Module:
+    """A network by name, or by import path.
+
+    Args:
+        backbone: a name for `build_backbone`, or "package.module:callable", which is imported and called.
+        arguments: keyword arguments of either, plain JSON values.
+        pretrained: start from published weights (a download; names only).
+        trust: import paths that the caller vouches for. A folder or a checkpoint may name any path; one that is not
+            among these is refused before anything is imported.
+
+    Raises:
+        InputError: unknown name, an import path that is not trusted or leads nowhere, or one that builds no network.
+    """
+    arguments = {} if arguments is None else arguments
+    check_arguments(backbone, arguments)
+    if ":" not in backbone:
+        return build_backbone(backbone, **(arguments | {"pretrained": pretrained}))
+    if backbone not in ({trust} if isinstance(trust, str) else set(trust)):
+        raise InputError(
+            f"backbone {backbone!r} is an import path, which is not imported because a file names it; if the file is "
+            f"yours, give trust=({backbone!r},), model=, or --model.backbone {backbone} on the command line"
+        )
+    if pretrained:
+        raise InputError(f"backbone {backbone!r} is an import path; pretrained=True works with names only")
+    return _call(backbone, arguments)
+
+
+def _call(path: str, arguments: dict[str, Any]) -> nn.Module:
+    """What the callable at an import path returns, which must be a network."""
+    package, _, attribute = path.partition(":")
+    try:
+        builder = getattr(importlib.import_module(package), attribute)
+    except Exception as error:  # whatever the imported module raises
+        problem = f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(f"backbone {path!r} cannot be imported ({problem}); give package.module:callable") from error
+    try:
+        model = builder(**arguments)
+    except InputError:
+        raise
+    except Exception as error:  # the callable is the user's, and so are its arguments
+        problem = f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(f"backbone {path!r} with arguments {arguments} cannot be built ({problem})") from error
+    if not isinstance(model, nn.Module):
+        raise InputError(f"backbone {path!r} returns a {type(model).__name__}, no network; give one that builds it")
+    return model
