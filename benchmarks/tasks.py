@@ -30,7 +30,7 @@ from lit_prune.task import Task, find_task, recognise
 LABELLED = ("taylor", "cmr_const", "cmr_affine", "composite_pid", "label_information")
 FREE = ("magnitude", "variance", "cmr_logit", "composite_ix", "chip", "mipp", "reconstruction")
 KINDS = ("delete", "constant", "affine", "refit")
-ERRORS = (ImportError, InputError, RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, AssertionError)
+ERRORS = (ImportError, InputError, RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
 
 
 @dataclass
