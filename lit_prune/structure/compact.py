@@ -30,10 +30,10 @@ def save_compact(
     folder: str | Path,
     model: nn.Module,
     *,
-    backbone: str | None,
-    arguments: dict[str, Any],
-    input_shape: Sequence[int] | None,
-    plans: Sequence[Plan],
+    backbone: str | None = None,
+    arguments: dict[str, Any] | None = None,
+    input_shape: Sequence[int] | None = None,
+    plans: Sequence[Plan] = (),
     report: dict[str, Any] | None = None,
     inputs: dict[str, Any] | None = None,
 ) -> None:
@@ -57,7 +57,7 @@ def save_compact(
     if not isinstance(model, nn.Module):
         raise InputError(f"save_compact: model is a {type(model).__name__}; give the network")
     plans = [plan.to_dict() for plan in plans]
-    values = {"backbone": backbone, "arguments": arguments, "plans": plans, "inputs": inputs}
+    values = {"backbone": backbone, "arguments": arguments or {}, "plans": plans, "inputs": inputs}
     shape = None if input_shape is None else tuple(input_shape)
     described = Description.read(values, shape, f"save_compact to {folder}")
     tensors = own_tensors(model)
