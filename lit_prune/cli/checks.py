@@ -15,7 +15,7 @@ def as_input_errors(what: str) -> Iterator[None]:
     """Raises whatever the block raises as an InputError: all it does is to build what the user asked for.
 
     Raises:
-        InputError: what was raised further down, else that `what` cannot be read or built, with the exception's own words.
+        InputError: what was raised further down, else that `what` cannot be built, in the exception's own words.
     """
     try:
         yield
