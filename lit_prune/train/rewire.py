@@ -156,7 +156,7 @@ def check_ranks(trainer: Trainer) -> None:
     wrapped = trainer.strategy.model
     if not isinstance(wrapped, DistributedDataParallel) or wrapped.module is not module:
         raise RuntimeError("the changed network is not wrapped for gradient reduction: ranks would drift apart")
-    reduced = {id(p) for p in wrapped._module_parameters if p.requires_grad}  # noqa: SLF001
+    reduced = {id(p) for p in wrapped._module_parameters if p.requires_grad}
     if reduced != {id(p) for p in module.parameters() if p.requires_grad}:
         raise RuntimeError("DDP reduces gradients of other tensors than the live parameters: ranks would drift apart")
     own = torch.tensor(parameter_checksum(module), device=module.device)
