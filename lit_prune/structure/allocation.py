@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from lit_prune.arguments import checked
 from lit_prune.errors import InputError
 from lit_prune.structure.cost import CostModel
 from lit_prune.structure.groups import ChannelGraph, trace_groups
@@ -23,6 +24,7 @@ Measured = Mapping[str, tuple[Sequence[int], Sequence[float]]]  # group -> width
 _TOLERANCE = 0.01
 
 
+@checked
 def make_plan(
     model: nn.Module,
     ranks: Ranks,
