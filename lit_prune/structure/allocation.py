@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from lit_prune.arguments import checked
 from lit_prune.errors import InputError
 from lit_prune.structure.budgets import find_budget
 from lit_prune.structure.cost import CostModel
@@ -24,6 +25,7 @@ Measured = Mapping[str, tuple[Sequence[int], Sequence[float]]]  # group -> width
 _TOLERANCE = 0.01
 
 
+@checked
 def make_plan(
     model: nn.Module,
     ranks: Ranks,
