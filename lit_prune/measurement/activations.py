@@ -12,14 +12,15 @@ from lit_prune.measurement.layers import (
     following_norms,
     removing,
     select_layers,
-    to_model,
-    undisturbed,
     without_gradients,
 )
 from lit_prune.measurement.moments import ActivationSums
 from lit_prune.measurement.pointwise import affine_map, loses_digits, pointwise_input, weight_state
 from lit_prune.measurement.protocol import DEFAULT_PROTOCOL, Protocol
 from lit_prune.measurement.streaming import Blocks, LayerStream
+from lit_prune.structure.example import Example
+from lit_prune.task import Task, settle
+from lit_prune.task.running import undisturbed
 
 BACKENDS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # that may multiply in less than float32
 PRECISION, EXACT = (  # name of their setting, its values that mean float32; the first of them is the one to set
@@ -183,7 +184,7 @@ def record(
     model: nn.Module,
     layers: Sequence[str] | str | None = None,
     protocol: Protocol = DEFAULT_PROTOCOL,
-    example: Tensor | None = None,
+    example: Example | None = None,
 ) -> Iterator[Recording]:
     """Hooks at the named layers; each forward pass of `model` inside adds to `recording.sums`. Hooks vanish on exit.
 
@@ -191,7 +192,7 @@ def record(
         model: any network.
         layers: names or fnmatch patterns; None takes every Conv2d and Linear with more than one output channel.
         protocol: hook point, positions per image, pooling, token.
-        example: images [B, C, H, W]; needed for hook point `post_bn` alone, to find the norms.
+        example: what the model is called with; needed for hook point `post_bn` alone, to find the norms.
 
     Raises:
         InputError: a pattern without a match; while running: NaN or infinite activations (layer and batch are named),
@@ -213,24 +214,31 @@ def record(
 
 
 def pooled_outputs(
-    model: nn.Module, modules: Sequence[str], batches: Batches, limit: int = 5000, token: int | None = None
+    model: nn.Module,
+    modules: Sequence[str],
+    batches: Batches,
+    limit: int = 5000,
+    token: int | None = None,
+    task: Task | str | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Outputs of the named modules averaged over positions, image by image, with the labels.
+    """Outputs of the named modules averaged over positions, image by image, with what says which kind an image is.
 
     Feature maps [B, C, H, W] are averaged over H and W, tokens [B, T, C] over T unless `token` picks one.
 
     Args:
         model: any network; left as found.
         modules: qualified names, of any module type that returns one tensor.
-        batches: (images, labels) pairs; read until `limit` images are there.
+        batches: read until `limit` images are there.
         limit: most images to keep.
         token: index of the token, or None for the mean.
+        task: what a batch and an output mean; None recognises it.
 
     Returns:
-        Name to float32 [n, C] on the CPU (modules that never ran are absent), and int64 labels [n].
+        Name to float32 [n, C] on the CPU (modules that never ran are absent), and the task's `kinds` [n].
     """
     kept: dict[str, list[Tensor]] = {}
-    labels_seen: list[Tensor] = []
+    kinds: list[Tensor] = []
+    task, batches = settle(task, model, batches)
 
     def keeper(name: str):
         def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
@@ -242,12 +250,13 @@ def pooled_outputs(
     handles = [model.get_submodule(name).register_forward_hook(keeper(name)) for name in modules]
     seen = 0
     with removing(handles), undisturbed(model):
-        for images, labels in batches:
-            model(to_model(model, images))
-            labels_seen.append(labels.cpu())
-            seen += len(labels)
+        for batch in batches:
+            for piece in task.pieces(batch):
+                piece = task.to(piece, model)
+                kinds.append(task.kinds(task.run(model, piece), piece).cpu())
+                seen += len(kinds[-1])
             if seen >= limit:
                 break
     if not seen:
-        raise InputError("batches: no batch of (images, labels) in it; give at least one")
-    return {name: torch.cat(parts)[:limit] for name, parts in kept.items()}, torch.cat(labels_seen)[:limit]
+        raise InputError("batches: there is no batch in it; give at least one")
+    return {name: torch.cat(parts)[:limit] for name, parts in kept.items()}, torch.cat(kinds)[:limit]

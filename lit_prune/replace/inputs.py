@@ -3,9 +3,10 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lit_prune.measurement.activations import position_view
 from lit_prune.measurement.layers import removing
@@ -55,7 +56,7 @@ class InputMoments:
 
         return hook
 
-    def add(self, logits: Tensor, labels: Tensor | None) -> None:
+    def add(self, output: Any, batch: Any) -> None:
         """Nothing: the hooks have seen it all."""
 
     def result(self) -> dict[str, InputSums]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ class InputVariances:
         with removing([module.register_forward_pre_hook(observer(name)) for name, module in self.readers.items()]):
             yield
 
-    def add(self, logits: Tensor, labels: Tensor) -> None:
+    def add(self, output: Any, batch: Any) -> None:
         """Nothing: the hooks have seen it all."""
 
     def result(self) -> dict[str, Tensor]:
@@ -93,7 +94,7 @@ class UnitCovariances:
         with removing(handles):
             yield
 
-    def add(self, logits: Tensor, labels: Tensor) -> None:
+    def add(self, output: Any, batch: Any) -> None:
         """Nothing: the hooks have seen it all."""
 
     def result(self) -> dict[tuple[str, str], LayerSums]:
