@@ -58,9 +58,67 @@ class FrozenNormPruner(tp.pruner.function.BasePruningFunc):
     get_in_channels = get_out_channels
 
 
+class GroupNormPruner:
+    """Takes whole groups out of a GroupNorm."""
+
+    def prune_out_channels(self, layer: nn.GroupNorm, idxs: Sequence[int]) -> nn.Module:
+        """Cuts scale and shift, and counts the groups that are left."""
+        width = layer.num_channels // layer.num_groups
+        for key in ("weight", "bias"):
+            if getattr(layer, key) is not None:
+                setattr(layer, key, _without(getattr(layer, key), idxs, 0))
+        layer.num_channels -= len(idxs)
+        layer.num_groups = layer.num_channels // width
+        return layer
+
+    prune_in_channels = prune_out_channels
+
+
+class GroupedPruner:
+    """Takes whole groups out of a grouped convolution, or the same places out of every group."""
+
+    def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+        """Cuts kernels."""
+        for key in ("weight", "bias"):
+            if getattr(layer, key) is not None:
+                setattr(layer, key, _without(getattr(layer, key), idxs, 0))
+        layer.out_channels -= len(idxs)
+        return layer
+
+    def prune_in_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+        """Counts the groups that are left, or cuts the kernels' inputs."""
+        width = layer.in_channels // layer.groups
+        if axes.goes_by_group(layer):
+            layer.groups -= len(idxs) // width
+        else:
+            layer.weight = _without(layer.weight, sorted({place % width for place in idxs}), 1)
+        layer.in_channels -= len(idxs)
+        return layer
+
+
+def _without(tensor: Tensor, idxs: Sequence[int], dim: int) -> Tensor:
+    """A tensor without some positions along a dimension; a parameter stays one, and keeps its gradient."""
+    left = torch.ones(tensor.shape[dim], dtype=torch.bool)
+    left[list(idxs)] = False
+    kept = left.nonzero().flatten().to(tensor.device)
+    cut = tensor.detach().index_select(dim, kept)
+    if not isinstance(tensor, nn.Parameter):
+        return cut
+    parameter = nn.Parameter(cut, requires_grad=tensor.requires_grad)
+    if tensor.grad is not None:
+        parameter.grad = tensor.grad.index_select(dim, kept)
+    return parameter
+
+
+def _is_grouped(module: object) -> bool:
+    return isinstance(module, axes.CONVOLUTIONS) and module.groups > 1 and not module.transposed
+
+
 _CUTTERS = (
     (axes.is_frozen_norm, FrozenNormPruner()),
     (axes.is_depthwise, tp.pruner.function.DepthwiseConvPruner()),
+    (_is_grouped, GroupedPruner()),
+    (lambda module: isinstance(module, nn.GroupNorm), GroupNormPruner()),
     (lambda module: isinstance(module, axes.CONVOLUTIONS), tp.pruner.function.ConvPruner()),
     (lambda module: isinstance(module, nn.Linear), tp.pruner.function.LinearPruner()),
     (lambda module: isinstance(module, axes.BATCH_NORMS), tp.pruner.function.BatchnormPruner()),
@@ -73,15 +131,14 @@ _CUTTERS = (
 def cut_layer(model: nn.Module, name: str, axis: str, positions: list[int]) -> None:
     """Removes positions from one axis of one layer or bare parameter; flags and memory format stay."""
     target = axes.find(model, name)
-    holder = model.get_submodule(name.rpartition(".")[0]) if isinstance(target, nn.Parameter) else target
+    holder = model.get_submodule(name.rpartition(".")[0]) if isinstance(target, Tensor) else target
     before = dict(holder.named_parameters(recurse=False))
     if holder is target:
         cutter = next(cutter for fits, cutter in _CUTTERS if fits(target))
         (cutter.prune_out_channels if axis == "out" else cutter.prune_in_channels)(target, positions)
     else:
         dim = max(range(target.dim()), key=lambda d: target.shape[d])
-        pruner = tp.pruner.function.ParameterPruner(pruning_dim=dim)
-        setattr(holder, name.rpartition(".")[2], pruner.prune_out_channels(target, positions))
+        setattr(holder, name.rpartition(".")[2], _without(target, positions, dim))
     for key, parameter in holder.named_parameters(recurse=False):
         parameter.requires_grad_(before[key].requires_grad)
         if _is_channels_last(before[key]):

@@ -98,7 +98,7 @@ def trace_groups(model: nn.Module, example_input: Any) -> ChannelGraph:
         sample = one_sample(model, example_input)
         run(model, sample)
         sites = probe.find_sites(model)
-        drafts = propose_groups(model, sample, sites)
+        drafts = propose_groups(model, sample)
         reasons = _contradictions(model, sample, drafts, sites)
     protected = [replace(d.group, protected=d.group.protected or reasons.get(d.group.name, "")) for d in drafts]
     return ChannelGraph(assign_roles(model, protected, drafts), sites.widths)
@@ -109,5 +109,5 @@ def _contradictions(model: nn.Module, sample: Example, drafts: list[Draft], site
     free = [draft.group for draft in drafts if not draft.group.protected]
     reasons = dict.fromkeys(probe.find_fed_by_input(model, sample, free, sites), protection.INPUT)
     misled = probe.find_misled(model, sample, [group for group in free if group.name not in reasons], sites)
-    reasons |= {d.group.name: protection.suspicion(d.operations) for d in drafts if d.group.name in misled}
+    reasons |= dict.fromkeys(misled, protection.MISLED)
     return reasons | trial.find_impossible(model, sample, [group for group in free if group.name not in reasons], sites)
