@@ -1,9 +1,9 @@
 """Follows channels through one pass: every operation says what happens to the labels of its tensors.
 
 Operations that move values (reshape, permute, slice, concatenate, shuffle, pixel shuffle, roll, ...) are applied to
-the labels themselves, so positions are right whatever the shapes. Where an operation is only the same function of fewer
-channels if certain channels go together (the parts of a split, the groups of a grouped layer), they are tied. Where it is
-not, or where it is not known, the channels are kept, with the reason. Nothing is guessed.
+the labels themselves, so positions are right whatever the shapes. Where an operation is the same function of fewer
+channels only if certain ones go together (the parts of a split, the groups of a grouped layer), they are tied. Where it
+is not, or where it is not known, the channels are kept, with the reason. Nothing is guessed.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,43 +15,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lit_prune.structure import layer_rules, protection
+from lit_prune.structure import layer_rules, operations, protection
 from lit_prune.structure.labels import NOBODY, Labels, compact, varies
 
 _BARE = 1 << 20  # values of a bare parameter or buffer that is followed; a larger one is a matrix of weights
-
-_MOVES = frozenset(
-    """view _unsafe_view reshape permute transpose t expand squeeze unsqueeze cat stack flip repeat pixel_shuffle pixel_unshuffle unfold im2col repeat_interleave unbind split
-    split_with_sizes slice select roll index index_select squeeze_ unsqueeze_ transpose_ diagonal
-    unsafe_split unsafe_chunk unsafe_split_with_sizes _reshape_alias""".split()
-)
-_SPATIAL = frozenset(
-    """max_pool2d_with_indices avg_pool2d _adaptive_avg_pool2d adaptive_max_pool2d max_pool3d_with_indices avg_pool3d
-    _adaptive_avg_pool3d avg_pool1d adaptive_avg_pool1d max_pool2d upsample_nearest1d upsample_nearest2d upsample_nearest3d
-    upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d upsample_linear1d _upsample_bilinear2d_aa
-    reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d
-    grid_sampler_2d adaptive_avg_pool2d adaptive_avg_pool3d""".split()
-)
-_REDUCTIONS = frozenset("mean sum amax amin var std max min var_mean logsumexp linalg_vector_norm norm any all".split())
-_ALONG = frozenset("softmax _softmax log_softmax _log_softmax cumsum".split())
-_SAME = frozenset("clone contiguous detach alias _to_copy lift_fresh".split())
-_PLACES = frozenset(
-    """_prelu_kernel prelu masked_fill masked_fill_ where threshold hardtanh hardtanh_ hardsigmoid hardswish leaky_relu
-    leaky_relu_ elu elu_ softplus log_sigmoid_forward native_dropout dropout rsub copy_ relu6 celu mish mish_""".split()
-)
-_NOTHING = frozenset(
-    """zeros_like ones_like full_like empty_like rand_like randn_like new_zeros new_ones new_empty new_full fill_ zero_
-    _local_scalar_dense equal is_same_size""".split()
-)
-_PRODUCTS = frozenset(
-    """mm bmm addmm baddbmm matmul linear _scaled_dot_product_flash_attention_for_cpu scaled_dot_product_attention einsum
-    _scaled_dot_product_attention_math _scaled_dot_product_efficient_attention mv dot addmv convolution tensordot
-    _scaled_dot_product_fused_attention_overrideable""".split()
-)
-_VIEWS = frozenset("view _unsafe_view reshape _reshape_alias".split())
-_SPLITS = frozenset("split split_with_sizes unsafe_split unsafe_chunk unsafe_split_with_sizes".split())
-_BATCH_NORM = frozenset("native_batch_norm _native_batch_norm_legit_no_training cudnn_batch_norm batch_norm".split())
-_ADDITIONS = frozenset("add add_ sub sub_".split())
 
 
 class Follower(TorchDispatchMode):
@@ -119,7 +86,7 @@ class Follower(TorchDispatchMode):
         """Runs an operation, then says what happens to the labels."""
         kwargs = kwargs or {}
         name = function.overloadpacket.__name__
-        if not self._inside and name not in _KNOWN and not _pointwise(function):
+        if not self._inside and name not in operations.KNOWN and not operations.is_pointwise(function):
             with self:
                 output = function.decompose(*args, **kwargs)
             if output is not NotImplemented:
@@ -131,27 +98,31 @@ class Follower(TorchDispatchMode):
         return output
 
     def _follow(self, name: str, function: Any, args: tuple, kwargs: dict, output: Any) -> None:
-        if name in _NOTHING:
+        if name in operations.NOTHING:
             return
-        if name in _SAME:
-            self.put(output, self.of(args[0]))
-        elif _pointwise(function):
+        if operations.is_pointwise(function):
             self._pointwise(name, args, kwargs, output)
-        elif name == "constant_pad_nd":
-            self._pad(args, output)
-        elif name in _MOVES:
+        elif name in operations.MOVES:
             self._move(name, function, args, kwargs, output)
-        elif name in _SPATIAL:
-            self._merge(int(_digits(name)), args, _tensors(output)[0])
-        elif name in _REDUCTIONS | _ALONG:
+        elif name in operations.REDUCTIONS | operations.ALONG:
             self._along(name, args, kwargs, output)
-        elif name in _BATCH_NORM:
-            self._batch_norm(args, output)
+        elif (rule := self._rule(name)) is not None:
+            rule(args, output)
         else:
-            products = name in _PRODUCTS and _two(self, args)
+            products = name in operations.PRODUCTS and _two(self, args)
             self._keep(args, kwargs, protection.ATTENTION if products else protection.operation(name))
             for tensor in _tensors(output):
                 self.put(tensor, self.fixed[2].expand(tensor.shape))
+
+    def _rule(self, name: str) -> Callable | None:
+        """What an operation with a rule of its own does, given its arguments and output."""
+        if name in operations.SAME:
+            return lambda args, output: self.put(output, self.of(args[0]))
+        if name in operations.SPATIAL:
+            return lambda args, output: self._merge(operations.spatial_dims(name), args, _tensors(output)[0])
+        if name in operations.BATCH_NORM:
+            return self._batch_norm
+        return {"constant_pad_nd": self._pad, "glu": self._glu}.get(name)
 
     def _keep(self, args: tuple, kwargs: dict, reason: str) -> None:
         self.labels.keep([labels for t in _tensors((args, kwargs)) if (labels := self.of(t)) is not None], reason)
@@ -160,12 +131,12 @@ class Follower(TorchDispatchMode):
         """Values at the same place go together; one value that is spread over several channels must stay."""
         result = _tensors(output)[0]
         found = [(t, labels) for t in _tensors((args, kwargs)) if (labels := self.of(t)) is not None]
-        found = [(t, labels.expand(result.shape)) for t, labels in found if _spreads(labels, result.shape)]
+        found = [(t, labels.expand(result.shape)) for t, labels in found if operations.fits(labels, result.shape)]
         changing = [{dim for dim in range(result.dim()) if varies(labels, dim)} for _, labels in found]
         together = []
         for place, (tensor, labels) in enumerate(found):
             others = set().union(*(dims for other, dims in enumerate(changing) if other != place))
-            if any(_is_spread(tensor, dim, result.dim()) for dim in others):
+            if any(operations.is_spread(tensor, dim, result.dim()) for dim in others):
                 self.labels.keep([labels], protection.SPREAD)
             else:
                 together.append((tensor, labels))
@@ -173,7 +144,7 @@ class Follower(TorchDispatchMode):
         for _, labels in together:
             self.labels.tie(whole, labels)
             whole = labels if bool((compact(whole) == NOBODY).all()) else torch.where(whole == NOBODY, labels, whole)
-        if name in _ADDITIONS and sum(_key(t) not in self._bare for t, _ in together) > 1:
+        if name in operations.ADDITIONS and sum(_key(t) not in self._bare for t, _ in together) > 1:
             self.labels.join([labels for _, labels in together])
         self.put(result, whole)
 
@@ -184,7 +155,7 @@ class Follower(TorchDispatchMode):
         if labels is not None and isinstance(args[0], Tensor):
             self._hold_together(name, labels, args, output)
         shadow = lambda t: _shadow(self, t) if t.is_floating_point() or self.of(t) is not None else t  # noqa: E731
-        if name in _VIEWS:
+        if name in operations.VIEWS:
             self.put(output, labels.reshape(output.shape))
             return
         moved = function(*tree_map(lambda leaf: shadow(leaf) if isinstance(leaf, Tensor) else leaf, args), **kwargs)
@@ -192,17 +163,17 @@ class Follower(TorchDispatchMode):
             self.put(tensor, moved_labels)
 
     def _hold_together(self, name: str, labels: Tensor, args: tuple, output: Any) -> None:
-        if name in _VIEWS:
+        if name in operations.VIEWS:
             self._split_dims(labels, tuple(output.shape))
-        dim = _dim(name, args, labels.dim())
+        dim = operations.dim_along(name, args, labels.dim())
         if dim is None or not varies(labels, dim):
             return
         size = labels.shape[dim]
-        if name in _SPLITS:
+        if name in operations.SPLITS:
             parts = {part.shape[dim] for part in output}
             self._tie_parts(labels, dim, parts.pop()) if len(parts) == 1 else self._unequal(labels)
         elif name == "slice":
-            start, length = _start(args, size), output.shape[dim]
+            start, length = operations.start_of(args, size), output.shape[dim]
             plain = len(args) < 5 or args[4] == 1
             if length == size:
                 return
@@ -228,6 +199,13 @@ class Follower(TorchDispatchMode):
         if was and len(changing) > was:
             self.labels.tie(values.narrow(changing[0], 0, 1).expand(shape), values)
 
+    def _glu(self, args: tuple, output: Tensor) -> None:
+        """The two halves go together."""
+        labels = self.of(args[0])
+        dim = (args[1] if len(args) > 1 else -1) % labels.dim()
+        self._tie_parts(labels, dim, output.shape[dim])
+        self.put(output, labels.narrow(dim, 0, output.shape[dim]))
+
     def _pad(self, args: tuple, output: Tensor) -> None:
         """Around a map the border belongs to its channel; zeros beside channels stay where they are."""
         labels, pads = self.of(args[0]), list(args[1])
@@ -251,7 +229,7 @@ class Follower(TorchDispatchMode):
         self.put(output, one.expand(output.shape))
 
     def _along(self, name: str, args: tuple, kwargs: dict, output: Any) -> None:
-        """Statistics along a dimension: of one channel's values they are the channel's, of several they are nobody's."""
+        """Statistics of one channel's values are the channel's; those over several channels keep them all."""
         labels = self.of(args[0])
         dims = args[1] if len(args) > 1 else kwargs.get("dim")
         if name in ("linalg_vector_norm", "norm"):
@@ -289,51 +267,13 @@ def _tensors(values: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
-def _pointwise(function: Any) -> bool:
-    return torch.Tag.pointwise in function.tags or function.overloadpacket.__name__ in _PLACES
-
-
 def _shadow(follower: Follower, tensor: Tensor) -> Tensor:
     labels = follower.of(tensor)
     return torch.zeros((), dtype=torch.float64).expand(tensor.shape) if labels is None else labels
 
 
-def _spreads(labels: Tensor, shape: torch.Size) -> bool:
-    """Whether labels can be read at every place of an output."""
-    sizes = zip(reversed(labels.shape), reversed(shape), strict=False)
-    return labels.dim() <= len(shape) and all(a in (1, b) for a, b in sizes)
-
-
-def _is_spread(tensor: Tensor, dim: int, dims: int) -> bool:
-    """Whether the value of a tensor is the same all along a dimension of an output with so many dimensions."""
-    own = dim - (dims - tensor.dim())
-    return own < 0 or tensor.shape[own] == 1
-
-
-def _digits(name: str) -> str:
-    return next(character for character in name if character.isdigit())
-
-
 def _two(follower: Follower, args: tuple) -> bool:
     return sum(follower.of(t) is not None and _key(t) not in follower._bare for t in _tensors(args)) > 1
-
-
-def _dim(name: str, args: tuple, dims: int) -> int | None:
-    """Dimension that a moving operation works along, or None for one that treats all alike."""
-    if name in _SPLITS:
-        return (args[2] if len(args) > 2 else 0) % dims
-    if name in ("slice", "select", "index_select", "unbind", "narrow"):
-        return (args[1] if len(args) > 1 else 0) % dims
-    if name == "roll":
-        return args[2][0] % dims if len(args) > 2 and args[2] else None
-    if name == "index":
-        return next((place for place, index in enumerate(args[1]) if index is not None), None)
-    return None
-
-
-def _start(args: tuple, size: int) -> int:
-    start = args[2] if len(args) > 2 and args[2] is not None else 0
-    return max(start + size, 0) if start < 0 else start
 
 
 def _bare_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -343,6 +283,3 @@ def _bare_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
                 if tensor.is_floating_point():
                     yield f"{prefix}.{name}" if prefix else name, tensor
-
-
-_KNOWN = _MOVES | _SPATIAL | _REDUCTIONS | _ALONG | _PRODUCTS | _SAME | _NOTHING | _BATCH_NORM | {"constant_pad_nd"}
