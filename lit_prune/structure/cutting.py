@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lit_prune.structure import axes
 from lit_prune.structure.axes import PaddedShortcut
+from lit_prune.structure.opened import open_layer
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -131,13 +132,17 @@ _CUTTERS = (
 def cut_layer(model: nn.Module, name: str, axis: str, positions: list[int]) -> None:
     """Removes positions from one axis of one layer or bare parameter; flags and memory format stay."""
     target = axes.find(model, name)
+    if axes.stated(axis):
+        setattr(open_layer(target), axes.stated(axis), axes.width(target, axis) - len(positions))
+        return
     holder = model.get_submodule(name.rpartition(".")[0]) if isinstance(target, Tensor) else target
     before = dict(holder.named_parameters(recurse=False))
     if holder is target:
         cutter = next(cutter for fits, cutter in _CUTTERS if fits(target))
         (cutter.prune_out_channels if axis == "out" else cutter.prune_in_channels)(target, positions)
     else:
-        dim = max(range(target.dim()), key=lambda d: target.shape[d])
+        longest = max(range(target.dim()), key=lambda d: target.shape[d])
+        dim = int(axis[4:]) if axis.startswith("dim:") else longest
         setattr(holder, name.rpartition(".")[2], _without(target, positions, dim))
     for key, parameter in holder.named_parameters(recurse=False):
         parameter.requires_grad_(before[key].requires_grad)

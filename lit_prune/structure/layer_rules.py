@@ -132,6 +132,9 @@ def _layer_norm(follower: Follower, name: str, module: nn.LayerNorm, args: tuple
 def _attention(follower: Follower, name: str, module: nn.MultiheadAttention, args: tuple, output: Any) -> None:
     found = [labels for t in tree_leaves(args) if isinstance(t, Tensor) and (labels := follower.of(t)) is not None]
     follower.labels.keep(found, protection.ATTENTION)
+    for tensor in tree_leaves(output):
+        if isinstance(tensor, Tensor):
+            follower.put(tensor, follower.fixed[2].expand(tensor.shape))
 
 
 def _shortcut(follower: Follower, name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
