@@ -13,6 +13,7 @@ from lit_prune.measurement.layers import Batches, removing
 from lit_prune.replace.carrier import carrier_columns
 from lit_prune.replace.certificate import Certificate, certify
 from lit_prune.replace.consumers import find_readers
+from lit_prune.replace.finite import check_answers
 from lit_prune.replace.flow import observe
 from lit_prune.replace.patches import channel_dim
 from lit_prune.replace.replacement import Reduced
@@ -180,6 +181,9 @@ def swap_units(
         units: for each network the columns of each kept unit, in the same order of units.
         images: the pairs are drawn from them.
         swaps: how many pairs, which probability, which seed.
+
+    Raises:
+        InputError: a network answers with NaN.
     """
     everything = draw_pairs(len(images), len(units[0]), swaps)
     results: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -187,7 +191,10 @@ def swap_units(
         for base, source, mask in zip(*(part.split(swaps.batch_size) for part in everything), strict=True):
             for network, columns, found in zip(networks, units, results, strict=True):
                 found.append(_swapped(network, layer, columns, images, (base, source), mask))
-    return Interchange(layer, torch.cat(results[0]), torch.cat(results[1]), images.task)
+    low, high = (torch.cat(found) for found in results)
+    check_answers(low, "original", layer)
+    check_answers(high, "reduced", layer)
+    return Interchange(layer, low, high, images.task)
 
 
 def paired_bootstrap(
