@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lit_prune.structure import layer_rules, operations, protection
-from lit_prune.structure.labels import NOBODY, Labels, compact, varies
+from lit_prune.structure.labels import FIXED, NOBODY, Labels, compact, varies
 
 _BARE = 1 << 20  # values of a bare parameter or buffer that is followed; a larger one is a matrix of weights
 
@@ -27,7 +27,7 @@ class Follower(TorchDispatchMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.labels = Labels()
-        self.fixed = self.labels.axis("", "fixed", 3)  # the network's input, zeros of a padding, what is not followed
+        self.fixed = self.labels.axis("", "fixed", FIXED)  # the network's input, zeros of a padding, the unknown
         self.labels.keep([self.fixed[:1]], protection.INPUT)
         self.labels.keep([self.fixed[1:2]], protection.PADDING)
         self.labels.keep([self.fixed[2:]], protection.UNTRACKED)

@@ -11,6 +11,9 @@ from torch import Tensor
 
 NOBODY = 0
 """Label of values that belong to no channel: constants, scalars, statistics over all of them."""
+FIXED = 3
+"""Labels 1 to 3 stand for what cannot go (the network's input, zeros of a padding, what is not followed): what meets
+them stays, but does not belong together for it."""
 
 
 @dataclass
@@ -43,8 +46,11 @@ class Labels:
         differ = (left != right) & (left != NOBODY) & (right != NOBODY)
         if not bool(differ.any()):
             return False
-        pairs = torch.stack([left[differ], right[differ]], 1).long().numpy()
-        self.pairs.append(np.unique(pairs, axis=0))
+        pairs = np.unique(torch.stack([left[differ], right[differ]], 1).long().numpy(), axis=0)
+        stays = pairs.min(1) <= FIXED
+        for fixed, label in np.sort(pairs[stays], axis=1).tolist():
+            self.reasons.setdefault(label, self.reasons[fixed])
+        self.pairs.append(pairs[~stays])
         return True
 
     def keep(self, values: Iterable[Tensor], reason: str) -> None:

@@ -25,10 +25,10 @@ def rule_for(module: nn.Module) -> Rule | None:
         return _shortcut
     if axes.is_boundary(module):
         return _boundary
-    if axes.is_channelwise(module) and not axes.is_single_prelu(module):
-        return _channelwise
     if isinstance(module, nn.GroupNorm):
         return _group_norm
+    if axes.is_channelwise(module) and not axes.is_single_prelu(module):
+        return _channelwise
     return _layer_norm if isinstance(module, nn.LayerNorm) else None
 
 
