@@ -24,13 +24,17 @@ from rows import Row, choose
 from lit_prune.files import write_text
 
 HERE = Path(__file__).resolve().parent
-NO_BENCHMARKS = (
+NO_BENCHMARKS = (  # no times, or weights and images that are not here
     "rows",
     "run_all",
+    "replacement_kinds",
     "silenced",
     "architectures",
-    "replacement_kinds",
-)  # the last needs weights and images
+    "compression",
+    "tasks",
+    "task_cases",
+    "task_fit",
+)
 PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "torch-pruning")
 QUICK = {
     "backbones": ["resnet18", "cifar_resnet20"],

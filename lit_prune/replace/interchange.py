@@ -20,6 +20,7 @@ from lit_prune.replace.replacement import Reduced
 from lit_prune.structure import Plan, apply_plan, trace_groups
 from lit_prune.structure.example import Example
 from lit_prune.task import Classification, Task, settle
+from lit_prune.task.batches import to_network
 from lit_prune.task.running import undisturbed
 
 
@@ -164,7 +165,7 @@ def interchange(
     task, batches = settle(task, low, batches)
     images = gather_images(batches, swaps.images, task)
     if example_input is None:
-        example_input = task.inputs(task.to(images.take([0]), low))
+        example_input = images.take([0])
     layer, *kept = _interface(low, reduced, example_input, layer)
     columns = [[[column] for column in side] for side in kept]
     return swap_units((low, reduced.model), layer, columns, images, swaps)
@@ -306,5 +307,5 @@ def _swapped(
 def _called(model: nn.Module, images: Images, chosen: Tensor) -> Any:
     """What the model answers to the chosen samples."""
     example = images.take(chosen)
-    args, kwargs = images.task.to((example.args, example.kwargs), model)
+    args, kwargs = to_network((example.args, example.kwargs), model)
     return model(*args, **kwargs)
