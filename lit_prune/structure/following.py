@@ -122,7 +122,8 @@ class Follower(TorchDispatchMode):
             return lambda args, output: self._merge(operations.spatial_dims(name), args, _tensors(output)[0])
         if name in operations.BATCH_NORM:
             return self._batch_norm
-        return {"constant_pad_nd": self._pad, "glu": self._glu}.get(name)
+        shuffles = dict.fromkeys(("channel_shuffle", "native_channel_shuffle"), self._shuffle)
+        return {"constant_pad_nd": self._pad, "glu": self._glu, **shuffles}.get(name)
 
     def _keep(self, args: tuple, kwargs: dict, reason: str) -> None:
         self.labels.keep([labels for t in _tensors((args, kwargs)) if (labels := self.of(t)) is not None], reason)
@@ -205,6 +206,14 @@ class Follower(TorchDispatchMode):
         dim = (args[1] if len(args) > 1 else -1) % labels.dim()
         self._tie_parts(labels, dim, output.shape[dim])
         self.put(output, labels.narrow(dim, 0, output.shape[dim]))
+
+    def _shuffle(self, args: tuple, output: Tensor) -> None:
+        """Rows of channels become columns; the same places of every row go together."""
+        labels, rows = self.of(args[0]), args[1]
+        seen = (len(labels), rows, -1, *labels.shape[2:])
+        table = labels.reshape(seen)
+        self._split_dims(labels, tuple(table.shape))
+        self.put(output, table.transpose(1, 2).reshape(labels.shape))
 
     def _pad(self, args: tuple, output: Tensor) -> None:
         """Around a map the border belongs to its channel; zeros beside channels stay where they are."""

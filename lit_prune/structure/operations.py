@@ -41,6 +41,7 @@ SPLITS = frozenset("split split_with_sizes unsafe_split unsafe_chunk unsafe_spli
 BATCH_NORM = frozenset("native_batch_norm _native_batch_norm_legit_no_training cudnn_batch_norm batch_norm".split())
 ADDITIONS = frozenset("add add_ sub sub_".split())
 KNOWN = MOVES | SPATIAL | REDUCTIONS | ALONG | PRODUCTS | SAME | NOTHING | BATCH_NORM | {"constant_pad_nd", "glu"}
+KNOWN |= {"channel_shuffle", "native_channel_shuffle"}
 
 
 def is_pointwise(function: Any) -> bool:
