@@ -46,7 +46,8 @@ KNOWN |= {"channel_shuffle", "native_channel_shuffle"}
 
 def is_pointwise(function: Any) -> bool:
     """Whether each value of the output depends on the values at its place alone."""
-    return torch.Tag.pointwise in function.tags or function.overloadpacket.__name__ in PLACES
+    name = function.overloadpacket.__name__
+    return torch.Tag.pointwise in function.tags or name in PLACES or name.removesuffix("_") in PLACES
 
 
 def is_spread(tensor: Tensor, dim: int, dims: int) -> bool:
