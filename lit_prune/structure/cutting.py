@@ -1,136 +1,17 @@
 """Takes channels out of single layers, by Torch-Pruning's layer functions."""
 
-import warnings
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
 from lit_prune.structure import axes
-from lit_prune.structure.axes import PaddedShortcut
 from lit_prune.structure.opened import open_layer
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import torch_pruning as tp
-
-
-class ShortcutPruner(tp.pruner.function.BasePruningFunc):
-    """Tells Torch-Pruning that the two sides of a `PaddedShortcut` lose channels independently."""
-
-    def prune_out_channels(self, layer: PaddedShortcut, idxs: Sequence[int]) -> nn.Module:
-        """Cuts its output side."""
-        layer.prune_out(idxs)
-        return layer
-
-    def prune_in_channels(self, layer: PaddedShortcut, idxs: Sequence[int]) -> nn.Module:
-        """Cuts its input side."""
-        layer.prune_in(idxs)
-        return layer
-
-    def get_out_channels(self, layer: PaddedShortcut) -> int:
-        """Width of its output."""
-        return layer.out_channels
-
-    def get_in_channels(self, layer: PaddedShortcut) -> int:
-        """Width of its input."""
-        return layer.in_channels
-
-
-class FrozenNormPruner(tp.pruner.function.BasePruningFunc):
-    """Cuts the buffers of a norm that does not train; its two sides are one."""
-
-    def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
-        """Takes positions out of every buffer."""
-        kept = torch.ones(len(layer.weight), dtype=torch.bool, device=layer.weight.device)
-        kept[list(idxs)] = False
-        for key in axes.FROZEN_NORM:
-            setattr(layer, key, getattr(layer, key)[kept])
-        if hasattr(layer, "num_features"):
-            layer.num_features = len(layer.weight)
-        return layer
-
-    prune_in_channels = prune_out_channels
-
-    def get_out_channels(self, layer: nn.Module) -> int:
-        """Its width."""
-        return len(layer.weight)
-
-    get_in_channels = get_out_channels
-
-
-class GroupNormPruner:
-    """Takes whole groups out of a GroupNorm."""
-
-    def prune_out_channels(self, layer: nn.GroupNorm, idxs: Sequence[int]) -> nn.Module:
-        """Cuts scale and shift, and counts the groups that are left."""
-        width = layer.num_channels // layer.num_groups
-        for key in ("weight", "bias"):
-            if getattr(layer, key) is not None:
-                setattr(layer, key, _without(getattr(layer, key), idxs, 0))
-        layer.num_channels -= len(idxs)
-        layer.num_groups = layer.num_channels // width
-        return layer
-
-    prune_in_channels = prune_out_channels
-
-
-class GroupedPruner:
-    """Takes whole groups out of a grouped convolution, or the same places out of every group."""
-
-    def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
-        """Cuts kernels."""
-        for key in ("weight", "bias"):
-            if getattr(layer, key) is not None:
-                setattr(layer, key, _without(getattr(layer, key), idxs, 0))
-        layer.out_channels -= len(idxs)
-        return layer
-
-    def prune_in_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
-        """Counts the groups that are left, or cuts the kernels' inputs."""
-        width = layer.in_channels // layer.groups
-        if axes.goes_by_group(layer):
-            layer.groups -= len(idxs) // width
-        else:
-            layer.weight = _without(layer.weight, sorted({place % width for place in idxs}), 1)
-        layer.in_channels -= len(idxs)
-        return layer
-
-
-def _without(tensor: Tensor, idxs: Sequence[int], dim: int) -> Tensor:
-    """A tensor without some positions along a dimension; a parameter stays one, and keeps its gradient."""
-    left = torch.ones(tensor.shape[dim], dtype=torch.bool)
-    left[list(idxs)] = False
-    kept = left.nonzero().flatten().to(tensor.device)
-    cut = tensor.detach().index_select(dim, kept)
-    if not isinstance(tensor, nn.Parameter):
-        return cut
-    parameter = nn.Parameter(cut, requires_grad=tensor.requires_grad)
-    if tensor.grad is not None:
-        parameter.grad = tensor.grad.index_select(dim, kept)
-    return parameter
-
-
-def _is_grouped(module: object) -> bool:
-    return isinstance(module, axes.CONVOLUTIONS) and module.groups > 1 and not module.transposed
-
-
-_CUTTERS = (
-    (axes.is_frozen_norm, FrozenNormPruner()),
-    (axes.is_depthwise, tp.pruner.function.DepthwiseConvPruner()),
-    (_is_grouped, GroupedPruner()),
-    (lambda module: isinstance(module, nn.GroupNorm), GroupNormPruner()),
-    (lambda module: isinstance(module, axes.CONVOLUTIONS), tp.pruner.function.ConvPruner()),
-    (lambda module: isinstance(module, nn.Linear), tp.pruner.function.LinearPruner()),
-    (lambda module: isinstance(module, axes.BATCH_NORMS), tp.pruner.function.BatchnormPruner()),
-    (lambda module: isinstance(module, axes.INSTANCE_NORMS), tp.pruner.function.InstanceNormPruner()),
-    (lambda module: isinstance(module, nn.PReLU), tp.pruner.function.PReLUPruner()),
-    (lambda module: isinstance(module, PaddedShortcut), ShortcutPruner()),
-)
+from lit_prune.structure.tracing import without
 
 
 def cut_layer(model: nn.Module, name: str, axis: str, positions: list[int]) -> None:
     """Removes positions from one axis of one layer or bare parameter; flags and memory format stay."""
+    from lit_prune.structure.pruners import CUTTERS
+
     target = axes.find(model, name)
     if axes.stated(axis):
         setattr(open_layer(target), axes.stated(axis), axes.width(target, axis) - len(positions))
@@ -138,12 +19,12 @@ def cut_layer(model: nn.Module, name: str, axis: str, positions: list[int]) -> N
     holder = model.get_submodule(name.rpartition(".")[0]) if isinstance(target, Tensor) else target
     before = dict(holder.named_parameters(recurse=False))
     if holder is target:
-        cutter = next(cutter for fits, cutter in _CUTTERS if fits(target))
+        cutter = next(cutter for fits, cutter in CUTTERS if fits(target))
         (cutter.prune_out_channels if axis == "out" else cutter.prune_in_channels)(target, positions)
     else:
         longest = max(range(target.dim()), key=lambda d: target.shape[d])
         dim = int(axis[4:]) if axis.startswith("dim:") else longest
-        setattr(holder, name.rpartition(".")[2], _without(target, positions, dim))
+        setattr(holder, name.rpartition(".")[2], without(target, positions, dim))
     for key, parameter in holder.named_parameters(recurse=False):
         parameter.requires_grad_(before[key].requires_grad)
         if _is_channels_last(before[key]):

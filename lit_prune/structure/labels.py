@@ -5,8 +5,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 NOBODY = 0
@@ -66,6 +64,9 @@ class Labels:
 
     def components(self) -> np.ndarray:
         """Number of the set of labels that go together, for each label."""
+        from scipy.sparse import coo_matrix
+        from scipy.sparse.csgraph import connected_components
+
         pairs = np.concatenate(self.pairs) if self.pairs else np.zeros((0, 2), dtype=np.int64)
         graph = coo_matrix((np.ones(len(pairs), dtype=np.int8), (pairs[:, 0], pairs[:, 1])), shape=(self.count,) * 2)
         return connected_components(graph, directed=False)[1]

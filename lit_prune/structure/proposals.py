@@ -52,7 +52,7 @@ def _tie_shared(model: nn.Module, labels: Labels) -> None:
             found = [
                 labels.axis(name, axis, axes.width(layer, axis))
                 for (name, _), layer in zip(holders, layers, strict=True)
-                if axes.is_weighted(layer) or axis == "out" and axes.is_channelwise(layer)
+                if axes.is_weighted(layer) or (axis == "out" and axes.is_channelwise(layer))
             ]
             if plain and len({len(positions) for positions in found}) == 1:
                 for positions in found[1:]:

@@ -113,6 +113,20 @@ def run(model: nn.Module, sample: Example) -> Any:
         raise InputError(message) from error
 
 
+def without(tensor: Tensor, idxs: Sequence[int], dim: int) -> Tensor:
+    """A tensor without some positions along a dimension; a parameter stays one, and keeps its gradient."""
+    left = torch.ones(tensor.shape[dim], dtype=torch.bool)
+    left[list(idxs)] = False
+    kept = left.nonzero().flatten().to(tensor.device)
+    cut = tensor.detach().index_select(dim, kept)
+    if not isinstance(tensor, nn.Parameter):
+        return cut
+    parameter = nn.Parameter(cut, requires_grad=tensor.requires_grad)
+    if tensor.grad is not None:
+        parameter.grad = tensor.grad.index_select(dim, kept)
+    return parameter
+
+
 def copy_network(model: nn.Module) -> nn.Module:
     """Deep copy of `model` without the hooks (and so without the trainer) that are attached to it.
 
