@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lit_prune.structure import layer_rules, operations, protection
@@ -65,7 +65,7 @@ class Follower(TorchDispatchMode):
             def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
                 self._inside -= 1
                 if not self._inside:
-                    with torch.utils._python_dispatch._disable_current_modes():
+                    with _disable_current_modes():
                         rule(self, name, module, tuple(_tensors((args, kwargs))), output)
 
             return hook
@@ -109,10 +109,14 @@ class Follower(TorchDispatchMode):
         elif (rule := self._rule(name)) is not None:
             rule(args, output)
         else:
-            products = name in operations.PRODUCTS and _two(self, args)
+            products = name in operations.PRODUCTS and self._two(args)
             self._keep(args, kwargs, protection.ATTENTION if products else protection.operation(name))
             for tensor in _tensors(output):
                 self.put(tensor, self.fixed[2].expand(tensor.shape))
+
+    def _two(self, args: tuple) -> bool:
+        """Whether two tensors that depend on the input are multiplied."""
+        return sum(self.of(t) is not None and _key(t) not in self._bare for t in _tensors(args)) > 1
 
     def _rule(self, name: str) -> Callable | None:
         """What an operation with a rule of its own does, given its arguments and output."""
@@ -269,7 +273,7 @@ class Follower(TorchDispatchMode):
 
 
 def _key(tensor: Tensor) -> tuple:
-    return (tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+    return (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
 
 
 def _tensors(values: Any) -> list[Tensor]:
@@ -279,10 +283,6 @@ def _tensors(values: Any) -> list[Tensor]:
 def _shadow(follower: Follower, tensor: Tensor) -> Tensor:
     labels = follower.of(tensor)
     return torch.zeros((), dtype=torch.float64).expand(tensor.shape) if labels is None else labels
-
-
-def _two(follower: Follower, args: tuple) -> bool:
-    return sum(follower.of(t) is not None and _key(t) not in follower._bare for t in _tensors(args)) > 1
 
 
 def _bare_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

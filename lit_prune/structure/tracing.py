@@ -1,7 +1,7 @@
 """Running somebody's network once without leaving a mark on it."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
