@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 from torch import Tensor, nn
 
+from lit_prune.arguments import checked
 from lit_prune.measurement.layers import Batches
 from lit_prune.scores import axes, clusters, gradients, labels, mixtures, outputs, second_order, weights
 from lit_prune.scores.evidence import Evidence
@@ -54,6 +55,7 @@ SCORES["hybrid"] = Score(
 )
 
 
+@checked
 def score(
     model: nn.Module,
     name: str | OwnScore,

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lit_prune.arguments import checked
 from lit_prune.errors import InputError
 from lit_prune.structure import axes
 from lit_prune.structure.groups import ChannelGraph
@@ -51,6 +52,7 @@ class Cost:
     layers: dict[str, LayerCost]
 
 
+@checked
 def cost(model: nn.Module, example_input: Any) -> Cost:
     """Counts multiply-adds and parameters analytically in one forward pass; the model is left as it was found.
 
