@@ -49,7 +49,7 @@ class PruningStage:
     budget: Literal["macs", "params", "latency", "channels"] = "macs"
     score: str = "proxy"
     allocation: Literal["global", "uniform"] = "uniform"
-    normalisation: Literal["none", "layer_mean", "layer_max", "rank", "z"] = "none"
+    normalisation: Literal["none", "layer_mean", "layer_max", "rank", "z", "isomorphic"] = "none"
     round_to: int = 1
     cap: float = 0.95
     protect: tuple[str, ...] = ()
