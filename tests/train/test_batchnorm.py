@@ -59,3 +59,41 @@ def test_no_batches_is_an_error(tiny_net):
         recalibrate_batchnorm(tiny_net, [])
     with pytest.raises(InputError, match="limit=0"):
         recalibrate_batchnorm(tiny_net, make_batches(), limit=0)
+
+
+class Pooled(nn.Module):
+    """A norm behind pooling, which one image is too few for."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.behind = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        return self.behind(self.norm(self.conv(x)).mean((2, 3)))
+
+
+def test_a_last_batch_of_one_image_is_left_out():
+    batches = [*make_batches(2), (torch.randn(1, 3, 6, 6), torch.zeros(1))]
+    net, wanted = Pooled(), Pooled()
+    wanted.load_state_dict(net.state_dict())
+    assert recalibrate_batchnorm(net, batches) == recalibrate_batchnorm(wanted, batches[:2]) == 2
+    assert all(torch.equal(value, wanted.state_dict()[name]) for name, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([], "got no batches"),
+        ([(torch.randn(1, 3, 6, 6), 0)] * 3, "batch 0 has one sample, too few for the norm behind pooling"),
+        ([*make_batches(2), (torch.full((8, 3, 6, 6), torch.nan), 0)], "batch 2 makes the statistics of norm NaN"),
+        ([*make_batches(1), (torch.full((8, 3, 6, 6), torch.inf), 0)], "batch 1 makes the statistics of norm NaN"),
+    ],
+)
+def test_statistics_are_never_lost(batches, message):
+    net = Pooled()
+    recalibrate_batchnorm(net, make_batches(2))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with pytest.raises(InputError, match=message):
+        recalibrate_batchnorm(net, batches)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert net.norm.momentum == 0.1 and net.training
