@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from lit_prune.structure import axes, probe, protection, trial
-from lit_prune.structure.coupling import Draft, Group, Member, assign_roles, group_role, lost_positions
+from lit_prune.structure.coupling import Draft, Group, Member, assign_roles, group_role, lost_positions, with_kind
 from lit_prune.structure.cutting import cut_layer
 from lit_prune.structure.example import Example
 from lit_prune.structure.heads import axis_widths, head_groups, with_heads
@@ -113,7 +113,8 @@ def trace_groups(model: nn.Module, example_input: Any) -> ChannelGraph:
         heads = head_groups(model, sample)
         widths = sites.widths | axis_widths(model, heads)
     protected = [replace(d.group, protected=d.group.protected or reasons.get(d.group.name, "")) for d in drafts]
-    return ChannelGraph(with_heads(assign_roles(model, protected, drafts), heads), widths)
+    groups = with_heads(assign_roles(model, protected, drafts), heads)
+    return ChannelGraph(tuple(with_kind(model, group) for group in groups), widths)
 
 
 def _contradictions(model: nn.Module, sample: Example, drafts: list[Draft], sites: probe.Sites) -> dict[str, str]:
