@@ -94,8 +94,7 @@ class _Watch(TorchFunctionMode):
         """A module begins."""
         frame = None
         if args and isinstance(args[0], Tensor):
-            with torch._C.DisableTorchFunction():
-                frame = _Frame(name, args[0].clone(), {id(args[0]): args[0]}, {id(args[0])})
+            frame = _Frame(name, args[0].clone(), {id(args[0]): args[0]}, {id(args[0])})
         else:
             self.other.add(name)
         self.frames.append(frame)
