@@ -91,6 +91,11 @@ def _group_norm(layer: nn.GroupNorm, axis: str, positions: Sequence[int]) -> Non
     layer.num_groups = layer.num_channels // width
 
 
+def _layer_norm(layer: nn.Module, axis: str, positions: Sequence[int]) -> None:
+    _drop(layer, _NORM, positions)
+    layer.normalized_shape = (layer.normalized_shape[0] - len(positions),)
+
+
 def _prelu(layer: nn.PReLU, axis: str, positions: Sequence[int]) -> None:
     _drop(layer, ("weight",), positions)
     layer.num_parameters -= len(positions)
@@ -107,6 +112,7 @@ _CUTS = (  # (whether it fits a layer, what cuts it)
     (lambda module: isinstance(module, axes.CONVOLUTIONS), _convolution),
     (lambda module: isinstance(module, nn.Linear), _linear),
     (lambda module: isinstance(module, nn.GroupNorm), _group_norm),
+    (axes.is_layer_norm, _layer_norm),
     (lambda module: isinstance(module, nn.PReLU), _prelu),
     (lambda module: isinstance(module, axes.PaddedShortcut), _shortcut),
     (lambda module: True, _norm),

@@ -92,9 +92,13 @@ class Follower(TorchDispatchMode):
             if output is not NotImplemented:
                 return output
         before = None if self._inside else [self.of(t) for t in _tensors((args, kwargs))]
+        strides = args[0].stride() if name in operations.RESTRIDES else ()
         output = function(*args, **kwargs)
         if before is not None and any(labels is not None for labels in before):
-            self._follow(name, function, args, kwargs, output)
+            if strides and operations.same_places(before[0].shape, strides, output):
+                self.put(output, before[0])
+            else:
+                self._follow(name, function, args, kwargs, output)
         return output
 
     def _follow(self, name: str, function: Any, args: tuple, kwargs: dict, output: Any) -> None:

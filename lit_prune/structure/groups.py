@@ -112,7 +112,7 @@ def trace_groups(model: nn.Module, example_input: Any) -> ChannelGraph:
             raise
         reasons = _contradictions(model, sample, drafts, sites)
         heads = head_groups(model, sample)
-        widths = sites.widths | axis_widths(model, heads)
+        widths = sites.widths | axis_widths(model, [*heads, *(draft.group for draft in drafts)])
     protected = [replace(d.group, protected=d.group.protected or reasons.get(d.group.name, "")) for d in drafts]
     groups = with_heads(assign_roles(model, protected, drafts), heads)
     return ChannelGraph(tuple(with_kind(model, group) for group in groups), widths)

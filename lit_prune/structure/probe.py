@@ -43,12 +43,14 @@ class Sites:
         writers: modules whose output channels can be marked (convolution, linear layer, padded shortcut).
         readers: modules that end a group: the marks on their input are noted and cleaned.
         passers: channel-wise layers (norm, depthwise convolution, PReLU): the marks on their input are noted.
+        norms: those of them whose statistics mix channels (LayerNorm): the marks are put behind them again.
         widths: (module, axis) -> number of channels.
     """
 
     writers: dict[str, nn.Module] = field(default_factory=dict)
     readers: dict[str, nn.Module] = field(default_factory=dict)
     passers: dict[str, nn.Module] = field(default_factory=dict)
+    norms: dict[str, nn.Module] = field(default_factory=dict)
     widths: dict[tuple[str, str], int] = field(default_factory=dict)
 
 
@@ -61,6 +63,9 @@ def find_sites(model: nn.Module) -> Sites:
             sites.widths |= {(name, axis): axes.width(module, axis) for axis in ("out", "in")}
         elif axes.is_channelwise(module) and not axes.is_single_prelu(module):
             sites.passers[name] = module
+            sites.widths[name, "out"] = axes.width(module, "out")
+        elif axes.is_layer_norm(module):
+            sites.passers[name] = sites.norms[name] = module
             sites.widths[name, "out"] = axes.width(module, "out")
     sites.widths |= {
         (name, "out"): tensor.numel() for name, tensor in (*model.named_parameters(), *model.named_buffers())
@@ -155,6 +160,7 @@ def _holds(model: nn.Module, sample: Example, groups: Sequence[_Group], chosen: 
 def _watching(sites: Sites, marks: _Marks) -> Iterator[dict[str, list[np.ndarray]]]:
     """Hooks that mark, note and clean; yields name -> marks found on each call, bool [channels]."""
     seen: dict[str, list[np.ndarray]] = {}
+    held: dict[str, Tensor] = {}
 
     def note(name: str, cleans: bool):
         def hook(module: nn.Module, args: tuple) -> tuple | None:
@@ -162,6 +168,7 @@ def _watching(sites: Sites, marks: _Marks) -> Iterator[dict[str, list[np.ndarray
             dim = axes.channel_dim(module, args[0])
             rows = bad.movedim(dim, -1).reshape(-1, bad.shape[dim]).any(0)  # [C]
             seen.setdefault(name, []).append(rows.cpu().numpy())
+            held.update({name: bad} if name in sites.norms else {})
             return (args[0].masked_fill(bad, 0.0), *args[1:]) if cleans else None
 
         return hook
@@ -174,8 +181,14 @@ def _watching(sites: Sites, marks: _Marks) -> Iterator[dict[str, list[np.ndarray
 
         return hook
 
+    def again(name: str):
+        return lambda module, args, output: output.masked_fill(held.pop(name), torch.nan)
+
     handles = [module.register_forward_pre_hook(note(name, True)) for name, module in sites.readers.items()]
-    handles += [module.register_forward_pre_hook(note(name, False)) for name, module in sites.passers.items()]
+    handles += [
+        module.register_forward_pre_hook(note(name, name in sites.norms)) for name, module in sites.passers.items()
+    ]
+    handles += [module.register_forward_hook(again(name)) for name, module in sites.norms.items()]
     handles += [
         module.register_forward_hook(mark(marks[name, "out"]))
         for name, module in sites.writers.items()

@@ -77,12 +77,22 @@ def _drafts(model: nn.Module, labels: Labels) -> Iterator[Draft]:
     names: set[str] = set()
     for (counts, why), numbers in kinds.items():
         members = tuple(
-            Member(name, axis, tuple(tuple(units[number][name, axis]) for number in numbers))
-            for (name, axis), _ in counts
+            _member(model, name, axis, [units[number][name, axis] for number in numbers]) for (name, axis), _ in counts
         )
         group = assemble_group(model, members, names, why)
         names.add(group.name)
         yield Draft(group, bool(joined.intersection(numbers)))
+
+
+def _member(model: nn.Module, name: str, axis: str, positions: list[list[int]]) -> Member:
+    """The member of a group; slices of a bare tensor with several axes lie along the one that is the channels."""
+    tensor = axes.find(model, name)
+    if isinstance(tensor, Tensor) and sum(size > 1 for size in tensor.shape) > 1:
+        for dim, size in enumerate(tensor.shape):
+            where = np.unravel_index(np.array(positions), tensor.shape)[dim]  # [units, values of one]
+            if where.shape[1] * size == tensor.numel() and (where == where[:, :1]).all():
+                return Member(name, f"dim:{dim}", tuple((int(place),) for place in where[:, 0]))
+    return Member(name, axis, tuple(map(tuple, positions)))
 
 
 def _units(labels: Labels, component: np.ndarray) -> Mapping[int, _Unit]:
