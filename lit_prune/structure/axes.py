@@ -79,9 +79,9 @@ def goes_by_group(module: nn.Module) -> bool:
 
 
 def channel_dim(module: nn.Module, values: Tensor) -> int:
-    """Channels are last for a linear layer and a LayerNorm, second otherwise (first for an unbatched map)."""
+    """Channels are last for linear layers, attentions and LayerNorms, else second (first for an unbatched map)."""
     maps = "2d" in type(module).__name__  # the LayerNorm2d of torchvision and timm
-    if isinstance(module, nn.Linear) or (is_layer_norm(module) and not maps):
+    if isinstance(module, (nn.Linear, nn.MultiheadAttention)) or (is_layer_norm(module) and not maps):
         return values.dim() - 1
     spatial = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
     dims = next((dims for kind, dims in spatial.items() if isinstance(module, kind)), None)

@@ -334,7 +334,7 @@ def _parameter_terms(model: nn.Module, name: str, parameter: Tensor, rows: dict,
     if axes.is_weighted(module) and key == "weight":
         out, inner = _row(rows, graph, module, owner, "out"), _row(rows, graph, module, owner, "in")
     else:
-        cuttable = axes.is_weighted(module) or axes.is_channelwise(module)
+        cuttable = axes.is_weighted(module) or axes.is_channelwise(module) or axes.is_layer_norm(module)
         places = [(owner if cuttable else name, "out"), *((name, f"dim:{dim}") for dim in range(parameter.dim()))]
-        out, inner = next((rows[place] for place in places if place in rows), unit), unit
+        out, inner = ([rows[place] for place in places if place in rows] + [unit, unit])[:2]
     return parameter.numel() // _dense(out, inner, sizes) * np.outer(out, inner)

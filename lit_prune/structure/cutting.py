@@ -18,7 +18,10 @@ def cut_layer(model: nn.Module, name: str, axis: str, positions: list[int]) -> N
     if axes.stated(axis):
         setattr(open_layer(target), axes.stated(axis), axes.width(target, axis) - len(positions))
         return
-    holder = model.get_submodule(name.rpartition(".")[0]) if isinstance(target, Tensor) else target
+    around = model.get_submodule(name.rpartition(".")[0])
+    if around is not model:
+        open_layer(around)  # an attention whose width changes
+    holder = around if isinstance(target, Tensor) else target
     before = dict(holder.named_parameters(recurse=False))
     if holder is target:
         next(cut for fits, cut in _CUTS if fits(target))(target, axis, positions)

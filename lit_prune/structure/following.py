@@ -246,16 +246,19 @@ class Follower(TorchDispatchMode):
         self.put(output, one.expand(output.shape))
 
     def _along(self, name: str, args: tuple, kwargs: dict, output: Any) -> None:
-        """Statistics of one channel's values are the channel's; those over several channels keep them all."""
+        """Statistics of one channel's values are the channel's; those over several tie them, or keep them all."""
         labels = self.of(args[0])
         dims = args[1] if len(args) > 1 else kwargs.get("dim")
         if name in ("linalg_vector_norm", "norm"):
             dims = args[2] if len(args) > 2 else kwargs.get("dim")
         dims = range(labels.dim()) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
         dims = [dim % max(labels.dim(), 1) for dim in dims]
-        if any(varies(labels, dim) for dim in dims):
+        mixed = [dim for dim in dims if varies(labels, dim)]
+        if mixed and not any(varies(labels, dim) for dim in range(labels.dim()) if dim not in mixed):
             self.labels.keep([labels], protection.operation(name))
             return
+        for dim in mixed:
+            self.labels.tie(labels.narrow(dim, 0, 1).expand(labels.shape), labels)
         for tensor in _tensors(output):
             left = labels
             if tensor.dim() == labels.dim():

@@ -135,6 +135,16 @@ def _layer_norm(follower: Follower, name: str, module: nn.LayerNorm, args: tuple
 
 
 def _attention(follower: Follower, name: str, module: nn.MultiheadAttention, args: tuple, output: Any) -> None:
+    """Queries, keys and values are read alike and the projection writes; its heads are found by `heads`."""
+    if module.in_proj_weight is not None:
+        parts = ((f"{name}.in_proj_weight", "dim:1"), (f"{name}.out_proj", "out"), (name, "attribute:embed_dim"))
+        own, out, stated = (follower.labels.axis(*part, module.embed_dim) for part in parts)
+        follower.labels.tie(own, out)
+        follower.labels.tie(own, stated)
+        for tensor in args[:3]:
+            _read(follower, module, tensor, own)
+        _write(follower, module, output[0], out)
+        return
     found = [labels for t in tree_leaves(args) if isinstance(t, Tensor) and (labels := follower.of(t)) is not None]
     follower.labels.keep(found, protection.ATTENTION)
     for tensor in tree_leaves(output):

@@ -54,7 +54,7 @@ def structural_reason(model: nn.Module, members: Sequence[_Member], heard: Set[s
     """
     if ATTENTION in heard:
         return ATTENTION
-    layers = [m for m in members if not m.axis.startswith("dim:")]
+    layers = [m for m in members if ":" not in m.axis]
     parts = sorted(((m.module, axes.find(model, m.module)) for m in layers), key=lambda p: isinstance(p[1], Tensor))
     reason = next((reason for name, module in parts if (reason := _layer_reason(name, module))), "")
     if reason or heard:

@@ -174,7 +174,8 @@ def selected_groups(graph: ChannelGraph, request: Budget) -> list[Group]:
             raise InputError(f"only: group {name!r} is protected ({graph.by_name[name].protected}); leave it out")
     wanted = [group for group in graph.prunable if group.name not in request.protect]
     if request.only is None:
-        return [group for group in wanted if group.role != "width"]
+        named = request.keep if isinstance(request.keep, Mapping) else ()
+        return [group for group in wanted if group.role != "width" or group.name in named]
     roles = (request.only,) if isinstance(request.only, str) else request.only
     return [group for group in wanted if group.role in roles or group.name in only]
 

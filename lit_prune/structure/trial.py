@@ -147,7 +147,8 @@ def _silenced(model: nn.Module, lost: Mapping[axes.Axis, Sequence[int]], sites: 
             keep[list(positions)] = False
             shape = [1] * args[0].dim()
             shape[axes.channel_dim(module, args[0])] = -1
-            return (args[0].masked_fill(~keep.view(shape).to(args[0].device), 0.0), *args[1:])
+            mask = ~keep.view(shape).to(args[0].device)
+            return probe.with_inputs(module, args, lambda values: values.masked_fill(mask, 0.0))
 
         return hook
 
@@ -165,7 +166,9 @@ def _silenced(model: nn.Module, lost: Mapping[axes.Axis, Sequence[int]], sites: 
         return hook
 
     norms = {name: list(positions) for (name, _), positions in lost.items() if name in sites.norms}
-    readers = {name: positions for (name, axis), positions in lost.items() if axis == "in" and name in sites.readers}
+    readers = {
+        name: positions for (name, axis), positions in lost.items() if axis in ("in", "dim:1") and name in sites.readers
+    }
     handles = [sites.readers[name].register_forward_pre_hook(zeros(positions)) for name, positions in readers.items()]
     handles += [
         sites.norms[name].register_forward_hook(over_the_rest(name, list(positions)))

@@ -83,7 +83,7 @@ def test_batch_mode_and_training_flag_do_not_matter(build) -> None:
     assert model.training
 
 
-@pytest.mark.parametrize("name", ["cifar_resnet20", "wide_stem", "mobilenet_v2", "densenet", "mixed", "deit"])
+@pytest.mark.parametrize("name", ["cifar_resnet20", "wide_stem", "mobilenet_v2", "densenet", "mixed", "deit", "vit"])
 def test_arithmetic_on_widths_equals_the_counter_after_surgery(build, random_ranks, name: str) -> None:
     model, images = build(name)
     graph = trace_groups(model, images)

@@ -6,7 +6,9 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torchvision.models import SwinTransformer, VisionTransformer
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
+from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
 
 from lit_prune import make_plan
 from lit_prune.errors import InputError
@@ -32,6 +34,17 @@ CASES = {
     "vit": (lambda: _vit(24), 16),
     "deit with registers": (lambda: _vit(24, reg_tokens=2, init_values=0.1, qk_norm=True), 16),
     "vit averaged": (lambda: _vit(24, global_pool="avg", class_token=False), 16),
+    "torchvision vit": (lambda: VisionTransformer(16, 4, 2, 2, 24, 32, num_classes=5), 16),
+    "swin": (lambda: SwinTransformer([4, 4], 12, [2], [2], [4, 4], num_classes=5), 32),
+    "swin v2": (
+        lambda: SwinTransformer(
+            *([4, 4], 12, [2], [2], [4, 4]),
+            num_classes=5,
+            block=SwinTransformerBlockV2,
+            downsample_layer=PatchMergingV2,
+        ),
+        32,
+    ),
     "convnext": (lambda: _convnext(12), 32),
     "timm convnext": (lambda: _timm_convnext(12), 32),
     "timm convnext v2": (lambda: timm.models.ConvNeXt(depths=(2, 1, 1, 1), dims=(12, 16, 8, 8), use_grn=True), 32),
