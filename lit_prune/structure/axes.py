@@ -69,8 +69,15 @@ def is_channelwise(module: object) -> bool:
 
 
 def is_layer_norm(module: object) -> bool:
-    """Whether `module` takes its statistics over the channels of each place and has a scale for each channel."""
-    return isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and len(module.normalized_shape) == 1
+    """Whether `module` takes statistics over all channels and has a scale for each: LayerNorm, RMSNorm, timm's GRN."""
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        return len(module.normalized_shape) == 1
+    return is_response_norm(module)
+
+
+def is_response_norm(module: object) -> bool:
+    """Whether `module` is the global response norm of ConvNeXt v2 (timm)."""
+    return type(module).__name__ == "GlobalResponseNorm"
 
 
 def goes_by_group(module: nn.Module) -> bool:
@@ -80,6 +87,8 @@ def goes_by_group(module: nn.Module) -> bool:
 
 def channel_dim(module: nn.Module, values: Tensor) -> int:
     """Channels are last for linear layers, attentions and LayerNorms, else second (first for an unbatched map)."""
+    if is_response_norm(module):
+        return module.channel_dim % values.dim()
     maps = "2d" in type(module).__name__  # the LayerNorm2d of torchvision and timm
     if isinstance(module, (nn.Linear, nn.MultiheadAttention)) or (is_layer_norm(module) and not maps):
         return values.dim() - 1
@@ -121,7 +130,7 @@ def width(module: nn.Module | nn.Parameter, axis: str) -> int:
     if isinstance(module, nn.GroupNorm):
         return module.num_channels
     if is_layer_norm(module):
-        return module.normalized_shape[0]
+        return len(module.weight) if is_response_norm(module) else module.normalized_shape[0]
     return module.num_parameters if isinstance(module, nn.PReLU) else module.num_features
 
 

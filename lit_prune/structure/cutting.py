@@ -96,7 +96,8 @@ def _group_norm(layer: nn.GroupNorm, axis: str, positions: Sequence[int]) -> Non
 
 def _layer_norm(layer: nn.Module, axis: str, positions: Sequence[int]) -> None:
     _drop(layer, _NORM, positions)
-    layer.normalized_shape = (layer.normalized_shape[0] - len(positions),)
+    if not axes.is_response_norm(layer):
+        layer.normalized_shape = (layer.normalized_shape[0] - len(positions),)
 
 
 def _prelu(layer: nn.PReLU, axis: str, positions: Sequence[int]) -> None:

@@ -152,7 +152,9 @@ class Follower(TorchDispatchMode):
         whole = torch.zeros((), dtype=torch.float64).expand(result.shape)
         for _, labels in together:
             self.labels.tie(whole, labels)
-            whole = labels if bool((compact(whole) == NOBODY).all()) else torch.where(whole == NOBODY, labels, whole)
+            nobody = compact(whole) == NOBODY
+            if bool(nobody.any()):
+                whole = labels if bool(nobody.all()) else torch.where(whole == NOBODY, labels, whole)
         if name in operations.ADDITIONS and sum(_key(t) not in self._bare for t, _ in together) > 1:
             self.labels.join([labels for _, labels in together])
         self.put(result, whole)

@@ -29,7 +29,7 @@ def rule_for(module: nn.Module) -> Rule | None:
         return _group_norm
     if axes.is_channelwise(module) and not axes.is_single_prelu(module):
         return _channelwise
-    return _layer_norm if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) else None
+    return _layer_norm if axes.is_layer_norm(module) or isinstance(module, (nn.LayerNorm, nn.RMSNorm)) else None
 
 
 def _rows(module: nn.Module, labels: Tensor) -> Tensor:
