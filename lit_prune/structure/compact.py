@@ -158,7 +158,7 @@ def _whole_folder(folder: Path) -> Iterator[Path]:
     Raises:
         InputError: `folder` is a file, or a folder with other contents than a compact network.
     """
-    if folder.exists() and not folder.is_dir() or folder.is_dir() and any(folder.iterdir()):
+    if (folder.exists() and not folder.is_dir()) or (folder.is_dir() and any(folder.iterdir())):
         try:
             _read_structure(folder)
         except InputError as error:
