@@ -47,14 +47,14 @@ def _fits(value: Any, hint: Any) -> bool:
         return value is None
     kind = origin or hint
     if kind in (int, float):
-        whole = kind is int and isinstance(value, int) or kind is float and isinstance(value, int | float)
+        whole = (kind is int and isinstance(value, int)) or (kind is float and isinstance(value, int | float))
         return not isinstance(value, bool) and (whole or _is_number(value, kind))
     return kind is Any or not isinstance(kind, type) or isinstance(value, kind)
 
 
 def _is_number(value: Any, kind: type) -> bool:
     """Whether it is a number of another library, such as numpy's."""
-    return hasattr(value, "__index__") or kind is float and hasattr(value, "__float__")
+    return hasattr(value, "__index__") or (kind is float and hasattr(value, "__float__"))
 
 
 def _short(value: Any) -> str:
