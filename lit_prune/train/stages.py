@@ -17,6 +17,9 @@ from lit_prune.task import Task
 Batches = Iterable[Any]
 BLOCK_AMOUNTS = ("remove_ratio", "remove_count", "keep_blocks", "keep")
 
+LEAST_KEEP = 1e-3
+"""A smaller share of a network is a slip of the keyboard: no group can lose its last unit."""
+
 
 class Stage:
     """What happens at the start of an epoch of `fit`: a `BlockStage` or a `ChannelStage`.
@@ -71,8 +74,8 @@ class BlockStage(Stage):
         given = [amount for amount in BLOCK_AMOUNTS if getattr(self, amount) is not None]
         if len(given) != 1:
             raise InputError(f"stage blocks: give exactly one of {', '.join(BLOCK_AMOUNTS)}, got {given or 'none'}")
-        if self.keep is not None and not 0 < self.keep <= 1:
-            raise InputError(f"stage blocks: keep must lie in (0, 1], got keep={self.keep}")
+        if self.keep is not None and not LEAST_KEEP <= self.keep <= 1:
+            raise InputError(f"stage blocks: keep must lie in (0, 1], at least {LEAST_KEEP}, got keep={self.keep}")
         if self.remove_ratio is not None and not 0 < self.remove_ratio < 1:
             raise InputError(f"stage blocks: remove_ratio must lie in (0, 1), got {self.remove_ratio}")
         if self.remove_count is not None and self.remove_count < 1:
@@ -130,8 +133,8 @@ class ChannelStage(Stage):
         self.check_epoch()
         if self.part not in PARTS:
             raise InputError(f"stage: part={self.part!r} is unknown; use one of {', '.join(PARTS)}")
-        if isinstance(self.keep, bool) or not isinstance(self.keep, float | int) or not 0 < self.keep <= 1:
-            raise InputError(f"stage {self.name}: keep must lie in (0, 1], got keep={self.keep}")
+        if isinstance(self.keep, bool) or not isinstance(self.keep, float | int) or not LEAST_KEEP <= self.keep <= 1:
+            raise InputError(f"stage {self.name}: keep must lie in (0, 1], at least {LEAST_KEEP}, got keep={self.keep}")
         if self.normalisation is not None and self.allocation != "global":
             raise InputError(
                 f"stage {self.name}: normalisation={self.normalisation} has no effect with "

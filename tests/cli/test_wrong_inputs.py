@@ -151,38 +151,42 @@ OPTIONS = {  # option of fit -> values that it does not have
     ),
     "nothing": ("1",),
 }
-STAGE_MISTAKES = (
-    "kind: channel, keep: 0.5",
-    "kind: channels, keep: half",
-    "kind: channels, keep: 0.5, budget: mac",
-    "kind: channels, keep: 0.5, keeep: 1",
-    "kind: channels, keep: 0",
-    "kind: channels, keep: 1.5",
-    "kind: channels, keep: -0.5",
-    "kind: channels, keep: .nan",
-    "kind: channels, keep: 1.0e-9",
-    "kind: channels",
-    "kind: channels, keep: 0.5, epoch: -1",
-    "kind: channels, keep: 0.5, epoch: x",
-    "kind: channels, keep: 0.5, epoch: 7",
-    "kind: channels, keep: 0.5, score: magnitud",
-    "kind: channels, keep: 0.5, cap: 0",
-    "kind: channels, keep: 0.5, cap: 1.5",
-    "kind: channels, keep: 0.5, round_to: 0",
-    "kind: channels, keep: 0.5, round_to: -4",
-    "kind: channels, keep: 0.5, allocation: x",
-    "kind: channels, keep: 0.5, normalisation: x",
-    "kind: channels, keep: 0.5, replace: x",
-    "kind: channels, remove_count: 2",
-    "kind: blocks, remove_count: -2",
-    "kind: blocks, remove_count: 0",
-    "kind: blocks, remove_ratio: 0",
-    "kind: blocks, remove_ratio: 1.5",
-    "kind: blocks, remove_ratio: 0.5, keep: 0.5",
-    "kind: blocks, keep_blocks: {}",
-    "kind: blocks, keep_blocks: [1]",
-    "kind: blocks, keep: 0.5, replace: affine",
+CHANNEL_MISTAKES = (
     "",
+    "keep: half",
+    "keep: 0",
+    "keep: 1.5",
+    "keep: -0.5",
+    "keep: .nan",
+    "keep: 1.0e-9",
+    "keep: 0.5, keeep: 1",
+    "keep: 0.5, part: channel",
+    "keep: 0.5, budget: mac",
+    "keep: 0.5, epoch: -1",
+    "keep: 0.5, epoch: x",
+    "keep: 0.5, epoch: 7",
+    "keep: 0.5, score: magnitud",
+    "keep: 0.5, cap: 0",
+    "keep: 0.5, cap: 1.5",
+    "keep: 0.5, round_to: 0",
+    "keep: 0.5, round_to: -4",
+    "keep: 0.5, allocation: x",
+    "keep: 0.5, normalisation: x",
+    "keep: 0.5, normalisation: rank",
+    "keep: 0.5, replace: x",
+    "keep: 0.5, remove_count: 2",
+)
+BLOCK_MISTAKES = (
+    "",
+    "remove_count: -2",
+    "remove_count: 0",
+    "remove_ratio: 0",
+    "remove_ratio: 1.5",
+    "remove_ratio: 0.5, keep: 0.5",
+    "remove_ratio: 0.5, budget: macs",
+    "remove_ratio: 0.5, replace: affine",
+    "keep: 1.0e-9",
+    "keep_blocks: [1]",
 )
 REPAIRS = ("{alpha: -1}", "{beta: x}", "{temperature: 0}", "{form: x}", "{gradient_clip: -1}", "{alpha: .nan}")
 VERBS = {  # verb -> its own wrong options
@@ -229,13 +233,15 @@ def command_lines() -> Iterator[tuple[str, ...]]:
     fit = ("fit", "-c", "FILES/run.yaml", "--run_dir", "RUN")
     for option, values in OPTIONS.items():
         yield from ((*fit, f"--{option}", value) for value in values)
-    for stage in STAGE_MISTAKES:
-        yield *fit, "--trainer.callbacks", f"[{STAGES % ('{' + stage + '}' if stage else '')}]"
+    for kind, mistakes in (("Channel", CHANNEL_MISTAKES), ("Block", BLOCK_MISTAKES)):
+        for mistake in mistakes:
+            stage = f"{{class_path: lit_prune.{kind}Stage, init_args: {{{mistake}}}}}"
+            yield *fit, "--trainer.callbacks", f"[{STAGES % stage}]"
+    good = STAGES % "{class_path: lit_prune.ChannelStage, init_args: {keep: 0.5, epoch: 1}}"
     for repair in REPAIRS:
-        staged = STAGES % "{kind: channels, keep: 0.5, epoch: 1}"
-        yield *fit, "--trainer.callbacks", f"[{staged}]", "--trainer.callbacks.repair", repair
-    twice = STAGES % "{kind: channels, keep: 0.5, epoch: 1}"
-    yield *fit, "--trainer.callbacks", f"[{twice}, {twice}]"
+        yield *fit, "--trainer.callbacks", f"[{good}]", "--trainer.callbacks.repair", repair
+    yield *fit, "--trainer.callbacks", f"[{good}, {good}]"
+    yield *fit, "--trainer.callbacks", f"[{STAGES % ''}]"
     for verb, choices in VERBS.items():
         yield from ((verb, *fit[1:], *choice) for choice in choices)
     yield from FOLDERS
