@@ -1,7 +1,7 @@
 """One structural stage: what it removes, decided by information, under a budget."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -142,6 +142,8 @@ class ChannelStage(Stage):
             )
         if self.replace not in KINDS:
             raise InputError(f"stage {self.name}: replace={self.replace!r} is none of {', '.join(KINDS)}")
+        if self.cap == 0:
+            raise InputError(f"stage {self.name}: cap=0 keeps every channel; give the largest share that may go")
         self.request(self.keep)
         find_score(self.score)
 
@@ -229,17 +231,34 @@ def plan_blocks(model: nn.Module, stage: BlockStage, batches: Batches, dense: De
         "information": information,
         "protected": {b.name: b.protected for b in blocks if b.protected},
     }
+    names = choose_blocks(model, stage, blocks, information, probe.example, dense)
+    return Plan(drop_blocks=tuple(names), keep_channels={}, sizes={}, notes=notes)
+
+
+def choose_blocks(
+    model: nn.Module,
+    stage: BlockStage,
+    blocks: tuple[Block, ...],
+    information: Mapping[str, float],
+    example: Any,
+    dense: DenseCost,
+) -> list[str]:
+    """Names of the blocks that a stage drops.
+
+    Raises:
+        InputError: none, or too few for the budget.
+    """
     if stage.keep_blocks is not None:
         names: list[str] = list(dropped_by_keep_configuration(blocks, stage.keep_blocks))
     else:
         order = removable_in_order(blocks, information)
-        names = order[: _block_count(model, order, blocks, stage, probe.example, dense)]
+        names = order[: _block_count(model, order, blocks, stage, example, dense)]
     if not names:
         raise InputError(
             f"stage blocks removes nothing: {len(blocks)} blocks, {sum(not b.protected for b in blocks)} free; "
             "raise remove_ratio, lower keep, or leave the stage out"
         )
-    return Plan(drop_blocks=tuple(names), keep_channels={}, sizes={}, notes=notes)
+    return names
 
 
 def _block_count(
@@ -285,7 +304,8 @@ def plan_channels(model: nn.Module, stage: ChannelStage, batches: Batches, dense
         )
     evidence = Evidence(model, batches, task=probe.task)
     cost_model = CostModel.build(model, evidence.graph, probe.example)
-    return plan_method(evidence, stage.score, evidence.graph, cost_model, stage.request(keep))
+    there = tuple(name for name in stage.protect if name in evidence.graph.by_name)  # others went with their blocks
+    return plan_method(evidence, stage.score, evidence.graph, cost_model, replace(stage, protect=there).request(keep))
 
 
 def cut(
