@@ -1,6 +1,6 @@
 """The channel axes of layers: what kind of layer it is, how wide each axis is."""
 
-from torch import nn
+from torch import Tensor, nn
 
 from lit_prune.models.cifar_resnet import PaddedShortcut
 
@@ -44,6 +44,11 @@ def is_depthwise(module: object) -> bool:
     return isinstance(module, CONVOLUTIONS) and 1 < module.groups == module.out_channels == module.in_channels
 
 
+def is_grouped(module: object) -> bool:
+    """Whether `module` is a convolution in groups that may lose channels (a transposed one may not)."""
+    return isinstance(module, CONVOLUTIONS) and module.groups > 1 and not module.transposed
+
+
 def is_weighted(module: object) -> bool:
     """Whether `module` is a convolution or a linear layer."""
     return isinstance(module, (*CONVOLUTIONS, nn.Linear))
@@ -55,9 +60,41 @@ def is_boundary(module: object) -> bool:
 
 
 def is_channelwise(module: object) -> bool:
-    """Whether `module` has weights for each channel and mixes none: depthwise convolution, norm per channel, PReLU."""
-    channelwise = isinstance(module, (*BATCH_NORMS, *INSTANCE_NORMS, nn.PReLU))
+    """Whether `module` has weights for each channel and mixes none: depthwise convolution, norm, PReLU.
+
+    The statistics of a GroupNorm mix the channels of a group, so that whole groups of them go.
+    """
+    channelwise = isinstance(module, (*BATCH_NORMS, *INSTANCE_NORMS, nn.GroupNorm, nn.PReLU))
     return channelwise or is_depthwise(module) or is_frozen_norm(module)
+
+
+def is_layer_norm(module: object) -> bool:
+    """Whether `module` takes statistics over all channels and has a scale for each: LayerNorm, RMSNorm, timm's GRN."""
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        return len(module.normalized_shape) == 1
+    return is_response_norm(module)
+
+
+def is_response_norm(module: object) -> bool:
+    """Whether `module` is the global response norm of ConvNeXt v2 (timm)."""
+    return type(module).__name__ == "GlobalResponseNorm"
+
+
+def goes_by_group(module: nn.Module) -> bool:
+    """Whether a grouped convolution loses whole groups (where they are many and narrow), or the same places of each."""
+    return module.groups >= module.in_channels // module.groups
+
+
+def channel_dim(module: nn.Module, values: Tensor) -> int:
+    """Channels are last for linear layers, attentions and LayerNorms, else second (first for an unbatched map)."""
+    if is_response_norm(module):
+        return module.channel_dim % values.dim()
+    maps = "2d" in type(module).__name__  # the LayerNorm2d of torchvision and timm
+    if isinstance(module, (nn.Linear, nn.MultiheadAttention)) or (is_layer_norm(module) and not maps):
+        return values.dim() - 1
+    spatial = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+    dims = next((dims for kind, dims in spatial.items() if isinstance(module, kind)), None)
+    return 0 if dims is not None and values.dim() == dims + 1 else 1
 
 
 def is_frozen_norm(module: object) -> bool:
@@ -82,7 +119,7 @@ def width(module: nn.Module | nn.Parameter, axis: str) -> int:
         return getattr(module, stated(axis))
     if axis.startswith("dim:"):
         return module.shape[int(axis[4:])]
-    if isinstance(module, nn.Parameter):
+    if isinstance(module, Tensor):
         return module.numel()
     if isinstance(module, (*CONVOLUTIONS, PaddedShortcut)):
         return module.out_channels if axis == "out" else module.in_channels
@@ -90,6 +127,10 @@ def width(module: nn.Module | nn.Parameter, axis: str) -> int:
         return module.out_features if axis == "out" else module.in_features
     if is_frozen_norm(module):
         return len(module.weight)
+    if isinstance(module, nn.GroupNorm):
+        return module.num_channels
+    if is_layer_norm(module):
+        return len(module.weight) if is_response_norm(module) else module.normalized_shape[0]
     return module.num_parameters if isinstance(module, nn.PReLU) else module.num_features
 
 

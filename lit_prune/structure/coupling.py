@@ -1,7 +1,7 @@
 """Groups of coupled channels as plain values: members, names, roles, and what removing units takes from each layer."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -36,7 +36,8 @@ class Group:
         protected: "" or the reason why no unit may be removed.
         producers: convolutions and linear layers (depthwise ones left out) that write the channels.
         consumers: convolutions and linear layers that read them.
-        role: "planes" (trunk, see `group_role`), "mid" or "heads".
+        role: "planes" (trunk, see `group_role`), "mid", "heads" or "width".
+        kind: role and types of layers; groups of one kind are built alike and their scores compare.
     """
 
     name: str
@@ -46,10 +47,15 @@ class Group:
     producers: tuple[str, ...] = ()
     consumers: tuple[str, ...] = ()
     role: str = "mid"
+    kind: str = ""
 
 
 def group_role(group: Group) -> str:
-    """Role of a group in a network of blocks: "planes", "mid" or "heads" (whole heads of an attention).
+    """Role of a group in a network of blocks: "planes", "mid", "heads" (whole heads of an attention) or "width".
+
+    "width" is every width that a LayerNorm or RMSNorm takes its statistics over, such as the embedding of a
+    transformer or ConvNeXt: what is left is the same architecture built narrower, not the network with those channels
+    silenced, so it goes only where it is asked for.
 
     "planes" is the trunk: channels that a residual add joins from several producers (the stem too where its output
     feeds the first add), channels that pass through a padded shortcut, a stem that both the first block and its
@@ -63,13 +69,9 @@ def group_role(group: Group) -> str:
 
 @dataclass(frozen=True)
 class Draft:
-    """A proposed group, the operations its channels pass through, and whether an addition joins several producers.
-
-    `operations` holds autograd names, and "output", "untracked", "channel padding" where these apply.
-    """
+    """A proposed group, and whether an addition joins several producers."""
 
     group: Group
-    operations: frozenset[str]
     joined: bool
 
 
@@ -90,48 +92,23 @@ def lost_positions(groups: Mapping[str, Group], removed: Mapping[str, Sequence[i
     return {key: sorted(positions) for key, positions in lost.items()}
 
 
-def members_alike(rows: dict[axes.Axis, list[list[int]]], size: int) -> list[tuple[Member, ...]]:
-    """Members for each set of units that take the same number of positions everywhere.
-
-    A concatenation that is added to the output of one wide layer makes several such sets of the wide layer's units.
-
-    Args:
-        rows: (name, axis) -> for each unit its positions.
-        size: number of units.
-    """
-    kinds: dict[tuple[int, ...], list[int]] = {}
-    for unit in range(size):
-        kinds.setdefault(tuple(len(set(row[unit])) for row in rows.values()), []).append(unit)
-    return [
-        tuple(
-            Member(name, axis, tuple(tuple(sorted(set(row[unit]))) for unit in units))
-            for count, ((name, axis), row) in zip(counts, rows.items(), strict=True)
-            if count
-        )
-        for counts, units in kinds.items()
-    ]
-
-
-def assemble_group(
-    model: nn.Module, root: str, members: tuple[Member, ...], taken: set[str], operations: set[str]
-) -> Group:
+def assemble_group(model: nn.Module, members: tuple[Member, ...], taken: set[str], heard: Set[str]) -> Group:
     """A group with its name, its producers and consumers, and the reason if its layers forbid pruning.
 
     Args:
         model: the network.
-        root: the layer whose channels were asked for; names the group if nothing else does.
         members: its members.
         taken: names that other groups have.
-        operations: see `Draft`.
+        heard: reasons from the way of its channels through the network.
     """
     order = {name: position for position, (name, _) in enumerate(model.named_modules())}
     weighted = [m for m in members if m.module in order and axes.is_weighted(model.get_submodule(m.module))]
     mixing = [m for m in weighted if not axes.is_depthwise(model.get_submodule(m.module))]
     producers = sorted({m.module for m in mixing if m.axis == "out"}, key=order.__getitem__)
     consumers = sorted({m.module for m in mixing if m.axis == "in"}, key=order.__getitem__)
-    free = [name for name in (*producers, root) if name not in taken]
-    name = free[0] if free else f"{root}:{len(taken)}"
-    reason = protection.structural_reason(model, members, operations)
+    free = [name for name in producers if name not in taken]
+    name = free[0] if free else f"{producers[0]}:{len(taken)}"
+    reason = protection.structural_reason(model, members, heard)
     return Group(name, len(members[0].positions), members, reason, tuple(producers), tuple(consumers))
 
 
@@ -144,10 +121,24 @@ def assign_roles(model: nn.Module, groups: Sequence[Group], drafts: Sequence[Dra
         if not trunk and protection.has_depthwise(model, group.members):
             read |= dict.fromkeys(group.consumers, group.producers)
     roles = [
-        "planes" if trunk or protection.is_projection(model, group, read) else "mid"
+        "width"
+        if protection.has_layer_norm(model, group.members)
+        else "planes"
+        if trunk or protection.is_projection(model, group, read)
+        else "mid"
         for group, trunk in zip(groups, sure, strict=True)
     ]
     return tuple(replace(group, role=role) for group, role in zip(groups, roles, strict=True))
+
+
+def with_kind(model: nn.Module, group: Group) -> Group:
+    """The group with its kind: its role, and which types of layers lose outputs and inputs.
+
+    Source: isomorphic pruning (Fang et al. 2024), whose graphs of like topology these stand for.
+    """
+    parts = [(type(axes.find(model, m.module)).__name__, m.axis.partition(":")[0]) for m in group.members]
+    layers = sorted({f"{layer} {axis}" for layer, axis in parts if axis in ("in", "out")})
+    return replace(group, kind=f"{group.role}: {', '.join(layers)}")
 
 
 def _checked(groups: Mapping[str, Group], name: str, units: Sequence[int]) -> Group:

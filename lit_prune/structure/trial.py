@@ -4,11 +4,13 @@ The positions of a group may be right (`probe`) and the cut still fail or comput
 width from an attribute, reshapes to a number, slices by position, multiplies two halves, standardises weights over
 channels, or has a head that runs in training alone. So half of the units of all groups are removed from a copy, which
 must run in both modes and give what the dense network gives with those units silenced: every reader of the group sees
-zeros in their place. If it does not, the groups are halved until the wrong ones are found.
+zeros in their place, and a LayerNorm takes its statistics over the others. If it does not, the groups are halved until
+the wrong ones are found.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -19,7 +21,7 @@ from lit_prune.structure import axes, probe
 from lit_prune.structure.coupling import Group, lost_positions
 from lit_prune.structure.cutting import cut_layer
 from lit_prune.structure.example import Example
-from lit_prune.structure.tracing import copy_network
+from lit_prune.structure.tracing import sketch_network
 
 TOLERANCE = 1e-3  # of the largest output; rounding of float32 stays a hundred times below
 FAILS = "the network does not run without some of its channels"
@@ -65,14 +67,13 @@ class _Trial:
         self._model, self._sites = model, sites
         self._sample = _noisy(sample)
         self._pair = self._sample.map(lambda tensor: torch.cat([tensor, tensor.flip(0)]))
-        self._trains = self._runs_in_training(model)
 
     def fault(self, groups: Sequence[Group]) -> str:
         """Why half of the units of these groups cannot go; "" where they can."""
         generator = np.random.default_rng(len(groups))
         removed = {g.name: sorted(generator.permutation(g.size)[: g.size // 2].tolist()) for g in groups}
         lost = lost_positions({group.name: group for group in groups}, removed)
-        small = copy_network(self._model)
+        small = sketch_network(self._model)
         try:
             for (name, axis), positions in lost.items():
                 cut_layer(small, name, axis, positions)
@@ -83,11 +84,15 @@ class _Trial:
             expected = _call(self._model, self._sample)
         if not _equal(output, expected):
             return DIFFERS
-        return TRAINING if self._trains and not self._runs_in_training(small) else ""
+        return "" if self._runs_in_training(small) or not self._dense_trains else TRAINING
+
+    @cached_property
+    def _dense_trains(self) -> bool:
+        return self._runs_in_training(self._model)
 
     def _runs_in_training(self, model: nn.Module) -> bool:
         """Whether two samples go through a copy in training mode (statistics and kept activations change there)."""
-        trained = copy_network(model).train()
+        trained = sketch_network(model).train()
         try:
             _call(trained, self._pair)
         except _ERRORS:
@@ -134,20 +139,41 @@ def _equal(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
 
 @contextmanager
 def _silenced(model: nn.Module, lost: Mapping[axes.Axis, Sequence[int]], sites: probe.Sites) -> Iterator[None]:
-    """Zeros, inside, at the input positions that the readers lose."""
+    """Inside, zeros at the input positions that the readers lose, and norms over the channels that they keep."""
 
     def zeros(positions: Sequence[int]):
         def hook(module: nn.Module, args: tuple) -> tuple:
-            keep = torch.ones(args[0].shape[probe.channel_dim(module, args[0])], dtype=torch.bool)
+            keep = torch.ones(args[0].shape[axes.channel_dim(module, args[0])], dtype=torch.bool)
             keep[list(positions)] = False
             shape = [1] * args[0].dim()
-            shape[probe.channel_dim(module, args[0])] = -1
-            return (args[0].masked_fill(~keep.view(shape).to(args[0].device), 0.0), *args[1:])
+            shape[axes.channel_dim(module, args[0])] = -1
+            mask = ~keep.view(shape).to(args[0].device)
+            return probe.with_inputs(module, args, lambda values: values.masked_fill(mask, 0.0))
 
         return hook
 
-    readers = {name: positions for (name, axis), positions in lost.items() if axis == "in" and name in sites.readers}
+    def over_the_rest(name: str, positions: list[int]):
+        small = nn.Module()
+        small.norm = sketch_network(sites.norms[name])
+        cut_layer(small, "norm", "out", positions)
+
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            dim = axes.channel_dim(module, args[0])
+            kept = [place for place in range(args[0].shape[dim]) if place not in set(positions)]
+            index = torch.tensor(kept, device=output.device)
+            return torch.zeros_like(output).index_copy(dim, index, small.norm(args[0].index_select(dim, index)))
+
+        return hook
+
+    norms = {name: list(positions) for (name, _), positions in lost.items() if name in sites.norms}
+    readers = {
+        name: positions for (name, axis), positions in lost.items() if axis in ("in", "dim:1") and name in sites.readers
+    }
     handles = [sites.readers[name].register_forward_pre_hook(zeros(positions)) for name, positions in readers.items()]
+    handles += [
+        sites.norms[name].register_forward_hook(over_the_rest(name, list(positions)))
+        for name, positions in norms.items()
+    ]
     try:
         yield
     finally:
