@@ -13,6 +13,7 @@ from lit_prune.replace.folding import add_to_output, set_weight
 from lit_prune.replace.patches import PositionSample, channel_dim, input_rows, output_rows, taken
 from lit_prune.replace.regression import RIDGES, CrossSums, Fit, PairSums, solve, solve_held_out
 from lit_prune.replace.settings import ROWS_A_WEIGHT, Replacement
+from lit_prune.replace.slopes import pieces
 from lit_prune.replace.walk import Seen, Stop, Walk, watching
 from lit_prune.task import Task
 from lit_prune.task.running import undisturbed
@@ -60,8 +61,9 @@ def refit(
         watching(pair.original, pair.task, table, before=False) as start_original,
         watching(pair.reduced, pair.task, table, before=True) as start_reduced,
     ):
-        walks = [(start_original(batch), start_reduced(batch)) for batch in batches]
-        images = sum(map(pair.task.size, batches))
+        parts = list(pieces(batches, pair.task))  # each has its own thread and pool of memory: small ones waste less
+        walks = [(start_original(part), start_reduced(part)) for part in parts]
+        images = sum(map(pair.task.size, parts))
         for stop in stops:
             solver = _Solver(pair, stop, readers[stop.layer], settings, images)
             for index, walk in enumerate(walks):
