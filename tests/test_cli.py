@@ -63,7 +63,7 @@ def test_a_refused_command_does_not_take_the_folder(tmp_path, capsys):
 
 
 CORRECTED = "[{class_path: lit_prune.BlockStage, init_args: {epoch: 1, remove_ratio: 0.3}},"
-CORRECTED += " {class_path: lit_prune.ChannelStage, init_args: {epoch: 2, keep: 0.6}}]"
+CORRECTED += " {class_path: lit_prune.ChannelStage, init_args: {epoch: 2, keep: 0.6, replace: delete}}]"
 
 
 def test_a_folder_in_which_nothing_was_trained_takes_another_configuration(tmp_path):

@@ -1,6 +1,7 @@
 """What a run's stages ask of the network, compared with the network before anything is trained."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -103,7 +104,7 @@ def _check_channels(
         )
     if stage.budget == "latency" and not isinstance(example, torch.Tensor):
         raise InputError("budget=latency: the network reads more than one tensor; use macs or params")
-    if first and stage.budget in BY_ARITHMETIC and stage.allocation != "measured":
+    if first and stage.budget in BY_ARITHMETIC:
         _check_amount(network, stage, graph, groups, example)
     return groups
 
@@ -111,13 +112,13 @@ def _check_channels(
 def _check_amount(
     network: nn.Module, stage: ChannelStage, graph: ChannelGraph, groups: Sequence[Group], example: Any
 ) -> None:
-    """A budget can be met whatever the scores, or not at all: widths alone decide."""
+    """Whatever the scores and the allocation, no network is smaller than with every group at its smallest width."""
     scores = {name: torch.zeros(graph.widths[name, "out"]) for group in groups for name in group.producers}
     scores |= {group.name: torch.zeros(group.size) for group in groups if group.role == "heads"}
-    plan = plan_channels(graph, CostModel.build(network, graph, example), scores, stage.request(stage.keep))
-    if plan.removes_nothing or plan.notes["achieved"] > stage.keep:
-        reason = plan.notes["reason"] or "every width stays as it is"
-        raise InputError(f"stage {stage.name} cannot reach keep={stage.keep} of {stage.budget}: {reason}")
+    request = replace(stage.request(stage.keep), allocation="uniform", normalisation="none")
+    plan = plan_channels(graph, CostModel.build(network, graph, example), scores, request)
+    if plan.notes["achieved"] > stage.keep:
+        raise InputError(f"stage {stage.name} cannot reach keep={stage.keep} of {stage.budget}: {plan.notes['reason']}")
 
 
 def check_teacher(repair: Repair, teacher: nn.Module, network: nn.Module, example: Any, cut: Sequence[Group]) -> None:
