@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from lit_prune.errors import InputError
 from lit_prune.measurement import target_axis
-from lit_prune.measurement.activations import Recording, position_view, record
-from lit_prune.measurement.layers import removing, select_layers
+from lit_prune.measurement.activations import Recording, record
+from lit_prune.measurement.layers import out_channels, position_view, removing, select_layers
 from lit_prune.measurement.moments import ActivationSums
 from lit_prune.measurement.protocol import DEFAULT_PROTOCOL
 
@@ -51,7 +51,7 @@ class Saliency:
     def __init__(self, model: nn.Module) -> None:
         self.layers = select_layers(model)
         self.outputs: list[tuple[str, Tensor]] = []
-        self.totals = {name: torch.zeros(len(m.weight), dtype=torch.float64) for name, m in self.layers.items()}
+        self.totals = {name: torch.zeros(out_channels(m), dtype=torch.float64) for name, m in self.layers.items()}
         self.count = 0
 
     @contextmanager

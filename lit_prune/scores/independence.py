@@ -10,8 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lit_prune.measurement.activations import position_view
-from lit_prune.measurement.layers import removing, select_layers
+from lit_prune.measurement.layers import position_view, removing, select_layers
 
 STEP = 0.45  # of the trapezoid rule on log s: its error is exp(-π²/STEP), 3e-10
 LOWEST, HIGHEST = -26.0, 16.0  # of log s, for a matrix whose largest singular value is 1

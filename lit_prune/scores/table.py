@@ -10,7 +10,7 @@ from lit_prune.scores.method import SPARSITY, Method, Score
 from lit_prune.scores.names import parse_method
 
 _SUMS, _LABELS = ("sums",), ("pooled",)
-_INPUTS, _UNITS = ("input_variances",), ("unit_covariances", "sums")
+_INPUTS, _UNITS = ("input_variances",), ("unit_moments", "sums")
 _BOTH = ("sums", "saliency")
 
 SCORES: dict[str, Score] = {
