@@ -32,8 +32,10 @@ class OneLineParser(LightningArgumentParser):
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception and what it was raised from, outermost first."""
-    while error is not None:
+    """An exception and what it was raised from, outermost first, each once: jsonargparse raises from rings."""
+    met: set[int] = set()
+    while error is not None and id(error) not in met:
+        met.add(id(error))
         yield error
         error = error.__cause__ or error.__context__
 

@@ -15,7 +15,7 @@ from lit_prune.train.checkpoints import WholeFileIO, checkpoint_writer
 
 DIES_IN_A_WRITE = """
     import os, signal, sys, torch
-    from lit_prune.checkpoints import checkpoint_writer
+    from lit_prune.train.checkpoints import checkpoint_writer
     writer = checkpoint_writer()
     writer.save_checkpoint({"epoch": 0, "weights": torch.zeros(1000)}, sys.argv[1])
     writer.teardown()

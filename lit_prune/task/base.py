@@ -1,0 +1,180 @@
+"""What a batch and an output mean: the only place that looks into either."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lit_prune.errors import InputError
+from lit_prune.structure.example import Example
+from lit_prune.task.batches import find_layout, is_listed, size_of, slice_batch, to_network
+from lit_prune.task.outputs import joined
+
+TASKS: dict[str, type[Task]] = {}
+"""Tasks that can be named."""
+
+
+class Term(NamedTuple):
+    """A scalar function of each sample, and how much it counts; see `Task.curvature_terms`."""
+
+    values: Tensor
+    weights: Tensor
+
+
+class Task:
+    """How a batch goes through a network, what its output is compared with, and what must stay as it is.
+
+    A subclass says what it knows: `loss`, `prediction`, `metric`, further task variables. Everything here reads a batch
+    by its layout (`find_layout`), so most tasks need no more.
+
+    Attributes:
+        name: under which the task is registered.
+        needs_target: whether its loss reads a target from the batch.
+        scalar_loss: the loss is one number for a batch; samples are then run one by one where each one's is needed.
+        metric_name: name of the figure, for tables.
+        higher_is_better: of the figure.
+    """
+
+    name: ClassVar[str] = ""
+    needs_target: ClassVar[bool] = True
+    scalar_loss: bool = False
+    metric_name: str = "loss"
+    higher_is_better: bool = False
+
+    def inputs(self, batch: Any) -> Example:
+        """What the network is called with for this batch."""
+        args, kwargs = find_layout(batch).arguments(batch)
+        return Example(args, kwargs)
+
+    def target(self, batch: Any) -> Any:
+        """What the output is compared with; None where the batch has none."""
+        return find_layout(batch).target_of(batch)
+
+    def run(self, model: nn.Module, batch: Any) -> Any:
+        """The network's output for a batch that `to` has prepared."""
+        example = self.inputs(batch)
+        return model(*example.args, **example.kwargs)
+
+    def to(self, batch: Any, model: nn.Module) -> Any:
+        """The batch on the network's device, floating-point values in its precision."""
+        return to_network(batch, model)
+
+    def size(self, batch: Any) -> int:
+        """Number of samples B."""
+        example = self.inputs(batch)
+        return size_of((example.args, example.kwargs))
+
+    def take(self, batch: Any, samples: slice | int) -> Any:
+        """The samples of a batch that a slice names, or the first so many."""
+        samples = slice(samples) if isinstance(samples, int) else samples
+        return slice_batch(batch, samples, self.size(batch), is_listed(batch))
+
+    def pieces(self, batch: Any) -> Iterable[Any]:
+        """Batches on which `losses` says something of each sample: the batch, or its samples one by one."""
+        if not self.scalar_loss:
+            return (batch,)
+        return (self.take(batch, slice(place, place + 1)) for place in range(self.size(batch)))
+
+    def loss(self, output: Any, batch: Any) -> Tensor:
+        """Loss of each sample, [B]; a scalar where only that exists.
+
+        Raises:
+            InputError: the task has none, or the batch has no target.
+        """
+        raise InputError(f"task: {self.name or type(self).__name__!r} has no loss, which this needs; {GIVE_LOSS}")
+
+    def losses(self, output: Any, batch: Any) -> Tensor:
+        """Loss of each sample, [B], whatever form `loss` has.
+
+        Raises:
+            InputError: as `loss`; one number for several samples; a value that is not finite.
+        """
+        found, size = self.loss(output, batch), self.size(batch)
+        if found.ndim == 0 and size == 1:
+            found = found[None]
+        if found.shape != (size,):
+            raise InputError(
+                f"task: the loss has shape {list(found.shape)} for {size} samples; return one value a sample [{size}], "
+                "or set scalar_loss=True, which runs samples one by one"
+            )
+        if not torch.isfinite(found.detach()).all():
+            raise InputError("batches: the loss is NaN or infinite; mend the network or the data")
+        return found
+
+    def prediction(self, output: Any) -> Tensor:
+        """The values that must stay as they are, [B, ...]."""
+        return joined(output)
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """Names of the task variables."""
+        return ("negative_loss",)
+
+    def default_variable(self, batch: Any) -> str | None:
+        """Name of the variable that T is where nobody says; None where the batch gives none."""
+        return "negative_loss" if not self.needs_target or self.target(batch) is not None else None
+
+    def variable(self, output: Any, batch: Any, name: str) -> Tensor:
+        """Task variables T of each sample, float64 [B, V].
+
+        Raises:
+            InputError: an unknown name, or as `losses`.
+        """
+        if name != "negative_loss":
+            raise unknown_variable(name, self.variables)
+        return -self.losses(output, batch).double()[:, None]
+
+    def metric(self, output: Any, batch: Any) -> Tensor:
+        """Sums behind the figure of this batch, float64 [...]; they add over batches and ranks."""
+        losses = self.losses(output, batch).double()
+        return torch.stack([losses.sum(), losses.new_tensor(len(losses))])
+
+    def figure(self, sums: Tensor) -> float:
+        """The figure from the sums; here the first over the second."""
+        return float(sums[0] / sums[1])
+
+    def curvature_terms(self, output: Any, batch: Any, generator: torch.Generator) -> list[Term]:
+        """Functions of each sample whose squared gradients add up to the curvature that counts.
+
+        Here a random projection of the prediction with unit variance, so that the expected squared gradient is `JᵀJ`,
+        the Gauss-Newton matrix of ½‖Δ prediction‖². Losses that are a negative log-likelihood draw targets from the
+        network's own distribution instead, which gives the Gauss-Newton matrix of the loss.
+        """
+        values = self.prediction(output)
+        values = values.reshape(len(values), -1)  # [B, D]
+        drawn = torch.randn(values.shape, generator=generator).to(values)
+        projected = (values * drawn).sum(1)
+        return [Term(projected, torch.ones_like(projected.detach()))]
+
+    def agreement(self, original: Tensor, other: Tensor) -> Tensor:
+        """How far two networks answer alike on each sample, [B], at most 1: 1 - ‖Δ prediction‖² / ‖prediction‖²."""
+        first, second = (v.double().reshape(len(v), -1) for v in (original, other))
+        power = first.square().sum(1)
+        return 1 - (second - first).square().sum(1) / torch.where(power > 0, power, 1.0)
+
+    @classmethod
+    def fits(cls, output: Any, target: Any, size: int) -> bool:
+        """Whether batches with this target, answered with this output, are of this task."""
+        return False
+
+
+GIVE_LOSS = "give batches with targets, or task= with a loss"
+
+
+def unknown_variable(name: str, known: Iterable[str]) -> InputError:
+    """The refusal of a task variable that the task does not have."""
+    return InputError(f"target: {name!r} is not one of {', '.join(known)}")
+
+
+def register_task(name: str) -> Callable[[type[Task]], type[Task]]:
+    """Class decorator: the task can be named, and `recognise` tries it before those registered earlier."""
+
+    def register(cls: type[Task]) -> type[Task]:
+        cls.name = name
+        TASKS[name] = cls
+        return cls
+
+    return register

@@ -1,0 +1,186 @@
+"""Where a batch keeps what the network reads and what its answer is compared with."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lit_prune.errors import InputError
+
+INPUT_KEYS = ("image", "images", "input", "inputs", "x")  # given to the network as its first argument
+KEYWORDS = (  # given to the network by name, as Hugging Face's models want it
+    "pixel_values",
+    "pixel_mask",
+    "bool_masked_pos",
+    "input_values",
+    "input_features",
+    "input_ids",
+    "attention_mask",
+    "token_type_ids",
+)
+TARGET_KEYS = ("label", "labels", "target", "targets", "mask", "y")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a batch is read.
+
+    Attributes:
+        inputs: keys of what is given by position; () stands for the batch itself.
+        keywords: keys of what is given by name.
+        target: key of the target, or None.
+        listed: the one input is a list of images of any sizes.
+    """
+
+    inputs: tuple[Any, ...] | None = ()
+    keywords: tuple[str, ...] = ()
+    target: Any = None
+    listed: bool = False
+
+    def arguments(self, batch: Any) -> tuple[tuple, dict[str, Any]]:
+        """Positional and named arguments of the network."""
+        found = [batch] if self.inputs == () and not self.keywords else [batch[key] for key in self.inputs or ()]
+        several = len(found) == 1 and isinstance(found[0], tuple | list) and not self.listed
+        return tuple(found[0]) if several else tuple(found), {key: batch[key] for key in self.keywords}
+
+    def target_of(self, batch: Any) -> Any:
+        """The target, or None."""
+        return None if self.target is None else batch[self.target]
+
+
+def find_layout(batch: Any) -> Layout:
+    """The layout of a batch of a usual kind.
+
+    x; (x, y); (x, y, ...); ((x1, x2), y); dicts with `INPUT_KEYS` or `KEYWORDS` and `TARGET_KEYS`; a list of images
+    [C, H, W], alone or with a list of targets.
+
+    Raises:
+        InputError: none of these; the line says what was found.
+    """
+    if isinstance(batch, Tensor):
+        return Layout()
+    if isinstance(batch, Mapping):
+        return _mapping_layout(batch)
+    if isinstance(batch, list | tuple) and batch:
+        if _are_images(batch):
+            return Layout(listed=True)
+        first, rest = batch[0], batch[1:]
+        if isinstance(first, Tensor) or isinstance(first, tuple | list) and first and _are_tensors(first):
+            listed = _are_images(first) and (not rest or isinstance(rest[0], list | tuple))
+            return Layout((0,), target=1 if rest and rest[0] is not None else None, listed=listed)
+    raise InputError(f"batches: a batch is {describe(batch)}, which is not recognised; {HOW_TO_GIVE}")
+
+
+def is_listed(batch: Any) -> bool:
+    """Whether the images of a batch are a list; no for a batch that is not recognised."""
+    try:
+        return find_layout(batch).listed
+    except InputError:
+        return False
+
+
+HOW_TO_GIVE = (
+    "give task=, for instance task=Custom(run=lambda model, batch: model(batch.a, batch.b), loss=lambda output, batch: "
+    "...) of lit_prune.task"
+)
+
+
+def _mapping_layout(batch: Mapping) -> Layout:
+    target = next((key for key in TARGET_KEYS if key in batch and batch[key] is not None), None)
+    keywords = tuple(key for key in KEYWORDS if key in batch)
+    if keywords:
+        return Layout(None, keywords, target)
+    first = next((key for key in INPUT_KEYS if key in batch), None)
+    if first is None:
+        wanted = ", ".join((*INPUT_KEYS, *KEYWORDS[:1]))
+        raise InputError(f"batches: a batch is {describe(batch)}, with none of the keys {wanted}; {HOW_TO_GIVE}")
+    return Layout((first,), target=target, listed=_are_images(batch[first]))
+
+
+def _are_tensors(values: Any) -> bool:
+    return all(isinstance(value, Tensor) for value in values)
+
+
+def _are_images(values: Any) -> bool:
+    """Whether this is a list of single images, [C, H, W] with at most four channels each."""
+    if not isinstance(values, list | tuple) or not values or not _are_tensors(values):
+        return False
+    return all(value.ndim == 3 and value.shape[0] <= 4 and value.is_floating_point() for value in values)
+
+
+def describe(value: Any, depth: int = 2) -> str:
+    """What a batch or an output is made of, on one line."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    if isinstance(value, Mapping):
+        inner = (f"{key}: {describe(item, depth - 1)}" for key, item in list(value.items())[:6])
+        return f"{type(value).__name__} of {{{', '.join(inner)}}}" if depth else type(value).__name__
+    if isinstance(value, list | tuple):
+        inner = ", ".join(describe(item, depth - 1) for item in value[:4])
+        more = ", ..." if len(value) > 4 else ""
+        return f"{type(value).__name__} of ({inner}{more})" if depth else f"{type(value).__name__} of {len(value)}"
+    return type(value).__name__
+
+
+def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same containers (dicts, lists, tuples, named tuples) with every tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: map_tensors(item, change) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_tensors(item, change) for item in value))
+    if isinstance(value, list | tuple):
+        return type(value)(map_tensors(item, change) for item in value)
+    return value
+
+
+def to_network(batch: Any, model: nn.Module) -> Any:
+    """The batch on the device of the model's first parameter, floating-point values in that parameter's precision."""
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if parameter is None:
+        return batch
+
+    def change(value: Tensor) -> Tensor:
+        return value.to(parameter.device, parameter.dtype if value.is_floating_point() else None, non_blocking=True)
+
+    if hasattr(batch, "to") and not isinstance(batch, Tensor | Mapping):
+        return batch.to(parameter.device)  # a batch of a class of its own
+    return map_tensors(batch, change)
+
+
+def size_of(arguments: tuple[tuple, dict[str, Any]]) -> int:
+    """Number of samples in the network's arguments."""
+    values = (*arguments[0], *arguments[1].values())
+    first = next((value for value in values if isinstance(value, Tensor | list | tuple)), None)
+    if first is None or isinstance(first, Tensor) and not first.ndim:
+        raise InputError(f"batches: the network reads {describe(values)}, in which samples cannot be counted")
+    return len(first)
+
+
+def slice_batch(batch: Any, samples: slice, size: int, listed: bool) -> Any:
+    """The samples of a batch of `size`: tensors and lists with one entry a sample are cut, all else stays.
+
+    Args:
+        batch: the batch.
+        samples: which ones.
+        size: samples in the batch.
+        listed: the images are a list, so lists as long as the batch hold one entry a sample.
+    """
+    if isinstance(batch, Tensor):
+        return batch[samples] if batch.ndim and len(batch) == size else batch
+    if isinstance(batch, Mapping):
+        return {key: slice_batch(item, samples, size, listed) for key, item in batch.items()}
+    if isinstance(batch, list | tuple):
+        if len(batch) == size and (_are_images(batch) if listed else not _holds_tensors(batch)):
+            return type(batch)(batch[samples])
+        if listed and len(batch) == size and isinstance(batch[0], Mapping):
+            return type(batch)(batch[samples])
+        cut = [slice_batch(item, samples, size, listed) for item in batch]
+        return type(batch)(*cut) if hasattr(batch, "_fields") else type(batch)(cut)
+    return batch
+
+
+def _holds_tensors(values: Sequence) -> bool:
+    return any(isinstance(value, Tensor | Mapping | list | tuple) for value in values)

@@ -1,0 +1,105 @@
+"""Which task a network and its batches are of."""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from lit_prune.errors import InputError
+from lit_prune.task.base import TASKS, Task
+from lit_prune.task.batches import HOW_TO_GIVE, describe, find_layout
+from lit_prune.task.unlabelled import Unlabelled
+
+SAMPLES = 2  # run to see what the network gives
+
+
+def settle(task: Task | str | None, model: nn.Module, batches: Iterable[Any]) -> tuple[Task, Iterable[Any]]:
+    """The task that was asked for, else the recognised one, and batches that still hold all of theirs.
+
+    Args:
+        task: a task, a name of `TASKS`, or None: recognised from the first batch.
+        model: the network; left as found.
+        batches: read up to the first batch where `task` is None.
+
+    Raises:
+        InputError: an unknown name, no batch, or as `recognise`.
+    """
+    if task is not None:
+        return find_task(task), batches
+    first, batches = peek(batches)
+    return recognise(model, first), batches
+
+
+def find_task(task: Task | str) -> Task:
+    """A task, or a new one by its name.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    if isinstance(task, Task):
+        return task
+    if task not in TASKS:
+        raise InputError(f"task: {task!r} is not one of {', '.join(TASKS)}, nor a Task of lit_prune.task")
+    return TASKS[task]()
+
+
+def peek(batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
+    """The first batch, and batches that still contain it (an iterator is not lost).
+
+    Raises:
+        InputError: there is no batch.
+    """
+    with torch.random.fork_rng(devices=[]):  # iterating a DataLoader draws from torch's global generator
+        iterator = iter(batches)
+        first = next(iterator, None)
+    if first is None:
+        raise InputError("batches: there is no batch in it; give at least one")
+    return first, itertools.chain([first], iterator) if iterator is batches else batches
+
+
+def recognise(model: nn.Module, batch: Any) -> Task:
+    """The task of a network and a batch: the one of `TASKS` that fits what the network answers to two samples.
+
+    Args:
+        model: the network; it is run in evaluation mode and left as found.
+        batch: a batch of a usual kind, see `find_layout`.
+
+    Raises:
+        InputError: the batch, or what the network makes of it, is not recognised; the line says what was found.
+    """
+    find_layout(batch)  # refuses what it does not know
+    reader = Unlabelled()
+    few = reader.to(reader.take(batch, SAMPLES), model)
+    with _evaluating(model):
+        try:
+            output = reader.run(model, few)
+        except (TypeError, ValueError, RuntimeError, AttributeError, AssertionError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise InputError(
+                f"batches: a batch is {describe(batch)}, which the network does not take ({reason}); {HOW_TO_GIVE}"
+            ) from error
+    target, size = reader.target(few), reader.size(few)
+    for kind in reversed(TASKS.values()):
+        if kind.fits(output, target, size):
+            return kind()
+    raise InputError(
+        f"batches: the network answers {describe(output)} and the target is {describe(target)}, which is none of "
+        f"{', '.join(TASKS)}; {HOW_TO_GIVE}"
+    )
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; flags and random state are as before afterwards."""
+    flags = [(module, module.training) for module in model.modules()]
+    devices = sorted({parameter.device.index for parameter in model.parameters() if parameter.is_cuda})
+    try:
+        with torch.random.fork_rng(devices), torch.inference_mode(False), torch.no_grad():
+            model.eval()
+            yield
+    finally:
+        for module, training in flags:
+            module.training = training

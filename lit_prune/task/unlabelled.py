@@ -1,0 +1,33 @@
+"""Inputs alone: nothing to compare the output with."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_prune.task.base import Task, register_task
+from lit_prune.task.detection import Detection
+
+
+@register_task("unlabelled")
+class Unlabelled(Task):
+    """The output is to stay as it is; there is no loss and no task variable. Targets in a batch are not read.
+
+    The figure is the mean square of the output: it says that two networks differ, not which is better.
+    """
+
+    metric_name = "output_power"
+
+    def default_variable(self, batch: Any) -> str | None:
+        """None."""
+        return None
+
+    def metric(self, output: Any, batch: Any) -> Tensor:
+        """Squares, and values."""
+        values = self.prediction(output).double()
+        return torch.stack([values.square().sum(), values.new_tensor(values.numel())])
+
+    @classmethod
+    def fits(cls, output: Any, target: Any, size: int) -> bool:
+        """No target, and no boxes."""
+        return target is None and not Detection.fits(output, target, size)

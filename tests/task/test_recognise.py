@@ -1,0 +1,169 @@
+import pytest
+import torch
+from torch import nn
+
+from lit_prune.errors import InputError
+from lit_prune.task import (
+    Classification,
+    Custom,
+    Detection,
+    MultiLabel,
+    Regression,
+    Segmentation,
+    Unlabelled,
+    find_task,
+    recognise,
+    settle,
+)
+
+X = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+LABELS = torch.tensor([0, 3, 1, 2, 3])
+
+
+class Answers(nn.Module):
+    """Gives what a function makes of a batch of images."""
+
+    def __init__(self, answer=lambda logits, maps: logits):
+        super().__init__()
+        self.net, self.head, self.answer = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, 4), answer
+
+    def forward(self, x):
+        maps = self.net(x)
+        return self.answer(self.head(maps.mean((2, 3))), maps)
+
+
+class Named(nn.Module):
+    """Takes its image by name only."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(192, 4)
+
+    def forward(self, *, pixel_values):
+        return {"loss": None, "logits": self.head(pixel_values.flatten(1)), "hidden_states": (pixel_values,)}
+
+
+class Detector(nn.Module):
+    """The protocol of torchvision's detectors."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Conv2d(3, 5, 1)
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, images, targets=None):
+        values = [self.head(self.norm(image[None])) for image in images]
+        if self.training:
+            pairs = zip(values, targets, strict=True)
+            return {"loss": sum((v.mean() - t["boxes"].sum()).square() for v, t in pairs) / len(values)}
+        return [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0), "scores": torch.zeros(0)} for _ in images]
+
+
+IMAGES = [torch.rand(3, 6, 8), torch.rand(3, 7, 5)]
+TARGETS = [{"boxes": torch.rand(1, 4), "labels": torch.ones(1).long()} for _ in IMAGES]
+MAPS = Answers(lambda logits, maps: maps)
+CASES = {
+    "x": (Answers(), X, Unlabelled),
+    "x, y": (Answers(), (X, LABELS), Classification),
+    "list of x, y": (Answers(), [X, LABELS], Classification),
+    "x, y, index": (Answers(), (X, LABELS, torch.arange(5)), Classification),
+    "x, None": (Answers(), (X, None), Unlabelled),
+    "dict": (Answers(), {"image": X, "label": LABELS}, Classification),
+    "dict without labels": (Answers(), {"x": X}, Unlabelled),
+    "by name": (Named(), {"pixel_values": X, "labels": LABELS}, Classification),
+    "tuple of heads": (Answers(lambda logits, maps: (logits, maps)), (X, LABELS), Classification),
+    "soft labels": (Answers(), (X, torch.rand(5, 4).softmax(1)), Classification),
+    "multi-label": (Answers(), (X, torch.tensor([[0, 1, 1, 0]] * 5).float()), MultiLabel),
+    "binary": (Answers(lambda logits, maps: logits[:, 0]), (X, torch.tensor([0, 1, 1, 0, 1])), MultiLabel),
+    "regression": (Answers(), (X, torch.randn(5, 4)), Regression),
+    "one value": (Answers(lambda logits, maps: logits[:, :1]), (X, torch.randn(5)), Regression),
+    "heat maps": (MAPS, (X, torch.rand(5, 4, 8, 8)), Regression),
+    "segmentation": (MAPS, (X, torch.randint(4, (5, 8, 8))), Segmentation),
+    "segmentation, torchvision": (
+        Answers(lambda logits, maps: {"out": maps, "aux": maps}),
+        {"image": X, "mask": torch.randint(4, (5, 1, 8, 8))},
+        Segmentation,
+    ),
+    "detection": (Detector(), (IMAGES, TARGETS), Detection),
+    "detection without targets": (Detector(), IMAGES, Detection),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_usual_batches_and_outputs_are_recognised(case):
+    model, batch, kind = CASES[case]
+    model.train()
+    before = torch.get_rng_state()
+    assert type(recognise(model, batch)) is kind
+    assert all(module.training for module in model.modules())
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_slice_holds_the_first_samples_and_their_losses(case):
+    model, batch, kind = CASES[case]
+    model.eval()
+    task = kind()
+    few = task.take(batch, 2)
+    assert task.size(few) == 2
+    whole, part = (task.run(model, task.to(given, model)) for given in (batch, few))
+    if kind is not Detection:
+        torch.testing.assert_close(task.prediction(part), task.prediction(whole)[:2])
+    if task.default_variable(batch):
+        pieces = list(task.pieces(batch))
+        losses = torch.cat([task.losses(task.run(model, piece), piece) for piece in pieces])
+        torch.testing.assert_close(
+            losses[:2], torch.cat([task.losses(task.run(model, p), p) for p in task.pieces(few)])
+        )
+        assert losses.shape == (task.size(batch),)
+
+
+class Strange:
+    """A batch that nobody knows."""
+
+
+@pytest.mark.parametrize(
+    ("batch", "words"),
+    [
+        (Strange(), "a batch is Strange"),
+        ({"left": X, "right": X}, "dict of {left: float32 [5, 3, 8, 8]"),
+        (("a", "b"), "a batch is tuple of (str, str)"),
+        ((X[:, :2], LABELS), "which the network does not take"),
+        ((X, torch.randn(7, 3)), "which is none of classification"),
+    ],
+)
+def test_what_is_not_recognised_is_refused_in_one_line(batch, words):
+    with pytest.raises(InputError) as refused:
+        recognise(Answers(), batch)
+    assert words in str(refused.value) and "task=" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_task_can_be_named():
+    assert isinstance(find_task("regression"), Regression)
+    with pytest.raises(InputError, match="'regresion' is not one of classification"):
+        find_task("regresion")
+
+
+def test_an_iterator_of_batches_keeps_its_first():
+    task, batches = settle(None, Answers(), iter([(X, LABELS), (X, LABELS)]))
+    assert isinstance(task, Classification) and len(list(batches)) == 2
+    with pytest.raises(InputError, match="no batch"):
+        settle(None, Answers(), [])
+
+
+def test_a_task_of_functions_says_everything():
+    model = nn.Bilinear(2, 3, 4)
+    batch = {"left": torch.randn(6, 2), "right": torch.randn(6, 3)}
+    task = Custom(
+        run=lambda model, batch: model(batch["left"], batch["right"]),
+        loss=lambda output, batch: output.square().mean(1),
+        variables={"first": lambda output, batch: output[:, 0]},
+    )
+    output = task.run(model, batch)
+    assert task.size(batch) == 6
+    assert [value.shape for value in task.inputs(batch).args] == [(6, 2), (6, 3)]
+    assert task.default_variable(batch) == "first" and task.variables == ("first", "negative_loss")
+    assert torch.equal(task.variable(output, batch, "first")[:, 0], output[:, 0].double())
+    torch.testing.assert_close(task.variable(output, batch, "negative_loss")[:, 0], -output.square().mean(1).double())
+    assert task.take(batch, 2)["right"].shape == (2, 3)

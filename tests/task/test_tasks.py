@@ -1,0 +1,165 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lit_prune.errors import InputError
+from lit_prune.task import (
+    TARGETS,
+    Classification,
+    Custom,
+    Detection,
+    MultiLabel,
+    Regression,
+    Segmentation,
+    Unlabelled,
+    task_variable,
+)
+
+RANDOM = torch.Generator().manual_seed(3)
+LOGITS = torch.randn(6, 4, generator=RANDOM)
+LABELS = torch.tensor([0, 1, 2, 3, 3, 0])
+MAPS = torch.randn(2, 3, 4, 5, generator=RANDOM)
+MAP_LABELS = torch.randint(3, (2, 4, 5), generator=RANDOM)
+PAIRS = {
+    "classification": (Classification(), LOGITS, LABELS, F.cross_entropy),
+    "soft labels": (Classification(), LOGITS, LOGITS.flip(0).softmax(1), F.cross_entropy),
+    "multi-label": (MultiLabel(), LOGITS, (LOGITS.flip(0) > 0).float(), F.binary_cross_entropy_with_logits),
+    "regression": (Regression(), LOGITS, LOGITS.flip(0), F.mse_loss),
+    "segmentation": (Segmentation(), MAPS, MAP_LABELS, F.cross_entropy),
+}
+
+
+@pytest.mark.parametrize("case", PAIRS)
+def test_losses_average_to_torchs_own(case):
+    task, output, target, loss = PAIRS[case]
+    batch = (torch.zeros(len(output), 3), target)
+    assert task.losses(output, batch).shape == (len(output),)
+    torch.testing.assert_close(task.losses(output, batch).mean(), loss(output, target))
+    torch.testing.assert_close(
+        task.variable(output, batch, "negative_loss")[:, 0], -task.losses(output, batch).double(), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("case", PAIRS)
+def test_figures_add_over_batches(case):
+    task, output, target, _ = PAIRS[case]
+    whole = task.metric(output, (torch.zeros(len(output), 3), target))
+    parts = [task.metric(output[s], (torch.zeros(len(output[s]), 3), target[s])) for s in (slice(1), slice(1, None))]
+    torch.testing.assert_close(whole, parts[0] + parts[1])
+    assert task.figure(whole) == pytest.approx(task.figure(parts[0] + parts[1]))
+
+
+@pytest.mark.parametrize(("case", "draws"), [("classification", 1), ("multi-label", 4000), ("segmentation", 4000)])
+def test_curvature_terms_give_the_hessian_of_a_log_likelihood(case, draws):
+    """With logits as parameters the Gauss-Newton matrix is the Hessian of the loss."""
+    task, output, target, _ = PAIRS[case]
+    output, target = output[:1].double().requires_grad_(), target[:1]
+    batch = (torch.zeros(1, 3), target)
+    generator, found = torch.Generator().manual_seed(0), 0.0
+    for _ in range(draws):
+        for values, weights in task.curvature_terms(output, batch, generator):
+            gradient = torch.autograd.grad(values.sum(), output, retain_graph=True)[0].flatten()
+            found = found + weights.item() * torch.outer(gradient, gradient) / draws
+    exact = torch.autograd.functional.hessian(lambda values: task.losses(values, batch).sum(), output.detach()).reshape(
+        found.shape
+    )
+    assert (found - exact).norm() < (1e-12 if draws == 1 else 0.1) * exact.norm()
+
+
+def test_random_projections_give_the_hessian_of_the_squared_error():
+    task, output = Regression(), LOGITS[:1].double().requires_grad_()
+    generator = torch.Generator().manual_seed(0)
+    found = 0.0
+    for _ in range(4000):
+        [(values, weights)] = task.curvature_terms(output, None, generator)
+        gradient = torch.autograd.grad(values.sum(), output)[0].flatten()
+        found = found + weights.item() * torch.outer(gradient, gradient) / 4000
+    assert (found - torch.eye(4) * 2 / 4).norm() < 0.1
+
+
+def test_mean_intersection_over_union_is_that_of_the_definition():
+    task = Segmentation(void=(2, 255))
+    labels = MAP_LABELS.clone()
+    labels[0, 0] = 255
+    answers, seen = MAPS.argmax(1), (labels != 255) & (labels != 2)
+    ious = []
+    for k in (0, 1):
+        both = ((answers == k) & (labels == k) & seen).sum()
+        ious.append(both / (((answers == k) | (labels == k)) & seen).sum())
+    sums = task.metric(MAPS, (torch.zeros(2, 3), labels))
+    assert task.figure(sums) == pytest.approx(float(torch.stack(ious).mean()))
+
+
+def test_void_pixels_have_no_loss_and_unknown_labels_are_refused():
+    task, labels = Segmentation(), MAP_LABELS.clone()
+    labels[0, :2], labels[1] = 255, -100
+    batch = (torch.zeros(2, 3), labels)
+    expected = F.cross_entropy(MAPS[:1, :, 2:], labels[:1, 2:])
+    torch.testing.assert_close(task.losses(MAPS, batch), torch.stack([expected, torch.tensor(0.0)]))
+    with pytest.raises(InputError, match="labels from 0 to 7 for 3 classes.*void="):
+        task.losses(MAPS, (torch.zeros(2, 3), labels.clamp_min(0).clamp_max(7)))
+
+
+def test_coarse_logits_are_resized_to_the_labels():
+    labels = MAP_LABELS.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    wide = F.interpolate(MAPS, labels.shape[1:], mode="bilinear", align_corners=False)
+    torch.testing.assert_close(
+        Segmentation().losses(MAPS, (torch.zeros(2, 3), labels)).mean(), F.cross_entropy(wide, labels)
+    )
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_the_six_variables_of_classification_stay(name):
+    found = Classification().variable(LOGITS, (torch.zeros(6, 3), LABELS), name)
+    assert torch.equal(found, task_variable(name, LOGITS, LABELS))
+
+
+def test_images_alone_have_the_predicted_variables_and_no_loss():
+    task, images = Classification(), torch.zeros(6, 3)
+    assert task.default_variable(images) is None
+    assert task.variable(LOGITS, images, "predicted_logit").shape == (6, 1)
+    for asked in (task.loss, lambda o, b: task.variable(o, b, "true_margin"), task.metric):
+        with pytest.raises(InputError, match="labels"):
+            asked(LOGITS, images)
+    with pytest.raises(InputError, match="'unlabelled' has no loss, which this needs; give batches with targets"):
+        Unlabelled().losses(LOGITS, images)
+
+
+def test_f1_is_that_of_the_definition():
+    task = MultiLabel()
+    logits, labels = torch.tensor([[1.0, -1, 1, -1]]), torch.tensor([[1, 1, 0, 0]])
+    assert task.figure(task.metric(logits, (torch.zeros(1, 3), labels))) == pytest.approx(0.5)
+
+
+def test_one_number_for_several_samples_is_refused_or_run_one_by_one():
+    batch = torch.randn(3, 2)
+    task = Custom(loss=lambda output, batch: output.mean())
+    with pytest.raises(InputError, match=r"shape \[\] for 3 samples.*scalar_loss=True"):
+        task.losses(batch, batch)
+    task = Custom(loss=lambda output, batch: output.mean(), scalar_loss=True)
+    losses = torch.cat([task.losses(piece, piece) for piece in task.pieces(batch)])
+    torch.testing.assert_close(losses, batch.mean(1))
+
+
+def test_a_detector_gives_losses_with_its_norms_in_evaluation_mode():
+    torch.manual_seed(0)
+
+    class Detector(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.head = nn.BatchNorm2d(3), nn.Conv2d(3, 5, 1)
+
+        def forward(self, images, targets=None):
+            values = [self.head(self.norm(image[None])) for image in images]
+            assert self.training is (targets is not None) and not self.norm.training
+            return {"a": values[0].mean().square(), "b": targets[0]["boxes"].sum()} if self.training else []
+
+    model = Detector().eval()
+    batch = ([torch.rand(3, 4, 4)], [{"boxes": torch.ones(1, 4), "labels": torch.ones(1).long()}])
+    output = Detection().run(model, batch)
+    assert not model.training and torch.equal(model.norm.running_mean, torch.zeros(3))
+    torch.testing.assert_close(Detection().losses(output, batch)[0], output.losses["a"] + 4)
+    assert Detection().prediction(output).shape == (1, 5 * 16)
+    with pytest.raises(InputError, match="no targets"):
+        Detection().loss(Detection().run(model, batch[0]), batch[0])
