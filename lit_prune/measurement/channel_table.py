@@ -130,7 +130,9 @@ def pooled_moments(sums: LayerSums, protocol: Protocol = DEFAULT_PROTOCOL) -> Po
     """Moments of the pooled outputs; with pooling `match` those of the positions, each a sample."""
     moments = sums.outputs if protocol.target_pooling == "match" else sums.pooled
     variance = moments.variances()
-    return PooledMoments(moments, torch.where(variance > ROUNDING * local_axis.signal_power(sums.outputs), variance, 0.0))
+    return PooledMoments(
+        moments, torch.where(variance > ROUNDING * local_axis.signal_power(sums.outputs), variance, 0.0)
+    )
 
 
 def layer_columns(

@@ -197,7 +197,7 @@ def picked(values: Tensor, places: Tensor) -> Tensor:
 
 
 def _stripes(channels: int) -> list[tuple[int, int]]:
-    step = max(NARROW, -(-channels // STRIPES))
+    step = -(-channels // min(STRIPES, max(1, channels // NARROW)))  # a narrow stripe would lose a digit too
     return [(start, min(start + step, channels)) for start in range(0, channels, step)]
 
 
@@ -245,9 +245,7 @@ class LayerSums:
         """The same sums around another shift [N]; exact algebra."""
         outputs, pooled = self._both(lambda moments: moments.reshift(shift))
         move = shift.to(self.cross) - self.pooled.shift
-        return replace(
-            self, outputs=outputs, pooled=pooled, cross=self.cross - torch.outer(move, self.target_first)
-        )
+        return replace(self, outputs=outputs, pooled=pooled, cross=self.cross - torch.outer(move, self.target_first))
 
     def __add__(self, other: LayerSums) -> LayerSums:
         other = other.reshift(self.outputs.shift)

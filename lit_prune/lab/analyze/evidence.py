@@ -16,7 +16,16 @@ from lit_prune.lab.analyze.request import AnalyzeRequest
 from lit_prune.measurement import local_axis
 from lit_prune.measurement.activations import record
 from lit_prune.measurement.channel_table import channel_table, target_correlations, target_deviation
-from lit_prune.measurement.layers import Batches, following_norms, peek, position_view, removing, select_layers, to_model, undisturbed
+from lit_prune.measurement.layers import (
+    Batches,
+    following_norms,
+    peek,
+    position_view,
+    removing,
+    select_layers,
+    to_model,
+    undisturbed,
+)
 from lit_prune.measurement.moments import ActivationSums, LayerSums
 from lit_prune.measurement.target_axis import TARGETS, task_variable
 

@@ -16,7 +16,15 @@ from lit_prune.lab.analyze.controls import by_layer, kendall
 from lit_prune.lab.analyze.evidence import Analysis
 from lit_prune.measurement import local_axis
 from lit_prune.measurement.channel_table import channel_table, collect_sums
-from lit_prune.measurement.layers import following_norms, position_view, removing, select_layers, to_model, undisturbed, weight_rows
+from lit_prune.measurement.layers import (
+    following_norms,
+    position_view,
+    removing,
+    select_layers,
+    to_model,
+    undisturbed,
+    weight_rows,
+)
 from lit_prune.structure.tracing import without_hooks
 
 Frames = dict[str, pd.DataFrame]
