@@ -56,10 +56,10 @@ class Bench:
 
     def accuracies(self, model: nn.Module) -> tuple[float, float]:
         """Accuracy as it is, and with new BatchNorm statistics."""
-        before = evaluate(model, self.test).accuracy
+        before = evaluate(model, self.test).figure
         model = copy.deepcopy(model)
         recalibrate_batchnorm(model, self.recalibration)
-        return before, evaluate(model, self.test).accuracy
+        return before, evaluate(model, self.test).figure
 
     def rows(self, arguments: argparse.Namespace) -> Iterator[Row]:
         """Every score, allocation, share and kind."""

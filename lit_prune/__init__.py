@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import Any
 
+__version__ = "0.1.0"
+
 _HOME = {  # public name -> module that defines it, imported at the first use
     "AxisTrace": "lit_prune.train.axis_trace",
     "Budget": "lit_prune.structure",
@@ -30,8 +32,6 @@ __all__ = [*_HOME, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        return import_module("importlib.metadata").version("lit-prune")
     if name not in _HOME:
         raise AttributeError(f"module 'lit_prune' has no attribute {name!r}")
     return globals().setdefault(name, getattr(import_module(_HOME[name]), name))

@@ -1,5 +1,8 @@
 """The one exception that means: the input is wrong, and here is the remedy."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class InputError(ValueError):
     """Bad input that its giver can mend.
@@ -7,3 +10,18 @@ class InputError(ValueError):
     The message is one line: what is wrong, where, what to do. The command line prints it and exits with 2; every
     other exception is a defect and keeps its traceback.
     """
+
+
+def did_you_mean(name: str, known: Iterable[str], shown: int = 3) -> str:
+    """The end of a message about an unknown name: the names nearest to it, or the first few of those there are.
+
+    >>> did_you_mean("magnitud", ["random", "magnitude"])
+    'did you mean magnitude?'
+    >>> did_you_mean("xyz", ["random", "magnitude"])
+    'there are random, magnitude'
+    """
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=shown)
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return f"there are {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}" if names else "there is none"

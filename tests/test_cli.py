@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import lit_prune
-from lit_prune.cli.main import build_cli, main
+from lit_prune.cli.main import main
+from lit_prune.cli.prune_cli import build_cli
 from lit_prune.train.classifier import LitClassifier
 
 ROOT = Path(__file__).resolve().parents[1]

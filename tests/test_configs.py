@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lit_prune.cli.main import PruneCLI, build_cli
+from lit_prune.cli.prune_cli import PruneCLI, build_cli
 from lit_prune.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -55,4 +55,6 @@ def test_rooms_import_only_what_lies_below_them(room):
 
 def test_library_never_imports_the_face():
     for file in (ROOT / "lit_prune").rglob("*.py"):
-        assert not any(line.startswith(("from callbacks", "import callbacks")) for line in file.read_text().splitlines())
+        assert not any(
+            line.startswith(("from callbacks", "import callbacks")) for line in file.read_text().splitlines()
+        )

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lit_prune.cli.main import build_cli
+from lit_prune.cli.prune_cli import build_cli
 from lit_prune.lab.suite.suite import Suite
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,322 +1,45 @@
-"""The command line: `lit-prune VERB -c configs/... [--key value ...]`, the same as `python train.py VERB ...`."""
+"""The command line: `lit-prune VERB -c RECIPE [--key value ...]`, the same as `python train.py VERB ...`."""
 
-import copy
 import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
-import yaml
-from jsonargparse import auto_cli
-from lightning.pytorch import seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.plugins.io import CheckpointIO
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from rich.console import Console
-
-from lit_prune.cli.compress import schedule_sweep
+from lit_prune.cli import recipes, verbs
 from lit_prune.cli.memory import keep_freed_memory
-from lit_prune.cli.parsing import FolderParser, OneLineParser, causes, changed_keys, one_line
-from lit_prune.cli.trainer import Trainer, last_checkpoint
-from lit_prune.data import ImageData
+from lit_prune.cli.parsing import FunctionParser, causes, one_line
 from lit_prune.errors import InputError
-from lit_prune.export import ExportError, export_compact
-from lit_prune.files import LOCK, alone, write_text
-from lit_prune.lab import sections as _lab_sections  # noqa: F401  (they register with the report)
-from lit_prune.lab.reduce.request import ReduceRequest
-from lit_prune.lab.reduce.run import Setup, reduce_run
-from lit_prune.lab.suite.suite import Suite, device_slots, preview, run_suite
-from lit_prune.report import result_table, write_report
-from lit_prune.train.checkpoints import checkpoint_writer
-from lit_prune.train.classifier import LitClassifier
-from lit_prune.train.execution import check_precision
-from lit_prune.train.run_record import write_run
+from lit_prune.version import version_line
 
-TRAINING_VERBS = ("fit", "compress")
-WRITTEN_BEFORE = ("config.yaml", "run.json", LOCK)
-VERBS = ("analyze", "compress", "lesion", "reduce", "sweep")
-
-
-def report(run_dir: str) -> None:
-    """Draws the report page of a run folder.
-
-    Args:
-        run_dir: folder that a verb wrote.
-    """
-    page = write_report(Path(run_dir))
-    if (Path(run_dir) / "compact" / "report.json").exists():
-        Console().print(result_table(Path(run_dir)))
-    print(f"report: {page}")
-
-
-def export(run_dir: str, formats: list[str] = ["onnx", "torch_export"], to: str | None = None) -> None:  # noqa: B006
-    """Exports the compact model of a run folder and verifies each file against the module.
-
-    Args:
-        run_dir: run folder with `compact/`, or a compact folder itself.
-        formats: `onnx` (needs the extra `export`) and `torch_export`.
-        to: folder for the files; default: `export/` in the run folder.
-    """
-    folder = Path(run_dir)
-    compact = folder / "compact" if (folder / "compact").is_dir() else folder
-    try:
-        results = export_compact(compact, Path(to) if to else folder / "export", tuple(formats))
-    except ExportError as error:
-        raise SystemExit(f"error: {one_line(str(error))}") from None  # exit code 1: the input was right
-    for name, result in results.items():
-        print(f"{name}: {result['file']}, largest difference {result['max_abs_difference']:.2e}")
-
-
-def suite(
-    base: dict,  # not dict[str, Any]: jsonargparse would fill in the defaults of every class it names
-    networks: dict,
-    seeds: list[int],
-    run_dir: str = "runs/suite",
-    options: list[str] = [],  # noqa: B006
-    dry_run: bool = False,
-    devices: int | None = None,
-    runs_per_device: int = 1,
-    part: int = 0,
-    parts: int = 1,
-) -> None:
-    """Trains networks × seeds, each in a folder of its own; finished runs are skipped, interrupted ones go on.
-
-    Args:
-        base: configuration of every `fit`.
-        networks: by name, what is added to `base` for that network.
-        seeds: one run of every network for each.
-        run_dir: a run's folder in it is `NETWORK/seed=SEED`; the results of all go to `suite.parquet`.
-        options: further command line arguments of every `fit`, such as `["--data.root", "DATA"]`.
-        dry_run: print what would be done and its estimated cost, and do nothing.
-        devices: devices to spread the runs over, one process each; default: all CUDA devices, one process on the CPU.
-        runs_per_device: runs at the same time on each.
-        part: number of this process among `parts` that share the suite, such as the tasks of a SLURM job.
-        parts: processes that share the suite.
-    """
-    asked = Suite(Path(run_dir), base, networks, tuple(seeds), tuple(options))
-    slots = device_slots(devices, runs_per_device)
-    table = preview(asked, len(slots), fit_parts) if dry_run else run_suite(asked, slots, part, parts)
-    Console().print(table)
-
-
-def fit_parts(args: list[str]) -> tuple[LitClassifier, ImageData, dict[str, Any]]:
-    """Model, data and trainer settings of a `fit` command line, which is not carried out."""
-    cli = build_cli(args, run=False)
-    settings = cli.parser.instantiate_classes(cli.config)["fit"]
-    return settings["model"], settings["data"], dict(settings["trainer"])
-
-
-FOLDER_VERBS: dict[str, Callable[..., None]] = {"export": export, "report": report}
-
-
-class PruneCLI(LightningCLI):
-    """LightningCLI with a run folder, resuming, and the project's verbs.
-
-    Attributes:
-        fits_networks: whether a verb that does not train by itself is training a network just now.
-    """
-
-    fits_networks = False
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Verbs that need a model and data, with the arguments that are not on the command line."""
-        return {**LightningCLI.subcommands(), **{verb: {"model", "datamodule"} for verb in VERBS}}
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the run folder and takes the classifier's sizes from the data."""
-        parser.add_argument(
-            "--run_dir", type=str, default="runs/run", help="Folder for everything that the run writes."
-        )
-        parser.link_arguments("run_dir", "trainer.default_root_dir")
-        parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
-        parser.link_arguments("data.image_shape", "model.image_shape", apply_on="instantiate")
-
-    def _parse_ckpt_path(self) -> None:
-        """The configuration says what is built; the checkpoint's structure is checked against it when it loads."""
-
-    @property
-    def run_dir(self) -> Path:
-        """Folder for everything that the run writes."""
-        return Path(self.config[self.subcommand]["run_dir"])
-
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Trainer that logs and saves under the run folder."""
-        settings = self._get(self.config_init, "trainer")
-        callbacks = list(settings.get("callbacks") or [])
-        trains = self.subcommand in TRAINING_VERBS or self.fits_networks
-        if trains and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
-            callbacks.append(last_checkpoint(self.run_dir))
-        logger = settings.get("logger")
-        if logger in (None, True):
-            logger = trains and TensorBoardLogger(self.run_dir, name="", version="tensorboard", default_hp_metric=False)
-        given = settings.get("plugins") or []
-        plugins = given if isinstance(given, list) else [given]
-        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-            kwargs["plugins"] = [*plugins, checkpoint_writer()]
-        trainer = super().instantiate_trainer(callbacks=callbacks, logger=logger, **kwargs)
-        check_precision(str(trainer.precision), trainer.strategy.root_device, asked=settings.get("precision"))
-        return trainer
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Carries out the verb while no other process is at work in its run folder."""
-        with alone(self.run_dir) if self.trainer.is_global_zero else nullcontext():
-            super()._run_subcommand(subcommand)
-
-    def before_fit(self) -> None:
-        """Enters the run folder: refuses another run's, resumes this run's."""
-        self._enter_run_folder()
-
-    def before_compress(self) -> None:
-        """Enters the run folder: refuses another run's, resumes this run's."""
-        self._enter_run_folder()
-
-    def compress(self, ratios: list[float] | None = None, **arguments: Any) -> None:
-        """Runs the trainer's `compress`, once or once for each ratio of a schedule sweep."""
-        if ratios is None:
-            self.trainer.compress(**arguments)
-            return
-        Console().print(schedule_sweep(self.run_dir, ratios, lambda *run: self._one_ratio(*run, arguments)))
-
-    def _one_ratio(self, ratio: float, run_dir: Path, arguments: dict[str, Any]) -> None:
-        """One run of a schedule sweep in its own folder, with a network and a trainer of its own."""
-        settings = self.config[self.subcommand]
-        settings["run_dir"] = settings["trainer"]["default_root_dir"] = str(run_dir)
-        self.instantiate_classes()
-        for callback in self.trainer.callbacks:
-            if hasattr(callback, "set_block_ratio"):
-                callback.set_block_ratio(ratio)
-        last = run_dir / "checkpoints" / "last.ckpt"
-        fresh = {"model": self.model, "datamodule": self.datamodule, "ckpt_path": str(last) if last.exists() else None}
-        self.trainer.compress(**{**arguments, **fresh})
-
-    def reduce(self, request: ReduceRequest, ckpt_path: str | None = None, **_: Any) -> None:
-        """Runs `reduce` with networks that it may train itself, one a seed."""
-        setup = Setup(self.trainer, self.model, self.datamodule, ckpt_path, self._make_network)
-        reduce_run(setup, request)
-
-    def _make_network(self, seed: int, run_dir: Path) -> tuple[Trainer, LitClassifier, ImageData]:
-        """Trainer, untrained module and data of the configuration, for one seed in a folder of its own."""
-        settings = self.config[self.subcommand]
-        settings["run_dir"] = settings["trainer"]["default_root_dir"] = str(run_dir)
-        settings["data"]["init_args"]["seed"] = seed
-        seed_everything(seed, workers=True)
-        self.fits_networks = True
-        self.instantiate_classes()
-        return self.trainer, self.model, self.datamodule
-
-    def _enter_run_folder(self) -> None:
-        self._dump_config()
-        settings = self.config_init[self.subcommand]
-        if settings["trainer"].get("fast_dev_run"):
-            return
-        written = self.run_dir / "config.yaml"
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0 and written.exists() and self._has_begun():
-            changed = self.changed_since(yaml.safe_load(written.read_text()))
-            if changed:
-                raise InputError(
-                    f"run folder {self.run_dir} holds a run with another configuration ({', '.join(changed[:4])}); "
-                    "give another --run_dir, or delete the folder"
-                )
-        last = self.run_dir / "checkpoints" / "last.ckpt"
-        if settings.get("ckpt_path") is None and last.exists():
-            settings["ckpt_path"] = str(last)
-        if self.subcommand == "fit":
-            settings["weights_only"] = True  # a checkpoint holds plain values and tensors; nothing in it is executed
-        self._write_record(written)
-
-    def _has_begun(self) -> bool:
-        """Whether the run folder holds more than what is written before a run; a refused command leaves no more."""
-        return any(entry.name not in WRITTEN_BEFORE for entry in self.run_dir.iterdir())
-
-    def changed_since(self, old: dict[str, Any]) -> list[str]:
-        """Dotted names of settings that differ from those of an older run, as `changed_keys`.
-
-        An option that is newer than the run counts with its default; it did not change what the run did.
-        """
-        self._dump_config()
-        parser = self._parser(self.subcommand)
-        try:
-            full = parser.parse_object(copy.deepcopy(old))  # it changes what it is given
-            old = yaml.safe_load(parser.dump(full, skip_link_targets=False, skip_none=False, format="yaml"))
-        except InputError:  # it has options that are no more: compared as it is, they are named
-            pass
-        return changed_keys(old, self.config_dump)
-
-    @rank_zero_only
-    def _write_record(self, written: Path) -> None:
-        write_text(written, yaml.safe_dump(self.config_dump, sort_keys=False))
-        self.datamodule.prepare_data()
-        self.datamodule.setup("fit")
-        write_run(
-            self.run_dir,
-            {
-                "verb": self.subcommand,
-                "seed": self.config_dump.get("seed_everything"),
-                "backbone": {"name": self.model.backbone_name, "arguments": self.model.arguments},
-                "data": self.datamodule.fingerprint(),
-                "calibration_indices": self.datamodule.calibration_indices,
-            },
-        )
+FUNCTIONS: dict[str, Callable[..., Any]] = {  # verbs that are a function each; the others need a model and data
+    "demo": verbs.demo,
+    "export": verbs.export,
+    "recipes": recipes.recipes,
+    "report": verbs.report,
+    "suite": verbs.suite,
+}
 
 
 def run(args: Sequence[str]) -> Any:
     """Carries out one command line; see `main`."""
     verb = args[0] if args else ""
-    if verb in FOLDER_VERBS:
-        return auto_cli(
-            FOLDER_VERBS[verb],
-            args=list(args[1:]),
-            prog=f"lit-prune {verb}",
-            parser_class=FolderParser,
-            as_positional=False,
-        )
-    if verb == "suite":
-        parser = FolderParser(prog="lit-prune suite", description=suite.__doc__.splitlines()[0])
-        parser.add_argument("-c", "--config", action="config", help="YAML file with these arguments.")
-        parser.add_function_arguments(suite, as_positional=False)
-        asked = parser.parse_args(list(args[1:])).as_dict()
-        return suite(**{name: value for name, value in asked.items() if name != "config"})
+    if verb == "--version":
+        return print(f"lit-prune {version_line()}")
+    if verb in FUNCTIONS:
+        return call(FUNCTIONS[verb], verb, recipes.with_recipes(args[1:]))
+    from lit_prune.cli.prune_cli import build_cli
+
     return build_cli(args)
 
 
-def build_cli(args: Sequence[str], run: bool = True) -> PruneCLI:
-    """Parses the command line of a verb that needs a model and data, and carries it out unless `run` is off."""
-    sys.argv[1:] = list(args)  # Lightning's launchers start the other ranks with this command line
-    return (PruneCLI if run else ParsedCLI)(
-        LitClassifier,
-        ImageData,
-        subclass_mode_data=True,
-        trainer_class=Trainer,
-        save_config_callback=None,
-        auto_configure_optimizers=False,
-        load_from_checkpoint_support=False,
-        parser_class=OneLineParser,
-        seed_everything_default=0,
-        parser_kwargs={"prog": "lit-prune", "description": DESCRIPTION},
-    )
-
-
-class ParsedCLI(PruneCLI):
-    """Stops after parsing: what `--print_config` and the tests of the configurations need."""
-
-    def instantiate_classes(self) -> None:
-        """Builds nothing."""
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Runs nothing."""
-
-
-DESCRIPTION = (
-    "Train a vision network, watch its channels, prune it in stages, repair it, hand over a smaller dense one. "
-    "`lit-prune suite -c FILE` trains networks × seeds. "
-    "Two more verbs read a run folder: `lit-prune report --run_dir DIR`, `lit-prune export --run_dir DIR`."
-)
+def call(function: Callable[..., Any], verb: str, args: Sequence[str]) -> Any:
+    """Calls the function of a verb with what the command line, and the file of `-c`, say."""
+    description = (function.__doc__ or "").partition("\n")[0]
+    parser = FunctionParser(prog=f"lit-prune {verb}", description=description)
+    parser.add_argument("-c", "--config", action="config", help="YAML file with these arguments.")
+    parser.add_function_arguments(function, as_positional=False)
+    asked = parser.parse_args(list(args)).as_dict()
+    return function(**{name: value for name, value in asked.items() if name != "config"})
 
 
 def is_about_the_run(record: logging.LogRecord) -> bool:

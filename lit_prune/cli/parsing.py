@@ -5,15 +5,14 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
-from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_prune.errors import InputError
 
 MACHINE_KEYS = ("accelerator", "devices", "num_nodes", "strategy", "enable_progress_bar", "enable_model_summary")
 
 
-class OneLineParser(LightningArgumentParser):
-    """Parser whose errors are one line."""
+class OneLineErrors:
+    """What makes the errors of a parser one line."""
 
     def error(self, message: str, ex: BaseException | None = None) -> NoReturn:
         """Raises the cause of a parse error as an InputError of one line.
@@ -46,10 +45,8 @@ def one_line(message: str, longest: int = 400) -> str:
     return line if len(line) <= longest else f"{line[:longest]} ..."
 
 
-class FolderParser(ArgumentParser):
-    """Parser of the verbs that read a run folder; errors as in `OneLineParser`."""
-
-    error = OneLineParser.error
+class FunctionParser(OneLineErrors, ArgumentParser):
+    """Parser of the verbs that are a function each."""
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

@@ -19,12 +19,13 @@ from lit_prune.measurement.layers import (
     removing,
     say_left_out,
     select_layers,
-    to_model,
-    undisturbed,
     without_gradients,
 )
 from lit_prune.measurement.moments import ActivationSums, LayerSums, Moments, picked
 from lit_prune.measurement.protocol import DEFAULT_PROTOCOL, Protocol
+from lit_prune.structure.example import Example
+from lit_prune.task import Task, settle
+from lit_prune.task.running import undisturbed
 
 BACKENDS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # that may multiply in less than float32
 PRECISION, EXACT = (  # name of their setting, its values that mean float32; the first of them is the one to set
@@ -44,19 +45,22 @@ class Source:
         bias: b, float64 [N].
         state: of the parameters that they were copied from, see `weight_state`.
         inputs: moments of x.
+        pooled: moments of its means over positions, one sample an image, around the same shift.
     """
 
     weight: Tensor
     bias: Tensor
     state: tuple[int, ...]
     inputs: Moments
+    pooled: Moments
 
     @classmethod
     def of(cls, module: nn.Module, values: Tensor) -> Source:
         """Of the layer as it is now, around its first inputs [B, P, C]."""
         weight = module.weight.detach().flatten(1).to(torch.float64, copy=True)
         bias = weight.new_zeros(len(weight)) if module.bias is None else module.bias.detach().to(weight, copy=True)
-        return cls(weight, bias, weight_state(module), Moments.around(values, torch.float64))
+        inputs = Moments.around(values, torch.float64)
+        return cls(weight, bias, weight_state(module), inputs, inputs.empty())
 
     def outputs(self, means: Tensor, shift: Tensor) -> Tensor:
         """Means of the outputs around `shift` [N] from those of the inputs around theirs, [B, N]."""
@@ -124,24 +128,28 @@ class Recording:
             narrow = None if inputs is None or values.shape[1] == 1 else pointwise_input(layer, inputs, output)
             sums = self._layer(name, values)
             if narrow is None:
-                pooled = self._add(sums.outputs, values)
+                pooled = self._add(sums.outputs, sums.pooled, values)
             else:
                 narrow = position_view(layer, narrow.detach(), self._protocol.token)
                 source = self._source(name, layer, narrow)
-                pooled = source.outputs(self._add(source.inputs, narrow), sums.pooled.shift)
-            pooled = pooled.unflatten(0, (-1, self._windows(values))).mean(1)
-            if sums.pooled is not sums.outputs:
-                sums.pooled.add_shifted(pooled)
+                pooled = source.outputs(self._add(source.inputs, source.pooled, narrow), sums.pooled.shift)
             self._pooled.setdefault(name, []).append(pooled)
 
-    def _add(self, moments: Moments, values: Tensor) -> Tensor:
-        """Adds values [B, P, n] at the positions that the protocol asks for; shifted means [B, n]."""
+    def _add(self, moments: Moments, means: Moments, values: Tensor) -> Tensor:
+        """Adds values [B, P, n] at the positions that the protocol asks for, and their means to `means`.
+
+        Returns:
+            Shifted means, one sample an image, [B, n].
+        """
         places = self._places(*values.shape[:2])
         if places is not None:
             places = places.to(values.device)
             if self._protocol.target_pooling == "match":
-                return moments.add(picked(values, places))
-        return moments.add(values, places)
+                values, places = picked(values, places), None
+        pooled = moments.add(values, places).unflatten(0, (-1, self._windows(values))).mean(1)
+        if means is not moments:
+            means.add_shifted(pooled)
+        return pooled
 
     def _layer(self, name: str, values: Tensor) -> LayerSums:
         """The layer's sums, begun around its first outputs where there are none yet."""
@@ -150,7 +158,7 @@ class Recording:
             self._sums.layers[name] = LayerSums.around(values, one_position)
         sums = self._sums.layers[name]
         if sums.pooled is sums.outputs and not one_position:
-            sums.pooled = sums.outputs.to(values.device)
+            sums.pooled = sums.outputs.copy()
         return sums
 
     def _source(self, name: str, layer: nn.Module, values: Tensor) -> Source:
@@ -166,6 +174,7 @@ class Recording:
         source, sums = self._sources.pop(name), self._sums.layers[name]
         with exact_sums(source.weight.device.type):
             sums.outputs = sums.outputs + source.inputs.mapped(source.weight, source.bias)
+            sums.pooled = sums.pooled + source.pooled.mapped(source.weight, source.bias)
 
     def _windows(self, values: Tensor) -> int:
         """Samples of an image in values [B, P, N]; 1 where they are not equally many of each."""
@@ -175,7 +184,7 @@ class Recording:
     def _check_finite(self) -> None:
         """Raises if the batch that is running has met a value that is not a number; asks the device once."""
         if self._pooled:
-            totals = torch.stack([self._sums.layers[name].pooled.first.sum() for name in self._pooled])
+            totals = torch.stack([torch.stack([p.sum() for p in calls]).sum() for calls in self._pooled.values()])
             for name, finite in zip(self._pooled, totals.isfinite().tolist(), strict=True):
                 if not finite:
                     self._pooled = {}
@@ -266,7 +275,7 @@ def record(
     model: nn.Module,
     layers: Sequence[str] | str | None = None,
     protocol: Protocol = DEFAULT_PROTOCOL,
-    example: Tensor | None = None,
+    example: Example | None = None,
 ) -> Iterator[Recording]:
     """Hooks at the named layers; each forward pass of `model` inside adds to `recording.sums`. Hooks vanish on exit.
 
@@ -276,7 +285,7 @@ def record(
         model: any network.
         layers: names or fnmatch patterns; None takes every convolution and linear layer.
         protocol: hook point, positions per image, pooling, token.
-        example: images [B, C, H, W]; needed for hook point `post_bn` alone, to find the norms.
+        example: what the model is called with; needed for hook point `post_bn` alone, to find the norms.
 
     Raises:
         InputError: a pattern without a match; while running: NaN or infinite activations (layer and batch are named).
@@ -304,24 +313,31 @@ def record(
 
 
 def pooled_outputs(
-    model: nn.Module, modules: Sequence[str], batches: Batches, limit: int = 5000, token: int | None = None
+    model: nn.Module,
+    modules: Sequence[str],
+    batches: Batches,
+    limit: int = 5000,
+    token: int | None = None,
+    task: Task | str | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Outputs of the named modules averaged over positions, image by image, with the labels.
+    """Outputs of the named modules averaged over positions, image by image, with what says which kind an image is.
 
     Feature maps [B, C, H, W] are averaged over H and W, tokens [B, T, C] over T unless `token` picks one.
 
     Args:
         model: any network; left as found.
         modules: qualified names, of any module type that returns one tensor.
-        batches: (images, labels) pairs; read until `limit` images are there.
+        batches: read until `limit` images are there.
         limit: most images to keep.
         token: index of the token, or None for the mean.
+        task: what a batch and an output mean; None recognises it.
 
     Returns:
-        Name to float32 [n, C] on the CPU (modules that never ran are absent), and int64 labels [n].
+        Name to float32 [n, C] on the CPU (modules that never ran are absent), and the task's `kinds` [n].
     """
     kept: dict[str, list[Tensor]] = {}
-    labels_seen: list[Tensor] = []
+    kinds: list[Tensor] = []
+    task, batches = settle(task, model, batches)
 
     def keeper(name: str):
         def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
@@ -333,12 +349,13 @@ def pooled_outputs(
     handles = [model.get_submodule(name).register_forward_hook(keeper(name)) for name in modules]
     seen = 0
     with removing(handles), undisturbed(model):
-        for images, labels in batches:
-            model(to_model(model, images))
-            labels_seen.append(labels.cpu())
-            seen += len(labels)
+        for batch in batches:
+            for piece in task.pieces(batch):
+                piece = task.to(piece, model)
+                kinds.append(task.kinds(task.run(model, piece), piece).cpu())
+                seen += len(kinds[-1])
             if seen >= limit:
                 break
     if not seen:
-        raise InputError("batches: no batch of (images, labels) in it; give at least one")
-    return {name: torch.cat(parts)[:limit] for name, parts in kept.items()}, torch.cat(labels_seen)[:limit]
+        raise InputError("batches: there is no batch in it; give at least one")
+    return {name: torch.cat(parts)[:limit] for name, parts in kept.items()}, torch.cat(kinds)[:limit]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,41 +12,39 @@ from torch import Tensor, nn
 from lit_prune.errors import InputError
 from lit_prune.measurement import local_axis, target_axis
 from lit_prune.measurement.activations import record
-from lit_prune.measurement.layers import Batches, by_output, peek, select_layers, to_model, undisturbed
+from lit_prune.measurement.layers import Batches, by_output, select_layers
 from lit_prune.measurement.moments import ActivationSums, LayerSums, Moments
 from lit_prune.measurement.protocol import DEFAULT_PROTOCOL, Protocol
+from lit_prune.task import Task, peek, settle
+from lit_prune.task.running import undisturbed
 
 MINIMUM_IMAGES = 4  # three correlated variables (T and two channels) need one image more
+NO_TARGET = "none"  # what `target` says to leave T out
 ROUNDING = 1e-12  # a variance at most this share of its scale squared is float noise
-COLUMNS = (
-    "weight_norm",
-    "signal_power",
-    "rayleigh_quotient",
-    "input_capture",
-    "peer_overlap",
-    "task_information",
-    "target_redundancy",
-    "target_excess",
-)
+TARGET_COLUMNS = ("task_information", "target_redundancy", "target_excess")
+COLUMNS = ("weight_norm", "signal_power", "rayleigh_quotient", "input_capture", "peer_overlap", *TARGET_COLUMNS)
 
 
 def measure(
     model: nn.Module,
     batches: Batches,
-    target: str = "true_margin",
+    target: str | None = None,
     layers: Sequence[str] | str | None = None,
     *,
     protocol: Protocol = DEFAULT_PROTOCOL,
+    task: Task | str | None = None,
 ) -> pd.DataFrame:
     """Channel table of a network, from one forward pass over `batches` in evaluation mode.
 
     Args:
-        model: a classifier (its output is logits [B, K]); left as found.
-        batches: iterable of (images [B, C, H, W], labels int64 [B]).
-        target: the task variable, one of `target_axis.TARGETS`.
+        model: any network; left as found.
+        batches: what the task reads, such as (images, labels); see `lit_prune.task`.
+        target: the task variable T, one of the task's `variables`; None takes its default (`true_margin` with labels of
+            classes, `negative_loss` with other targets, none with inputs alone: NaN on the target axis); "none".
         layers: names or fnmatch patterns of Conv2d and Linear layers; None takes all. Of a
             layer with one channel the columns that need peers are NaN.
         protocol: the conventions, recorded with a result by `protocol.to_dict()`.
+        task: what a batch and an output mean, a Task or its name; None recognises it from the first batch.
 
     Returns:
         One row a channel: layer, depth (index in forward order among the measured layers, from 0), channel, weight_norm
@@ -55,25 +54,41 @@ def measure(
     Raises:
         InputError: no such layer, bad labels, NaN or infinite activations, or fewer than 4 images.
     """
-    return channel_table(model, collect_sums(model, batches, target, layers, protocol), protocol)
+    return channel_table(model, collect_sums(model, batches, target, layers, protocol, task), protocol)
 
 
 def collect_sums(
     model: nn.Module,
     batches: Batches,
-    target: str | None = "true_margin",
+    target: str | None = None,
     layers: Sequence[str] | str | None = None,
     protocol: Protocol = DEFAULT_PROTOCOL,
+    task: Task | str | None = None,
 ) -> ActivationSums:
-    """The sums behind the channel table; they add over batches and ranks. `target=None` leaves T out."""
+    """The sums behind the channel table; they add over batches and ranks. Arguments as of `measure`."""
     select_layers(model, layers)  # a wrong pattern is reported before the data is touched
-    example, batches = peek(batches) if protocol.hook_point == "post_bn" else (None, batches)
+    task, batches = settle(task, model, batches)
+    example = None
+    if protocol.hook_point == "post_bn":
+        first, batches = peek(batches)
+        example = task.inputs(task.to(task.take(first, 2), model))
     with undisturbed(model), record(model, layers, protocol, example) as recording:
-        for images, labels in batches:
-            logits = model(to_model(model, images))
-            if target is not None:
-                recording.add_target(target_axis.task_variable(target, logits, labels))
+        for batch in batches:
+            name = variable_name(task, batch, target)
+            for piece in (batch,) if name is None else task.pieces(batch):
+                piece = task.to(piece, model)
+                recording.add_target(task_values(task, task.run(model, piece), piece, name))
     return recording.sums
+
+
+def variable_name(task: Task, batch: Any, target: str | None) -> str | None:
+    """The task variable that `target` asks for: None takes the task's default, "none" none."""
+    return None if target == NO_TARGET else target or task.default_variable(batch)
+
+
+def task_values(task: Task, output: Any, batch: Any, name: str | None) -> Tensor:
+    """Task variables of a batch, float64 [B, V]; V = 0 without a name."""
+    return torch.zeros(task.size(batch), 0).double() if name is None else task.variable(output, batch, name).detach()
 
 
 def channel_table(model: nn.Module, sums: ActivationSums, protocol: Protocol = DEFAULT_PROTOCOL) -> pd.DataFrame:

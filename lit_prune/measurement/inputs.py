@@ -62,7 +62,7 @@ class InputMoments:
 
         return hook
 
-    def add(self, logits: Tensor, labels: Tensor | None) -> None:
+    def add(self, output: Any, batch: Any) -> None:
         """Nothing: the hooks have seen it all."""
 
     def result(self) -> dict[Hashable, InputSums]:

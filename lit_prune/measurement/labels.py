@@ -13,6 +13,7 @@ from lit_prune.errors import InputError
 from lit_prune.measurement.activations import pooled_outputs
 from lit_prune.measurement.layers import Batches
 from lit_prune.measurement.local_axis import dead_channels
+from lit_prune.task import Task
 
 if TYPE_CHECKING:
     from lit_prune.models.anatomy import Block
@@ -36,15 +37,22 @@ def quantile_bins(values: Tensor, bins: int = 10) -> Tensor:
     return torch.searchsorted(edges.T.contiguous(), values.T.contiguous(), right=True).T
 
 
+def as_classes(kinds: Tensor, bins: int = 10) -> Tensor:
+    """Classes as they are; values of a task variable as the numbers of their quantile bins, int64 [n]."""
+    return quantile_bins(kinds[:, None], bins)[:, 0] if kinds.is_floating_point() else kinds
+
+
 def label_information(values: Tensor, labels: Tensor, bins: int = 10) -> Tensor:
     """Mutual information between each channel's quantile bin and the label, nats, float64 [C].
+
+    Labels of floats are values of a task variable and cut into as many quantile bins.
 
     I = Σ_{b,y} p(b,y)·log(p(b,y)/(p(b)·p(y))), the plug-in estimate: biased upwards by about
     (bins-1)·(K-1)/(2n) nats, the same for every channel with all bins filled.
 
     Args:
         values: [n, C], for instance pooled outputs.
-        labels: int64 [n].
+        labels: [n].
         bins: number of bins.
 
     Raises:
@@ -58,7 +66,7 @@ def label_information(values: Tensor, labels: Tensor, bins: int = 10) -> Tensor:
         raise InputError(f"values: {len(values)} samples for {bins} bins; give at least {bins}")
     if not torch.isfinite(values).all():
         raise InputError("values: NaN or infinite; mend the network or the data")
-    classes, labels = torch.unique(labels, return_inverse=True)
+    classes, labels = torch.unique(as_classes(labels, bins), return_inverse=True)
     channels = values.shape[1]
     cells = quantile_bins(values, bins) + bins * torch.arange(channels, device=values.device)  # [n, C]
     cells = cells * len(classes) + labels[:, None]
@@ -75,6 +83,7 @@ def block_information(
     limit: int = 5000,
     bins: int = 10,
     token: int | None = None,
+    task: Task | str | None = None,
 ) -> dict[str, float]:
     """Block scores s_b = mean over channels of I(bin(Z_b,c); label), nats, by block name in the order given.
 
@@ -84,10 +93,11 @@ def block_information(
     Args:
         model: any network.
         blocks: objects with `name` and `members` (module names in forward order).
-        batches: the fixed probe, (images, labels).
+        batches: the fixed probe.
         limit: images at most.
         bins: quantile bins.
         token: index of the token to read, or None for the mean.
+        task: what a batch and an output mean; None recognises it. Without classes the label is the task variable's bin.
 
     Raises:
         InputError: no data, a block that never ran, labels that do not fit.
@@ -95,7 +105,7 @@ def block_information(
     Source: M2M-DC section 3.1.
     """
     last = {block.name: block.members[-1] for block in blocks}
-    outputs, labels = pooled_outputs(model, tuple(dict.fromkeys(last.values())), batches, limit, token)
+    outputs, labels = pooled_outputs(model, tuple(dict.fromkeys(last.values())), batches, limit, token, task)
     silent = [name for name, member in last.items() if member not in outputs]
     if silent:
         raise InputError(f"blocks: {silent[0]!r} does not run in a forward pass; leave it out")

@@ -1,11 +1,11 @@
 """Which layers a measurement looks at, and how a model is run without leaving a trace on it."""
 
-import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,10 @@ from torch.utils.hooks import RemovableHandle
 
 from lit_prune.errors import InputError
 from lit_prune.structure.axes import CONVOLUTIONS, width
+from lit_prune.structure.example import Example
+from lit_prune.task.running import undisturbed
 
-Batches = Iterable[tuple[Tensor, Tensor]]
+Batches = Iterable[Any]  # see `lit_prune.task`
 CHANNEL_LAYERS = (*CONVOLUTIONS, nn.Linear)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
@@ -129,37 +131,6 @@ def channels_last(module: nn.Module, values: Tensor) -> bool:
     return values.ndim == 3
 
 
-def to_model(model: nn.Module, images: Tensor) -> Tensor:
-    """Images on the device and in the precision of the model's first parameter."""
-    first = next(model.parameters(), images)
-    return images.to(first.device, first.dtype, non_blocking=True)
-
-
-@contextmanager
-def undisturbed(model: nn.Module, gradients: bool = False) -> Iterator[None]:
-    """Evaluation mode inside; on exit the train flags and the random state are what they were.
-
-    The random state matters because merely iterating a DataLoader draws from torch's global generator.
-
-    Args:
-        model: the network.
-        gradients: whether autograd is on inside.
-    """
-    flags = {module: module.training for module in model.modules()}
-    cuda_devices = sorted({parameter.device.index for parameter in model.parameters() if parameter.is_cuda})
-    try:
-        with (
-            torch.random.fork_rng(devices=cuda_devices),
-            torch.inference_mode(False),
-            torch.set_grad_enabled(gradients),
-        ):
-            model.eval()
-            yield
-    finally:
-        for module, training in flags.items():
-            module.training = training
-
-
 @contextmanager
 def without_gradients() -> Iterator[None]:
     """No gradients inside, and tensors that may be written to later, although inference mode is on around it."""
@@ -177,21 +148,7 @@ def removing(handles: list[RemovableHandle]) -> Iterator[None]:
             handle.remove()
 
 
-def peek(batches: Batches) -> tuple[Tensor, Batches]:
-    """The first batch of images, and batches that still contain it (an iterator is not lost).
-
-    Raises:
-        InputError: there is no batch.
-    """
-    with torch.random.fork_rng(devices=[]):  # see `undisturbed`
-        iterator = iter(batches)
-        first = next(iterator, None)
-    if first is None:
-        raise InputError("batches: no batch of (images, labels) in it; give at least one")
-    return first[0], itertools.chain([first], iterator) if iterator is batches else batches
-
-
-def following_norms(model: nn.Module, images: Tensor) -> dict[str, str]:
+def following_norms(model: nn.Module, example: Example) -> dict[str, str]:
     """Name of the norm that reads each layer's output, found by running the model once.
 
     A norm follows a layer when the very tensor that the layer returned, unchanged since, is the norm's input; names and
@@ -199,7 +156,7 @@ def following_norms(model: nn.Module, images: Tensor) -> dict[str, str]:
 
     Args:
         model: any network.
-        images: a batch, [B, C, H, W]; one image is enough.
+        example: what it is called with, on its device; one sample is enough.
     """
     outputs: list[tuple[str, Tensor, int]] = []  # the tensors are held, so that no identity is reused
     norms: dict[str, str] = {}
@@ -222,5 +179,5 @@ def following_norms(model: nn.Module, images: Tensor) -> dict[str, str]:
         elif isinstance(module, NORM_LAYERS):
             handles.append(module.register_forward_pre_hook(look_up(name)))
     with removing(handles), undisturbed(model):
-        model(to_model(model, images[:2]))
+        model(*example.args, **example.kwargs)
     return norms

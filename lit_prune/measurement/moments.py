@@ -144,8 +144,8 @@ class Moments:
         if self._diagonal:
             second = self.second - 2 * move * self.first + self.count * move.square()
         else:
-            mixed = torch.outer(self.first, move)
-            second = self.second - mixed - mixed.T + self.count * torch.outer(move, move)
+            second = self.second.clone().addr_(self.first, move, alpha=-1)
+            second.addr_(move, self.first - self.count * move, alpha=-1)
         return self._with(self.shift + move, self.count, self.first - self.count * move, second)
 
     def mapped(self, weight: Tensor, bias: Tensor | None = None) -> Moments:
@@ -153,10 +153,15 @@ class Moments:
         weight = weight.to(self.shift)
         shift = weight @ self.shift
         shift = shift if bias is None else shift + bias.to(shift)
-        return self._with(shift, self.count, weight @ self.first, weight @ self.second @ weight.T)
+        mixed, second = weight @ self.second, weight.new_empty(len(weight), len(weight))
+        for start, stop in _stripes(len(weight)):
+            torch.mm(mixed[start:stop], weight[start:].T, out=second[start:stop, start:])
+        return self._with(shift, self.count, weight @ self.first, second)
 
     def __add__(self, other: Moments) -> Moments:
         other = other.reshift(self.shift)
+        if not self.count:
+            return other
         counts = self.count + other.count
         return self._with(self.shift, counts, self.first + other.first, self.second + other.second)
 
@@ -166,8 +171,14 @@ class Moments:
         return made
 
     def to(self, device: torch.device | str) -> Moments:
-        """A copy on the device."""
-        return self.from_state({name: value.to(device, copy=True) for name, value in self.state().items()})
+        """The moments on another device; the very same where they are there already."""
+        if self.shift.device == torch.device(device):
+            return self
+        return self.from_state({name: value.to(device) for name, value in self.state().items()})
+
+    def copy(self) -> Moments:
+        """The moments as they are now."""
+        return self.from_state({name: value.clone() for name, value in self.state().items()})
 
     def state(self) -> dict[str, Tensor]:
         """The sums as float64 tensors: shift, count, first, second."""
@@ -253,10 +264,14 @@ class LayerSums:
         return LayerSums(**added)
 
     def to(self, device: torch.device | str) -> LayerSums:
-        """A copy on another device."""
+        """The sums on another device."""
         outputs, pooled = self._both(lambda moments: moments.to(device))
-        cross, target = self.cross.to(device, copy=True), self.target_first.to(device, copy=True)
-        return LayerSums(outputs, pooled, cross, target, self.crossed)
+        return LayerSums(outputs, pooled, self.cross.to(device), self.target_first.to(device), self.crossed)
+
+    def copy(self) -> LayerSums:
+        """The sums as they are now."""
+        outputs, pooled = self._both(Moments.copy)
+        return LayerSums(outputs, pooled, self.cross.clone(), self.target_first.clone(), self.crossed)
 
     def all_reduce(self) -> LayerSums:
         """The sums over all ranks, around rank 0's shift; a collective."""
@@ -308,7 +323,7 @@ class ActivationSums:
 
     def copy(self) -> ActivationSums:
         """The sums as they are now."""
-        return replace(self, layers={name: sums.to(sums.cross.device) for name, sums in self.layers.items()})
+        return replace(self, layers={name: sums.copy() for name, sums in self.layers.items()})
 
     def all_reduce(self) -> ActivationSums:
         """The sums over all ranks of the default process group; a collective: every rank must call it.
@@ -322,5 +337,5 @@ class ActivationSums:
         images = self.target_first.new_tensor([float(self.images)])
         targets = torch.cat([self.target_first, self.target_second, images]).to(device)
         torch.distributed.all_reduce(targets)
-        first, second = targets[:-1].cpu().chunk(2)
+        first, second = targets[:-1].cpu().unflatten(0, (2, -1))
         return replace(self, layers=layers, images=int(targets[-1]), target_first=first, target_second=second)

@@ -12,14 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
-from lit_prune.measurement.layers import Batches, removing, to_model, undisturbed
+from lit_prune.measurement.layers import Batches, removing
+from lit_prune.task import Task
+from lit_prune.task.running import undisturbed
 
 
 class Collector(Protocol):
     """What `run_pass` carries along: made for a model, then watching it, then asked for its result.
 
     Attributes:
-        gradients: whether it differentiates the logits.
+        gradients: whether it differentiates the output.
+        losses: whether it asks for the losses of samples; absent where it does not.
     """
 
     gradients: bool
@@ -28,8 +31,8 @@ class Collector(Protocol):
         """Hooks on the network, gone on exit."""
         ...
 
-    def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Takes in the batch that has just run; it may differentiate the logits, the graph is kept."""
+    def add(self, output: Any, batch: Any) -> None:
+        """Takes in the batch that has just run; it may differentiate the output, the graph is kept."""
         ...
 
     def result(self) -> Any:
@@ -37,35 +40,50 @@ class Collector(Protocol):
         ...
 
 
-def run_pass(model: nn.Module, batches: Batches, collectors: Sequence[Collector]) -> None:
+def run_pass(model: nn.Module, batches: Batches, collectors: Sequence[Collector], task: Task) -> None:
     """Runs the model over the batches in evaluation mode with all collectors watching.
+
+    A task whose loss is one number for a batch is run sample by sample where a collector asks for losses.
 
     Raises:
         InputError: no batch.
     """
     gradients = any(collector.gradients for collector in collectors)
+    one_by_one = any(getattr(collector, "losses", False) for collector in collectors)
     seen = False
     with ExitStack() as stack:
         for collector in collectors:
             stack.enter_context(collector.watch())
         stack.enter_context(undisturbed(model, gradients))
-        for images, labels in batches:
-            images = to_model(model, images)
-            if gradients:
-                images = images.clone().requires_grad_()  # frozen networks have a gradient too
-            logits = model(images)
-            for collector in collectors:
-                collector.add(logits, labels)
-            del logits  # its graph would stay through the next forward pass
-            seen = True
+        if gradients:
+            stack.enter_context(removing([model.register_forward_pre_hook(differentiable, with_kwargs=True)]))
+        for batch in batches:
+            for piece in task.pieces(batch) if one_by_one else (batch,):
+                piece = task.to(piece, model)
+                output = task.run(model, piece)
+                for collector in collectors:
+                    collector.add(output, piece)
+                del output  # its graph would stay through the next forward pass
+                seen = True
     if not seen:
-        raise InputError("batches: no batch of (images, labels) in it; give at least one")
+        raise InputError("batches: there is no batch in it; give at least one")
 
 
-def collect(model: nn.Module, batches: Batches, collector: Collector) -> Any:
+def collect(model: nn.Module, batches: Batches, collector: Collector, task: Task) -> Any:
     """What one collector finds in a pass of its own; as `run_pass`."""
-    run_pass(model, batches, [collector])
+    run_pass(model, batches, [collector], task)
     return collector.result()
+
+
+def differentiable(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Forward pre-hook: floating-point inputs as copies that require a gradient; frozen networks have one then too."""
+
+    def change(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value.clone().requires_grad_() if not value.requires_grad else value
+        return type(value)(map(change, value)) if type(value) in (list, tuple) else value
+
+    return tuple(map(change, args)), {name: change(value) for name, value in kwargs.items()}
 
 
 class InputGradients:
@@ -75,7 +93,7 @@ class InputGradients:
         inputs: what each layer read in the batch that has just run, by name, in the order of the pass.
 
     Args:
-        model: any classifier.
+        model: any network.
         layers: names of convolutions and linear layers.
         seed: of what is drawn.
     """

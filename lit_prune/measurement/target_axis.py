@@ -3,88 +3,15 @@
 Source: the two-axis paper, Eqs. 3 to 5 and 9; conventions in `Protocol`.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from lit_prune.errors import InputError
 from lit_prune.measurement.local_axis import CORRELATION_LIMIT, gaussian_information
 from lit_prune.measurement.protocol import DEFAULT_PROTOCOL, Protocol
 
 RANDOM_POOL = 4  # `random` partners come from the top 4·m by task information
 REDUNDANT_POOL = 50
 TASK_RULES = ("task", "random")  # these choose partners by I_T alone
-
-
-def _true_logit(logits: Tensor, labels: Tensor) -> Tensor:
-    return logits.gather(1, labels[:, None])
-
-
-def _true_margin(logits: Tensor, labels: Tensor) -> Tensor:
-    others = logits.scatter(1, labels[:, None], -torch.inf)
-    return _true_logit(logits, labels) - others.amax(1, keepdim=True)
-
-
-def _negative_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    return _true_logit(logits.log_softmax(1), labels)
-
-
-def _predicted_margin(logits: Tensor, labels: Tensor) -> Tensor:
-    best, second = logits.topk(2, dim=1).values.split(1, dim=1)
-    return best - second
-
-
-def _predicted_logit(logits: Tensor, labels: Tensor) -> Tensor:
-    return logits.amax(1, keepdim=True)
-
-
-def _one_vs_rest(logits: Tensor, labels: Tensor) -> Tensor:
-    return torch.nn.functional.one_hot(labels, logits.shape[1])
-
-
-TARGETS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "true_margin": _true_margin,
-    "true_logit": _true_logit,
-    "negative_loss": _negative_loss,
-    "predicted_margin": _predicted_margin,
-    "predicted_logit": _predicted_logit,
-    "one_vs_rest": _one_vs_rest,
-}
-
-
-def task_variable(name: str, logits: Tensor, labels: Tensor) -> Tensor:
-    """Task variables T of a batch, float64 [B, V]; V = 1, but K for `one_vs_rest`.
-
-    `true_margin`: logit of the label minus the largest other one. `true_logit`: the former alone. `negative_loss`:
-    minus the cross-entropy. `predicted_margin`: largest minus second largest logit. `predicted_logit`: the largest.
-    `one_vs_rest`: the 0/1 indicators of the classes.
-
-    Args:
-        name: one of `TARGETS`.
-        logits: [B, K], K ≥ 2.
-        labels: int64 [B], 0 to K-1.
-
-    Raises:
-        InputError: an unknown name, logits that are not [B, K], a label out of range.
-    """
-    if name not in TARGETS:
-        raise InputError(f"target: {name!r} is not one of {', '.join(TARGETS)}")
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
-        raise InputError("model: its output is not logits [B, K] with K ≥ 2; measure a classifier")
-    check_labels(labels, len(logits), logits.shape[1])
-    return TARGETS[name](logits.double(), labels.to(logits.device)).double()
-
-
-def check_labels(labels: Tensor, images: int, classes: int) -> None:
-    """Raises InputError unless `labels` is an integer tensor [images] with values 0 to classes-1."""
-    if labels.shape != (images,) or labels.is_floating_point():
-        raise InputError(
-            f"batches: labels of shape {tuple(labels.shape)}, {labels.dtype}; give int64 of shape [{images}]"
-        )
-    low, high = (int(labels.min()), int(labels.max())) if images else (0, 0)
-    if not 0 <= low <= high < classes:
-        raise InputError(f"batches: labels from {low} to {high}, but 0 to {classes - 1} expected; mend the labels")
 
 
 def task_information(correlations: Tensor) -> Tensor:

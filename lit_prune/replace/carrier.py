@@ -7,10 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
-from lit_prune.measurement.layers import removing, to_model, undisturbed
+from lit_prune.measurement.layers import removing
 from lit_prune.replace.consumers import Reader
 from lit_prune.replace.flow import Flow
 from lit_prune.structure import ChannelGraph, Group, Plan
+from lit_prune.structure.example import Example
+from lit_prune.task.running import undisturbed
 
 FLATNESS = 1e-5  # largest deviation of a carrier from its mean, over the mean
 
@@ -80,7 +82,7 @@ def carrier_columns(graph: ChannelGraph, carriers: Mapping[str, int], reader: Re
     return sorted(columns)
 
 
-def carried_value(reduced: nn.Module, layer: str, column: int, images: Tensor) -> float:
+def carried_value(reduced: nn.Module, layer: str, column: int, example: Example) -> float:
     """The value that a carrier has where `layer` reads it.
 
     Raises:
@@ -89,7 +91,7 @@ def carried_value(reduced: nn.Module, layer: str, column: int, images: Tensor) -
     seen: list[Tensor] = []
     hook = reduced.get_submodule(layer).register_forward_pre_hook(lambda module, args: seen.append(args[0][:, column]))
     with removing([hook]), undisturbed(reduced):
-        reduced(to_model(reduced, images))
+        reduced(*example.args, **example.kwargs)
     value = float(seen[0].double().mean())
     if value == 0 or float((seen[0] - value).abs().max()) > FLATNESS * abs(value):
         raise InputError(

@@ -2,34 +2,34 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
 from lit_prune.measurement.layers import Batches
 from lit_prune.measurement.passes import InputGradients, collect
 from lit_prune.replace.patches import channel_dim
-
-CLASSES = 10  # up to so many classes the curvature is exact in the label, above it is sampled
+from lit_prune.task import Task, settle
 
 
 @dataclass(frozen=True)
 class Curvature:
     """Means over images of products of gradients, for the input channels of one layer.
 
-    With g_p the gradient of the cross-entropy in a channel's value a_p at position p: `G = Σ_p g_p`, `v = Σ_p g_p·a_p`.
+    With g_p the gradient of the loss in a channel's value a_p at position p: `G = Σ_p g_p`, `v = Σ_p g_p·a_p`.
     A constant c in place of the channel changes the loss by `c·G - v` to first order. The curvature is Gauss-Newton:
-    the mean over labels drawn from the network's own softmax. It is the exact Hessian where the logits are affine in
-    the values, as in a linear softmax head.
+    the mean over targets drawn from the network's own distribution, or over random projections of the prediction where
+    the loss is no likelihood (`Task.curvature_terms`). It is the exact Hessian where the logits are affine in the
+    values, as in a linear softmax head.
 
     Attributes:
-        gradient: E G for the true labels, float64 [C].
-        product: E v for the true labels, [C].
-        hessian: E G Gᵀ for the network's labels, [C, C].
-        mixed: E G vᵀ for the network's labels, [C, C].
-        power: E v² for the network's labels, [C].
+        gradient: E G of the loss, float64 [C].
+        product: E v of the loss, [C].
+        hessian: E G Gᵀ of the curvature's terms, [C, C].
+        mixed: E G vᵀ of them, [C, C].
+        power: E v² of them, [C].
         method: "exact", "gauss_newton" or "hutchinson" (diagonals only).
     """
 
@@ -122,82 +122,82 @@ class Curvature:
         return sum(ratios) / len(ratios)
 
 
-@dataclass(frozen=True)
-class Labels:
-    """Labels [B] to differentiate, their weights [B], and whether they are the true ones."""
+class Part(NamedTuple):
+    """Values of each sample to differentiate, [B], their weights [B], and whether they are the loss itself."""
 
     values: Tensor
     weights: Tensor
-    true: bool
+    is_loss: bool
 
 
-def label_parts(logits: Tensor, labels: Tensor, generator: torch.Generator) -> list[Labels]:
-    """The true labels with weight 1, then the network's own: all of few classes by probability, else one drawn each."""
-    if labels is None or labels.is_floating_point():
-        raise InputError("labels: gradients of the loss need one class label (int64) for each calibration image")
-    labels = labels.to(logits.device)
-    probabilities = logits.detach().softmax(1)
-    ones = torch.ones_like(probabilities[:, 0])
-    parts = [Labels(labels, ones, True)]
-    if logits.shape[1] <= CLASSES:
-        classes = range(logits.shape[1])
-        return parts + [Labels(torch.full_like(labels, k), probabilities[:, k], False) for k in classes]
-    drawn = torch.multinomial(probabilities.cpu(), 1, generator=generator)[:, 0].to(labels.device)
-    return [*parts, Labels(drawn, ones, False)]
+def loss_parts(task: Task, output: Any, batch: Any, generator: torch.Generator) -> list[Part]:
+    """The loss with weight 1, then the terms of its curvature.
+
+    Raises:
+        InputError: the task has no loss, or the batch no target.
+    """
+    losses = task.losses(output, batch)
+    terms = task.curvature_terms(output, batch, generator)
+    return [Part(losses, torch.ones_like(losses.detach()), True), *(Part(v, w, False) for v, w in terms)]
 
 
 class CurvatureSums(InputGradients):
-    """Collects the curvature of the mean cross-entropy in the input channels of each layer.
+    """Collects the curvature of the mean loss in the input channels of each layer.
 
-    Up to `CLASSES` classes every label is weighted with its softmax probability (one backward pass a class); above, one
-    label an image is drawn. Layers may lie behind each other: each is differentiated with the others left alone.
+    Layers may lie behind each other: each is differentiated with the others left alone.
 
     Args:
-        model: any classifier.
+        model: any network.
         layers: names of convolutions and linear layers.
-        seed: of the drawn labels.
+        task: what the loss is.
+        seed: of what is drawn.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[str], seed: int = 0) -> None:
+    losses = True
+
+    def __init__(self, model: nn.Module, layers: Sequence[str], task: Task, seed: int = 0) -> None:
         super().__init__(model, layers, seed)
+        self.task = task
         self.sums: dict[str, list[Tensor]] = {}
         self.count = 0
 
-    def add(self, logits: Tensor, labels: Tensor) -> None:
+    def add(self, output: Any, batch: Any) -> None:
         """See `passes.Collector`."""
-        for part in label_parts(logits, labels, self.generator):
-            loss = F.cross_entropy(logits, part.values, reduction="sum")
-            gradients = torch.autograd.grad(loss, list(self.inputs.values()), retain_graph=True)
+        for part in loss_parts(self.task, output, batch, self.generator):
+            gradients = torch.autograd.grad(part.values.sum(), list(self.inputs.values()), retain_graph=True)
             for (name, inputs), gradient in zip(self.inputs.items(), gradients, strict=True):
                 self._add(name, channel_rows(self.model, name, inputs), channel_rows(self.model, name, gradient), part)
-        self.count += len(logits)
+        self.count += self.task.size(batch)
 
-    def _add(self, name: str, a: Tensor, g: Tensor, labels: Labels) -> None:
-        """Adds the products of one labelling's gradients; values and gradients are [B, P, C]."""
+    def _add(self, name: str, a: Tensor, g: Tensor, part: Part) -> None:
+        """Adds the products of one part's gradients; values and gradients are [B, P, C]."""
         total, product = g.sum(1).cpu(), (g * a).sum(1).cpu()  # G, v: [B, C]
-        wide, weights = total.shape[1], labels.weights.double().cpu()[:, None]
+        wide, weights = total.shape[1], part.weights.double().cpu()[:, None]
         shapes = [(wide,), (wide,), (wide, wide), (wide, wide), (wide,)]
         sums = self.sums.setdefault(name, [torch.zeros(shape, dtype=torch.float64) for shape in shapes])
-        if labels.true:
-            parts = [(weights * total).sum(0), (weights * product).sum(0)]
-            sums[:2] = [old + new for old, new in zip(sums[:2], parts, strict=True)]
+        if part.is_loss:
+            new = [(weights * total).sum(0), (weights * product).sum(0)]
+            sums[:2] = [old + more for old, more in zip(sums[:2], new, strict=True)]
         else:
             weighted = (weights * total).T
-            parts = [weighted @ total, weighted @ product, (weights * product.square()).sum(0)]
-            sums[2:] = [old + new for old, new in zip(sums[2:], parts, strict=True)]
+            new = [weighted @ total, weighted @ product, (weights * product.square()).sum(0)]
+            sums[2:] = [old + more for old, more in zip(sums[2:], new, strict=True)]
 
     def result(self) -> dict[str, Curvature]:
         """Layer -> means over the images."""
         return {name: Curvature(*(total / self.count for total in totals)) for name, totals in self.sums.items()}
 
 
-def measure_curvature(model: nn.Module, layers: Sequence[str], batches: Batches, seed: int = 0) -> dict[str, Curvature]:
-    """`CurvatureSums` over batches of (images, labels); the model is left as found.
+def measure_curvature(
+    model: nn.Module, layers: Sequence[str], batches: Batches, seed: int = 0, task: Task | str | None = None
+) -> dict[str, Curvature]:
+    """`CurvatureSums` over batches; the model is left as found.
 
     Raises:
-        InputError: no images, or no labels.
+        InputError: no images, or no targets.
     """
-    return collect(model, batches, CurvatureSums(model, layers, seed))
+    task, batches = settle(task, model, batches)
+    return collect(model, batches, CurvatureSums(model, layers, task, seed), task)
 
 
 def channel_rows(model: nn.Module, layer: str, values: Tensor) -> Tensor:

@@ -2,13 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lit_prune.measurement.layers import removing, to_model, undisturbed
+from lit_prune.measurement.layers import removing
 from lit_prune.replace.consumers import Reader
 from lit_prune.replace.patches import channel_dim, taken
+from lit_prune.task import Task
+from lit_prune.task.running import undisturbed
 
 MOST_IMAGES = 512
 
@@ -52,7 +55,8 @@ def output_errors(
     reduced: nn.Module,
     readers: Sequence[Reader],
     norms: Mapping[str, str],
-    images: Sequence[Tensor],
+    batches: Sequence[Any],
+    task: Task,
 ) -> dict[str, OutputError]:
     """Errors of the readers' outputs, each in its own network, on at most `MOST_IMAGES` images.
 
@@ -63,14 +67,15 @@ def output_errors(
         reduced: network after, with the same names.
         readers: layers to compare, and which of their outputs are left.
         norms: layer -> BatchNorm behind it.
-        images: batches [B, C, H, W].
+        batches: what the task reads.
+        task: what a batch means.
     """
     errors = {reader.name: OutputError() for reader in readers}
     seen = 0
-    for batch in images:
+    for batch in batches:
         if seen >= MOST_IMAGES:
             break
-        before, after = (_outputs(network, batch, list(errors)) for network in (original, reduced))
+        before, after = (_outputs(network, task, batch, list(errors)) for network in (original, reduced))
         for reader in readers:
             module = reduced.get_submodule(reader.name)
             dim = channel_dim(module)
@@ -83,11 +88,11 @@ def output_errors(
                 means = [network.get_submodule(norm).running_mean for network in (original, reduced)]
                 result = result + (means[0][list(reader.outputs)] - means[1][rows])
             errors[reader.name].add(target, result)
-        seen += len(batch)
+        seen += task.size(batch)
     return errors
 
 
-def _outputs(model: nn.Module, images: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
+def _outputs(model: nn.Module, task: Task, batch: Any, layers: Sequence[str]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
 
     def keeper(name: str):
@@ -95,5 +100,5 @@ def _outputs(model: nn.Module, images: Tensor, layers: Sequence[str]) -> dict[st
 
     handles = [model.get_submodule(name).register_forward_hook(keeper(name)) for name in layers]
     with removing(handles), undisturbed(model):
-        model(to_model(model, images))
+        task.run(model, task.to(batch, model))
     return found

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,10 @@ from lit_prune.replace.risk import RiskRows, weighted_affine
 from lit_prune.replace.risk_samples import RiskSamples
 from lit_prune.replace.settings import Replacement
 from lit_prune.replace.stand_ins import StandIn, affine, choose_parents, constants
+from lit_prune.task import Task
 
 AFFINE_RIDGE = 1e-6
 MOST_ROWS = 20_000
-Batch = tuple[Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -42,19 +43,20 @@ class InputEvidence:
 
 
 def collect_evidence(
-    model: nn.Module, layers: Sequence[str], batches: Sequence[Batch], kind: str, settings: Replacement
+    model: nn.Module, layers: Sequence[str], batches: Sequence[Any], task: Task, kind: str, settings: Replacement
 ) -> dict[str, InputEvidence]:
     """What `fit_stand_in` needs of each layer, measured on the network before the surgery.
 
     Args:
         model: the network; left as found.
         layers: readers that lose channels.
-        batches: (images, labels); labels are read where the objective is a loss.
+        batches: what the task reads; targets are read where the objective is a loss.
+        task: what a batch and an output mean.
         kind: "constant" or "affine".
         settings: objective, curvature, seed.
     """
-    moments, risks = InputMoments(model, layers), _risk_collector(model, layers, batches, kind, settings)
-    run_pass(model, batches, [moments, *risks])
+    moments, risks = InputMoments(model, layers), _risk_collector(model, layers, batches, task, kind, settings)
+    run_pass(model, batches, [moments, *risks], task)
     found = risks[0].result() if risks else {}
     risk = "curvature" if kind == "constant" else "rows"
     return {
@@ -64,15 +66,16 @@ def collect_evidence(
 
 
 def _risk_collector(
-    model: nn.Module, layers: Sequence[str], batches: Sequence[Batch], kind: str, settings: Replacement
+    model: nn.Module, layers: Sequence[str], batches: Sequence[Any], task: Task, kind: str, settings: Replacement
 ) -> list[Collector]:
     """What second-order risk is collected with; nothing where distortion is the objective."""
     if settings.objective == "distortion":
         return []
     if kind == "affine":
-        images = sum(len(images) for images, _ in batches)
-        return [RiskSamples(model, layers, settings.seed, MOST_ROWS // max(1, images), MOST_ROWS)]
-    return [(HutchinsonSums if settings.curvature == "hutchinson" else CurvatureSums)(model, layers, settings.seed)]
+        images = sum(map(task.size, batches))
+        return [RiskSamples(model, layers, task, settings.seed, MOST_ROWS // max(1, images), MOST_ROWS)]
+    kinds = {"hutchinson": HutchinsonSums, "gauss_newton": CurvatureSums}
+    return [kinds[settings.curvature](model, layers, task, settings.seed)]
 
 
 def fit_stand_in(

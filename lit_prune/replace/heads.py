@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
-from lit_prune.measurement.layers import Batches, removing, to_model, undisturbed
-from lit_prune.replace.curvature import label_parts
+from lit_prune.measurement.layers import Batches, removing
+from lit_prune.measurement.passes import differentiable
+from lit_prune.replace.curvature import Part, loss_parts
+from lit_prune.task import Task, settle
+from lit_prune.task.running import undisturbed
 
 HEAD_SCORES = ("cmr_const", "head_removal", "variance", "cmr_logit", "random")
 
@@ -100,42 +102,47 @@ def is_attention(module: nn.Module | None) -> bool:
     return all(hasattr(module, name) for name in ("qkv", "proj", "num_heads", "head_dim"))
 
 
-def measure_heads(model: nn.Module, name: str, batches: Batches, seed: int = 0) -> HeadMoments:
+def measure_heads(
+    model: nn.Module, name: str, batches: Batches, seed: int = 0, task: Task | str | None = None
+) -> HeadMoments:
     """Moments, gradients and curvature of the heads of the attention `name`.
 
     Args:
-        model: any classifier; left as found.
+        model: any network; left as found.
         name: its attention module.
-        batches: (images, labels).
-        seed: of drawn labels (many classes).
+        batches: with targets.
+        seed: of what is drawn.
+        task: what a batch and an output mean; None recognises it.
 
     Raises:
         InputError: no such attention, or no images.
     """
     attention = find_attention(model, name)
+    task, batches = settle(task, model, batches)
     found: dict[str, Tensor] = {}
     generator = torch.Generator().manual_seed(seed)
     totals: list[Tensor] = []
     count = 0
     hook = attention.proj.register_forward_pre_hook(lambda module, args: found.__setitem__("values", args[0]))
-    with removing([hook]), undisturbed(model, gradients=True):
-        for images, labels in batches:
-            logits = model(to_model(model, images).clone().requires_grad_())
-            part = _batch_moments(found["values"], logits, label_parts(logits, labels, generator))
+    inputs = model.register_forward_pre_hook(differentiable, with_kwargs=True)
+    with removing([hook, inputs]), undisturbed(model, gradients=True):
+        for piece in (piece for batch in batches for piece in task.pieces(batch)):
+            piece = task.to(piece, model)
+            part = _batch_moments(found, loss_parts(task, task.run(model, piece), piece, generator))
             totals = [old + new for old, new in zip(totals, part, strict=True)] if totals else part
-            count += len(images)
+            count += task.size(piece)
     if not count:
-        raise InputError("batches: no batch of (images, labels) in it; give at least one")
+        raise InputError("batches: there is no batch in it; give at least one")
     return HeadMoments(attention.num_heads, *(total / count for total in totals))
 
 
-def _batch_moments(values: Tensor, logits: Tensor, parts: list) -> list[Tensor]:
+def _batch_moments(found: dict[str, Tensor], parts: list[Part]) -> list[Tensor]:
+    values = found["values"]
     a = values.detach().double()
     gradient, curvature = torch.zeros_like(a), torch.zeros_like(a)
     for part in parts:
-        loss = F.cross_entropy(logits, part.values, reduction="sum")
-        g = torch.autograd.grad(loss, values, retain_graph=True)[0].double()
-        if part.true:
+        g = torch.autograd.grad(part.values.sum(), values, retain_graph=True)[0].double()
+        if part.is_loss:
             gradient = g
         else:
             curvature += part.weights.double()[:, None, None] * g.square()

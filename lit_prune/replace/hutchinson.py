@@ -1,14 +1,15 @@
 """Diagonal curvature by random probes: the true Hessian where Gauss-Newton leaves a part of it out."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_prune.measurement.passes import InputGradients
-from lit_prune.replace.curvature import Curvature, channel_rows, label_parts
+from lit_prune.replace.curvature import Curvature, channel_rows
 from lit_prune.replace.patches import channel_dim
+from lit_prune.task import Task
 
 
 class HutchinsonSums(InputGradients):
@@ -19,27 +20,30 @@ class HutchinsonSums(InputGradients):
     are not estimated, so these objects have no joint constants.
 
     Args:
-        model: any classifier.
+        model: any network.
         layers: names of convolutions and linear layers.
+        task: what the loss is.
         seed: of the probes.
         probes: per image.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[str], seed: int = 0, probes: int = 8) -> None:
+    losses = True
+
+    def __init__(self, model: nn.Module, layers: Sequence[str], task: Task, seed: int = 0, probes: int = 8) -> None:
         super().__init__(model, layers, seed)
+        self.task = task
         self.probes = probes
         self.sums: dict[str, list[Tensor]] = {}
         self.count = 0
 
-    def add(self, logits: Tensor, labels: Tensor) -> None:
+    def add(self, output: Any, batch: Any) -> None:
         """See `passes.Collector`."""
-        true = label_parts(logits, labels, self.generator)[0].values
-        loss = F.cross_entropy(logits, true, reduction="sum")
+        loss = self.task.losses(output, batch).sum()
         gradients = torch.autograd.grad(loss, list(self.inputs.values()), create_graph=True)
         for (name, inputs), gradient in zip(self.inputs.items(), gradients, strict=True):
             part = self._batch_sums(name, inputs, gradient)
             self.sums[name] = [a + b for a, b in zip(self.sums[name], part, strict=True)] if name in self.sums else part
-        self.count += len(logits)
+        self.count += self.task.size(batch)
 
     def _batch_sums(self, name: str, inputs: Tensor, gradient: Tensor) -> list[Tensor]:
         """Sums over the batch of G, v and the three diagonals, each float64 [C]."""

@@ -1,7 +1,7 @@
 """Interchange interventions: does the reduced network answer as the original does when kept units are swapped?"""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
-from lit_prune.measurement.layers import Batches, removing, to_model, undisturbed
+from lit_prune.measurement.layers import Batches, removing
 from lit_prune.replace.carrier import carrier_columns
 from lit_prune.replace.certificate import Certificate, certify
 from lit_prune.replace.consumers import find_readers
@@ -17,6 +17,9 @@ from lit_prune.replace.flow import observe
 from lit_prune.replace.patches import channel_dim
 from lit_prune.replace.replacement import Reduced
 from lit_prune.structure import Plan, apply_plan, trace_groups
+from lit_prune.structure.example import Example
+from lit_prune.task import Classification, Task, settle
+from lit_prune.task.running import undisturbed
 
 
 @dataclass(frozen=True)
@@ -53,30 +56,36 @@ class Swaps:
 class Interchange:
     """Agreement of two networks under the same interventions.
 
+    Divergence and certificate are defined for logits [R, K] of a classification alone; NaN and None elsewhere.
+
     Attributes:
         layer: the layer whose input channels were swapped.
-        low: logits of the original network, float32 [R, K].
-        high: logits of the reduced network, [R, K].
+        low: predictions of the original network, float32 [R, ...].
+        high: predictions of the reduced network.
+        task: what the prediction is, and what it means to agree.
     """
 
     layer: str
     low: Tensor
     high: Tensor
+    task: Task = field(default_factory=Classification)
 
     @property
     def agreement(self) -> Tensor:
-        """Whether the top classes are equal, float64 [R]."""
-        return (self.low.argmax(1) == self.high.argmax(1)).double()
+        """How far both answer alike, float64 [R]: `Task.agreement`, for classes whether the top ones are equal."""
+        return self.task.agreement(self.low, self.high)
 
     @property
     def divergence(self) -> Tensor:
         """KL(low ‖ high) of the softmax outputs in nats, float64 [R]."""
+        if not isinstance(self.task, Classification):
+            return torch.full((len(self.low),), torch.nan, dtype=torch.float64)
         low, high = (logits.double().log_softmax(1) for logits in (self.low, self.high))
         return (low.exp() * (low - high)).sum(1)
 
     @property
     def iia(self) -> float:
-        """Interchange intervention accuracy, the share of equal top classes."""
+        """Interchange intervention accuracy, the mean agreement."""
         return float(self.agreement.mean())
 
     @property
@@ -85,14 +94,37 @@ class Interchange:
         return float(self.divergence.mean())
 
     @property
-    def certificate(self) -> Certificate:
+    def certificate(self) -> Certificate | None:
         """Lower bounds on `iia`."""
-        return certify(self.low, self.high)
+        return certify(self.low, self.high) if isinstance(self.task, Classification) else None
 
     def report(self) -> dict[str, Any]:
         """Plain values: layer, pairs, iia, kl and the fields of the certificate."""
         found = {"layer": self.layer, "pairs": len(self.low), "iia": self.iia, "kl": self.kl}
-        return found | {"certificate": asdict(self.certificate)}
+        certificate = self.certificate
+        return found | {"certificate": None if certificate is None else asdict(certificate)}
+
+
+@dataclass(frozen=True)
+class Images:
+    """Samples that can be picked one by one: what the networks are called with.
+
+    Attributes:
+        args: tensors given by position, each [n, ...].
+        kwargs: tensors given by name.
+        task: what a batch and an output mean.
+    """
+
+    args: tuple[Tensor, ...]
+    kwargs: dict[str, Tensor]
+    task: Task
+
+    def __len__(self) -> int:
+        return len(next(iter((*self.args, *self.kwargs.values()))))
+
+    def take(self, chosen: Sequence[int] | Tensor) -> Example:
+        """The chosen samples."""
+        return Example(tuple(v[chosen] for v in self.args), {name: v[chosen] for name, v in self.kwargs.items()})
 
 
 DEFAULT_SWAPS = Swaps()
@@ -102,10 +134,11 @@ def interchange(
     low: nn.Module,
     reduced: Reduced,
     batches: Batches,
-    example_input: Tensor,
+    example_input: Any = None,
     layer: str | None = None,
     *,
     swaps: Swaps = DEFAULT_SWAPS,
+    task: Task | str | None = None,
 ) -> Interchange:
     """Runs both networks on pairs of images with the same kept units taken from the source image.
 
@@ -116,23 +149,28 @@ def interchange(
     Args:
         low: the original network.
         reduced: what `replace_mechanisms` made of it.
-        batches: (images, labels) the pairs are drawn from; labels are not read.
-        example_input: [B, C, H, W], for tracing.
+        batches: the pairs are drawn from them; targets are not read.
+        example_input: what the network is called with, for tracing; None takes the first batch.
         layer: convolution or linear layer; None: the last one that loses input channels.
         swaps: how many pairs, which probability, which seed.
+        task: what a batch and an output mean; None recognises it.
 
     Raises:
         InputError: fewer than two images, or a layer that is unknown or runs more than once.
 
     Source: causal mechanism reduction, section 5.3 (state map: projection on kept units).
     """
+    task, batches = settle(task, low, batches)
+    images = gather_images(batches, swaps.images, task)
+    if example_input is None:
+        example_input = task.inputs(task.to(images.take([0]), low))
     layer, *kept = _interface(low, reduced, example_input, layer)
     columns = [[[column] for column in side] for side in kept]
-    return swap_units((low, reduced.model), layer, columns, gather_images(batches, swaps.images), swaps)
+    return swap_units((low, reduced.model), layer, columns, images, swaps)
 
 
 def swap_units(
-    networks: Sequence[nn.Module], layer: str, units: Sequence[Sequence[Sequence[int]]], images: Tensor, swaps: Swaps
+    networks: Sequence[nn.Module], layer: str, units: Sequence[Sequence[Sequence[int]]], images: Images, swaps: Swaps
 ) -> Interchange:
     """Interchange of units that are one or several input channels of `layer` each.
 
@@ -140,7 +178,7 @@ def swap_units(
         networks: the original and the reduced one; left as found.
         layer: where the units are read, the same name in both.
         units: for each network the columns of each kept unit, in the same order of units.
-        images: the pairs are drawn from them, [n, C, H, W].
+        images: the pairs are drawn from them.
         swaps: how many pairs, which probability, which seed.
     """
     everything = draw_pairs(len(images), len(units[0]), swaps)
@@ -148,8 +186,8 @@ def swap_units(
     with undisturbed(networks[0]), undisturbed(networks[1]):
         for base, source, mask in zip(*(part.split(swaps.batch_size) for part in everything), strict=True):
             for network, columns, found in zip(networks, units, results, strict=True):
-                found.append(_swapped(network, layer, columns, (images[base], images[source]), mask))
-    return Interchange(layer, torch.cat(results[0]), torch.cat(results[1]))
+                found.append(_swapped(network, layer, columns, images, (base, source), mask))
+    return Interchange(layer, torch.cat(results[0]), torch.cat(results[1]), images.task)
 
 
 def paired_bootstrap(
@@ -179,7 +217,7 @@ def paired_bootstrap(
 
 
 def _interface(
-    low: nn.Module, reduced: Reduced, example_input: Tensor, layer: str | None
+    low: nn.Module, reduced: Reduced, example_input: Any, layer: str | None
 ) -> tuple[str, list[int], list[int]]:
     """The layer, and its kept input channels as they are numbered in the original and in the reduced network."""
     plan = reduced.plan
@@ -197,21 +235,26 @@ def _interface(
     return layer, [old for old, _ in pairs], [new for _, new in pairs]
 
 
-def gather_images(batches: Batches, limit: int) -> Tensor:
-    """The first `limit` images as one tensor.
+def gather_images(batches: Batches, limit: int, task: Task) -> Images:
+    """The first `limit` samples.
 
     Raises:
-        InputError: there are fewer than two.
+        InputError: there are fewer than two, or they cannot be put together (lists, other sizes).
     """
     parts, count = [], 0
-    for images, _ in batches:
-        parts.append(images[: limit - count])
-        count += len(parts[-1])
+    for batch in batches:
+        parts.append(task.inputs(task.take(batch, limit - count)))
+        count += task.size(batch)
         if count >= limit:
             break
     if count < 2:
-        raise InputError(f"batches: {count} images, an interchange needs at least two")
-    return torch.cat(parts)
+        raise InputError(f"batches: {min(count, limit)} images, an interchange needs at least two")
+    try:
+        args = tuple(map(torch.cat, zip(*(part.args for part in parts), strict=True)))
+        kwargs = {name: torch.cat([part.kwargs[name] for part in parts]) for name in parts[0].kwargs}
+    except (TypeError, RuntimeError, ValueError) as error:
+        raise InputError(f"batches: samples of several batches cannot be put together for swaps ({error})") from error
+    return Images(args, kwargs, task)
 
 
 def draw_pairs(images: int, units: int, swaps: Swaps) -> tuple[Tensor, Tensor, Tensor]:
@@ -224,9 +267,14 @@ def draw_pairs(images: int, units: int, swaps: Swaps) -> tuple[Tensor, Tensor, T
 
 
 def _swapped(
-    model: nn.Module, layer: str, units: Sequence[Sequence[int]], pair: tuple[Tensor, Tensor], mask: Tensor
+    model: nn.Module,
+    layer: str,
+    units: Sequence[Sequence[int]],
+    images: Images,
+    pair: tuple[Tensor, Tensor],
+    mask: Tensor,
 ) -> Tensor:
-    """Logits of the base images, the channels of masked `units` taken from the source images, on the CPU."""
+    """Predictions for the base images, the channels of masked `units` taken from the source images, on the CPU."""
     module = model.get_submodule(layer)
     columns = [column for unit in units for column in unit]
     wide = mask.repeat_interleave(torch.tensor([len(unit) for unit in units]), dim=1)
@@ -244,5 +292,12 @@ def _swapped(
         return (torch.where(chosen.to(args[0].device).view(shape), taken[0], args[0]), *args[1:])
 
     with removing([module.register_forward_pre_hook(hook)]):
-        model(to_model(model, pair[1]))
-        return model(to_model(model, pair[0])).cpu()
+        _called(model, images, pair[1])
+        return images.task.prediction(_called(model, images, pair[0])).cpu()
+
+
+def _called(model: nn.Module, images: Images, chosen: Tensor) -> Any:
+    """What the model answers to the chosen samples."""
+    example = images.take(chosen)
+    args, kwargs = images.task.to((example.args, example.kwargs), model)
+    return model(*args, **kwargs)

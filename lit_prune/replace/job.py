@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lit_prune.errors import InputError
 from lit_prune.replace.carrier import with_carriers
@@ -11,6 +12,7 @@ from lit_prune.replace.consumers import Reader, find_readers
 from lit_prune.replace.flow import Flow, observe
 from lit_prune.replace.settings import Replacement
 from lit_prune.structure import ChannelGraph, Plan, apply_plan, trace_groups
+from lit_prune.task import Task
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Job:
         flow: of `dense`.
         readers: layers of `dense` in forward order, with what the plan given takes from them.
         refused: layer -> why nothing stands in for what it loses.
+        task: what a batch and an output mean.
     """
 
     model: nn.Module
@@ -38,9 +41,12 @@ class Job:
     flow: Flow
     readers: Mapping[str, Reader]
     refused: dict[str, str]
+    task: Task
 
     @classmethod
-    def prepare(cls, model: nn.Module, plan: Plan, example_input: Tensor, kind: str, settings: Replacement) -> "Job":
+    def prepare(
+        cls, model: nn.Module, plan: Plan, example_input: Any, kind: str, settings: Replacement, task: Task
+    ) -> "Job":
         """Surgery, and who reads what goes.
 
         Raises:
@@ -65,7 +71,7 @@ class Job:
             if plan.removes_nothing:
                 raise InputError("border='carrier': the plan removes one unit a group, which its carrier would replace")
         reduced = apply_plan(model, plan, example_input)
-        return cls(model, dense, reduced, plan, carriers, graph, flow, readers, refused)
+        return cls(model, dense, reduced, plan, carriers, graph, flow, readers, refused, task)
 
     def losing(self) -> list[Reader]:
         """The layers that lose input channels and can be changed."""

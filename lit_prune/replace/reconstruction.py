@@ -1,15 +1,19 @@
 """The `reconstruction` score: what a unit is worth to readers that may solve their weights again without it."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lit_prune.measurement.layers import Batches, removing, to_model, undisturbed
+from lit_prune.measurement.layers import Batches, removing
+from lit_prune.measurement.passes import differentiable
 from lit_prune.replace.elimination import ReaderMoments, elimination_costs
 from lit_prune.replace.patches import PositionSample, input_rows, output_rows
 from lit_prune.replace.regression import PairSums
 from lit_prune.structure import CostModel, Group, trace_groups
+from lit_prune.task import Task, settle
+from lit_prune.task.running import undisturbed
 
 RIDGE = 1e-4
 POSITIONS = 64  # most positions of one image in a covariance
@@ -17,30 +21,37 @@ PIECE = 32  # images unfolded at once
 
 
 def reconstruction_costs(
-    model: nn.Module, batches: Batches, example_input: Tensor, per_mac: float = 1.0, seed: int = 0
+    model: nn.Module,
+    batches: Batches,
+    example_input: Any,
+    per_mac: float = 1.0,
+    seed: int = 0,
+    task: Task | str | None = None,
 ) -> dict[str, Tensor]:
-    """Expected squared logit distortion that each unit of each prunable group adds, per multiply-add that it costs.
+    """Expected squared distortion of the prediction that each unit of each prunable group adds, per multiply-add.
 
     Within a group: greedy backward elimination, see `elimination_costs`. The error δ of a reader's output counts
-    `δᵀ E[Σ_p g gᵀ] δ`, g the gradient of a random unit-variance projection of the logits: the expected squared change
-    of the logits to first order, positions taken as independent. So groups can be compared, and a global threshold
+    `δᵀ E[Σ_p g gᵀ] δ`, g the gradient of a random unit-variance projection of the prediction: its expected squared
+    change to first order, positions taken as independent. So groups can be compared, and a global threshold
     divides a budget of multiply-adds among them.
 
     Args:
         model: any network; left as found.
-        batches: (images, labels), read twice; labels are not used.
-        example_input: [B, C, H, W].
+        batches: what the task reads, read twice; targets are not used.
+        example_input: what the network is called with, for tracing.
         per_mac: power of the unit's multiply-adds that the error is divided by; 0: not divided.
         seed: of positions and projections.
+        task: what a batch and an output mean; None recognises it.
 
     Returns:
         Group name -> float64 [size], higher = keep.
     """
+    task, batches = settle(task, model, batches)
     graph = trace_groups(model, example_input)
     groups = [group for group in graph.prunable if group.consumers and _readers(group, model)]
     names = sorted({name for group in groups for name in _readers(group, model)})
-    covariances = patch_covariances(model, names, batches, seed)
-    metrics = output_metrics(model, names, batches, seed)
+    covariances = patch_covariances(model, names, batches, seed, task)
+    metrics = output_metrics(model, names, batches, seed, task)
     cost_model = CostModel.build(model, graph, example_input)
     return {
         group.name: _group_costs(model, group, covariances, metrics) / _unit_macs(cost_model, group) ** per_mac
@@ -74,14 +85,17 @@ def _group_costs(
     return elimination_costs(readers, group.size)
 
 
-def patch_covariances(model: nn.Module, layers: Sequence[str], batches: Batches, seed: int) -> dict[str, Tensor]:
+def patch_covariances(
+    model: nn.Module, layers: Sequence[str], batches: Batches, seed: int, task: Task
+) -> dict[str, Tensor]:
     """Population covariance of the input patches of each layer, zero padding included, float64 [D, D] on the CPU.
 
     Args:
         model: the network.
         layers: Conv2d without groups, or Linear.
-        batches: (images, labels).
+        batches: what the task reads.
         seed: of the positions, of which `POSITIONS` an image are used.
+        task: what a batch means.
     """
     sums: dict[str, PairSums] = {}
     samples = {name: PositionSample(POSITIONS, seed) for name in layers}
@@ -99,22 +113,25 @@ def patch_covariances(model: nn.Module, layers: Sequence[str], batches: Batches,
 
     handles = [model.get_submodule(name).register_forward_hook(observer(name)) for name in layers]
     with removing(handles), undisturbed(model):
-        for images, _ in batches:
-            model(to_model(model, images))
+        for batch in batches:
+            task.run(model, task.to(batch, model))
     return {name: found.covariance().inputs.cpu() for name, found in sums.items()}
 
 
-def output_metrics(model: nn.Module, layers: Sequence[str], batches: Iterable, seed: int) -> dict[str, Tensor]:
-    """E[Σ_p g gᵀ] of each layer's output, float64 [O, O] on the CPU; g = ∂(v·logits)/∂output, v standard normal.
+def output_metrics(
+    model: nn.Module, layers: Sequence[str], batches: Batches, seed: int, task: Task
+) -> dict[str, Tensor]:
+    """E[Σ_p g gᵀ] of each layer's output, float64 [O, O] on the CPU; g = ∂(v·prediction)/∂output, v standard normal.
 
-    The mean is over images, p over positions. It is the Gauss-Newton matrix of the squared logit distortion, positions
+    The mean is over images, p over positions. It is the Gauss-Newton matrix of the squared distortion, positions
     taken as independent.
 
     Args:
         model: the network.
         layers: names of convolutions and linear layers.
-        batches: (images, labels).
+        batches: what the task reads.
         seed: of v.
+        task: what the prediction is.
     """
     generator = torch.Generator().manual_seed(seed)
     totals: dict[str, Tensor] = {}
@@ -125,15 +142,16 @@ def output_metrics(model: nn.Module, layers: Sequence[str], batches: Iterable, s
 
     handles = [model.get_submodule(name).register_forward_hook(keeper(name)) for name in layers]
     count = 0
+    handles.append(model.register_forward_pre_hook(differentiable, with_kwargs=True))
     with removing(handles), undisturbed(model, gradients=True):
-        for images, _ in batches:
+        for batch in batches:
             outputs.clear()
-            logits = model(to_model(model, images).clone().requires_grad_())
-            probe = torch.randn(logits.shape, generator=generator).to(logits)
-            gradients = torch.autograd.grad((probe * logits).sum(), [output for _, output in outputs])
+            values = task.prediction(task.run(model, task.to(batch, model)))
+            probe = torch.randn(values.shape, generator=generator).to(values)
+            gradients = torch.autograd.grad((probe * values).sum(), [output for _, output in outputs])
             for (name, _), gradient in zip(outputs, gradients, strict=True):
                 rows = output_rows(model.get_submodule(name), gradient, None)
                 totals[name] = totals.get(name, 0) + (rows.T @ rows).double().cpu()
-            count += len(images)
+            count += task.size(batch)
     outputs.clear()
     return {name: total / count for name, total in totals.items()}

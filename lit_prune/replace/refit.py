@@ -2,31 +2,34 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lit_prune.measurement.layers import undisturbed
 from lit_prune.replace.consumers import Reader
 from lit_prune.replace.folding import add_to_output, set_weight
 from lit_prune.replace.patches import PositionSample, channel_dim, input_rows, output_rows, taken
 from lit_prune.replace.regression import RIDGES, PairSums, solve_held_out
 from lit_prune.replace.settings import ROWS_A_WEIGHT, Replacement
 from lit_prune.replace.walk import Seen, Stop, Walk, watching
+from lit_prune.task import Task
+from lit_prune.task.running import undisturbed
 
 PIECE = 32  # images unfolded at once
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The original network and the reduced one, the latter changed in place."""
+    """The original network and the reduced one, the latter changed in place, and the task that runs them."""
 
     original: nn.Module
     reduced: nn.Module
+    task: Task
 
 
 def refit(
-    pair: Pair, stops: Sequence[Stop], readers: dict[str, Reader], images: Sequence[Tensor], settings: Replacement
+    pair: Pair, stops: Sequence[Stop], readers: dict[str, Reader], batches: Sequence[Any], settings: Replacement
 ) -> tuple[dict[str, dict], list[str]]:
     """Solves the layers at `stops` again, one after the other: `argmin Σ‖W' u + b' - z*‖² + λ‖W'‖²`.
 
@@ -39,7 +42,7 @@ def refit(
         pair: the networks, in evaluation mode.
         stops: layers in forward order.
         readers: by name: the output channels that stay.
-        images: batches [B, C, H, W].
+        batches: what the task of the pair reads.
         settings: ridge, share held out, positions.
 
     Returns:
@@ -50,12 +53,13 @@ def refit(
     with (
         undisturbed(pair.original),
         undisturbed(pair.reduced),
-        watching(pair.original, table, before=False) as start_original,
-        watching(pair.reduced, table, before=True) as start_reduced,
+        watching(pair.original, pair.task, table, before=False) as start_original,
+        watching(pair.reduced, pair.task, table, before=True) as start_reduced,
     ):
-        walks = [(start_original(batch), start_reduced(batch)) for batch in images]
+        walks = [(start_original(batch), start_reduced(batch)) for batch in batches]
+        images = sum(map(pair.task.size, batches))
         for stop in stops:
-            solver = _Solver(pair, stop, readers[stop.layer], settings, sum(map(len, images)))
+            solver = _Solver(pair, stop, readers[stop.layer], settings, images)
             for index, walk in enumerate(walks):
                 solver.add(*(_advanced(w, stop) for w in walk), held_out=settings.holds_out(index, len(walks)))
             report[stop.layer], created = solver.finish()

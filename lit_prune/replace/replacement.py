@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lit_prune.errors import InputError
 from lit_prune.measurement.layers import Batches
@@ -19,9 +19,10 @@ from lit_prune.replace.refit import Pair, refit
 from lit_prune.replace.settings import KINDS, Replacement
 from lit_prune.replace.stand_ins import Folded, fold
 from lit_prune.structure import Plan
+from lit_prune.structure.example import Example
+from lit_prune.task import Task, settle
 
 DEFAULT_REPLACEMENT = Replacement()
-Batch = tuple[Tensor, Tensor]  # images, labels
 Done = tuple[dict[str, dict], list[str]]  # report by layer, layers that gained a bias
 
 
@@ -48,10 +49,11 @@ def replace_mechanisms(
     model: nn.Module,
     plan: Plan,
     batches: Batches,
-    example_input: Tensor,
+    example_input: Any = None,
     kind: str = "delete",
     *,
     settings: Replacement = DEFAULT_REPLACEMENT,
+    task: Task | str | None = None,
 ) -> Reduced:
     """The network without what `plan` removes, with something in its place; `model` is untouched.
 
@@ -64,10 +66,11 @@ def replace_mechanisms(
     Args:
         model: the original network.
         plan: what to keep; its blocks are dropped first.
-        batches: unaugmented (images, labels); labels are read only where `settings.objective` is a loss.
-        example_input: [B, C, H, W], for tracing.
+        batches: unaugmented; targets are read only where `settings.objective` is a loss.
+        example_input: what the network is called with, for tracing; None takes the first batch.
         kind: "delete", "constant", "affine" or "refit".
         settings: see `Replacement`.
+        task: what a batch and an output mean; None recognises it.
 
     Raises:
         InputError: unknown kind, no images, or a layer in which nothing can stand in (it is named; see
@@ -78,18 +81,19 @@ def replace_mechanisms(
     if kind not in KINDS:
         raise InputError(f"kind={kind!r} is unknown; use one of {', '.join(KINDS)}")
     check_objective(kind, settings)
-    taken = take_batches(batches, settings.images)
-    images = [batch for batch, _ in taken]
-    job = Job.prepare(model, plan, example_input, kind, settings)
+    task, batches = settle(task, model, batches)
+    taken = take_batches(batches, settings.images, task)
+    example_input = example_of(task, model, taken[0]) if example_input is None else example_input
+    job = Job.prepare(model, plan, example_input, kind, settings, task)
     layers, gained = _METHODS[kind](job, taken, settings)
     readers = [job.readers[name] for name in layers]
-    errors = output_errors(job.dense, job.reduced, readers, job.flow.norms, images)
+    errors = output_errors(job.dense, job.reduced, readers, job.flow.norms, taken, task)
     for name, entry in layers.items():
         entry |= _shape(job.readers[name]) | errors[name].report(entry.pop("border", 0.0))
     final = replace(job.plan, added_biases=tuple(dict.fromkeys((*plan.added_biases, *gained))))
     report = {
         "kind": kind,
-        "images": sum(map(len, images)),
+        "images": sum(map(task.size, taken)),
         "groups": _group_report(plan, layers, job.readers),
         "layers": layers,
         "refused": job.refused,
@@ -97,46 +101,51 @@ def replace_mechanisms(
     return Reduced(job.reduced, report, final, job.carriers)
 
 
-def take_batches(batches: Batches, limit: int) -> list[Batch]:
-    """The first `limit` images with their labels, batch by batch.
+def example_of(task: Task, model: nn.Module, batch: Any) -> Example:
+    """What the network is called with for a batch."""
+    return task.inputs(task.to(batch, model))
+
+
+def take_batches(batches: Batches, limit: int, task: Task) -> list[Any]:
+    """The first `limit` samples, batch by batch.
 
     Raises:
         InputError: there is no image.
     """
     taken, count = [], 0
-    for images, labels in batches:
+    for batch in batches:
         if count >= limit:
             break
-        taken.append((images[: limit - count], None if labels is None else labels[: limit - count]))
-        count += len(taken[-1][0])
+        taken.append(batch if task.size(batch) <= limit - count else task.take(batch, limit - count))
+        count += task.size(taken[-1])
     if not count:
-        raise InputError("batches: no batch of (images, labels) in it; give at least one")
+        raise InputError("batches: there is no batch in it; give at least one")
     return taken
 
 
-def _delete(job: Job, batches: Sequence[Batch], settings: Replacement) -> Done:
+def _delete(job: Job, batches: Sequence[Any], settings: Replacement) -> Done:
     return {reader.name: {} for reader in job.losing()}, []
 
 
-def _constant(job: Job, batches: Sequence[Batch], settings: Replacement) -> Done:
+def _constant(job: Job, batches: Sequence[Any], settings: Replacement) -> Done:
     return _folded(job, batches, "constant", settings)
 
 
-def _affine(job: Job, batches: Sequence[Batch], settings: Replacement) -> Done:
+def _affine(job: Job, batches: Sequence[Any], settings: Replacement) -> Done:
     return _folded(job, batches, "affine", settings)
 
 
-def _folded(job: Job, batches: Sequence[Batch], kind: str, settings: Replacement) -> Done:
+def _folded(job: Job, batches: Sequence[Any], kind: str, settings: Replacement) -> Done:
     """Constants or affine combinations, fitted on the network before the surgery."""
     readers = job.losing()
-    inputs = collect_evidence(job.dense, [reader.name for reader in readers], batches, kind, settings)
+    inputs = collect_evidence(job.dense, [reader.name for reader in readers], batches, job.task, kind, settings)
     gained = light_carriers(job.reduced, job.graph, job.plan, job.carriers, job.flow)
     report = {}
     for reader in readers:
         module, found = job.dense.get_submodule(reader.name), inputs[reader.name]
         stand_in, said = fit_stand_in(reader, module.weight, found, kind, settings)
         folded = fold(module, reader, stand_in, found.size)
-        border, created = _write(job, reader, folded, batches[0][0][:2])
+        border, created = _write(job, reader, folded, job.task.take(batches[0], 2))
         gained += [reader.name] if created else []
         report[reader.name] = {"rows": found.inputs.count, "unexplained": stand_in.unexplained, "border": border}
         report[reader.name] |= said
@@ -144,7 +153,7 @@ def _folded(job: Job, batches: Sequence[Batch], kind: str, settings: Replacement
     return report, gained
 
 
-def _write(job: Job, reader: Reader, folded: Folded, images: Tensor) -> tuple[float, bool]:
+def _write(job: Job, reader: Reader, folded: Folded, batch: Any) -> tuple[float, bool]:
     """Puts a folded map into the reduced network; the border error left, and whether the reader gained a bias."""
     columns = carrier_columns(job.graph, job.carriers, reader)
     module = job.reduced.get_submodule(reader.name)
@@ -153,7 +162,7 @@ def _write(job: Job, reader: Reader, folded: Folded, images: Tensor) -> tuple[fl
     weight[:, [places[column] for column in reader.kept]] = folded.weight
     carried = bool(columns) and pads_with_zeros(module)
     if carried:
-        value = carried_value(job.reduced, reader.name, places[columns[0]], images)
+        value = carried_value(job.reduced, reader.name, places[columns[0]], example_of(job.task, job.reduced, batch))
         weight[:, places[columns[0]]] = folded.carried[:, 0] / value
     set_weight(module, weight)
     if carried:
@@ -161,22 +170,21 @@ def _write(job: Job, reader: Reader, folded: Folded, images: Tensor) -> tuple[fl
     return folded.border, add_to_output(job.reduced, reader.name, job.flow.norms.get(reader.name, ""), folded.shift)
 
 
-def _refit(job: Job, batches: Sequence[Batch], settings: Replacement) -> Done:
-    images = [batch for batch, _ in batches]
+def _refit(job: Job, batches: Sequence[Any], settings: Replacement) -> Done:
     names = [reader.name for reader in job.losing()]
     if settings.scope == "all" or not names:
-        names = _downstream(job, images[0])
+        names = _downstream(job, example_of(job.task, job.model, job.task.take(batches[0], 1)))
     stops = job.flow.stops(names)
-    return refit(Pair(job.model, job.reduced), stops, dict(job.readers), images, settings)
+    return refit(Pair(job.model, job.reduced, job.task), stops, dict(job.readers), batches, settings)
 
 
-def _downstream(job: Job, images: Tensor) -> list[str]:
+def _downstream(job: Job, example: Example) -> list[str]:
     """Every layer that can be solved again and whose input may have changed."""
     order = list(job.readers)
     lost = [position for position, name in enumerate(order) if job.readers[name].removed]
     first = min(lost, default=len(order))
     if job.dense is not job.model:
-        original = dict.fromkeys(observe(job.model, images).layers)
+        original = dict.fromkeys(observe(job.model, example).layers)
         first = min(first, next(position for position, name in enumerate(original) if name not in job.readers))
     return [name for name in order[first:] if not job.readers[name].obstacle]
 

@@ -1,43 +1,54 @@
 """Collector of what affine stand-ins are fitted to and scored by: second-order risk, sample by sample."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_prune.measurement.passes import InputGradients
-from lit_prune.replace.curvature import Labels, label_parts
+from lit_prune.replace.curvature import Part, loss_parts
 from lit_prune.replace.patches import PositionSample, output_rows
 from lit_prune.replace.risk import RiskRows
+from lit_prune.task import Task
 
 
 class RiskSamples(InputGradients):
     """Values, gradients and Gauss-Newton curvature of the loss at the input of every layer that is named.
 
-    Up to ten classes every label counts with its softmax probability, above one is drawn for an image. Positions count
-    as independent (the diagonal approximation); where there are many, a seeded sample of each image is taken, and
+    The curvature is that of `Task.curvature_terms`. Positions count as independent (the diagonal approximation); where
+    there are many, a seeded sample of each image is taken, and
     `RiskRows.images` is scaled so that sums over rows estimate sums over all positions.
 
     Args:
-        model: any classifier.
+        model: any network.
         layers: names of convolutions and linear layers.
-        seed: of drawn labels and positions.
+        task: what the loss is.
+        seed: of what is drawn.
         per_image: most positions of an image.
         most_rows: images beyond these many samples of a layer are not differentiated.
     """
 
+    losses = True
+
     def __init__(
-        self, model: nn.Module, layers: Sequence[str], seed: int = 0, per_image: int = 8, most_rows: int = 4096
+        self,
+        model: nn.Module,
+        layers: Sequence[str],
+        task: Task,
+        seed: int = 0,
+        per_image: int = 8,
+        most_rows: int = 4096,
     ) -> None:
         super().__init__(model, layers, seed)
+        self.task = task
         self.most_rows = most_rows
         self.modules = {name: model.get_submodule(name) for name in layers}
         self.parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
         self.images: dict[str, float] = {}
         self.sample = PositionSample(per_image, seed)
 
-    def add(self, logits: Tensor, labels: Tensor) -> None:
+    def add(self, output: Any, batch: Any) -> None:
         """See `passes.Collector`."""
         taken = {name: sum(len(part[0]) for part in parts) for name, parts in self.parts.items()}
         wanted = {name: v for name, v in self.inputs.items() if taken.get(name, 0) < self.most_rows}
@@ -49,12 +60,12 @@ class RiskSamples(InputGradients):
         }
         gradient = {name: torch.zeros_like(rows) for name, rows in values.items()}
         curvature = {name: torch.zeros_like(rows) for name, rows in values.items()}
-        for part in label_parts(logits, labels, self.generator):
-            for name, rows in self._gradients(logits, part, wanted, chosen).items():
-                if part.true:
+        for part in loss_parts(self.task, output, batch, self.generator):
+            for name, rows in self._gradients(part, wanted, chosen).items():
+                if part.is_loss:
                     gradient[name] = rows
                 else:
-                    weights = part.weights.double().repeat_interleave(len(rows) // len(logits))
+                    weights = part.weights.double().repeat_interleave(len(rows) // len(part.weights))
                     curvature[name] += weights[:, None] * rows.square()
         for name in wanted:
             rows = tuple(table[name].cpu() for table in (values, gradient, curvature))
@@ -69,9 +80,8 @@ class RiskSamples(InputGradients):
         self.images[name] = self.images.get(name, 0.0) + share * len(inputs)
         return chosen
 
-    def _gradients(self, logits: Tensor, part: Labels, wanted: Mapping[str, Tensor], chosen: Mapping) -> dict:
-        loss = F.cross_entropy(logits, part.values, reduction="sum")
-        found = torch.autograd.grad(loss, list(wanted.values()), retain_graph=True, allow_unused=True)
+    def _gradients(self, part: Part, wanted: Mapping[str, Tensor], chosen: Mapping) -> dict:
+        found = torch.autograd.grad(part.values.sum(), list(wanted.values()), retain_graph=True, allow_unused=True)
         pairs = ((n, torch.zeros_like(v) if g is None else g) for (n, v), g in zip(wanted.items(), found, strict=True))
         return {name: output_rows(self.modules[name], g, chosen[name]).double() for name, g in pairs}
 

@@ -8,13 +8,15 @@ pass instead of L, on any module that runs, and the memory holds the live activa
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lit_prune.measurement.layers import removing, to_model, without_gradients
+from lit_prune.measurement.layers import removing, without_gradients
+from lit_prune.task import Task
 
 ADDITIONS = (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
 _running = threading.local()
@@ -54,20 +56,19 @@ class Walk:
     """One forward pass in its own thread; it runs only inside `advance`.
 
     Args:
-        model: network with the hooks of `watching`.
-        images: one batch.
+        run: runs the network, which has the hooks of `watching`, on one batch.
     """
 
-    def __init__(self, model: nn.Module, images: Tensor) -> None:
+    def __init__(self, run: Callable[[], Any]) -> None:
         self._go, self._there = threading.Semaphore(0), threading.Semaphore(0)
         self._seen: tuple[str, Seen] | None = None
         self._error: BaseException | None = None
         self._cancelled = False
-        self.output: Tensor | None = None
+        self.output: Any = None
         self.inputs: dict[str, Tensor] = {}
         self.tails: dict[str, Tensor] = {}  # joined layer -> tensor that the addition will read
         self.replaying = False
-        self._thread = threading.Thread(target=self._run, args=(model, images), daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(run,), daemon=True)
         self._thread.start()
 
     def advance(self, layer: str | None = None) -> Seen | None:
@@ -98,13 +99,13 @@ class Walk:
         if self._cancelled:
             raise _Cancelled
 
-    def _run(self, model: nn.Module, images: Tensor) -> None:
+    def _run(self, run: Callable[[], Any]) -> None:
         _running.walk = self
         self._go.acquire()
         try:
             with without_gradients():
                 if not self._cancelled:
-                    self.output = model(to_model(model, images))
+                    self.output = run()
         except _Cancelled:
             pass
         except BaseException as error:  # noqa: BLE001  (raised again where the pass is advanced)
@@ -119,11 +120,12 @@ class _Cancelled(BaseException):
 
 
 @contextmanager
-def watching(model: nn.Module, stops: Mapping[str, Stop], before: bool) -> Iterator[Callable[[Tensor], Walk]]:
+def watching(model: nn.Module, task: Task, stops: Mapping[str, Stop], before: bool) -> Iterator[Callable[[Any], Walk]]:
     """Hooks that make passes of `model` wait at `stops`; yields the function that starts a pass.
 
     Args:
         model: network in evaluation mode.
+        task: runs it on a batch.
         stops: by layer name.
         before: True: wait before the layer runs (it is to be changed) and repeat it after a joined stop with the
             weights it then has. False: wait after it, with its output.
@@ -133,8 +135,12 @@ def watching(model: nn.Module, stops: Mapping[str, Stop], before: bool) -> Itera
     for stop in stops.values():
         handles += _layer_hooks(modules, stop, before)
 
-    def start(images: Tensor) -> Walk:
-        walks.append(Walk(_Watched(model, modules, stops, before), images))
+    def start(batch: Any) -> Walk:
+        def run() -> Any:
+            with _Additions(modules, stops, before):
+                return task.run(model, task.to(batch, model))
+
+        walks.append(Walk(run))
         return walks[-1]
 
     try:
@@ -167,30 +173,12 @@ def _layer_hooks(modules: dict[str, nn.Module], stop: Stop, before: bool) -> lis
     return [modules[stop.layer].register_forward_pre_hook(on_input), tail.register_forward_hook(on_output)]
 
 
-@dataclass
-class _Watched:
-    """A network whose additions are watched in the thread that calls it."""
-
-    model: nn.Module
-    modules: dict[str, nn.Module]
-    stops: Mapping[str, Stop]
-    before: bool
-    additions: TorchFunctionMode = field(init=False)
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        return self.model.parameters()
-
-    def __call__(self, images: Tensor) -> Tensor:
-        with _Additions(self):
-            return self.model(images)
-
-
 class _Additions(TorchFunctionMode):
-    """Stops a pass at the additions that read a joined layer."""
+    """Stops a pass, in the thread that runs it, at the additions that read a joined layer."""
 
-    def __init__(self, watched: _Watched) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module], stops: Mapping[str, Stop], before: bool) -> None:
         super().__init__()
-        self.watched = watched
+        self.modules, self.stops, self.before = modules, stops, before
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         """Runs the function; at a watched addition it waits, and may add the layer's new output instead."""
@@ -206,16 +194,14 @@ class _Additions(TorchFunctionMode):
         tail = walk.tails.pop(layer)
         place = 0 if args[0] is tail else 1
         inputs, other = walk.inputs.pop(layer), args[1 - place]
-        if not self.watched.before:
+        if not self.before:
             total = function(*args)
             walk.stop(layer, Seen(inputs, total, other))
             return total
         walk.stop(layer, Seen(inputs, None, other))
         walk.replaying = True
-        stop = self.watched.stops[layer]
-        fresh = self.watched.modules[layer](inputs)
-        tail.copy_(
-            self.watched.modules[stop.norm](fresh) if stop.norm else fresh
-        )  # also right for an addition in place
+        stop = self.stops[layer]
+        fresh = self.modules[layer](inputs)
+        tail.copy_(self.modules[stop.norm](fresh) if stop.norm else fresh)  # also right for an addition in place
         walk.replaying = False
         return function(*args)

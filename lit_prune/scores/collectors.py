@@ -2,27 +2,35 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lit_prune.errors import InputError
-from lit_prune.measurement import target_axis
 from lit_prune.measurement.activations import Recording, record
+from lit_prune.measurement.channel_table import NO_TARGET, task_values, variable_name
 from lit_prune.measurement.layers import out_channels, position_view, removing, select_layers
 from lit_prune.measurement.moments import ActivationSums
 from lit_prune.measurement.protocol import DEFAULT_PROTOCOL
+from lit_prune.task import Task
 
 POOLED_IMAGES = 5000
 
 
 class Sums:
-    """Sums of all layers' raw outputs, with the true margin as task variable (see `collect_sums`)."""
+    """Sums of all layers' raw outputs, see `lit_prune.measurement.channel_table.collect_sums`.
+
+    Args:
+        model: the network.
+        task: what a batch and an output mean.
+        target: the task variable; None takes the task's default, "none" none.
+    """
 
     gradients = False
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, task: Task, target: str | None = None) -> None:
+        self.model, self.task, self.target = model, task, target
+        self.losses = target != NO_TARGET
         self.recording = Recording(DEFAULT_PROTOCOL)
 
     @contextmanager
@@ -31,9 +39,16 @@ class Sums:
         with record(self.model) as self.recording:
             yield
 
-    def add(self, logits: Tensor, labels: Tensor) -> None:
-        """See `Collector`."""
-        self.recording.add_target(target_axis.task_variable("true_margin", logits.detach(), labels))
+    def add(self, output: Any, batch: Any) -> None:
+        """See `Collector`.
+
+        Raises:
+            InputError: the task has no such variable for this batch.
+        """
+        name = variable_name(self.task, batch, self.target)
+        if name is None and self.losses:
+            self.task.losses(output, batch)  # says what is missing
+        self.recording.add_target(task_values(self.task, output, batch, name))
 
     def result(self) -> ActivationSums:
         """The sums."""
@@ -41,14 +56,15 @@ class Sums:
 
 
 class Saliency:
-    """Σ over images of |Σ_p a·∂L/∂a| at every layer's raw output, L the image's cross-entropy.
+    """Σ over images of |Σ_p a·∂L/∂a| at every layer's raw output, L the image's loss.
 
     The sum runs over all positions (all tokens of a token layer).
     """
 
-    gradients = True
+    gradients = losses = True
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, task: Task) -> None:
+        self.task = task
         self.layers = select_layers(model)
         self.outputs: list[tuple[str, Tensor]] = []
         self.totals = {name: torch.zeros(out_channels(m), dtype=torch.float64) for name, m in self.layers.items()}
@@ -68,15 +84,13 @@ class Saliency:
         with removing([module.register_forward_hook(keeper(name)) for name, module in self.layers.items()]):
             yield
 
-    def add(self, logits: Tensor, labels: Tensor) -> None:
+    def add(self, output: Any, batch: Any) -> None:
         """See `Collector`.
 
         Raises:
-            InputError: a loss that is not finite.
+            InputError: the task has no loss, or one that is not finite.
         """
-        loss = nn.functional.cross_entropy(logits, labels.to(logits.device), reduction="sum")
-        if not torch.isfinite(loss):
-            raise InputError("batches: the loss is NaN or infinite; mend the network or the data")
+        loss = self.task.losses(output, batch).sum()
         kept = [output for _, output in self.outputs]
         gradients = torch.autograd.grad(loss, kept, allow_unused=True, retain_graph=True)
         for (name, output), gradient in zip(self.outputs, gradients, strict=True):
@@ -84,7 +98,7 @@ class Saliency:
                 product = position_view(self.layers[name], output.detach() * gradient, token=None)
                 self.totals[name] += product.float().sum(1).abs().sum(0).double().cpu()
         self.outputs.clear()
-        self.count += len(logits)
+        self.count += self.task.size(batch)
 
     def result(self) -> dict[str, Tensor]:
         """The mean over images, float64 [N] a layer."""
@@ -92,14 +106,16 @@ class Saliency:
 
 
 class Pooled:
-    """Raw outputs of all layers averaged over positions (the first token of a token layer), and labels."""
+    """Raw outputs of all layers averaged over positions (the first token of a token layer), and the task's `kinds`."""
 
     gradients = False
+    losses = True
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, task: Task) -> None:
+        self.task = task
         self.layers = select_layers(model)
         self.kept: dict[str, list[Tensor]] = {}
-        self.labels: list[Tensor] = []
+        self.kinds: list[Tensor] = []
 
     @contextmanager
     def watch(self) -> Iterator[None]:
@@ -107,7 +123,7 @@ class Pooled:
 
         def keeper(name: str):
             def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-                if sum(map(len, self.labels)) < POOLED_IMAGES:
+                if sum(map(len, self.kinds)) < POOLED_IMAGES:
                     values = position_view(module, output.detach(), DEFAULT_PROTOCOL.token)
                     self.kept.setdefault(name, []).append(values.mean(1, dtype=torch.float32).cpu())
 
@@ -116,12 +132,12 @@ class Pooled:
         with removing([module.register_forward_hook(keeper(name)) for name, module in self.layers.items()]):
             yield
 
-    def add(self, logits: Tensor, labels: Tensor) -> None:
+    def add(self, output: Any, batch: Any) -> None:
         """See `Collector`."""
-        if sum(map(len, self.labels)) < POOLED_IMAGES:
-            self.labels.append(labels.cpu())
+        if sum(map(len, self.kinds)) < POOLED_IMAGES:
+            self.kinds.append(self.task.kinds(output, batch).cpu())
 
     def result(self) -> tuple[dict[str, Tensor], Tensor]:
-        """Layer -> float32 [n, N], and int64 labels [n]; n ≤ 5000."""
+        """Layer -> float32 [n, N], and kinds [n]; n ≤ 5000."""
         values = {name: torch.cat(parts)[:POOLED_IMAGES] for name, parts in self.kept.items()}
-        return values, torch.cat(self.labels)[:POOLED_IMAGES]
+        return values, torch.cat(self.kinds)[:POOLED_IMAGES]

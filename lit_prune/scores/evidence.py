@@ -10,16 +10,18 @@ from torch import Tensor, nn
 
 from lit_prune.errors import InputError
 from lit_prune.measurement import local_axis
-from lit_prune.measurement.channel_table import channel_table
+from lit_prune.measurement.channel_table import NO_TARGET, TARGET_COLUMNS, channel_table
 from lit_prune.measurement.inputs import InputMoments
-from lit_prune.measurement.layers import Batches, following_norms, out_channels, peek, select_layers
+from lit_prune.measurement.layers import Batches, following_norms, out_channels, select_layers
 from lit_prune.measurement.moments import ActivationSums
 from lit_prune.measurement.passes import Collector, run_pass
 from lit_prune.replace.curvature import CurvatureSums
 from lit_prune.replace.risk_samples import RiskSamples
 from lit_prune.scores import independence, inputs
 from lit_prune.scores.collectors import Pooled, Saliency, Sums
+from lit_prune.structure.example import Example
 from lit_prune.structure.groups import ChannelGraph, Group, trace_groups
+from lit_prune.task import Task, peek, settle
 
 Couplings = dict[str, list[tuple[str, Tensor]]]
 
@@ -35,13 +37,18 @@ class Evidence:
     """
 
     def __init__(
-        self, model: nn.Module, batches: Batches | None, table: pd.DataFrame | None = None, seed: int = 0
+        self,
+        model: nn.Module,
+        batches: Batches | None,
+        table: pd.DataFrame | None = None,
+        seed: int = 0,
+        task: Task | str | None = None,
     ) -> None:
         self.model = model
         self.layers = select_layers(model)
         self.seed = seed
         self._batches = list(batches) if isinstance(batches, Iterator) else batches  # it may be read more than once
-        self._table = table
+        self._table, self._task = table, task
         self.passes = 0
         self._collected: dict[str, Any] = {}
         self._known: dict[tuple, dict[str, Tensor]] = {}
@@ -61,13 +68,18 @@ class Evidence:
             InputError: none were given.
         """
         if self._batches is None:
-            raise InputError("batches: None, but this score looks at data; give an iterable of (images, labels)")
+            raise InputError("batches: None, but this score looks at data; give an iterable of batches")
         return self._batches
 
     @cached_property
-    def example(self) -> Tensor:
-        """The first batch of images."""
-        return peek(self.batches)[0]
+    def task(self) -> Task:
+        """What a batch and an output mean: what was given, else recognised."""
+        return settle(self._task, self.model, self.batches)[0]
+
+    @cached_property
+    def example(self) -> Example:
+        """What the network is called with for the first sample."""
+        return self.task.inputs(self.task.to(self.task.take(peek(self.batches)[0], 1), self.model))
 
     @cached_property
     def graph(self) -> ChannelGraph:
@@ -100,11 +112,19 @@ class Evidence:
         return {name: parts for name, parts in found.items() if parts}
 
     def gather(self, needs: Iterable[str]) -> None:
-        """Collects what is not there yet of the needs (keys of `COLLECTORS`), all of it in one pass."""
+        """Collects what is not there yet of the needs (keys of `COLLECTORS`), all of it in one pass.
+
+        "table" stands for the sums behind a channel table with its target axis, where no table was given. Sums with a
+        task variable serve where sums are needed.
+        """
+        tables = [] if self._table is not None else ["task_sums"]
+        needs = [found for need in needs for found in (tables if need == "table" else [need])]
+        known = {*self._collected, *needs}
+        needs = [need for need in needs if need != "sums" or "task_sums" not in known]
         missing = [need for need in dict.fromkeys(needs) if need not in self._collected]
         if missing:
             collectors = {need: COLLECTORS[need](self) for need in missing}
-            run_pass(self.model, self.batches, list(collectors.values()))
+            run_pass(self.model, self.batches, list(collectors.values()), self.task)
             self.passes += 1
             self._collected |= {need: collector.result() for need, collector in collectors.items()}
 
@@ -115,12 +135,17 @@ class Evidence:
 
     @property
     def sums(self) -> ActivationSums:
-        """Sums of all layers' raw outputs, with the true margin as task variable."""
-        return self.collected("sums")
+        """Sums of all layers' raw outputs, with the task variable where it has been asked for."""
+        return self.collected("task_sums" if "task_sums" in self._collected else "sums")
 
     @cached_property
     def table(self) -> pd.DataFrame:
-        """The channel table: the one given, else measured with the default protocol."""
+        """The channel table: the one given, else measured with the default protocol and the task's own variable."""
+        return self._table if self._table is not None else channel_table(self.model, self.collected("task_sums"))
+
+    @cached_property
+    def _local_table(self) -> pd.DataFrame:
+        """The channel table where nothing of the target axis is read, so that no labels are needed."""
         return self._table if self._table is not None else channel_table(self.model, self.sums)
 
     @cached_property
@@ -137,7 +162,8 @@ class Evidence:
 
     def column(self, name: str) -> dict[str, Tensor]:
         """A column of the channel table by layer, each float64 [N] in channel order."""
-        frames = self.table.sort_values("channel", kind="stable").groupby("layer", sort=False)
+        table = self.table if name in TARGET_COLUMNS else self._local_table
+        frames = table.sort_values("channel", kind="stable").groupby("layer", sort=False)
         return {layer: torch.tensor(frame[name].to_numpy(), dtype=torch.float64) for layer, frame in frames}
 
     def dead(self) -> dict[str, Tensor]:
@@ -151,13 +177,14 @@ class Evidence:
 
 
 COLLECTORS: dict[str, Callable[[Evidence], Collector]] = {
-    "sums": lambda evidence: Sums(evidence.model),
-    "pooled": lambda evidence: Pooled(evidence.model),
-    "saliency": lambda evidence: Saliency(evidence.model),
+    "sums": lambda evidence: Sums(evidence.model, evidence.task, NO_TARGET),
+    "task_sums": lambda evidence: Sums(evidence.model, evidence.task),
+    "pooled": lambda evidence: Pooled(evidence.model, evidence.task),
+    "saliency": lambda evidence: Saliency(evidence.model, evidence.task),
     "input_variances": lambda evidence: InputMoments(evidence.model, evidence.readers, diagonal=True),
     "unit_moments": lambda evidence: inputs.UnitMoments(evidence.model, evidence.read_groups),
-    "curvatures": lambda evidence: CurvatureSums(evidence.model, evidence.readers, evidence.seed),
-    "risk_rows": lambda evidence: RiskSamples(evidence.model, evidence.readers, evidence.seed),
-    "independence": lambda evidence: independence.Independence(evidence.model),
+    "curvatures": lambda evidence: CurvatureSums(evidence.model, evidence.readers, evidence.task, evidence.seed),
+    "risk_rows": lambda evidence: RiskSamples(evidence.model, evidence.readers, evidence.task, evidence.seed),
+    "independence": lambda evidence: independence.Independence(evidence.model, evidence.task),
 }
 """What a pass can collect, by the name that `Score.needs` uses."""

@@ -6,11 +6,13 @@ Source: Sui et al. 2021 (CHIP), equations 3 and 4.
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lit_prune.measurement.layers import position_view, removing, select_layers
+from lit_prune.task import Task
 
 STEP = 0.45  # of the trapezoid rule on log s: its error is exp(-π²/STEP), 3e-10
 LOWEST, HIGHEST = -26.0, 16.0  # of log s, for a matrix whose largest singular value is 1
@@ -69,7 +71,8 @@ class Independence:
 
     gradients = False
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, task: Task) -> None:
+        self.task = task
         self.layers = select_layers(model)
         self.totals: dict[str, Tensor] = {}
         self.count = 0
@@ -91,9 +94,9 @@ class Independence:
         with removing([module.register_forward_hook(observer(name)) for name, module in self.layers.items()]):
             yield
 
-    def add(self, logits: Tensor, labels: Tensor) -> None:
+    def add(self, output: Any, batch: Any) -> None:
         """See `passes.Collector`."""
-        self.count += len(labels)
+        self.count += self.task.size(batch)
 
     def result(self) -> dict[str, Tensor]:
         """Layer -> float64 [N]."""

@@ -8,14 +8,15 @@ from lit_prune.scores.evidence import Evidence
 
 
 def label_information(evidence: Evidence) -> dict[str, Tensor]:
-    """I(bin(Ȳ_i); label) in nats, 10 quantile bins."""
-    pooled, labels = evidence.collected("pooled")
-    return {name: information.label_information(values, labels) for name, values in pooled.items()}
+    """I(bin(Ȳ_i); label) in nats, 10 quantile bins; without classes the label is the task variable's bin."""
+    pooled, kinds = evidence.collected("pooled")
+    return {name: information.label_information(values, kinds) for name, values in pooled.items()}
 
 
 def conditional_information(evidence: Evidence) -> dict[str, Tensor]:
     """(N - position)/N, position from 0 in the greedy order of what a channel adds to those before it."""
-    pooled, labels = evidence.collected("pooled")
+    pooled, kinds = evidence.collected("pooled")
+    labels = information.as_classes(kinds)
     classes = int(labels.max()) + 1
     scores = {}
     for name, values in pooled.items():

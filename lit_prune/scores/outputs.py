@@ -116,18 +116,20 @@ def _carried(units: Moments, power: Tensor) -> Tensor:
 
 
 def reconstruction(evidence: Evidence, per_mac: float) -> dict[str, Tensor]:
-    """Squared logit distortion that a unit adds when its readers are solved again without it, per multiply-add.
+    """Squared distortion of the prediction that a unit adds when its readers are solved again without it.
 
-    Units go in greedy order, the cheapest of those left first; meant for the replacement kind `refit` and global
-    allocation. `per_mac` is the power of the multiply-adds, 0 for no division. Per group, as `variance`; see
-    `lit_prune.replace.reconstruction_costs`.
+    It is divided by the multiply-adds. Units go in greedy order, the cheapest of those left first; meant for the
+    replacement kind `refit` and global allocation. `per_mac` is the power of the multiply-adds, 0 for no division. Per
+    group, as `variance`; see `lit_prune.replace.reconstruction_costs`.
     """
-    costs = reconstruction_costs(evidence.model, evidence.batches, evidence.example, per_mac, evidence.seed)
+    costs = reconstruction_costs(
+        evidence.model, evidence.batches, evidence.example, per_mac, evidence.seed, evidence.task
+    )
     return to_layers(evidence, costs)
 
 
 def cmr_const(evidence: Evidence) -> dict[str, Tensor]:
-    """Rise of the loss when a unit takes its best constant: gradient and Gauss-Newton curvature of the cross-entropy.
+    """Rise of the loss when a unit takes its best constant: gradient and Gauss-Newton curvature of the task's loss.
 
     At a linear softmax head the curvature is exact. Summed over a unit's positions and consumers; per group, as
     `variance`.

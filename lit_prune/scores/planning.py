@@ -39,7 +39,7 @@ def plan_method(evidence: Evidence, method: str, graph: ChannelGraph, cost_model
     sparsity = channel_sparsity(graph, cost_model, request)
     ranks = find_score(method).at(sparsity).ranks(evidence)
     if request.kind == "latency" and request.allocation != "layerwise":
-        plan = plan_latency(evidence.model, graph, cost_model, ranks, request, evidence.example[:1])
+        plan = plan_latency(evidence.model, graph, cost_model, ranks, request, evidence.example.args[0])
     else:
         plan = plan_channels(graph, cost_model, ranks, request)
     return replace(plan, notes={**plan.notes, "method": method})

@@ -23,9 +23,9 @@ def redundancy_between(evidence: Evidence) -> dict[str, Tensor]:
 
 def excess_between(evidence: Evidence) -> dict[str, Tensor]:
     """S_ij, the target excess of each pair, nats, [N, N], diagonal 0."""
-    deviation = target_deviation(evidence.sums)
-    found = {}
-    for layer, sums in evidence.sums.layers.items():
+    known = evidence.collected("task_sums")
+    deviation, found = target_deviation(known), {}
+    for layer, sums in known.layers.items():
         task, between = target_correlations(sums.to("cpu"), deviation)
         found[layer] = _without_dead(excess_graph(task[:, 0], between), sums)
     return found

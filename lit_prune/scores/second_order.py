@@ -10,7 +10,7 @@ from lit_prune.scores.outputs import summed_over_readers
 def cmr_affine(evidence: Evidence, parents: float, ridge: float, rule: str) -> dict[str, Tensor]:
     """Rise of the loss, to second order, when a unit becomes its best affine function of r others, in nats.
 
-    `affine_risks` with the Gauss-Newton curvature of the cross-entropy in the value that a reader is given, summed over
+    `affine_risks` with the Gauss-Newton curvature of the loss in the value that a reader is given, summed over
     the readers. Positions count as independent and are sampled (at most 8 an image, 4096 a layer). Per group, as
     `variance`.
 

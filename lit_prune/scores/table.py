@@ -8,10 +8,11 @@ from lit_prune.scores import axes, clusters, gradients, labels, mixtures, output
 from lit_prune.scores.evidence import Evidence
 from lit_prune.scores.method import SPARSITY, Method, Score
 from lit_prune.scores.names import parse_method
+from lit_prune.task import Task
 
-_SUMS, _LABELS = ("sums",), ("pooled",)
+_SUMS, _TARGET, _TABLE, _LABELS = ("sums",), ("task_sums",), ("table",), ("pooled",)
 _INPUTS, _UNITS = ("input_variances",), ("unit_moments", "sums")
-_BOTH = ("sums", "saliency")
+_BOTH = ("table", "saliency")
 
 SCORES: dict[str, Score] = {
     "magnitude": Score(weights.magnitude, "baseline", "weights"),
@@ -34,13 +35,13 @@ SCORES: dict[str, Score] = {
     "ix_minus_redundancy": Score(axes.ix_minus_redundancy, "local", "activations", (0.5,)),
     "magnitude_plus_ix": Score(axes.magnitude_plus_ix, "local", "activations", (1.0,)),
     "compact_support": Score(outputs.compact_support, "local", "activations", needs=_SUMS),
-    "cap": Score(clusters.cap, "local", "labels"),
+    "cap": Score(clusters.cap, "local", "labels", needs=_TABLE),
     "cap_qgw": Score(clusters.cap_qgw, "local", "gradients", needs=_BOTH),
     "cap_a": Score(clusters.cap_a, "local", "gradients", (None,), needs=_BOTH),
-    "spectral_rs": Score(clusters.spectral_rs, "local", "labels", needs=_SUMS),
-    "composite_pid": Score(axes.composite_pid, "target", "labels"),
-    "pid_no_red": Score(axes.pid_no_red, "target", "labels"),
-    "spectral_pid_rs": Score(clusters.spectral_pid_rs, "target", "labels", needs=_SUMS),
+    "spectral_rs": Score(clusters.spectral_rs, "local", "labels", needs=_TARGET),
+    "composite_pid": Score(axes.composite_pid, "target", "labels", needs=_TABLE),
+    "pid_no_red": Score(axes.pid_no_red, "target", "labels", needs=_TABLE),
+    "spectral_pid_rs": Score(clusters.spectral_pid_rs, "target", "labels", needs=_TARGET),
     "label_information": Score(labels.label_information, "target", "labels", needs=_LABELS),
     "conditional_information": Score(labels.conditional_information, "target", "labels", needs=_LABELS),
 }
@@ -50,7 +51,13 @@ SCORES["hybrid"] = Score(
 
 
 def score(
-    model: nn.Module, name: str, batches: Batches | None = None, table: pd.DataFrame | None = None, seed: int = 0
+    model: nn.Module,
+    name: str,
+    batches: Batches | None = None,
+    table: pd.DataFrame | None = None,
+    seed: int = 0,
+    *,
+    task: Task | str | None = None,
 ) -> dict[str, Tensor]:
     """Scores of the channels of every Conv2d and Linear layer; higher = keep.
 
@@ -62,10 +69,12 @@ def score(
         name: a name of `SCORES`, with parameters where it has them: `ix_minus_redundancy(0.5)`,
             `hybrid(taylor, composite_ix)`. A score that depends on the sparsity takes it as its parameter, as in
             `cap_a(0.9)`; `plan_method` fills in what its budget asks for.
-        batches: iterable of (images, labels); not needed by `magnitude`, `random` and `fpgm`, nor, given `table`, by
-            those made of its columns. A pass over them measures the channel table if it is not given.
+        batches: what the task reads, such as (images, labels); not needed by `magnitude`, `random`, `fpgm`, nor, given
+            `table`, by those made of its columns. A pass over them measures the channel table if it is not given.
         table: a channel table from `measure`, so that many scores share one pass.
         seed: of `random` and of clusterings.
+        task: what a batch and an output mean; None recognises it. Labels are needed by scores that read a loss, the
+            target axis or classes.
 
     Returns:
         Layer name to float64 [N] on the CPU. Layers a score is not defined for are left out.
@@ -73,7 +82,7 @@ def score(
     Raises:
         InputError: unknown name (near matches are listed), wrong parameters, missing batches.
     """
-    return find_score(name).at(SPARSITY).ranks(Evidence(model, batches, table, seed))
+    return find_score(name).at(SPARSITY).ranks(Evidence(model, batches, table, seed, task))
 
 
 def find_score(name: str) -> Method:

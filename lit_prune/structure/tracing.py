@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
+from lit_prune.structure.example import Example
 
 _HOOK_TABLES = (
     "_forward_hooks",
@@ -78,6 +79,8 @@ def one_image(model: nn.Module, example_input: Tensor) -> Tensor:
     Raises:
         InputError: `example_input` is no tensor with a batch dimension.
     """
+    if isinstance(example_input, Example) and len(example_input.args) == 1 and not example_input.kwargs:
+        example_input = example_input.args[0]
     if not isinstance(example_input, Tensor) or example_input.dim() < 2 or len(example_input) == 0:
         got = tuple(example_input.shape) if isinstance(example_input, Tensor) else type(example_input).__name__
         raise InputError(f"example_input is {got}; give a tensor with a batch dimension, such as [1, 3, 32, 32]")

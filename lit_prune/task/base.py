@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lit_prune.errors import InputError
 from lit_prune.structure.example import Example
-from lit_prune.task.batches import find_layout, is_listed, size_of, slice_batch, to_network
+from lit_prune.task.batches import describe, find_layout, is_listed, size_of, slice_batch, to_network
 from lit_prune.task.outputs import joined
 
 TASKS: dict[str, type[Task]] = {}
@@ -52,6 +52,19 @@ class Task:
     def target(self, batch: Any) -> Any:
         """What the output is compared with; None where the batch has none."""
         return find_layout(batch).target_of(batch)
+
+    def relabelled(self, batch: Any, target: Any) -> Any:
+        """The batch with another target, as a plain tuple or dict.
+
+        Raises:
+            InputError: the batch has none.
+        """
+        key = find_layout(batch).target
+        if key is None:
+            raise InputError(f"batches: a batch is {describe(batch)}, without a target; {GIVE_LOSS}")
+        if isinstance(batch, Mapping):
+            return {**batch, key: target}
+        return tuple(target if place == key else value for place, value in enumerate(batch))
 
     def run(self, model: nn.Module, batch: Any) -> Any:
         """The network's output for a batch that `to` has prepared."""
@@ -126,6 +139,16 @@ class Task:
         if name != "negative_loss":
             raise unknown_variable(name, self.variables)
         return -self.losses(output, batch).double()[:, None]
+
+    def kinds(self, output: Any, batch: Any) -> Tensor:
+        """What tells samples apart, [B]: int64 classes, or values that are to be cut into quantiles.
+
+        Here the default task variable.
+
+        Raises:
+            InputError: as `losses`.
+        """
+        return self.variable(output, batch, self.default_variable(batch) or "negative_loss").detach()[:, 0]
 
     def metric(self, output: Any, batch: Any) -> Tensor:
         """Sums behind the figure of this batch, float64 [...]; they add over batches and ranks."""

@@ -136,11 +136,14 @@ class Classification(Task):
             return super().variable(output, batch, name)
         return task_variable(name, self.prediction(output).detach(), labels)
 
+    def kinds(self, output: Any, batch: Any) -> Tensor:
+        """The classes, int64 [B]; with probabilities the likeliest."""
+        labels = self.labels(output, batch)
+        return labels.argmax(1) if labels.is_floating_point() else labels
+
     def metric(self, output: Any, batch: Any) -> Tensor:
         """Right answers, and samples."""
-        labels = self.labels(output, batch)
-        labels = labels.argmax(1) if labels.is_floating_point() else labels
-        right = (self.prediction(output).argmax(1) == labels).double()
+        right = (self.prediction(output).argmax(1) == self.kinds(output, batch)).double()
         return torch.stack([right.sum(), right.new_tensor(len(right))])
 
     def curvature_terms(self, output: Any, batch: Any, generator: torch.Generator) -> list[Term]:

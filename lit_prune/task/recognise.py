@@ -1,8 +1,7 @@
 """Which task a network and its batches are of."""
 
 import itertools
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 from lit_prune.errors import InputError
 from lit_prune.task.base import TASKS, Task
 from lit_prune.task.batches import HOW_TO_GIVE, describe, find_layout
+from lit_prune.task.running import undisturbed
 from lit_prune.task.unlabelled import Unlabelled
 
 SAMPLES = 2  # run to see what the network gives
@@ -63,17 +63,21 @@ def peek(batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
 def recognise(model: nn.Module, batch: Any) -> Task:
     """The task of a network and a batch: the one of `TASKS` that fits what the network answers to two samples.
 
+    With targets that fit none it is `Unlabelled`, which refuses where a loss is needed and says what was found.
+
     Args:
         model: the network; it is run in evaluation mode and left as found.
         batch: a batch of a usual kind, see `find_layout`.
 
     Raises:
-        InputError: the batch, or what the network makes of it, is not recognised; the line says what was found.
+        InputError: the batch is not recognised, or the network does not take it; the line says what was found.
     """
     find_layout(batch)  # refuses what it does not know
     reader = Unlabelled()
     few = reader.to(reader.take(batch, SAMPLES), model)
-    with _evaluating(model):
+    if not reader.size(few):
+        raise InputError("batches: the first batch holds no images; leave it out")
+    with undisturbed(model):
         try:
             output = reader.run(model, few)
         except (TypeError, ValueError, RuntimeError, AttributeError, AssertionError) as error:
@@ -85,21 +89,7 @@ def recognise(model: nn.Module, batch: Any) -> Task:
     for kind in reversed(TASKS.values()):
         if kind.fits(output, target, size):
             return kind()
-    raise InputError(
+    return Unlabelled(
         f"batches: the network answers {describe(output)} and the target is {describe(target)}, which is none of "
         f"{', '.join(TASKS)}; {HOW_TO_GIVE}"
     )
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; flags and random state are as before afterwards."""
-    flags = [(module, module.training) for module in model.modules()]
-    devices = sorted({parameter.device.index for parameter in model.parameters() if parameter.is_cuda})
-    try:
-        with torch.random.fork_rng(devices), torch.inference_mode(False), torch.no_grad():
-            model.eval()
-            yield
-    finally:
-        for module, training in flags:
-            module.training = training

@@ -10,8 +10,8 @@ from torch import nn
 from lit_prune.files import write_parquet
 from lit_prune.measurement.channel_table import channel_table, collect_sums, layer_table
 from lit_prune.measurement.protocol import DEFAULT_PROTOCOL, Protocol
-from lit_prune.measurement.target_axis import TARGETS
 from lit_prune.report.axes_figures import plane_pixels
+from lit_prune.task import TARGETS
 from lit_prune.train.dynamics import dynamics_table
 from lit_prune.train.tracing import Trace, calibration_batches, trace_folder
 

@@ -2,16 +2,20 @@
 
 from collections.abc import Iterable
 from itertools import islice
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lit_prune.errors import InputError
+from lit_prune.task import Task, Unlabelled, find_task
 
 
 @torch.no_grad()
-def recalibrate_batchnorm(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], limit: int = 50) -> int:
+def recalibrate_batchnorm(
+    model: nn.Module, batches: Iterable[Any], limit: int = 50, *, task: Task | str | None = None
+) -> int:
     """Replaces the running statistics of every BatchNorm by their cumulative average over `batches`.
 
     The statistics are reset first: an exponential average that starts from the dense network's values keeps part of
@@ -21,8 +25,9 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[tuple[Tensor, Tens
 
     Args:
         model: network whose BatchNorm layers are edited in place.
-        batches: `(images, labels)` pairs; labels are not read.
+        batches: what the task reads; targets are not used.
         limit: batches used at the most.
+        task: how a batch goes through the network; None takes the usual kinds of batches.
 
     Returns:
         Number of batches used; 0 for a network without BatchNorm.
@@ -34,12 +39,12 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[tuple[Tensor, Tens
     """
     if limit < 1:
         raise InputError(f"recalibration needs limit >= 1, got limit={limit}")
+    task = Unlabelled() if task is None else find_task(task)
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not norms:
         return 0
     modes = {module: module.training for module in model.modules()}
     momenta = [norm.momentum for norm in norms]
-    device = next(model.parameters()).device
     model.eval()
     for norm in norms:
         norm.reset_running_stats()
@@ -47,8 +52,8 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[tuple[Tensor, Tens
         norm.train()
     used = 0
     try:
-        for images, _ in islice(batches, limit):
-            model(images.to(device, non_blocking=True))
+        for batch in islice(batches, limit):
+            task.run(model, task.to(batch, model))
             used += 1
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
@@ -56,5 +61,5 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[tuple[Tensor, Tens
         for module, mode in modes.items():
             module.training = mode
     if not used:
-        raise InputError("recalibration got no batches: give at least one (images, labels) batch")
+        raise InputError("recalibration got no batches: give at least one")
     return used

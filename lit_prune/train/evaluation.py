@@ -1,55 +1,77 @@
-"""Accuracy and loss of a network over batches, as sums that add across ranks."""
+"""Figure and loss of a network over batches, as sums that add across ranks."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
+from lit_prune.task import Task, settle
+from lit_prune.task.running import undisturbed
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Result of `evaluate`: `accuracy` in 0..1, mean cross-entropy `loss` in nats, number of `images`."""
+    """Result of `evaluate`.
 
-    accuracy: float
+    Attributes:
+        figure: the task's figure.
+        loss: mean loss of a sample, nats for a classifier; NaN without targets.
+        images: number of samples.
+        metric: name of the figure, such as `accuracy` (in 0..1).
+        higher_is_better: of the figure.
+    """
+
+    figure: float
     loss: float
     images: int
+    metric: str = "accuracy"
+    higher_is_better: bool = True
 
 
-@torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], reduce: Callable[[Tensor], Tensor] | None = None
+    model: nn.Module,
+    batches: Iterable[Any],
+    reduce: Callable[[Tensor], Tensor] | None = None,
+    task: Task | str | None = None,
 ) -> Evaluation:
-    """Top-1 accuracy and mean cross-entropy of `model` in eval mode; its modes are as before on return.
+    """The task's figure and mean loss of `model` in evaluation mode; the model is left as found.
 
     Args:
-        model: maps images to logits [B, K].
-        batches: `(images, labels)` pairs.
-        reduce: sums a float64 tensor over ranks; None where this process holds all images.
+        model: any network.
+        batches: what the task reads, such as (images, labels).
+        reduce: sums a float64 tensor over ranks; None where this process holds all samples.
+        task: what a batch and an output mean; None recognises it.
 
     Raises:
         InputError: no batches at all.
     """
-    modes = {module: module.training for module in model.modules()}
-    device = next(model.parameters()).device
-    results = torch.zeros(2, dtype=torch.float64, device=device)  # correct, summed loss
-    count = 0
-    model.eval()
-    try:
-        for images, labels in batches:
-            labels = labels.to(device, non_blocking=True)
-            logits = model(images.to(device, non_blocking=True)).double()
-            loss = F.cross_entropy(logits, labels, reduction="sum")
-            results += torch.stack([(logits.argmax(1) == labels).sum().double(), loss])
-            count += len(labels)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    sums = torch.tensor([*results.tolist(), count], dtype=torch.float64)  # the one time that it waits for the device
-    sums = sums if reduce is None else reduce(sums)
-    if not sums[2]:
-        raise InputError("evaluation got no batches: give at least one (images, labels) batch")
-    return Evaluation(float(sums[0] / sums[2]), float(sums[1] / sums[2]), int(sums[2]))
+    task, batches = settle(task, model, batches)
+    sums, losses, count = None, 0.0, 0
+    with undisturbed(model):
+        for batch in batches:
+            for piece in task.pieces(batch):
+                piece = task.to(piece, model)
+                output = task.run(model, piece)
+                found = task.metric(output, piece)
+                sums = found if sums is None else sums + found
+                losses = losses + _summed(task, output, piece)
+                count += task.size(piece)
+    if sums is None:
+        raise InputError("evaluation got no batches: give at least one")
+    ends = torch.stack([losses, losses.new_tensor(count)])
+    together = torch.cat([sums.flatten(), ends.to(sums.device)]).cpu()  # the one time that it waits for the device
+    together = together if reduce is None else reduce(together)
+    figure = task.figure(together[:-2].reshape(sums.shape))
+    return Evaluation(
+        figure, float(together[-2] / together[-1]), int(together[-1]), task.metric_name, task.higher_is_better
+    )
+
+
+def _summed(task: Task, output: Any, batch: Any) -> Tensor:
+    """Sum of the losses, float64 []; NaN where the task has none."""
+    if task.default_variable(batch) is None:
+        return torch.tensor(torch.nan, dtype=torch.float64)
+    return task.losses(output, batch).double().sum()

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from lit_prune import __version__
 from lit_prune.data import ImageData
 from lit_prune.files import json_text, write_json, write_text
 from lit_prune.structure import Plan, apply_plan, build_network, compare_profiles
 from lit_prune.structure.networks import Network
+from lit_prune.version import commit
 
 PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "numpy", "scipy", "timm", "torch-pruning")
 
@@ -20,6 +22,7 @@ PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "numpy", "scipy
 def write_run(run_dir: Path, protocol: dict[str, Any]) -> None:
     """Writes `run.json`: versions of the packages and the machine's kind, then `protocol` (seed, data, fields)."""
     record = {
+        "lit_prune": {"version": __version__, "commit": commit()},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
         **protocol,

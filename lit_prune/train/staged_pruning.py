@@ -164,7 +164,7 @@ class StagedPruning(Callback):
         if trainer.current_epoch + 1 not in (*pl_module.phase_boundaries, trainer.max_epochs):
             return
         if self.records:
-            self.records[-1]["accuracy"]["after_repair"] = self._evaluate(trainer, pl_module).accuracy
+            self.records[-1]["accuracy"]["after_repair"] = self._evaluate(trainer, pl_module).figure
             if trainer.is_global_zero:
                 write_stages(Path(trainer.default_root_dir), self.records)
         trainer.save_checkpoint(self._checkpoint(trainer, len(self.records)))
@@ -226,11 +226,11 @@ class StagedPruning(Callback):
             module.adopt(network, plan)
             module.phase_start = trainer.current_epoch
             record["seconds"]["surgery"] = time.perf_counter() - clock
-            record["accuracy"]["after_surgery"] = self._evaluate(trainer, module).accuracy
+            record["accuracy"]["after_surgery"] = self._evaluate(trainer, module).figure
             clock = time.perf_counter()
             self._recalibrate(trainer, module.backbone)
             record["seconds"]["recalibration"] = time.perf_counter() - clock
-            record["accuracy"]["after_recalibration"] = self._evaluate(trainer, module).accuracy
+            record["accuracy"]["after_recalibration"] = self._evaluate(trainer, module).figure
         self._teach(trainer, module)
         complete_record(record, plan, cost(module.backbone, module.example_input))
         self.records.append(record)
@@ -240,10 +240,10 @@ class StagedPruning(Callback):
     def _meet_dense(self, trainer: Trainer, module: LitClassifier) -> None:
         """Figures of the dense network, as it is and recalibrated; saves it as the teacher."""
         counted = cost(module.backbone, module.example_input)
-        accuracy = self._evaluate(trainer, module).accuracy
+        accuracy = self._evaluate(trainer, module).figure
         statistics = {name: value.clone() for name, value in module.backbone.named_buffers()}
         self._recalibrate(trainer, module.backbone)
-        recalibrated = self._evaluate(trainer, module).accuracy
+        recalibrated = self._evaluate(trainer, module).figure
         for name, value in module.backbone.named_buffers():
             value.copy_(statistics[name])
         self.dense = {

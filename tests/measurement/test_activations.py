@@ -8,9 +8,11 @@ from lit_prune.errors import InputError
 from lit_prune.measurement import local_axis
 from lit_prune.measurement.activations import BACKENDS, EXACT, PRECISION, Recording, pooled_outputs, record
 from lit_prune.measurement.channel_table import collect_sums
-from lit_prune.measurement.layers import following_norms, select_layers, undisturbed
+from lit_prune.measurement.layers import following_norms, select_layers
 from lit_prune.measurement.moments import Moments
 from lit_prune.measurement.protocol import Protocol
+from lit_prune.structure.example import Example
+from lit_prune.task.running import undisturbed
 
 
 def images(count=24, size=6, channels=3):
@@ -249,7 +251,7 @@ def test_following_norms_are_found_by_tensor_not_by_name_or_order():
             x = self.bn_first(self.second(torch.relu(self.one(x))))
             return self.late(torch.relu_(self.bare(x)))
 
-    assert following_norms(Odd(), images()) == {"second": "bn_first"}
+    assert following_norms(Odd(), Example((images(),))) == {"second": "bn_first"}
 
 
 def test_the_chosen_token_gives_the_channels_of_a_token_layer():

@@ -7,6 +7,7 @@ import torch
 from lit_prune.errors import InputError
 from lit_prune.measurement import target_axis
 from lit_prune.measurement.protocol import Protocol
+from lit_prune.task import task_variable
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -141,9 +142,9 @@ def test_task_variables_of_known_logits():
         "one_vs_rest": [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]],
     }
     for name, values in expected.items():
-        assert target_axis.task_variable(name, logits, labels).tolist() == values
+        assert task_variable(name, logits, labels).tolist() == values
     loss = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-    torch.testing.assert_close(target_axis.task_variable("negative_loss", logits, labels)[:, 0].float(), -loss)
+    torch.testing.assert_close(task_variable("negative_loss", logits, labels)[:, 0].float(), -loss)
 
 
 @pytest.mark.parametrize(
@@ -152,10 +153,10 @@ def test_task_variables_of_known_logits():
         ("margin", [0, 1], "target: 'margin' is not one of true_margin"),
         ("true_logit", [0, 3], "labels from 0 to 3, but 0 to 2"),
         ("true_logit", [-1, 2], "labels from -1 to 2"),
-        ("true_logit", [0, 1, 1], "labels of shape"),
-        ("true_logit", [0.0, 1.0], "labels of shape"),
+        ("true_logit", [0, 1, 1], "labels are"),
+        ("true_logit", [0.0, 1.0], "labels are"),
     ],
 )
 def test_bad_targets_and_labels_are_named(name, labels, message):
     with pytest.raises(InputError, match=message):
-        target_axis.task_variable(name, torch.zeros(2, 3), torch.tensor(labels))
+        task_variable(name, torch.zeros(2, 3), torch.tensor(labels))

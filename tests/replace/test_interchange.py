@@ -34,7 +34,7 @@ def net():
 @pytest.fixture
 def batches():
     generator = torch.Generator().manual_seed(2)
-    return [(torch.randn(40, 5, generator=generator), torch.zeros(40)) for _ in range(3)]
+    return [(torch.randn(40, 5, generator=generator), torch.zeros(40).long()) for _ in range(3)]
 
 
 def test_a_reduction_that_loses_nothing_agrees_on_every_swap(net, batches):

@@ -5,6 +5,7 @@ from torch import nn
 from lit_prune.replace.elimination import ReaderMoments, elimination_costs
 from lit_prune.replace.reconstruction import output_metrics, patch_covariances, reconstruction_costs
 from lit_prune.scores import score
+from lit_prune.task import Unlabelled
 
 
 def moments(units: int = 5, taps: int = 2, outputs: int = 3, metric: torch.Tensor | None = None):
@@ -86,11 +87,11 @@ def test_metric_of_the_classifier_is_the_identity_and_covariance_is_that_of_unfo
     torch.manual_seed(0)
     net = Head().eval()
     many = torch.cat([batches[0][0]] * 400)
-    metric = output_metrics(net, ["head"], [(many, None)], seed=0)["head"]
+    metric = output_metrics(net, ["head"], [many], 0, Unlabelled())["head"]
     torch.testing.assert_close(metric, torch.eye(3).double(), rtol=0, atol=0.05)
     seen = []
     net.mix.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
-    covariance = patch_covariances(net, ["mix"], batches, seed=0)["mix"]
+    covariance = patch_covariances(net, ["mix"], batches, 0, Unlabelled())["mix"]
     patches = torch.cat([nn.functional.unfold(u, 3).transpose(1, 2).flatten(0, 1) for u in seen]).double()
     torch.testing.assert_close(covariance, torch.cov(patches.T, correction=0), rtol=1e-5, atol=1e-6)
 

@@ -11,6 +11,7 @@ from lit_prune.replace.patches import PositionSample, input_rows, output_rows
 from lit_prune.replace.regression import PairSums, solve, solve_held_out
 from lit_prune.replace.walk import watching
 from lit_prune.structure import Plan, apply_plan
+from lit_prune.task import Unlabelled
 
 IMAGE = torch.zeros(1, 3, 6, 6, dtype=torch.float64)
 
@@ -233,7 +234,7 @@ def test_sampled_positions_are_seeded_distinct_and_in_range():
 
 def test_waiting_passes_keep_no_graph(trunk, batches):
     stops = {stop.layer: stop for stop in observe(trunk, IMAGE).stops(["first.conv2", "second.conv2"])}
-    with watching(trunk, stops, before=False) as start:
+    with watching(trunk, Unlabelled(), stops, before=False) as start:
         walk = start(batches[0][0])
         for layer in stops:
             seen = walk.advance(layer)

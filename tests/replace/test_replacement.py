@@ -14,6 +14,7 @@ from lit_prune.replace.consumers import find_readers
 from lit_prune.replace.flow import observe
 from lit_prune.replace.stand_ins import affine, choose_parents, constants
 from lit_prune.structure import Plan, apply_plan, load_compact, save_compact, trace_groups
+from lit_prune.task import Unlabelled
 
 EXACT = {"rtol": 0, "atol": 1e-10}
 
@@ -70,7 +71,7 @@ def intervened(net: nn.Module, batches, parents):
     """The original network with hooks that put the stand-ins where each layer reads the removed channels."""
     net = copy.deepcopy(net)
     readers = [r for r in find_readers(net, PLAN, trace_groups(net, IMAGE), observe(net, IMAGE)).values() if r.removed]
-    sums = collect(net, batches, InputMoments(net, [reader.name for reader in readers]))
+    sums = collect(net, batches, InputMoments(net, [reader.name for reader in readers]), Unlabelled())
     for reader in readers:
         found = sums[reader.name].moments
         weight, settings = net.get_submodule(reader.name).weight, Replacement(parents=parents)
@@ -286,5 +287,5 @@ def test_moments_hold_the_inputs_of_one_layer_at_a_time():
     net, held, alive = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5), nn.Linear(5, 2)), [], []
     net[1].register_forward_pre_hook(lambda module, inputs: held.append(weakref.ref(inputs[0])))
     net[2].register_forward_pre_hook(lambda module, inputs: alive.append(held[-1]() is not None))
-    collect(net, [(torch.randn(6, 3), None)] * 2, InputMoments(net, ["0", "1", "2"]))
+    collect(net, [(torch.randn(6, 3), None)] * 2, InputMoments(net, ["0", "1", "2"]), Unlabelled())
     assert alive == [False, False]

@@ -15,7 +15,9 @@ from lit_prune.replace.risk import RiskRows, SoftmaxHead, solve_ridged, weighted
 from lit_prune.replace.risk_samples import RiskSamples
 from lit_prune.scores import score
 from lit_prune.structure import Plan
+from lit_prune.task import Classification
 
+TASK = Classification()
 CLOSE = {"rtol": 1e-8, "atol": 1e-10}
 
 
@@ -29,7 +31,8 @@ def test_closed_form_curvature_of_a_head_is_what_backward_passes_give(net, batch
     closed, measured = softmax_head(net, batches).curvature(), measure_curvature(net, ["head"], batches)["head"]
     for name in ("gradient", "product", "hessian", "mixed", "power"):
         torch.testing.assert_close(getattr(closed, name), getattr(measured, name), **CLOSE)
-    rows, other = softmax_head(net, batches).rows(), collect(net, batches, RiskSamples(net, ["head"]))["head"]
+    rows = softmax_head(net, batches).rows()
+    other = collect(net, batches, RiskSamples(net, ["head"], TASK), TASK)["head"]
     for name in ("values", "gradient", "curvature"):
         torch.testing.assert_close(getattr(rows, name), getattr(other, name), **CLOSE)
     assert (rows.method, other.method) == ("exact", "gauss_newton")
@@ -49,7 +52,7 @@ def test_rows_of_a_head_are_the_second_derivatives_of_the_loss(net, batches):
 
 def test_hutchinson_approaches_gauss_newton_on_a_piecewise_linear_network(net, batches):
     exact = measure_curvature(net, ["body", "head"], batches)
-    estimated = collect(net, batches, HutchinsonSums(net, ["body", "head"], probes=400))
+    estimated = collect(net, batches, HutchinsonSums(net, ["body", "head"], TASK, probes=400), TASK)
     for name, found in estimated.items():
         for field in ("hessian", "mixed"):
             expected = getattr(exact[name], field).diagonal()
@@ -208,7 +211,7 @@ def test_constants_by_loss_are_folded_in_a_whole_network(net, batches, settings)
     reduced = replace_mechanisms(net, plan, batches, torch.zeros(1, 5).double(), "constant", settings=settings)
     estimated = settings.curvature == "hutchinson"
     measure = HutchinsonSums if estimated else CurvatureSums
-    curvature = collect(net, batches, measure(net, ["head"]))["head"]
+    curvature = collect(net, batches, measure(net, ["head"], TASK), TASK)["head"]
     curvature = curvature.without_gradient() if settings.objective == "curvature" else curvature
     joint = settings.objective == "joint_loss"
     constants = curvature.joint_constants([1, 3, 4]) if joint else curvature.constants()[[1, 3, 4]]
@@ -227,6 +230,6 @@ def test_objectives_that_a_kind_does_not_have_are_refused(net, batches):
     ):
         with pytest.raises(InputError, match="objective|curvature"):
             replace_mechanisms(net, plan, batches, example, kind, settings=settings)
-    with pytest.raises(InputError, match="labels"):
+    with pytest.raises(InputError, match="has no loss"):
         unlabelled = [(images, None) for images, _ in batches]
         replace_mechanisms(net, plan, unlabelled, example, "constant", settings=Replacement(objective="loss"))

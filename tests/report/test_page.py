@@ -12,13 +12,13 @@ import pytest
 from scipy.stats import spearmanr
 
 from lit_prune.errors import InputError
+from lit_prune.lab import sections as lab_sections  # noqa: F401  (they register)
 from lit_prune.report import write_report
 from lit_prune.report.axes_figures import couple_axes, draw_plane
 from lit_prune.report.drawing import spread_apart
 from lit_prune.report.figures import collect_widths, draw_path, draw_training
-from lit_prune.lab import sections as lab_sections  # noqa: F401  (they register)
-from lit_prune.report.sections import sections as registered
 from lit_prune.report.run_folder import CHANNEL_COLUMNS, RunFolder, layer_order
+from lit_prune.report.sections import sections as registered
 
 ANALYSED = ("matrix", "collapse", "depth", "groupings", "redundancy", "higher_order", "propagation")
 LESIONED = ("damage", "ranking", "recovery", "replacement", "matched", "selection")

@@ -3,6 +3,8 @@ import torch
 from torch import nn
 
 from lit_prune.errors import InputError
+from lit_prune.measurement.channel_table import measure
+from lit_prune.scores import score
 from lit_prune.task import (
     Classification,
     Custom,
@@ -129,14 +131,24 @@ class Strange:
         ({"left": X, "right": X}, "dict of {left: float32 [5, 3, 8, 8]"),
         (("a", "b"), "a batch is tuple of (str, str)"),
         ((X[:, :2], LABELS), "which the network does not take"),
-        ((X, torch.randn(7, 3)), "which is none of classification"),
+        ((X, torch.randn(7, 3)), "the target is float32 [7, 3], which is none of classification"),
     ],
 )
 def test_what_is_not_recognised_is_refused_in_one_line(batch, words):
+    """A target that nothing is known of is refused where a loss is needed."""
     with pytest.raises(InputError) as refused:
-        recognise(Answers(), batch)
+        measure(Answers(), [batch])
     assert words in str(refused.value) and "task=" in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_what_needs_no_targets_does_not_mind_strange_ones():
+    model = Answers()
+    assert score(model, "variance", [(X, torch.randn(7, 3))]).keys() == score(model, "variance", [X]).keys()
+    with pytest.raises(InputError, match="which is none of"):
+        score(model, "taylor", [(X, torch.randn(7, 3))])
+    with pytest.raises(InputError, match="'unlabelled' has no loss"):
+        score(model, "taylor", [X])
 
 
 def test_a_task_can_be_named():

@@ -11,7 +11,7 @@ def test_accuracy_and_loss_of_all_images_whatever_the_batches(tiny_net):
     logits = tiny_net(images)
     parts = [(images[:3], labels[:3]), (images[3:], labels[3:])]
     result = evaluate(tiny_net.train(), parts)
-    assert result.accuracy == (logits.argmax(1) == labels).double().mean().item()
+    assert result.figure == (logits.argmax(1) == labels).double().mean().item()
     assert result.loss == pytest.approx(torch.nn.functional.cross_entropy(logits.double(), labels).item(), rel=1e-6)
     assert result.images == 10 and tiny_net.training
 
@@ -23,10 +23,10 @@ def test_ranks_add_as_sums(tiny_net):
     evaluate(tiny_net, [(images[:2], labels[:2])], lambda sums: shares.append(sums) or sums)
     both = evaluate(tiny_net, [(images[2:], labels[2:])], lambda sums: sums + shares[0])
     whole = evaluate(tiny_net, [(images, labels)])
-    assert (both.accuracy, both.images) == (whole.accuracy, whole.images)
+    assert (both.figure, both.images) == (whole.figure, whole.images)
     assert both.loss == pytest.approx(whole.loss, rel=1e-6)
 
 
 def test_no_batches_is_an_error(tiny_net):
-    with pytest.raises(InputError, match="no batches"):
+    with pytest.raises(InputError, match="there is no batch in it"):
         evaluate(tiny_net, [])

@@ -11,9 +11,8 @@ from sklearn.metrics import silhouette_score
 
 from lit_prune.lab.analyze.evidence import Analysis, target_columns
 from lit_prune.measurement.channel_table import channel_table, target_correlations, target_deviation
-from lit_prune.measurement.layers import to_model, undisturbed
 from lit_prune.measurement.summaries import coupling, live_rows, rank_correlation
-from lit_prune.measurement.target_axis import TARGETS, task_information, task_variable
+from lit_prune.measurement.target_axis import task_information
 from lit_prune.scores.groupings import (
     CLUSTERS,
     LOCAL_FEATURES,
@@ -22,6 +21,7 @@ from lit_prune.scores.groupings import (
     grouping_agreement,
     standardise,
 )
+from lit_prune.task.running import undisturbed
 
 Frames = dict[str, pd.DataFrame]
 CALIBRATED = ("input_capture", "peer_overlap", "task_information", "target_excess")
@@ -52,7 +52,7 @@ def targets(analysis: Analysis) -> Frames:
 
     Source: the two-axis paper, tables 4 and 5.
     """
-    tables = {name: _table_of_target(analysis, name) for name in TARGETS}
+    tables = {name: _table_of_target(analysis, name) for name in analysis.task.variables}
     columns = {name: table["task_information"].to_numpy() for name, table in tables.items()}
     channels = analysis.channels[["layer", "channel"]].assign(
         **{f"task_information_{name}": values for name, values in columns.items()}
@@ -60,7 +60,7 @@ def targets(analysis: Analysis) -> Frames:
     joined = analysis.channels[["layer", "dead"]].assign(**columns)
     rows = []
     for name, table in tables.items():
-        taus = {f"tau_{other}": by_layer(joined, lambda r, a=name, b=other: kendall(r[a], r[b])) for other in TARGETS}
+        taus = {f"tau_{other}": by_layer(joined, lambda r, a=name, b=other: kendall(r[a], r[b])) for other in tables}
         agreement = by_layer(table, lambda r: grouping_agreement(r, analysis.request.seed).rand_index)
         rows.append({"target": name, "coupling": by_layer(table, coupling), "rand_index": agreement, **taus})
     return {"channels": channels, "table": pd.DataFrame(rows)}
@@ -124,12 +124,13 @@ def label_permutation(analysis: Analysis) -> Frames:
     seen = 0
     with undisturbed(analysis.model), analysis._recording() as recording:
         running = recording.sums
-        for images, labels in analysis.batches("permuted labels", request.sizes if evidence.prefixes else ()):
-            place = slice(seen, seen + len(labels))
-            logits = analysis.model(to_model(analysis.model, images))
-            from_labels = task_variable(request.target, logits, wrong[place])
+        for batch in analysis.batches("permuted labels", request.sizes if evidence.prefixes else ()):
+            batch = analysis.task.to(batch, analysis.model)
+            place = slice(seen, seen + analysis.task.size(batch))
+            output = analysis.task.run(analysis.model, batch)
+            from_labels = analysis.task.variable(output, analysis.task.relabelled(batch, wrong[place]), request.target)
             recording.add_target(torch.cat([from_labels, mixed[place, None].to(from_labels)], 1))
-            seen += len(labels)
+            seen = place.stop
             if running.images in evidence.prefixes:
                 _ = recording.sums  # added up where the first pass was, and so the same to the last bit
     rows = []

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import pandas as pd
 import torch
@@ -16,18 +17,11 @@ from lit_prune.lab.analyze.request import AnalyzeRequest
 from lit_prune.measurement import local_axis
 from lit_prune.measurement.activations import record
 from lit_prune.measurement.channel_table import channel_table, target_correlations, target_deviation
-from lit_prune.measurement.layers import (
-    Batches,
-    following_norms,
-    peek,
-    position_view,
-    removing,
-    select_layers,
-    to_model,
-    undisturbed,
-)
+from lit_prune.measurement.layers import Batches, following_norms, position_view, removing, select_layers
 from lit_prune.measurement.moments import ActivationSums, LayerSums
-from lit_prune.measurement.target_axis import TARGETS, task_variable
+from lit_prune.structure.example import Example
+from lit_prune.task import Task, peek, settle
+from lit_prune.task.running import undisturbed
 
 SAMPLED = ("broja", "ksg")
 
@@ -39,8 +33,9 @@ class Evidence:
     Attributes:
         sums: of all layers, with the task variables of every target side by side.
         columns: target to its columns in the sums.
-        logits: [n, K] on the CPU.
-        labels: int64 [n].
+        logits: the predictions, [n, K] for classes, on the CPU.
+        labels: the targets, int64 [n] for classes.
+        target: the requested task variable, float64 [n, V].
         pooled: layer to its outputs averaged over positions [m, N], of the first `samples` images, where wanted.
         prefixes: number of images to the sums of so many first images.
     """
@@ -49,6 +44,7 @@ class Evidence:
     columns: dict[str, slice] = field(default_factory=dict)
     logits: Tensor = field(default_factory=lambda: torch.zeros(0))
     labels: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    target: Tensor = field(default_factory=lambda: torch.zeros(0, 1, dtype=torch.float64))
     pooled: dict[str, Tensor] = field(default_factory=dict)
     prefixes: dict[int, ActivationSums] = field(default_factory=dict)
 
@@ -70,18 +66,16 @@ class LayerFacts:
     dead: Tensor
 
 
-def cut_batches(
-    batches: Batches, limit: int | None = None, cuts: Sequence[int] = ()
-) -> Iterator[tuple[Tensor, Tensor]]:
+def cut_batches(batches: Batches, task: Task, limit: int | None = None, cuts: Sequence[int] = ()) -> Iterator[Any]:
     """The first `limit` images in the same order, in batches that also end at each of `cuts`."""
     seen = 0
     ends = sorted({*cuts, *([limit] if limit else [])})
-    for images, labels in batches:
-        start = 0
-        while start < len(labels):
+    for batch in batches:
+        start, count = 0, task.size(batch)
+        while start < count:
             stops = [end - seen for end in ends if end > seen]
-            size = min([len(labels) - start, *stops[:1]])
-            yield images[start : start + size], labels[start : start + size]
+            size = min([count - start, *stops[:1]])
+            yield task.take(batch, slice(start, start + size))
             start, seen = start + size, seen + size
             if seen == limit:
                 return
@@ -101,11 +95,12 @@ class Analysis:
     """A network, its calibration images and what was asked; evidence and tables are made on first use.
 
     Args:
-        model: a classifier; left as found.
-        batches: (images, labels) pairs; a list or a DataLoader, because several extras read them again.
+        model: any network; left as found.
+        batches: what the task reads; a list or a DataLoader, because several extras read them again.
         request: what to compute.
         lesions: table with layer, channel and `damage`, for the extra `damage`.
         watch: wraps each iteration over the batches, given a description; a progress bar hooks in here.
+        task: what a batch and an output mean; None recognises it.
     """
 
     def __init__(
@@ -115,43 +110,51 @@ class Analysis:
         request: AnalyzeRequest,
         lesions: pd.DataFrame | None = None,
         watch: Callable[[Iterable, str], Iterable] = lambda batches, _: batches,
+        task: Task | str | None = None,
     ) -> None:
         if iter(batches) is batches:
             raise InputError("batches: an iterator can be read only once; give a list or a DataLoader")
         self.model, self.request, self.lesions = model, request, lesions
-        self._batches, self._watch = batches, watch
+        self._batches, self._watch, self._task = batches, watch, task
 
     def batches(self, description: str, cuts: Sequence[int] = (), limit: int | None = None) -> Batches:
         """The calibration images once more, the first `limit` (default: the request's) of them."""
         limit = limit or self.request.limit
-        return cut_batches(self._watch(self._batches, description), limit, cuts)
+        return cut_batches(self._watch(self._batches, description), self.task, limit, cuts)
+
+    @cached_property
+    def task(self) -> Task:
+        """What a batch and an output mean."""
+        return settle(self._task, self.model, self._batches)[0]
 
     @property
-    def example(self) -> Tensor:
-        """One calibration image [1, C, H, W] on the model's device."""
-        return to_model(self.model, peek(self._batches)[0][:1])
+    def example(self) -> Example:
+        """What the network is called with for one calibration image, on its device."""
+        return self.task.inputs(self.task.to(self.task.take(peek(self._batches)[0], 1), self.model))
 
     @cached_property
     def evidence(self) -> Evidence:
         """What the pass over the images leaves behind."""
-        request = self.request
+        request, task = self.request, self.task  # recognised before anything watches the network
         sizes = request.sizes if "calibration_sizes" in request.extras else ()
         keep = request.samples if set(SAMPLED) & set(request.extras) else 0
-        names = tuple(TARGETS) if "targets" in request.extras else (request.target,)
+        names = task.variables if "targets" in request.extras else (request.target,)
         evidence = Evidence(ActivationSums())
-        kept: list[tuple[Tensor, Tensor]] = []
+        kept: list[tuple[Tensor, Tensor, Tensor]] = []
         with undisturbed(self.model), self._recording() as recording, self._pooling(keep) as evidence.pooled:
             evidence.sums = recording.sums
-            for images, labels in self.batches("forward pass", sizes):
-                logits = self.model(to_model(self.model, images))
-                variables = {name: task_variable(name, logits, labels) for name in names}
+            for batch in self.batches("forward pass", sizes):
+                batch = task.to(batch, self.model)
+                output = task.run(self.model, batch)
+                variables = {name: task.variable(output, batch, name) for name in names}
                 recording.add_target(torch.cat(list(variables.values()), 1))
-                kept.append((logits.cpu(), labels.cpu()))
+                values = task.prediction(output), task.target(batch), variables[request.target]
+                kept.append(tuple(value.cpu() for value in values))
                 if evidence.sums.images in sizes:
                     evidence.prefixes[evidence.sums.images] = recording.sums.copy()
         if not kept:
-            raise InputError("batches: no batch of (images, labels) in it; give at least one")
-        evidence.logits, evidence.labels = (torch.cat(parts) for parts in zip(*kept, strict=True))
+            raise InputError("batches: there is no batch in it; give at least one")
+        evidence.logits, evidence.labels, evidence.target = (torch.cat(parts) for parts in zip(*kept, strict=True))
         evidence.columns = _places({name: value.shape[1] for name, value in variables.items()})
         evidence.pooled = {name: torch.cat(parts)[:keep] for name, parts in evidence.pooled.items()}
         return evidence
@@ -196,7 +199,7 @@ class Analysis:
     @cached_property
     def target(self) -> Tensor:
         """T of every image, float64 [n]."""
-        return task_variable(self.request.target, self.evidence.logits, self.evidence.labels)[:, 0]
+        return self.evidence.target[:, 0]
 
     @property
     def layers(self) -> list[str]:

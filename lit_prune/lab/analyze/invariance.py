@@ -15,17 +15,11 @@ from lit_prune.errors import InputError
 from lit_prune.lab.analyze.controls import by_layer, kendall
 from lit_prune.lab.analyze.evidence import Analysis
 from lit_prune.measurement import local_axis
-from lit_prune.measurement.channel_table import channel_table, collect_sums
-from lit_prune.measurement.layers import (
-    following_norms,
-    position_view,
-    removing,
-    select_layers,
-    to_model,
-    undisturbed,
-    weight_rows,
-)
+from lit_prune.measurement.channel_table import NO_TARGET, channel_table, collect_sums
+from lit_prune.measurement.layers import following_norms, position_view, removing, select_layers, weight_rows
 from lit_prune.structure.tracing import without_hooks
+from lit_prune.task import Task
+from lit_prune.task.running import undisturbed
 
 Frames = dict[str, pd.DataFrame]
 EXACT_LAYERS, EXACT_INPUTS, EXACT_SHARE = 6, 4608, 8
@@ -152,8 +146,8 @@ def reparameterisation(analysis: Analysis) -> Frames:
         raise InputError("extras: 'reparameterisation' needs a layer followed by BatchNorm; this network has none")
     twin = rescaled(analysis.model, norms, analysis.request.seed)
     logits = []
-    batches = list_logits(twin, analysis.batches("rescaled copy"), logits)
-    sums = collect_sums(twin, batches, analysis.request.target, list(norms), analysis.request.protocol)
+    batches = list_logits(twin, analysis.batches("rescaled copy"), logits, analysis.task)
+    sums = collect_sums(twin, batches, analysis.request.target, list(norms), analysis.request.protocol, analysis.task)
     before = _with_folded(analysis.model, analysis.channels[analysis.channels["layer"].isin(norms)], norms)
     after = channel_table(twin, sums, analysis.request.protocol)
     after = _with_folded(twin, after, batch_norms(twin, analysis.example))
@@ -164,7 +158,7 @@ def reparameterisation(analysis: Analysis) -> Frames:
     rows = taus | {
         "largest_difference": float((first - second).abs().max()),
         "relative_difference": float((first - second).square().mean().sqrt() / first.square().mean().sqrt()),
-        "same_class": float((first.argmax(1) == second.argmax(1)).double().mean()),
+        "same_class": float(analysis.task.agreement(first, second).mean()),
     }
     return {"table": pd.DataFrame({"quantity": list(rows), "value": list(rows.values())})}
 
@@ -173,9 +167,9 @@ def _with_folded(model: nn.Module, channels: pd.DataFrame, norms: dict[str, nn.M
     return channels.merge(folded_columns(model, channels, norms), on=["layer", "channel"], sort=False)
 
 
-def list_logits(model: nn.Module, batches, logits: list[Tensor]):
-    """The same batches; the outputs of `model` on them are appended to `logits` as they run."""
-    handle = model.register_forward_hook(lambda _, inputs, output: logits.append(output.detach().cpu()))
+def list_logits(model: nn.Module, batches, logits: list[Tensor], task: Task):
+    """The same batches; the predictions of `model` on them are appended to `logits` as they run."""
+    handle = model.register_forward_hook(lambda _, inputs, output: logits.append(task.prediction(output).cpu()))
     with removing([handle]):
         yield from batches
 
@@ -194,7 +188,9 @@ def exact(analysis: Analysis) -> Frames:
     places = np.unique(np.linspace(0, len(every) - 1, min(EXACT_LAYERS, len(every))).round().astype(int))
     names = [list(every)[place] for place in places]
     protocol = replace(request.protocol, hook_point="pre_bn", positions="all")
-    streamed = collect_sums(analysis.model, analysis.batches("exact", limit=limit), None, names, protocol)
+    streamed = collect_sums(
+        analysis.model, analysis.batches("exact", limit=limit), NO_TARGET, names, protocol, analysis.task
+    )
     patches = _patch_covariances(analysis, {name: every[name] for name in names}, limit)
     rows = []
     for name in names:
@@ -244,8 +240,8 @@ def _patch_covariances(analysis: Analysis, layers: dict[str, nn.Module], limit: 
 
     handles = [layer.register_forward_hook(adder(name)) for name, layer in layers.items()]
     with removing(handles), undisturbed(analysis.model):
-        for images, _ in analysis.batches("unfolded patches", limit=limit):
-            analysis.model(to_model(analysis.model, images))
+        for batch in analysis.batches("unfolded patches", limit=limit):
+            analysis.task.run(analysis.model, analysis.task.to(batch, analysis.model))
     means = {name: (first / count, second / count) for name, (count, first, second) in sums.items()}
     return {name: second - first[:, :, None] * first[:, None] for name, (first, second) in means.items()}
 

@@ -5,7 +5,7 @@ from typing import Any, Literal, get_args
 
 from lit_prune.errors import InputError
 from lit_prune.measurement.protocol import DEFAULT_PROTOCOL, Protocol
-from lit_prune.measurement.target_axis import TARGETS
+from lit_prune.task import TARGETS
 
 Extra = Literal[
     "groupings",

@@ -5,7 +5,7 @@ from typing import Any
 
 from lit_prune.errors import InputError
 from lit_prune.measurement.protocol import Protocol
-from lit_prune.measurement.target_axis import TARGETS
+from lit_prune.task import TARGETS
 
 LESION_PROTOCOL = Protocol(token=None)  # a lesion acts on every token, so its statistics are of every token
 

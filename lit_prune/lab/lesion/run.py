@@ -20,6 +20,7 @@ from lit_prune.lab.lesion.table import Frames, Images, lesion, write_tables
 from lit_prune.measurement.layers import Batches
 from lit_prune.progress import progress_bars
 from lit_prune.structure.networks import find_network
+from lit_prune.task import Classification
 from lit_prune.train.evaluation import Evaluation
 from lit_prune.train.run_record import add_record, subject
 
@@ -73,12 +74,12 @@ class FirstImages:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields the batches."""
-        return cut_batches(self.batches, self.limit)
+        return cut_batches(self.batches, Classification(), self.limit)
 
 
 def evaluation_record(whole: Evaluation) -> dict[str, Any]:
     """The unharmed network on the evaluation images."""
-    return {"split": SPLIT, "images": whole.images, "loss": whole.loss, "accuracy": whole.accuracy}
+    return {"split": SPLIT, "images": whole.images, "loss": whole.loss, "accuracy": whole.figure}
 
 
 def read_lesions(folder: str | Path) -> pd.DataFrame:

@@ -16,9 +16,11 @@ from lit_prune.lab.lesion.lesions import LayerLesions, lesion_layer
 from lit_prune.lab.lesion.request import LesionRequest
 from lit_prune.lab.lesion.statistics import lesion_tables
 from lit_prune.measurement.channel_table import channel_table, collect_sums
-from lit_prune.measurement.layers import CHANNEL_LAYERS, Batches, peek, removing, select_layers, to_model, undisturbed
+from lit_prune.measurement.layers import CHANNEL_LAYERS, Batches, removing, select_layers
 from lit_prune.progress import Watch, unwatched
 from lit_prune.structure.networks import fingerprint
+from lit_prune.task import Unlabelled, peek
+from lit_prune.task.running import undisturbed
 from lit_prune.train.evaluation import Evaluation, evaluate
 
 Frames = dict[str, pd.DataFrame]
@@ -69,7 +71,7 @@ def lesion(
     settings = request.to_dict()
     signed = signature(fingerprint(model, record or {}), {name: settings[name] for name in SETTINGS})
     missing = [layer for layer in places.index if kept.read(layer, signed) is None]
-    whole = evaluate_as_run(model, watch(images.evaluation, "whole network"))
+    whole = evaluate(model, watch(images.evaluation, "whole network"))
     if missing:
         batches = watch(images.calibration, "calibration")
         sums = collect_sums(model, batches, request.target, missing, request.protocol)
@@ -85,11 +87,6 @@ def lesion(
     if run_dir is not None:
         write_parquet(Path(run_dir) / "lesions.parquet", table)
     return table, whole
-
-
-def evaluate_as_run(model: nn.Module, batches: Batches) -> Evaluation:
-    """`evaluate` with the images brought to the model's precision."""
-    return evaluate(model, ((to_model(model, images), labels) for images, labels in batches))
 
 
 def choose_layers(model: nn.Module, batches: Batches, request: LesionRequest) -> pd.DataFrame:
@@ -119,10 +116,11 @@ def forward_order(model: nn.Module, batches: Batches) -> list[str]:
         return lambda *_: order.setdefault(name)
 
     layers = {name: module for name, module in model.named_modules() if isinstance(module, CHANNEL_LAYERS)}
-    image = to_model(model, peek(batches)[0][:1])
+    reader = Unlabelled()
+    image = reader.to(reader.take(peek(batches)[0], 1), model)
     hooks = [module.register_forward_hook(note(name)) for name, module in layers.items()]
     with undisturbed(model), removing(hooks):
-        model(image)
+        reader.run(model, image)
     return list(order)
 
 

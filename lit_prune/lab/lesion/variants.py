@@ -12,6 +12,8 @@ import inspect
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from lit_prune.measurement.layers import Batches, removing, to_model, undisturbed
+from lit_prune.measurement.layers import Batches, removing
+from lit_prune.task import Task, settle
+from lit_prune.task.running import undisturbed
 
 LOGGER = logging.getLogger(__name__)
 CPU_VALUES = 2**19  # 2 MB: what follows each other stays in the cache; larger batches are up to 2.5 times slower
@@ -91,78 +95,90 @@ def variant_losses(
     batches: Batches,
     values: int | None = None,
     watch: Callable[[Iterable, str], Iterable] = lambda items, _: items,
+    task: Task | str | None = None,
 ) -> Tensor:
-    """Mean cross-entropy of each variant over the images, nats, float64 [V].
+    """Mean loss of each variant over the images, nats for a classifier, float64 [V].
 
     Args:
-        model: a classifier; runs in eval mode and is left as found.
+        model: any network; runs in eval mode and is left as found.
         layer: name of a Conv2d or Linear.
         variants: what to run.
-        batches: (images, labels) pairs.
+        batches: what the task reads.
         values: bound on the values in the largest activation from the layer on; None: 2^19 on the CPU, 2^26 elsewhere.
             `ROWS` variants of one image run at once even where these have more.
         watch: wraps the loop over batches, for a progress bar.
+        task: what a batch and an output mean; None recognises it.
     """
+    task, batches = settle(task, model, batches)
     target = model.get_submodule(layer)
     totals, seen, shared = torch.zeros(len(variants), dtype=torch.float64), 0, None
     with undisturbed(model):
-        for images, labels in watch(batches, layer):
-            images = to_model(model, images)
-            labels = labels.to(images.device)
+        for batch in watch(batches, layer):
+            batch = task.to(batch, model)
             if shared is None:
-                at_once = _at_once(model, target, images[:1], values)
-                run = shared = _choose_run(model, target, variants, images)
-            totals += _batch_losses(run, variants, images, labels, at_once)
-            seen += len(labels)
+                at_once = _at_once(model, target, partial(task.run, model, task.take(batch, 1)), values)
+                run = shared = _choose_run(model, target, variants, batch, task)
+            totals += _batch_losses(run, variants.rows(target.weight.detach()), batch, at_once, task)
+            seen += task.size(batch)
     return totals / seen
 
 
-def losses_one_by_one(model: nn.Module, layer: str, variants: Variants, batches: Batches) -> Tensor:
+def losses_one_by_one(
+    model: nn.Module, layer: str, variants: Variants, batches: Batches, task: Task | str | None = None
+) -> Tensor:
     """What `variant_losses` returns, by one full forward pass a variant and batch."""
+    task, batches = settle(task, model, batches)
     totals, seen = torch.zeros(len(variants), dtype=torch.float64), 0
     with undisturbed(model):
-        for images, labels in batches:
-            images = to_model(model, images)
-            logits = _run_one_by_one(model, model.get_submodule(layer), variants.rows(images), images)
-            totals += _losses(logits, labels.to(images.device))
-            seen += len(labels)
+        for batch in batches:
+            batch = task.to(batch, model)
+            module = model.get_submodule(layer)
+            rows = variants.rows(module.weight.detach())
+            totals += _losses(_run_one_by_one(module, rows, _predicting(model, task, batch)), batch, task)
+            seen += task.size(batch)
     return totals / seen
 
 
-Run = Callable[[tuple[Tensor, Tensor, Tensor], Tensor], Tensor]
+Forward = Callable[[], Tensor]  # runs the network on a batch: its prediction [B, ...]
+Run = Callable[[tuple[Tensor, Tensor, Tensor], Any], Tensor]
 
 
-def _choose_run(model: nn.Module, layer: nn.Module, variants: Variants, images: Tensor) -> Run:
+def _predicting(model: nn.Module, task: Task, batch: Any) -> Forward:
+    return lambda: task.prediction(task.run(model, batch))
+
+
+def _choose_run(model: nn.Module, layer: nn.Module, variants: Variants, batch: Any, task: Task) -> Run:
     """All at once if that gives the same logits for the first variants on the first images, else one by one."""
-    first = tuple(part[:2] for part in variants.rows(images))
-    expected = _run_one_by_one(model, layer, first, images[:2])
+    first = tuple(part[:2] for part in variants.rows(layer.weight.detach()))
+    forward = _predicting(model, task, task.take(batch, 2))
+    expected = _run_one_by_one(layer, first, forward)
     try:
-        found = _run_together(model, layer, first, images[:2])
+        found = _run_together(layer, first, forward)
         error = float((found - expected).abs().max())
         if error <= TOLERANCE * float(expected.abs().max()):
-            return lambda rows, part: _run_together(model, layer, rows, part)
+            return lambda rows, part: _run_together(layer, rows, _predicting(model, task, part))
         reason = f"logits differ by {error:.1e}"
     except (RuntimeError, ValueError, TypeError) as failure:
         reason = str(failure).splitlines()[0]
     LOGGER.warning("lesions run one by one, without a shared prefix: this network cannot be mapped (%s)", reason)
-    return lambda rows, part: _run_one_by_one(model, layer, rows, part)
+    return lambda rows, part: _run_one_by_one(layer, rows, _predicting(model, task, part))
 
 
-def _run_one_by_one(model: nn.Module, layer: nn.Module, rows: Sequence[Tensor], images: Tensor) -> Tensor:
-    """Logits [V, B, K]."""
-    return torch.stack([_run_edited(model, layer, row, images) for row in zip(*rows, strict=True)])
+def _run_one_by_one(layer: nn.Module, rows: Sequence[Tensor], forward: Forward) -> Tensor:
+    """Predictions [V, B, ...]."""
+    return torch.stack([_run_edited(layer, row, forward) for row in zip(*rows, strict=True)])
 
 
-def _run_together(model: nn.Module, layer: nn.Module, rows: Sequence[Tensor], images: Tensor) -> Tensor:
-    """Logits [V, B, K], what comes before the layer computed once."""
+def _run_together(layer: nn.Module, rows: Sequence[Tensor], forward: Forward) -> Tensor:
+    """Predictions [V, B, ...], what comes before the layer computed once."""
     with _Mappable(), sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no rule for a further dimension
-        return torch.func.vmap(lambda *row: _run_edited(model, layer, row, images), randomness="same")(*rows)
+        return torch.func.vmap(lambda *row: _run_edited(layer, row, forward), randomness="same")(*rows)
 
 
-def _run_edited(model: nn.Module, layer: nn.Module, row: Sequence[Tensor], images: Tensor) -> Tensor:
+def _run_edited(layer: nn.Module, row: Sequence[Tensor], forward: Forward) -> Tensor:
     hook = layer.register_forward_hook(lambda module, _, output: edit_output(module, output, row))
     with removing([hook]):
-        return model(images)
+        return forward()
 
 
 class _Mappable(TorchFunctionMode):
@@ -204,29 +220,30 @@ class _Mappable(TorchFunctionMode):
         return torch.addcmul(shift, values, scale)
 
 
-def _batch_losses(run: Run, variants: Variants, images: Tensor, labels: Tensor, at_once: int) -> Tensor:
+def _batch_losses(run: Run, rows: Sequence[Tensor], batch: Any, at_once: int, task: Task) -> Tensor:
     """Summed losses [V] of one batch, `at_once` pairs of variant and image together."""
-    rows = variants.rows(images)
-    height = min(len(variants), max(ROWS, at_once // len(images)))
-    totals = torch.zeros(len(variants), dtype=torch.float64)
+    count = len(rows[0])
+    height = min(count, max(ROWS, at_once // task.size(batch)))
+    totals = torch.zeros(count, dtype=torch.float64)
     width = max(1, at_once // max(height, 1))
-    for start in range(0, len(images), width):
-        part, truth = images[start : start + width], labels[start : start + width]
-        losses = [_losses(run(some, part), truth) for some in zip(*(row.split(height) for row in rows), strict=True)]
+    for start in range(0, task.size(batch), width):
+        part = task.take(batch, slice(start, start + width))
+        losses = [
+            _losses(run(some, part), part, task) for some in zip(*(row.split(height) for row in rows), strict=True)
+        ]
         totals += torch.cat(losses)
     return totals
 
 
-def _losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy summed over the images, float64 [V] on the CPU, of logits [V, B, K]."""
-    log_probabilities = logits.double().log_softmax(-1)
-    return -log_probabilities.gather(2, labels.view(1, -1, 1).expand(len(logits), -1, 1)).sum((1, 2)).cpu()
+def _losses(predictions: Tensor, batch: Any, task: Task) -> Tensor:
+    """Losses summed over the images, float64 [V] on the CPU, of predictions [V, B, ...]."""
+    return torch.stack([task.losses(found.double(), batch).sum() for found in predictions]).cpu()
 
 
-def _at_once(model: nn.Module, layer: nn.Module, image: Tensor, values: int | None) -> int:
+def _at_once(model: nn.Module, layer: nn.Module, forward: Callable[[], Any], values: int | None) -> int:
     """How many pairs of variant and image may run together."""
     if values is None:
-        values = CPU_VALUES if image.device.type == "cpu" else DEVICE_VALUES
+        values = CPU_VALUES if layer.weight.device.type == "cpu" else DEVICE_VALUES
     sizes: list[int] = []
 
     def note(module: nn.Module, inputs: tuple, output: object) -> None:
@@ -234,5 +251,5 @@ def _at_once(model: nn.Module, layer: nn.Module, image: Tensor, values: int | No
             sizes.append(output.numel())
 
     with removing([module.register_forward_hook(note) for module in model.modules()]):
-        model(image)
+        forward()
     return max(1, values // max(sizes))

@@ -12,6 +12,7 @@ from lit_prune.lab.reduce.state import NetworkState
 from lit_prune.replace import Interchange, Replacement, Swaps
 from lit_prune.replace.heads import HEAD_SCORES, find_attention, head_columns, measure_heads, remove_heads
 from lit_prune.replace.interchange import gather_images, swap_units
+from lit_prune.task import Classification
 from lit_prune.train.evaluation import evaluate
 
 Batches = list[tuple[Tensor, Tensor]]
@@ -83,9 +84,9 @@ class AttentionSite:
         columns = [
             [head_columns([head], wide).tolist() for head in heads] for heads in (state.kept, range(len(state.kept)))
         ]
-        images = gather_images(test, swaps.images)
+        images = gather_images(test, swaps.images, Classification())
         found = swap_units((self.model, state.model), f"{self.name}.proj", columns, images, swaps)
-        return evaluate(state.model, test).accuracy, found
+        return evaluate(state.model, test).figure, found
 
     def network(self, state: NetworkState) -> tuple[nn.Module, None]:
         """The network of the state; heads are outside of what a plan can say."""

@@ -93,7 +93,7 @@ class Bench:
     @cached_property
     def dense_accuracy(self) -> float:
         """Accuracy of the original."""
-        return evaluate(self.model, self.images.test).accuracy
+        return evaluate(self.model, self.images.test).figure
 
     @property
     def layer(self) -> str:
@@ -223,7 +223,7 @@ class Bench:
             )
         name = self.cell_key(cell)
         trained = repair(network, self.model, plan, folder / "cells" / name)
-        return evaluate(trained, self.images.test).accuracy
+        return evaluate(trained, self.images.test).figure
 
 
 def _sizes(images: Images) -> dict[str, Any]:

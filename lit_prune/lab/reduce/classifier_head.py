@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from lit_prune.measurement.layers import Batches, removing, to_model, undisturbed
+from lit_prune.measurement.layers import Batches, removing
 from lit_prune.measurement.moments import Moments
 from lit_prune.replace.consumers import Reader
 from lit_prune.replace.fitting import InputEvidence, check_objective, fit_stand_in
@@ -20,6 +20,8 @@ from lit_prune.replace.regression import RIDGES, PairSums, solve_held_out
 from lit_prune.replace.risk import SoftmaxHead
 from lit_prune.replace.settings import Replacement
 from lit_prune.replace.stand_ins import fold
+from lit_prune.task import Classification
+from lit_prune.task.running import undisturbed
 
 
 @dataclass(frozen=True)
@@ -84,13 +86,14 @@ def read_features(model: nn.Module, head: str, batches: Batches) -> Features:
         head: its classifier.
         batches: (images, labels).
     """
+    task = Classification()
     values: list[Tensor] = []
     labels = []
     hook = model.get_submodule(head).register_forward_pre_hook(lambda module, args: values.append(args[0].cpu()))
     with removing([hook]), undisturbed(model):
-        for images, classes in batches:
-            model(to_model(model, images))
-            labels.append(classes.cpu())
+        for batch in batches:
+            task.run(model, task.to(batch, model))
+            labels.append(task.target(batch).cpu())
     return Features(torch.cat(values), torch.cat(labels))
 
 

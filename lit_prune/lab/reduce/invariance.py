@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
-from lit_prune.measurement.layers import to_model, undisturbed
 from lit_prune.replace.flow import observe
 from lit_prune.structure import Group, trace_groups
+from lit_prune.task.batches import to_network
+from lit_prune.task.running import undisturbed
 
 TOLERANCE = 1e-3  # of the logits' spread: more than that and the two networks are not the same function
 
@@ -125,7 +126,7 @@ def _multiply(parameter: Tensor, positions: Sequence[Sequence[int]], scales: Ten
 def _logit_change(model: nn.Module, other: nn.Module, images: Tensor, group: str) -> float:
     """Largest difference of the logits, over their standard deviation."""
     with undisturbed(model), undisturbed(other):
-        first, second = (network(to_model(network, images)) for network in (model, other))
+        first, second = (network(to_network(images, network)) for network in (model, other))
     change = float((first - second).abs().max() / first.std())
     if not change < TOLERANCE:
         raise InputError(

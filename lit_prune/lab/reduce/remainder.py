@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
-from lit_prune.measurement.layers import removing, to_model, undisturbed
+from lit_prune.measurement.layers import removing
 from lit_prune.replace.flow import Flow
+from lit_prune.task.batches import to_network
+from lit_prune.task.running import undisturbed
 
 CROSS_ENTROPY = math.sqrt(2) ** 3 / (6 * math.sqrt(3))
 """κ: largest third derivative of log-sum-exp along a unit vector. Along v it is the third central moment of v's entries
@@ -111,5 +113,5 @@ def _input_shapes(model: nn.Module, layers: list[str], images: Tensor) -> dict[s
 
     handles = [model.get_submodule(name).register_forward_pre_hook(keeper(name)) for name in layers]
     with removing(handles), undisturbed(model):
-        model(to_model(model, images))
+        model(to_network(images, model))
     return shapes

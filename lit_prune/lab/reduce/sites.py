@@ -12,13 +12,15 @@ from lit_prune.errors import InputError
 from lit_prune.lab.reduce.attention import AttentionSite
 from lit_prune.lab.reduce.head import HeadSite
 from lit_prune.lab.reduce.state import NetworkState
-from lit_prune.measurement.layers import removing, to_model, undisturbed
+from lit_prune.measurement.layers import removing
 from lit_prune.replace import Interchange, Reduced, Replacement, Swaps, interchange, replace_mechanisms
 from lit_prune.replace.curvature import Curvature, measure_curvature
 from lit_prune.replace.heads import find_attention, is_attention
 from lit_prune.scores import score
 from lit_prune.structure import Budget, ChannelGraph, Group, Plan, trace_groups
 from lit_prune.structure.ranking import group_scores
+from lit_prune.task.batches import to_network
+from lit_prune.task.running import undisturbed
 from lit_prune.train.evaluation import evaluate
 
 Batches = list[tuple[Tensor, Tensor]]
@@ -98,7 +100,7 @@ class GroupSite:
         """Runs both networks."""
         reduced = Reduced(state.model, {}, self._plan(state))
         found = interchange(self.model, reduced, test, self.example, swaps=swaps)
-        return evaluate(state.model, test).accuracy, found
+        return evaluate(state.model, test).figure, found
 
     def network(self, state: NetworkState) -> tuple[nn.Module, Plan]:
         """The network of the state."""
@@ -188,7 +190,7 @@ def last_affine(model: nn.Module, example: Tensor) -> str | None:
     linear = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     handles = [module.register_forward_hook(keeper(name)) for name, module in linear]
     with removing(handles), undisturbed(model):
-        return outputs.get(id(model(to_model(model, example))))
+        return outputs.get(id(model(to_network(example, model))))
 
 
 def _reads_alone(model: nn.Module, group: Group, head: str) -> bool:

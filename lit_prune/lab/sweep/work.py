@@ -94,7 +94,7 @@ def measure_dense(place: Workplace, checkpoint: int) -> Result:
     """Accuracy, multiply-adds and parameters of a checkpoint's network."""
     price = cost(place.model(checkpoint), place.example(checkpoint))
     found = place.evaluate(place.model(checkpoint))
-    return {"accuracy": found.accuracy, "macs": price.macs, "params": price.params, "test_images": found.images}
+    return {"accuracy": found.figure, "macs": price.macs, "params": price.params, "test_images": found.images}
 
 
 def plan_unit(place: Workplace, unit: Unit, methods: tuple[str, ...]) -> Result:
@@ -180,13 +180,13 @@ def run_cell(place: Workplace, cell: Cell, entry: Result) -> Result:
     """
     pruned = _pruned(place, cell, entry).to(memory_format=torch.channels_last)  # a quarter faster on odd widths
     price = cost(pruned, place.example(cell.unit.checkpoint))
-    before = place.evaluate(pruned).accuracy
+    before = place.evaluate(pruned).figure
     fields = place.job.request.recovery_fields(cell.recovery)
     checks: dict[int, float] = {}
     if fields["max_batches"]:
         data = place.job.data.redrawn(place.job.data.seed + cell.unit.seed)
         for done in recover(pruned, data, fields, place.job.precision, cell.unit.seed):
-            checks[done] = place.evaluate(pruned).accuracy
+            checks[done] = place.evaluate(pruned).figure
     return {
         "macs": entry.get("macs", price.macs),
         "params": price.params,

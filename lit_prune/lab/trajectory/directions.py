@@ -9,12 +9,12 @@ from dataclasses import dataclass, field, fields, replace
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from lit_prune.errors import InputError
 from lit_prune.lab.trajectory.gradients import GradientSums, direction_cosines, gradient_sums, information_directions
-from lit_prune.measurement.layers import Batches, removing, select_layers, to_model, undisturbed
-from lit_prune.measurement.target_axis import task_variable
+from lit_prune.measurement.layers import Batches, removing, select_layers
+from lit_prune.task import Task, settle
+from lit_prune.task.running import undisturbed
 
 SUMMED = ("inputs", "outputs", "target", "input_output", "input_target")
 
@@ -61,39 +61,43 @@ def _all_reduced(sums: GradientSums) -> GradientSums:
 
 
 def collect_directions(
-    model: nn.Module, batches: Batches, target: str = "true_margin", layers: Sequence[str] | str | None = None
+    model: nn.Module,
+    batches: Batches,
+    target: str | None = None,
+    layers: Sequence[str] | str | None = None,
+    task: Task | str | None = None,
 ) -> DirectionSums:
     """The sums behind `direction_table`, in evaluation mode; gradients and flags of the model stay as found.
 
     Each batch runs twice: once for T, once for the sums of every layer, taken as the layer runs (so that operations in
-    place do no harm), and for ∂L/∂W of the cross-entropy, by one backward pass.
+    place do no harm), and for ∂L/∂W of the loss, by one backward pass.
 
     Args:
-        model: a classifier.
-        batches: (images, labels) pairs.
-        target: a task variable with one value an image, see `target_axis.TARGETS`.
+        model: any network.
+        batches: what the task reads.
+        target: a task variable with one value an image, one of the task's `variables`; None takes its default.
         layers: names or fnmatch patterns; None takes every Conv2d and Linear layer.
+        task: what a batch and an output mean; None recognises it.
 
     Raises:
         InputError: no batch, no such layer, a target of many variables, a layer that runs twice.
     """
     chosen = select_layers(model, layers)
     sums = DirectionSums()
+    task, batches = settle(task, model, batches)
     with undisturbed(model), _all_trainable(chosen):
-        for images, labels in batches:
-            images = to_model(model, images)
-            labels = labels.to(images.device)
-            values = task_variable(target, model(images), labels)
+        for piece in (piece for batch in batches for piece in task.pieces(batch)):
+            piece = task.to(piece, model)
+            name = target or task.default_variable(piece) or "negative_loss"
+            values = task.variable(task.run(model, piece), piece, name)
             if values.shape[1] != 1:
-                raise InputError(
-                    f"target: {target!r} has {values.shape[1]} variables an image; choose one with a single"
-                )
+                raise InputError(f"target: {name!r} has {values.shape[1]} variables an image; choose one with a single")
             with torch.enable_grad(), _summing(chosen, values[:, 0], sums):
-                loss = functional.cross_entropy(model(images), labels, reduction="sum")
+                loss = task.losses(task.run(model, piece), piece).sum()
             _add_loss_gradients(loss, chosen, sums)
-            sums.images += len(labels)
+            sums.images += task.size(piece)
     if not sums.images:
-        raise InputError("batches: no batch of (images, labels) in it; give at least one")
+        raise InputError("batches: there is no batch in it; give at least one")
     return sums
 
 

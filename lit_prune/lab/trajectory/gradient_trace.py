@@ -8,7 +8,7 @@ from torch import nn
 
 from lit_prune.files import write_parquet
 from lit_prune.lab.trajectory.directions import collect_directions, direction_table
-from lit_prune.measurement.target_axis import TARGETS
+from lit_prune.task import TARGETS
 from lit_prune.train.tracing import Trace, calibration_batches, trace_folder
 
 COSINES = ("capture_task", "update_capture", "update_task")

@@ -15,6 +15,8 @@ from lit_prune.lab.analyze.request import AnalyzeRequest
 from lit_prune.measurement.channel_table import measure
 from lit_prune.measurement.protocol import Protocol
 from lit_prune.scores.groupings import group_channels
+from lit_prune.structure.example import Example
+from lit_prune.task import Classification
 
 
 @pytest.fixture
@@ -38,7 +40,7 @@ def test_one_pass_gives_the_channel_table_of_measure(analysis, tiny_net, batches
 
 @pytest.mark.parametrize("limit, cuts", [(None, ()), (43, ()), (None, (10, 25, 30)), (31, (30,))])
 def test_cut_batches_keep_the_order_and_end_at_the_cuts(batches, limit, cuts):
-    parts = list(cut_batches(batches, limit, cuts))
+    parts = list(cut_batches(batches, Classification(), limit, cuts))
     every = torch.cat([images for images, _ in batches])[:limit]
     assert torch.equal(torch.cat([images for images, _ in parts]), every)
     assert set(cuts) <= set(np.cumsum([len(labels) for _, labels in parts]))
@@ -83,7 +85,7 @@ def test_all_images_agree_with_themselves_and_a_prefix_is_the_measurement_of_its
     assert set(table.index.get_level_values(0)) == {20, 40, 60}
     whole = table.loc[60]
     assert (whole[["tau_input_capture", "tau_target_excess", "rand_index"]] > 1 - 1e-12).all(axis=None)
-    some = measure(tiny_net, list(cut_batches(batches, 20)))
+    some = measure(tiny_net, list(cut_batches(batches, Classification(), 20)))
     every = measure(tiny_net, batches)
     rows = some["layer"] == "conv1"
     expected = controls.kendall(some["task_information"][rows], every["task_information"][rows])
@@ -101,7 +103,7 @@ def test_rescaling_leaves_the_function_and_moves_the_rankings_of_raw_parameters(
 
 def test_rescaled_copy_has_other_parameters_and_the_model_its_own(tiny_net, batches):
     before = {name: value.clone() for name, value in tiny_net.state_dict().items()}
-    example = batches[0][0][:1]
+    example = Example((batches[0][0][:1],))
     twin = invariance.rescaled(tiny_net, invariance.batch_norms(tiny_net, example))
     assert all(torch.equal(value, before[name]) for name, value in tiny_net.state_dict().items())
     assert not torch.equal(twin.conv1.weight, tiny_net.conv1.weight)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from lit_prune.cli.main import build_cli, main
+from lit_prune.cli.main import main
+from lit_prune.cli.prune_cli import build_cli
 from lit_prune.errors import InputError
 from lit_prune.lab.analyze.analysis import analyze
 from lit_prune.lab.analyze.request import AnalyzeRequest

@@ -135,7 +135,7 @@ def test_what_comes_before_the_layer_runs_once_for_all_variants(tiny_net, batche
         tiny_net.stem.register_forward_hook(lambda module, inputs, output: before.append(output.shape)),
         tiny_net.bn2.register_forward_hook(lambda module, inputs, output: after.append(output)),
     ]
-    variant_losses(tiny_net, "conv2", Variants.lesions(range(6), 6), batches[:1], 10_000_000)
+    variant_losses(tiny_net, "conv2", Variants.lesions(range(6), 6), batches[:1], 10_000_000, task="classification")
     for handle in handles:
         handle.remove()
     assert len(before) == 5  # one to size the batches, two by one and once together to compare, once for all

@@ -110,7 +110,7 @@ def test_dry_run_says_what_is_left_and_its_cost_and_does_nothing(command, inside
 
 
 def test_the_estimate_counts_six_operations_a_multiplication_image_and_epoch(inside, tmp_path, command):
-    from lit_prune.cli.main import fit_parts
+    from lit_prune.cli.prune_cli import fit_parts
     from lit_prune.lab.suite.estimate import estimate_fit
 
     file = tmp_path / "fit.yaml"

@@ -14,7 +14,7 @@ from torch.nn import functional
 from lit_prune.errors import InputError
 from lit_prune.lab.trajectory.directions import collect_directions, direction_table
 from lit_prune.lab.trajectory.gradient_trace import GradientTrace
-from lit_prune.measurement.target_axis import task_variable
+from lit_prune.task import task_variable
 
 
 def batches(count=3, size=12):

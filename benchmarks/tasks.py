@@ -1,0 +1,193 @@
+"""What works on which network: a table of cases x (measure, scores, plan and cut, stand-ins, save and load, callbacks).
+
+    python benchmarks/tasks.py [CASE ...]
+
+Random weights and small inputs, so the figures say that things fit together and not how good a network is. `cut`:
+largest difference, relative to the largest output, between the cut network and the dense one with the readers' columns
+zeroed. `stand-ins`: distortion of the prediction after delete / constant / affine / refit, share of its own power.
+`save`: the same difference between the saved and the loaded network. A refusal is its line.
+"""
+
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from networks import CASES, Case
+from torch import Tensor, nn
+
+from lit_prune.errors import InputError
+from lit_prune.measurement.channel_table import measure
+from lit_prune.replace import Replacement, replace_mechanisms
+from lit_prune.scores import score
+from lit_prune.structure import apply_plan, make_plan, trace_groups
+from lit_prune.structure.axes import is_weighted
+from lit_prune.task import Task, find_task, recognise
+
+LABELLED = ("taylor", "cmr_const", "cmr_affine", "composite_pid", "label_information")
+FREE = ("magnitude", "variance", "cmr_logit", "composite_ix", "chip", "mipp", "reconstruction")
+KINDS = ("delete", "constant", "affine", "refit")
+ERRORS = (ImportError, InputError, RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, AssertionError)
+
+
+@dataclass
+class Row:
+    """One case, filled column by column; a column that raises holds what was said.
+
+    Attributes:
+        case: what is examined.
+        cells: column -> text.
+    """
+
+    case: Case
+    cells: dict[str, str] = field(default_factory=dict)
+
+    def fill(self) -> dict[str, str]:
+        """Runs all columns, one after the other."""
+        torch.manual_seed(0)
+        self.model = self.case.build().eval()
+        settled(self.model)
+        self.batches = [self.case.batch(self.case.samples) for _ in range(2)]
+        self.attempt("task", self.recognised)
+        if not hasattr(self, "task"):
+            return self.cells
+        for column in ("measure", "scores", "cut", "stand-ins", "save", "callbacks"):
+            self.attempt(column, getattr(self, column.replace("-", "_")))
+        return self.cells
+
+    def attempt(self, column: str, examine: Callable[[], str]) -> None:
+        """One cell; an error is its first line, with its type where it is not meant for a user."""
+        try:
+            self.cells[column] = examine()
+        except ERRORS as error:
+            line = (str(error).strip().splitlines() or [""])[0]
+            self.cells[column] = line if isinstance(error, InputError) else f"{type(error).__name__}: {line}"
+
+    def recognised(self) -> str:
+        """The task."""
+        given = self.case.task
+        self.task: Task = recognise(self.model, self.batches[0]) if given is None else find_task(given)
+        return (self.task.name or "custom") + ("" if given is None else ", given")
+
+    def measure(self) -> str:
+        """Channels, and share of the live ones with a value on the target axis."""
+        table = measure(self.model, self.batches, task=self.case.task)
+        live = table[~table["dead"]]
+        both = (live["input_capture"].notna().mean(), live["task_information"].notna().mean())
+        return f"{len(table)} channels, I_X {both[0]:.0%}, I_T {both[1]:.0%}"
+
+    def scores(self) -> str:
+        """Which scores work."""
+        said, works = {}, 0
+        for name in (*FREE, *LABELLED):
+            try:
+                found = score(self.model, name, self.batches, task=self.case.task)
+                works += bool(found)
+            except ERRORS as error:
+                line = (str(error).strip().splitlines() or [""])[0]
+                said[name] = line if isinstance(error, InputError) else f"{type(error).__name__}: {line}"
+        missing = "; ".join(f"{name}: {line}" for name, line in said.items())
+        return f"{works} of {len(FREE) + len(LABELLED)}" + (f" ({missing})" if missing else "")
+
+    def cut(self) -> str:
+        """Plan, surgery, equality."""
+        example = self.task.inputs(self.task.to(self.task.take(self.batches[0], 1), self.model))
+        ranks = score(self.model, "cmr_logit", self.batches, task=self.case.task)
+        plan = make_plan(self.model, ranks, example, budget="macs", keep=self.case.keep)
+        self.plan, self.example = plan, example
+        self.small = apply_plan(self.model, plan, example)
+        graph = trace_groups(self.model, example)
+        removed = graph.removed_positions({name: plan.removed(name) for name in plan.keep_channels})
+        zeroed = apply_zeros(self.model, removed)
+        return f"{len(plan.keep_channels)} groups, {self.difference(zeroed, self.small):.1e}"
+
+    def stand_ins(self) -> str:
+        """Distortion of the prediction after each kind."""
+        found = []
+        settings = Replacement(unsupported="delete")
+        for kind in KINDS:
+            reduced = replace_mechanisms(
+                self.model, self.plan, self.batches, self.example, kind, settings=settings, task=self.task
+            )
+            self.reduced = reduced
+            found.append(f"{self.distortion(reduced.model):.3f}")
+        refused = f", {len(reduced.report['refused'])} refused" if reduced.report["refused"] else ""
+        return " / ".join(found) + refused
+
+    def save(self) -> str:
+        """Saved, loaded on a dense instance."""
+        from lit_prune import load_compact, save_compact
+
+        with tempfile.TemporaryDirectory() as folder:
+            save_compact(Path(folder) / "compact", self.small, example=self.example, plans=[self.plan])
+            torch.manual_seed(1)
+            loaded = load_compact(Path(folder) / "compact", model=self.case.build())
+        return f"{self.difference(self.small, loaded):.1e}"
+
+    def callbacks(self) -> str:
+        """A fit with both callbacks."""
+        from fitting import fit
+
+        return fit(self.case, self.task)
+
+    def predictions(self, model: nn.Module) -> list[Tensor]:
+        """What the network predicts for the batches, without targets where they change how it runs."""
+        with torch.no_grad():
+            torch.manual_seed(0)
+            return [self.task.prediction(self.task.run(model, batch)) for batch in self.batches]
+
+    def difference(self, one: nn.Module, other: nn.Module) -> float:
+        """Largest difference over the largest value."""
+        pairs = list(zip(self.predictions(one), self.predictions(other), strict=True))
+        return max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs)
+
+    def distortion(self, other: nn.Module) -> float:
+        """Mean squared difference of the predictions over their variance across samples and values."""
+        a, b = (torch.cat(self.predictions(model)).double() for model in (self.model, other))
+        return float((a - b).square().mean() / (a - a.mean(0)).square().mean())
+
+
+def settled(model: nn.Module) -> None:
+    """Norms with statistics and scales that are not those of initialisation, so that nothing is equal by accident."""
+    generator = torch.Generator().manual_seed(2)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is not None:
+            module.running_var.copy_(torch.rand(module.running_var.shape, generator=generator) + 0.5)
+            module.running_mean.copy_(0.1 * torch.randn(module.running_mean.shape, generator=generator))
+
+
+def apply_zeros(model: nn.Module, removed: dict[tuple[str, str], list[int]]) -> nn.Module:
+    """A copy of the network whose layers read nothing of what is removed."""
+    from copy import deepcopy
+
+    zeroed = deepcopy(model)
+    modules = dict(zeroed.named_modules())
+    for (name, axis), positions in removed.items():
+        module = modules.get(name)
+        if axis != "in" or not is_weighted(module):
+            continue
+        dimension = 0 if getattr(module, "transposed", False) else 1
+        with torch.no_grad():
+            module.weight.index_fill_(dimension, torch.tensor(positions), 0.0)
+    return zeroed
+
+
+def main(names: Iterable[str]) -> None:
+    """Prints a table in markdown, row by row as they are ready."""
+    warnings.filterwarnings("ignore")
+    columns = ("task", "measure", "scores", "cut", "stand-ins", "save", "callbacks")
+    print("| case | " + " | ".join(columns) + " | s |\n|" + " --- |" * (len(columns) + 2), flush=True)
+    for name in names:
+        clock = time.perf_counter()
+        cells = Row(CASES[name]).fill()
+        seconds = time.perf_counter() - clock
+        print(f"| {name} | " + " | ".join(cells.get(c, "") for c in columns) + f" | {seconds:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    import sys
+
+    main(sys.argv[1:] or CASES)

@@ -1,0 +1,94 @@
+"""The verbs that read a folder or begin other verbs; each is a function, its arguments are the command line's."""
+
+from pathlib import Path
+from typing import Any
+
+from lit_prune.cli.parsing import one_line
+from lit_prune.cli.recipes import find_recipe
+
+
+def demo(run_dir: str = "runs/demo", options: list[str] = []) -> Any:  # noqa: B006
+    """Trains, watches, cuts, repairs and hands over a ResNet-20 on real digit images; minutes on a CPU.
+
+    Args:
+        run_dir: folder for everything that the run writes; a demo that was stopped there goes on.
+        options: further command line arguments of `fit`, such as `["--trainer.max_epochs", "4"]`.
+    """
+    from lit_prune.cli.prune_cli import build_cli
+
+    build_cli(["fit", "-c", str(find_recipe("demo")), "--run_dir", run_dir, *options])
+    report(run_dir)
+
+
+def report(run_dir: str) -> None:
+    """Draws the report page of a run folder.
+
+    Args:
+        run_dir: folder that a verb wrote.
+    """
+    from rich.console import Console
+
+    from lit_prune.lab import sections as _lab_sections  # noqa: F401  (they register with the report)
+    from lit_prune.report import result_table, write_report
+
+    page = write_report(Path(run_dir))
+    if (Path(run_dir) / "compact" / "report.json").exists():
+        Console().print(result_table(Path(run_dir)))
+    print(f"report: {page}")
+
+
+def export(run_dir: str, formats: list[str] = ["onnx", "torch_export"], to: str | None = None) -> None:  # noqa: B006
+    """Exports the compact model of a run folder and verifies each file against the module.
+
+    Args:
+        run_dir: run folder with `compact/`, or a compact folder itself.
+        formats: `onnx` (needs the extra `export`) and `torch_export`.
+        to: folder for the files; default: `export/` in the run folder.
+    """
+    from lit_prune.export import ExportError, export_compact
+
+    folder = Path(run_dir)
+    compact = folder / "compact" if (folder / "compact").is_dir() else folder
+    try:
+        results = export_compact(compact, Path(to) if to else folder / "export", tuple(formats))
+    except ExportError as error:
+        raise SystemExit(f"error: {one_line(str(error))}") from None  # exit code 1: the input was right
+    for name, result in results.items():
+        print(f"{name}: {result['file']}, largest difference {result['max_abs_difference']:.2e}")
+
+
+def suite(
+    base: dict,  # not dict[str, Any]: jsonargparse would fill in the defaults of every class it names
+    networks: dict,
+    seeds: list[int],
+    run_dir: str = "runs/suite",
+    options: list[str] = [],  # noqa: B006
+    dry_run: bool = False,
+    devices: int | None = None,
+    runs_per_device: int = 1,
+    part: int = 0,
+    parts: int = 1,
+) -> None:
+    """Trains networks × seeds, each in a folder of its own; finished runs are skipped, interrupted ones go on.
+
+    Args:
+        base: configuration of every `fit`.
+        networks: by name, what is added to `base` for that network.
+        seeds: one run of every network for each.
+        run_dir: a run's folder in it is `NETWORK/seed=SEED`; the results of all go to `suite.parquet`.
+        options: further command line arguments of every `fit`, such as `["--data.root", "DATA"]`.
+        dry_run: print what would be done and its estimated cost, and do nothing.
+        devices: devices to spread the runs over, one process each; default: all CUDA devices, one process on the CPU.
+        runs_per_device: runs at the same time on each.
+        part: number of this process among `parts` that share the suite, such as the tasks of a SLURM job.
+        parts: processes that share the suite.
+    """
+    from rich.console import Console
+
+    from lit_prune.cli.prune_cli import fit_parts
+    from lit_prune.lab.suite.suite import Suite, device_slots, preview, run_suite
+
+    asked = Suite(Path(run_dir), base, networks, tuple(seeds), tuple(options))
+    slots = device_slots(devices, runs_per_device)
+    table = preview(asked, len(slots), fit_parts) if dry_run else run_suite(asked, slots, part, parts)
+    Console().print(table)
