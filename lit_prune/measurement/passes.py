@@ -90,7 +90,7 @@ class InputGradients:
     """What the collectors share that differentiate the loss in the values which layers read.
 
     Attributes:
-        inputs: what each layer read in the batch that has just run, by name, in the order of the pass.
+        inputs: what each layer read in the batch that has just run, call by call, by name, in the order of the pass.
 
     Args:
         model: any network.
@@ -103,18 +103,31 @@ class InputGradients:
     def __init__(self, model: nn.Module, layers: Iterable[str], seed: int) -> None:
         self.model, self.layers = model, tuple(layers)
         self.generator = torch.Generator().manual_seed(seed)
-        self.inputs: dict[str, Tensor] = {}
+        self.inputs: dict[str, list[Tensor]] = {}
 
     @contextmanager
     def watch(self) -> Iterator[None]:
         """See `Collector`."""
 
         def keeper(name: str):
-            return lambda module, args: self.inputs.__setitem__(name, args[0])
+            return lambda module, args: self.inputs.setdefault(name, []).append(args[0])
 
         modules = {name: self.model.get_submodule(name) for name in self.layers}
+        handles = [module.register_forward_pre_hook(keeper(name)) for name, module in modules.items()]
         try:
-            with removing([module.register_forward_pre_hook(keeper(name)) for name, module in modules.items()]):
+            with removing(handles):
                 yield
         finally:
             self.inputs.clear()
+
+    def gradients_of(self, values: Tensor, create_graph: bool = False) -> dict[str, list[Tensor]]:
+        """Gradients of the sum of `values` [B] in what each layer read, call by call; zero where there is none."""
+        tracked = [value for calls in self.inputs.values() for value in calls if value.requires_grad]
+        if not values.requires_grad or not tracked:
+            raise InputError("model: its loss does not depend on what its layers read; nothing can be differentiated")
+        found = torch.autograd.grad(values.sum(), tracked, None, True, create_graph, allow_unused=True)
+        known = {id(value): gradient for value, gradient in zip(tracked, found, strict=True) if gradient is not None}
+        return {
+            name: [known[id(value)] if id(value) in known else torch.zeros_like(value) for value in calls]
+            for name, calls in self.inputs.items()
+        }

@@ -163,11 +163,13 @@ class CurvatureSums(InputGradients):
 
     def add(self, output: Any, batch: Any) -> None:
         """See `passes.Collector`."""
+        size = self.task.size(batch)
         for part in loss_parts(self.task, output, batch, self.generator):
-            gradients = torch.autograd.grad(part.values.sum(), list(self.inputs.values()), retain_graph=True)
-            for (name, inputs), gradient in zip(self.inputs.items(), gradients, strict=True):
-                self._add(name, channel_rows(self.model, name, inputs), channel_rows(self.model, name, gradient), part)
-        self.count += self.task.size(batch)
+            for name, gradients in self.gradients_of(part.values).items():
+                rows = (channel_rows(self.model, name, values, size) for values in (self.inputs[name], gradients))
+                self._add(name, *rows, part)
+        self.inputs.clear()
+        self.count += size
 
     def _add(self, name: str, a: Tensor, g: Tensor, part: Part) -> None:
         """Adds the products of one part's gradients; values and gradients are [B, P, C]."""
@@ -200,7 +202,20 @@ def measure_curvature(
     return collect(model, batches, CurvatureSums(model, layers, task, seed), task)
 
 
-def channel_rows(model: nn.Module, layer: str, values: Tensor) -> Tensor:
-    """A layer's input, or a tensor shaped like it, as float64 [B, P, C], detached."""
+def channel_rows(model: nn.Module, layer: str, calls: Sequence[Tensor], samples: int) -> Tensor:
+    """What a layer read in its calls, or tensors shaped like it, as float64 [B, P, C], detached.
+
+    Several calls, and rows that are windows or boxes of a sample, count as positions of the sample.
+
+    Raises:
+        InputError: rows that do not belong to samples evenly.
+    """
     dim = channel_dim(model.get_submodule(layer))
-    return values.detach().double().movedim(dim, -1).reshape(len(values), -1, values.shape[dim])
+    uneven = next((value for value in calls if len(value) % samples), None)
+    if uneven is not None:
+        raise InputError(
+            f"layers: {layer!r} reads {len(uneven)} rows for {samples} samples, so it is not known which belong to "
+            "which; use batches of one sample"
+        )
+    rows = [v.detach().double().movedim(dim, -1).reshape(samples, -1, v.shape[dim]) for v in calls]
+    return torch.cat(rows, 1)

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from lit_prune.measurement.layers import removing
 from lit_prune.replace.walk import ADDITIONS, Stop
 from lit_prune.structure import axes
-from lit_prune.structure.tracing import one_image, run, undisturbed
+from lit_prune.structure.tracing import one_sample, run, undisturbed
 
 
 @dataclass
@@ -56,7 +56,7 @@ def observe(model: nn.Module, example_input: Tensor) -> Flow:
     with undisturbed(model), torch.no_grad():
         handles = [handle for name, module in model.named_modules() for handle in watch.hooks(name, module)]
         with removing(handles), watch:
-            run(model, one_image(model, example_input))
+            run(model, one_sample(model, example_input))
     return watch.flow()
 
 

@@ -38,18 +38,20 @@ class HutchinsonSums(InputGradients):
 
     def add(self, output: Any, batch: Any) -> None:
         """See `passes.Collector`."""
-        loss = self.task.losses(output, batch).sum()
-        gradients = torch.autograd.grad(loss, list(self.inputs.values()), create_graph=True)
-        for (name, inputs), gradient in zip(self.inputs.items(), gradients, strict=True):
-            part = self._batch_sums(name, inputs, gradient)
-            self.sums[name] = [a + b for a, b in zip(self.sums[name], part, strict=True)] if name in self.sums else part
-        self.count += self.task.size(batch)
+        size = self.task.size(batch)
+        for name, gradients in self.gradients_of(self.task.losses(output, batch), create_graph=True).items():
+            for inputs, gradient in zip(self.inputs[name], gradients, strict=True):
+                part = self._batch_sums(name, inputs, gradient, size)
+                known = self.sums.get(name, [0.0] * len(part))
+                self.sums[name] = [a + b for a, b in zip(known, part, strict=True)]
+        self.inputs.clear()
+        self.count += size
 
-    def _batch_sums(self, name: str, inputs: Tensor, gradient: Tensor) -> list[Tensor]:
+    def _batch_sums(self, name: str, inputs: Tensor, gradient: Tensor, size: int) -> list[Tensor]:
         """Sums over the batch of G, v and the three diagonals, each float64 [C]."""
 
         def pooled(values: Tensor) -> Tensor:
-            return channel_rows(self.model, name, values).sum(1).cpu()
+            return channel_rows(self.model, name, [values], size).sum(1).cpu()
 
         dim = channel_dim(self.model.get_submodule(name))
         found = [pooled(gradient).sum(0), pooled(gradient * inputs).sum(0)]

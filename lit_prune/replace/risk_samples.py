@@ -1,13 +1,13 @@
 """Collector of what affine stand-ins are fitted to and scored by: second-order risk, sample by sample."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lit_prune.measurement.passes import InputGradients
-from lit_prune.replace.curvature import Part, loss_parts
+from lit_prune.replace.curvature import loss_parts
 from lit_prune.replace.patches import PositionSample, output_rows
 from lit_prune.replace.risk import RiskRows
 from lit_prune.task import Task
@@ -51,39 +51,46 @@ class RiskSamples(InputGradients):
     def add(self, output: Any, batch: Any) -> None:
         """See `passes.Collector`."""
         taken = {name: sum(len(part[0]) for part in parts) for name, parts in self.parts.items()}
-        wanted = {name: v for name, v in self.inputs.items() if taken.get(name, 0) < self.most_rows}
+        size = self.task.size(batch)
+        wanted = [name for name in self.inputs if taken.get(name, 0) < self.most_rows]
         if not wanted:
+            self.inputs.clear()
             return
-        chosen = {name: self._draw(name, inputs) for name, inputs in wanted.items()}
-        values = {
-            name: output_rows(self.modules[name], v.detach(), chosen[name]).double() for name, v in wanted.items()
-        }
+        chosen = {name: [self._draw(name, v, size, not k) for k, v in enumerate(self.inputs[name])] for name in wanted}
+        values = {name: self._rows(name, self.inputs[name], chosen[name]) for name in wanted}
         gradient = {name: torch.zeros_like(rows) for name, rows in values.items()}
         curvature = {name: torch.zeros_like(rows) for name, rows in values.items()}
         for part in loss_parts(self.task, output, batch, self.generator):
-            for name, rows in self._gradients(part, wanted, chosen).items():
+            gradients = self.gradients_of(part.values)
+            for name in wanted:
+                rows = self._rows(name, gradients[name], chosen[name])
                 if part.is_loss:
                     gradient[name] = rows
                 else:
-                    weights = part.weights.double().repeat_interleave(len(rows) // len(part.weights))
-                    curvature[name] += weights[:, None] * rows.square()
+                    curvature[name] += self._weights(name, part.weights, chosen[name])[:, None] * rows.square()
         for name in wanted:
             rows = tuple(table[name].cpu() for table in (values, gradient, curvature))
             self.parts.setdefault(name, []).append(rows)
+        self.inputs.clear()
 
-    def _draw(self, name: str, inputs: Tensor) -> Tensor | None:
-        """Sampled positions; counts the images, less by the share of positions left out."""
+    def _draw(self, name: str, inputs: Tensor, size: int, first: bool) -> Tensor | None:
+        """Sampled positions; counts the images at the first call, less by the share of positions left out."""
         width = inputs.shape[-1 if isinstance(self.modules[name], nn.Linear) else 1]
         positions = inputs.numel() // len(inputs) // width
         chosen = self.sample.draw(len(inputs), positions)
         share = 1.0 if chosen is None else chosen.shape[1] / positions
-        self.images[name] = self.images.get(name, 0.0) + share * len(inputs)
+        self.images[name] = self.images.get(name, 0.0) + (share * size if first else 0.0)
         return chosen
 
-    def _gradients(self, part: Part, wanted: Mapping[str, Tensor], chosen: Mapping) -> dict:
-        found = torch.autograd.grad(part.values.sum(), list(wanted.values()), retain_graph=True, allow_unused=True)
-        pairs = ((n, torch.zeros_like(v) if g is None else g) for (n, v), g in zip(wanted.items(), found, strict=True))
-        return {name: output_rows(self.modules[name], g, chosen[name]).double() for name, g in pairs}
+    def _rows(self, name: str, calls: Sequence[Tensor], chosen: Sequence[Tensor | None]) -> Tensor:
+        """Values at the sampled positions of all calls, float64 [rows, C]."""
+        pairs = zip(calls, chosen, strict=True)
+        return torch.cat([output_rows(self.modules[name], v.detach(), places).double() for v, places in pairs])
+
+    def _weights(self, name: str, weights: Tensor, chosen: Sequence[Tensor | None]) -> Tensor:
+        """The samples' weights at the rows of `_rows`."""
+        lengths = (len(self._rows(name, [v], [p])) for v, p in zip(self.inputs[name], chosen, strict=True))
+        return torch.cat([weights.double().repeat_interleave(length // len(weights)) for length in lengths])
 
     def result(self) -> dict[str, RiskRows]:
         """Layer -> samples."""

@@ -14,6 +14,7 @@ CONVOLUTIONS = (
 )
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 INSTANCE_NORMS = (nn.modules.instancenorm._InstanceNorm,)
+FROZEN_NORM = frozenset({"weight", "bias", "running_mean", "running_var"})  # buffers of a norm that does not train
 
 Axis = tuple[str, str]  # (qualified module or parameter name, "out" or "in")
 
@@ -45,7 +46,19 @@ def is_boundary(module: object) -> bool:
 
 def is_channelwise(module: object) -> bool:
     """Whether `module` has weights for each channel and mixes none: depthwise convolution, norm per channel, PReLU."""
-    return is_depthwise(module) or isinstance(module, (*BATCH_NORMS, *INSTANCE_NORMS, nn.PReLU))
+    channelwise = isinstance(module, (*BATCH_NORMS, *INSTANCE_NORMS, nn.PReLU))
+    return channelwise or is_depthwise(module) or is_frozen_norm(module)
+
+
+def is_frozen_norm(module: object) -> bool:
+    """Whether `module` is a BatchNorm whose affine map and statistics are all buffers, as in detection backbones."""
+    if (
+        not isinstance(module, nn.Module)
+        or isinstance(module, BATCH_NORMS)
+        or any(p is not None for p in module._parameters.values())
+    ):
+        return False
+    return FROZEN_NORM <= module._buffers.keys() and all(module._buffers[key].dim() == 1 for key in FROZEN_NORM)
 
 
 def is_single_prelu(module: object) -> bool:
@@ -61,6 +74,8 @@ def width(module: nn.Module | nn.Parameter, axis: str) -> int:
         return module.out_channels if axis == "out" else module.in_channels
     if isinstance(module, nn.Linear):
         return module.out_features if axis == "out" else module.in_features
+    if is_frozen_norm(module):
+        return len(module.weight)
     return module.num_parameters if isinstance(module, nn.PReLU) else module.num_features
 
 
@@ -70,7 +85,12 @@ def stored_width(module: nn.Module | nn.Parameter, axis: str) -> int:
         tensors = [t for t in (module.weight, module.running_mean) if t is not None]
         widths = {len(tensor) for tensor in tensors} or {module.num_features}
         return widths.pop() if len(widths) == 1 else -1
+    if is_frozen_norm(module):
+        widths = {len(module._buffers[key]) for key in FROZEN_NORM}
+        return widths.pop() if len(widths) == 1 else -1
     if not is_weighted(module):
         return width(module, axis)
     transposed = isinstance(module, CONVOLUTIONS) and module.transposed
-    return module.weight.shape[0 if (axis == "out") != transposed or is_depthwise(module) else 1]
+    if (axis == "out") != transposed or is_depthwise(module):
+        return module.weight.shape[0]
+    return module.weight.shape[1] * getattr(module, "groups", 1)

@@ -7,6 +7,7 @@ attention (queries times keys, weights times values). Nothing else: no norm, act
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lit_prune.errors import InputError
 from lit_prune.structure import axes
 from lit_prune.structure.groups import ChannelGraph
-from lit_prune.structure.tracing import one_image, run, undisturbed
+from lit_prune.structure.tracing import one_sample, run, undisturbed
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Cost:
     layers: dict[str, LayerCost]
 
 
-def cost(model: nn.Module, example_input: Tensor) -> Cost:
+def cost(model: nn.Module, example_input: Any) -> Cost:
     """Counts multiply-adds and parameters analytically in one forward pass; the model is left as it was found.
 
     Convolution: `positions · kernel · in / groups · out`; linear layer: `positions · in · out`; attention with L
@@ -58,18 +60,18 @@ def cost(model: nn.Module, example_input: Tensor) -> Cost:
 
     Args:
         model: any network.
-        example_input: [B, C, H, W]; only the first image is used.
+        example_input: a tensor [B, ...], a tuple of arguments or a dictionary of them; one sample is used.
 
     Raises:
         InputError: the network does not run on `example_input`.
     """
     counter = _Counter()
     with undisturbed(model):
-        image = one_image(model, example_input)
+        sample = one_sample(model, example_input)
         handles = [handle for name, module in model.named_modules() for handle in counter.watch(name, module)]
         try:
             with counter:
-                run(model, image)
+                run(model, sample)
         finally:
             for handle in handles:
                 handle.remove()
@@ -123,7 +125,8 @@ def _layer_cost(module: nn.Module, args: tuple, kwargs: dict, output: object) ->
         return LayerCost(
             positions * module.weight.numel(), params, module.out_features, module.in_features, positions, "linear"
         )
-    positions = math.prod((args[0] if module.transposed else output).shape[2:])
+    values, channels = (args[0], module.in_channels) if module.transposed else (output, module.out_channels)
+    positions = values.numel() // channels  # frames folded into the batch count too
     kind = "depthwise" if axes.is_depthwise(module) else "conv"
     macs = positions * module.weight.numel()
     return LayerCost(macs, params, module.out_channels, module.in_channels, positions, kind)
@@ -168,13 +171,37 @@ def _count_convolution(args: tuple, kwargs: dict, output: Tensor) -> tuple[int, 
     return output.numel() * weight[0].numel(), "conv"
 
 
+def _count_transposed(args: tuple, kwargs: dict, output: Tensor) -> tuple[int, str]:
+    """Functional transposed convolution with weight [in, out / groups, ...]: one kernel for each value of the input."""
+    weight = args[1] if len(args) > 1 else kwargs["weight"]
+    return args[0].numel() * weight[0].numel(), "conv"
+
+
+def _count_tensordot(args: tuple, kwargs: dict, output: Tensor) -> tuple[int, str]:
+    """Each value of the output sums over the contracted sizes: √(|a|·|b| / |output|) of them, if each appears once."""
+    left, right = args[:2]
+    return output.numel() * math.isqrt(left.numel() * right.numel() // max(output.numel(), 1)), "attention"
+
+
 def _count_einsum(args: tuple, kwargs: dict, output: Tensor) -> tuple[int, str]:
-    """Two operands: the product of the sizes of all indices; without a contraction nothing."""
-    equation, operands = args[0], args[1:] if isinstance(args[1], Tensor) else args[1]
-    if not isinstance(equation, str) or "." in equation or len(operands) != 2:
+    """Two operands: the product of the sizes of all indices; without a contraction nothing.
+
+    Raises:
+        InputError: three or more operands, or indices given as lists, which are not counted.
+    """
+    operands = args[1:] if len(args) > 1 and isinstance(args[1], Tensor) else args[1]
+    if not isinstance(args[0], str) or len(operands) > 2:
+        raise InputError(
+            "cost: an einsum with three or more operands, or with lists of indices, is not counted; split it"
+        )
+    if len(operands) < 2:
         return 0, "attention"
-    indices = equation.replace(" ", "").split("->")[0].replace(",", "")
-    sizes = dict(zip(indices, (size for tensor in operands for size in tensor.shape), strict=True))
+    sizes: dict[str, int] = {}
+    for indices, tensor in zip(args[0].replace(" ", "").split("->")[0].split(","), operands, strict=True):
+        before, dots, after = indices.partition("...")
+        spread = range(tensor.dim() - len(before) - len(after)) if dots else ()
+        names = [*before, *(f".{len(spread) - place}" for place in spread), *after]  # aligned at the right
+        sizes |= {name: max(size, sizes.get(name, 1)) for name, size in zip(names, tensor.shape, strict=True)}
     macs = math.prod(sizes.values())
     return (macs if macs > output.numel() else 0), "attention"
 
@@ -183,10 +210,14 @@ _PRODUCTS = {
     F.scaled_dot_product_attention: _count_attention,
     F.linear: _count_linear,
     torch.einsum: _count_einsum,
+    torch.tensordot: _count_tensordot,
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _count_convolution),
+    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), _count_transposed),
     **dict.fromkeys((torch.baddbmm, torch.addmm, Tensor.baddbmm, Tensor.addmm), _count_third_product),
     **dict.fromkeys(
-        (torch.matmul, torch.bmm, torch.mm, Tensor.matmul, Tensor.bmm, Tensor.mm, Tensor.__matmul__), _count_product
+        (torch.matmul, torch.bmm, torch.mm, torch.mv, torch.linalg.matmul, Tensor.matmul, Tensor.bmm, Tensor.mm)
+        + (Tensor.mv, Tensor.__matmul__, Tensor.__rmatmul__),
+        _count_product,
     ),
 }
 
@@ -211,7 +242,7 @@ class CostModel:
     params_matrix: np.ndarray
 
     @classmethod
-    def build(cls, model: nn.Module, graph: ChannelGraph, example_input: Tensor) -> "CostModel":
+    def build(cls, model: nn.Module, graph: ChannelGraph, example_input: Any) -> "CostModel":
         """Counts `model` once and relates the layers to the groups of `graph`, which was traced on it."""
         counted = cost(model, example_input)
         sizes = np.array([group.size for group in graph.groups], dtype=np.int64)

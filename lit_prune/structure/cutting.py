@@ -36,7 +36,30 @@ class ShortcutPruner(tp.pruner.function.BasePruningFunc):
         return layer.in_channels
 
 
+class FrozenNormPruner(tp.pruner.function.BasePruningFunc):
+    """Cuts the buffers of a norm that does not train; its two sides are one."""
+
+    def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+        """Takes positions out of every buffer."""
+        kept = torch.ones(len(layer.weight), dtype=torch.bool, device=layer.weight.device)
+        kept[list(idxs)] = False
+        for key in axes.FROZEN_NORM:
+            setattr(layer, key, getattr(layer, key)[kept])
+        if hasattr(layer, "num_features"):
+            layer.num_features = len(layer.weight)
+        return layer
+
+    prune_in_channels = prune_out_channels
+
+    def get_out_channels(self, layer: nn.Module) -> int:
+        """Its width."""
+        return len(layer.weight)
+
+    get_in_channels = get_out_channels
+
+
 _CUTTERS = (
+    (axes.is_frozen_norm, FrozenNormPruner()),
     (axes.is_depthwise, tp.pruner.function.DepthwiseConvPruner()),
     (lambda module: isinstance(module, axes.CONVOLUTIONS), tp.pruner.function.ConvPruner()),
     (lambda module: isinstance(module, nn.Linear), tp.pruner.function.LinearPruner()),

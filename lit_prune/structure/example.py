@@ -1,7 +1,15 @@
 """What a network is called with."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lit_prune.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -10,3 +18,55 @@ class Example:
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors among the arguments, lists and dictionaries looked into."""
+        return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+
+    @property
+    def shapes(self) -> str:
+        """Shapes of the tensors, for messages."""
+        return ", ".join(str(list(tensor.shape)) for tensor in self.tensors) or "no tensor"
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Example:
+        """The same arguments with `function` applied to each tensor."""
+        args, kwargs = tree_map(
+            lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, (self.args, self.kwargs)
+        )
+        return Example(args, kwargs)
+
+
+def as_example(example_input: Any) -> Example:
+    """The arguments of a call: a tensor or list is the only one, a tuple those by position, a dictionary those by name.
+
+    Raises:
+        InputError: something else, or without a tensor that has a batch dimension.
+    """
+    if isinstance(example_input, Example):
+        example = example_input
+    elif isinstance(example_input, tuple):
+        example = Example(example_input)
+    elif isinstance(example_input, Mapping):
+        example = Example((), dict(example_input))
+    else:
+        example = Example((example_input,))
+    if not any(tensor.dim() >= 2 and len(tensor) for tensor in example.tensors):
+        got = example.shapes if example.tensors else type(example_input).__name__
+        raise InputError(f"example_input is {got}; give a tensor with a batch dimension, such as [1, 3, 32, 32]")
+    return example
+
+
+def first_sample(example: Example) -> Example:
+    """The first of the samples that every argument holds: tensors along their first dimension, lists one by one."""
+    values = [*example.args, *example.kwargs.values()]
+    sizes = [
+        len(value) for value in values if isinstance(value, list) or (isinstance(value, Tensor) and value.dim() >= 2)
+    ]
+    size = sizes[0] if sizes else 0
+
+    def take(value: Any) -> Any:
+        batched = isinstance(value, list) or (isinstance(value, Tensor) and value.dim() >= 1)
+        return value[:1] if batched and len(value) == size else value
+
+    return Example(tuple(map(take, example.args)), {name: take(value) for name, value in example.kwargs.items()})

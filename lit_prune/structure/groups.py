@@ -8,14 +8,16 @@ pruning only if marks put on its channels arrive where it says (`probe`). The ot
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from lit_prune.structure import axes, probe, protection
+from lit_prune.structure import axes, probe, protection, trial
 from lit_prune.structure.coupling import Draft, Group, Member, assign_roles, group_role, lost_positions
 from lit_prune.structure.cutting import cut_layer
+from lit_prune.structure.example import Example
 from lit_prune.structure.proposals import propose_groups
-from lit_prune.structure.tracing import one_image, run, undisturbed
+from lit_prune.structure.tracing import one_sample, run, undisturbed
 
 __all__ = ["ChannelGraph", "Group", "Member", "group_role", "trace_groups"]
 
@@ -72,7 +74,7 @@ class ChannelGraph:
                 raise RuntimeError(f"{name} has {after} {axis} channels, expected {before - len(positions)}")
 
 
-def trace_groups(model: nn.Module, example_input: Tensor) -> ChannelGraph:
+def trace_groups(model: nn.Module, example_input: Any) -> ChannelGraph:
     """Traces `model` and finds its groups of coupled channels. The model is left as it was found.
 
     Protected, with the reason: the classifier's output; channels joined with the network's input; channels under a
@@ -84,7 +86,7 @@ def trace_groups(model: nn.Module, example_input: Tensor) -> ChannelGraph:
     Args:
         model: any network that runs on a batch of images; its parameters may be frozen, the caller may be
             under `torch.no_grad()`.
-        example_input: [B, C, H, W]; only the first image is used.
+        example_input: a tensor [B, ...], a tuple of arguments or a dictionary of them; one sample is used.
 
     Returns:
         The groups in module order; the positions of different prunable groups are disjoint.
@@ -93,18 +95,19 @@ def trace_groups(model: nn.Module, example_input: Tensor) -> ChannelGraph:
         InputError: the network does not run on `example_input`.
     """
     with undisturbed(model):
-        image = one_image(model, example_input)
-        run(model, image)
+        sample = one_sample(model, example_input)
+        run(model, sample)
         sites = probe.find_sites(model)
-        drafts = propose_groups(model, image, sites)
-        reasons = _contradictions(model, image, drafts, sites)
+        drafts = propose_groups(model, sample, sites)
+        reasons = _contradictions(model, sample, drafts, sites)
     protected = [replace(d.group, protected=d.group.protected or reasons.get(d.group.name, "")) for d in drafts]
     return ChannelGraph(assign_roles(model, protected, drafts), sites.widths)
 
 
-def _contradictions(model: nn.Module, image: Tensor, drafts: list[Draft], sites: probe.Sites) -> dict[str, str]:
+def _contradictions(model: nn.Module, sample: Example, drafts: list[Draft], sites: probe.Sites) -> dict[str, str]:
     """Name -> reason for the groups that the network itself contradicts."""
     free = [draft.group for draft in drafts if not draft.group.protected]
-    reasons = dict.fromkeys(probe.find_fed_by_input(model, image, free, sites), protection.INPUT)
-    misled = probe.find_misled(model, image, [group for group in free if group.name not in reasons], sites)
-    return reasons | {d.group.name: protection.suspicion(d.operations) for d in drafts if d.group.name in misled}
+    reasons = dict.fromkeys(probe.find_fed_by_input(model, sample, free, sites), protection.INPUT)
+    misled = probe.find_misled(model, sample, [group for group in free if group.name not in reasons], sites)
+    reasons |= {d.group.name: protection.suspicion(d.operations) for d in drafts if d.group.name in misled}
+    return reasons | trial.find_impossible(model, sample, [group for group in free if group.name not in reasons], sites)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lit_prune.structure import axes
+from lit_prune.structure.example import Example
 
 _Marks = dict[tuple[str, str], np.ndarray]  # (module, axis) -> bool [width], True where NaN is put or expected
 
@@ -65,7 +66,7 @@ def find_sites(model: nn.Module) -> Sites:
     return sites
 
 
-def find_misled(model: nn.Module, image: Tensor, groups: Sequence[_Group], sites: Sites) -> set[str]:
+def find_misled(model: nn.Module, sample: Example, groups: Sequence[_Group], sites: Sites) -> set[str]:
     """Names of the groups whose claimed positions the network contradicts.
 
     All groups are marked at once with random halves of their units and with the complements (four passes); only if
@@ -73,24 +74,23 @@ def find_misled(model: nn.Module, image: Tensor, groups: Sequence[_Group], sites
 
     Args:
         model: network in evaluation mode.
-        image: one image [1, ...].
+        sample: one sample.
         groups: groups with disjoint positions.
         sites: where to mark and look.
     """
     generator = np.random.default_rng(0)
     codes = [_halves(groups, generator) for _ in range(2)]
-    if all(_holds(model, image, groups, code, sites) for pair in codes for code in pair):
+    if all(_holds(model, sample, groups, code, sites) for pair in codes for code in pair):
         return set()
     alone = ((group, _halves([group], generator)) for group in groups)
-    return {group.name for group, pair in alone if not all(_holds(model, image, [group], c, sites) for c in pair)}
+    return {group.name for group, pair in alone if not all(_holds(model, sample, [group], c, sites) for c in pair)}
 
 
-def find_fed_by_input(model: nn.Module, image: Tensor, groups: Sequence[_Group], sites: Sites) -> set[str]:
+def find_fed_by_input(model: nn.Module, sample: Example, groups: Sequence[_Group], sites: Sites) -> set[str]:
     """Names of the groups whose channels are joined (added, concatenated) with the network's own input channels."""
-    if not image.is_floating_point():
-        return set()
+    blank = sample.map(lambda tensor: torch.full_like(tensor, torch.nan) if tensor.is_floating_point() else tensor)
     with _watching(sites, {}) as seen:
-        model(torch.full_like(image, torch.nan))
+        model(*blank.args, **blank.kwargs)
     reached = {name: np.any(marks, axis=0) for name, marks in seen.items()}
     everything = {group.name: np.ones(group.size, dtype=bool) for group in groups}
     found = set()
@@ -128,11 +128,11 @@ def _marks(groups: Iterable[_Group], chosen: dict[str, np.ndarray], sites: Sites
     return marks
 
 
-def _holds(model: nn.Module, image: Tensor, groups: Sequence[_Group], chosen: dict, sites: Sites) -> bool:
+def _holds(model: nn.Module, sample: Example, groups: Sequence[_Group], chosen: dict, sites: Sites) -> bool:
     """Whether marks put on the chosen units arrive exactly where the groups say."""
     marks = _marks(groups, chosen, sites)
     with _watching(sites, marks) as seen:
-        output = model(image)
+        output = model(*sample.args, **sample.kwargs)
     if any(isinstance(leaf, Tensor) and bool(leaf.isnan().any()) for leaf in tree_leaves(output)):
         return False
     expected = {name: row for (name, axis), row in marks.items() if _entrance(sites, name, axis)}
@@ -150,7 +150,7 @@ def _watching(sites: Sites, marks: _Marks) -> Iterator[dict[str, list[np.ndarray
     def note(name: str, cleans: bool):
         def hook(module: nn.Module, args: tuple) -> tuple | None:
             bad = args[0].isnan()
-            dim = _channel_dim(module, args[0])
+            dim = channel_dim(module, args[0])
             rows = bad.movedim(dim, -1).reshape(-1, bad.shape[dim]).any(0)  # [C]
             seen.setdefault(name, []).append(rows.cpu().numpy())
             return (args[0].masked_fill(bad, 0.0), *args[1:]) if cleans else None
@@ -160,7 +160,7 @@ def _watching(sites: Sites, marks: _Marks) -> Iterator[dict[str, list[np.ndarray
     def mark(row: np.ndarray):
         def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
             shape = [1] * output.dim()
-            shape[_channel_dim(module, output)] = -1
+            shape[channel_dim(module, output)] = -1
             return output.masked_fill(torch.from_numpy(row).to(output.device).view(shape), torch.nan)
 
         return hook
@@ -179,7 +179,7 @@ def _watching(sites: Sites, marks: _Marks) -> Iterator[dict[str, list[np.ndarray
             handle.remove()
 
 
-def _channel_dim(module: nn.Module, values: Tensor) -> int:
+def channel_dim(module: nn.Module, values: Tensor) -> int:
     """Channels are last for a linear layer, second otherwise (first for an unbatched map)."""
     if isinstance(module, nn.Linear):
         return values.dim() - 1

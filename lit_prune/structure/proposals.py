@@ -1,7 +1,8 @@
 """Groups of coupled channels as Torch-Pruning's dependency graph proposes them, within bounds of time."""
 
+import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from unittest.mock import patch
@@ -12,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 from lit_prune.structure import axes, probe, protection
 from lit_prune.structure.axes import PaddedShortcut
 from lit_prune.structure.coupling import Draft, assemble_group, members_alike
-from lit_prune.structure.cutting import ShortcutPruner
+from lit_prune.structure.cutting import FrozenNormPruner, ShortcutPruner
+from lit_prune.structure.example import Example
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -29,7 +31,7 @@ _ENOUGH = 50_000  # channels claimed by a group that cannot be pruned anyway: a 
 _TOO_MANY = 1_000_000  # channels claimed by any group: ten times those of a wide ResNet's trunk
 
 
-def propose_groups(model: nn.Module, image: Tensor, sites: probe.Sites) -> list[Draft]:
+def propose_groups(model: nn.Module, sample: Example, sites: probe.Sites) -> list[Draft]:
     """Groups as Torch-Pruning's dependency graph sees them, with what the layers forbid, in module order."""
     inside: set = set()  # operations inside padded shortcuts, which are followed as one
     graph = tp.DependencyGraph()
@@ -37,12 +39,12 @@ def propose_groups(model: nn.Module, image: Tensor, sites: probe.Sites) -> list[
         warnings.simplefilter("ignore")
         graph.build_dependency(
             model,
-            image,
-            forward_fn=lambda network, images: _forward(network, images, inside),
-            customized_pruners={PaddedShortcut: ShortcutPruner()},
+            sample,
+            forward_fn=lambda network, sample: _forward(network, sample, inside),
+            customized_pruners={PaddedShortcut: ShortcutPruner(), **_frozen_norms(model)},
             verbose=False,
         )
-        drafts = list(_drafts(model, graph, inside, latest))
+        drafts = list(_drafts(model, graph, inside, latest, sites.widths))
     shared = protection.shared_axes(model)
     overlaps = protection.overlapping([draft.group.members for draft in drafts])
     for position, (draft, overlap) in enumerate(zip(drafts, overlaps, strict=True)):
@@ -99,6 +101,11 @@ def _bounded(widest: int) -> Iterator[list]:
         yield latest
 
 
+def _frozen_norms(model: nn.Module) -> dict[type, FrozenNormPruner]:
+    """How Torch-Pruning is to treat the norms of this network that keep everything in buffers."""
+    return {type(module): FrozenNormPruner() for module in model.modules() if axes.is_frozen_norm(module)}
+
+
 def _remembered(infer: Callable) -> Callable:
     """`infer(graph, node, recursive_depth)`, asked once for each node."""
     known: dict[tp.dependency.Node, int | None] = {}
@@ -111,7 +118,7 @@ def _remembered(infer: Callable) -> Callable:
     return infer_once
 
 
-def _forward(model: nn.Module, image: Tensor, inside: set) -> list[Tensor]:
+def _forward(model: nn.Module, sample: Example, inside: set) -> list[Tensor]:
     """Outputs of the network that depend on its parameters; notes the operations inside padded shortcuts."""
 
     def note(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
@@ -123,13 +130,15 @@ def _forward(model: nn.Module, image: Tensor, inside: set) -> list[Tensor]:
                 pending.extend(before for before, _ in operation.next_functions)
 
     handles = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, PaddedShortcut)]
-    output = model(image)
+    output = model(*sample.args, **sample.kwargs)
     for handle in handles:
         handle.remove()
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
 
 
-def _drafts(model: nn.Module, graph: tp.DependencyGraph, inside: set, latest: list) -> Iterator[Draft]:
+def _drafts(
+    model: nn.Module, graph: tp.DependencyGraph, inside: set, latest: list, widths: Mapping[axes.Axis, int]
+) -> Iterator[Draft]:
     """Asks for the group of every output channel that no earlier group has claimed."""
     covered: dict[str, set[int]] = {}
     names: set[str] = set()
@@ -147,7 +156,7 @@ def _drafts(model: nn.Module, graph: tp.DependencyGraph, inside: set, latest: li
         except (ArithmeticError, LookupError):  # its maps of splits and reshapes can be wrong
             failed, proposal = True, latest[0].items
         operations, joined = _operations(proposal, inside)
-        rows = _rows(graph, proposal, rest, operations) or {(name, "out"): [[channel] for channel in rest]}
+        rows = _rows(graph, proposal, rest, operations, widths) or {(name, "out"): [[channel] for channel in rest]}
         if failed:
             operations.add("untracked")
         for (member, axis), positions in rows.items():
@@ -177,8 +186,18 @@ def _operations(proposal: tp.dependency.Group, inside: set) -> tuple[set[str], b
     return operations, joined
 
 
-def _rows(graph: tp.DependencyGraph, proposal: tp.dependency.Group, units: list[int], operations: set[str]) -> dict:
-    """(name, axis) -> for each unit the list of its positions, in the order of the proposal."""
+def _rows(
+    graph: tp.DependencyGraph,
+    proposal: tp.dependency.Group,
+    units: list[int],
+    operations: set[str],
+    widths: Mapping[axes.Axis, int],
+) -> dict:
+    """(name, axis) -> for each unit the list of its positions, in the order of the proposal.
+
+    A position that the layer does not have (Torch-Pruning's maps of splits and pixel shuffles can be wrong) is left out
+    and noted as "untracked".
+    """
     order = {unit: row for row, unit in enumerate(units)}
     rows: dict[axes.Axis, list[list[int]]] = {}
     for item in proposal:
@@ -187,11 +206,13 @@ def _rows(graph: tp.DependencyGraph, proposal: tp.dependency.Group, units: list[
             continue
         names = graph._param_to_name if node.type == _TYPES.PARAMETER else graph._module2name
         axis = "out" if graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
-        row = rows.setdefault((names[node.module], axis), [[] for _ in units])
+        name = names[node.module]
+        row = rows.setdefault((name, axis), [[] for _ in units])
+        width = widths.get((name, axis), math.inf)
         for position, root in zip(item.idxs, item.root_idxs or item.idxs, strict=True):
             if item.root_idxs is None:  # given up before Torch-Pruning took the pairs apart
                 position, root = root
-            if root not in order:
+            if root not in order or position >= width:
                 operations.add("untracked")
             else:
                 row[order[root]].append(position)

@@ -45,7 +45,7 @@ def structural_reason(model: nn.Module, members: Sequence[_Member], operations: 
     )
     reason = next((reason for name, module in parts if (reason := _layer_reason(name, module))), "")
     if reason or "untracked" in operations:
-        return reason or UNTRACKED
+        return reason or (PADDING if "channel padding" in operations else UNTRACKED)
     if "output" in operations or not any(member.axis == "in" for member in members):
         return OUTPUT
     return PADDING if "channel padding" in operations else ""

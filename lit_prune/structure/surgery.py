@@ -1,6 +1,7 @@
 """Surgery: a plan applied to a network, to an optimizer's tensors, to the columns of a layer."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +11,10 @@ from lit_prune.models import drop_blocks
 from lit_prune.structure import axes
 from lit_prune.structure.groups import ChannelGraph, trace_groups
 from lit_prune.structure.plan import Plan
-from lit_prune.structure.tracing import copy_network, one_image, undisturbed
+from lit_prune.structure.tracing import copy_network, one_sample, run, undisturbed
 
 
-def apply_plan(model: nn.Module, plan: Plan, example_input: Tensor) -> nn.Module:
+def apply_plan(model: nn.Module, plan: Plan, example_input: Any) -> nn.Module:
     """A physically smaller copy of `model`: blocks first, then channels. `model` itself is untouched.
 
     The copy has no hooks of a trainer or recorder; train/eval and `requires_grad` flags, device, precision and memory
@@ -22,7 +23,7 @@ def apply_plan(model: nn.Module, plan: Plan, example_input: Tensor) -> nn.Module
     Args:
         model: the network that the plan was made for, or an equal one.
         plan: what to keep.
-        example_input: [B, C, H, W], for tracing.
+        example_input: for tracing, see `trace_groups`.
 
     Raises:
         InputError: the plan removes nothing or does not fit the network; the group or block is named.
@@ -38,14 +39,14 @@ def apply_plan(model: nn.Module, plan: Plan, example_input: Tensor) -> nn.Module
 
 
 def transfer_tensors(
-    model: nn.Module, plan: Plan, example_input: Tensor, tensors: Mapping[str, Tensor]
+    model: nn.Module, plan: Plan, example_input: Any, tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Tensors that belong to parameters (momentum, averages), cut exactly as `apply_plan` cuts the parameters.
 
     Args:
         model: the network before the plan.
         plan: the plan.
-        example_input: [B, C, H, W], for tracing.
+        example_input: for tracing, see `trace_groups`.
         tensors: parameter name -> tensor of that parameter's shape, any floating dtype and device.
 
     Returns:
@@ -74,14 +75,14 @@ def transfer_tensors(
         return {name: parameters[name].detach() for name in alive}
 
 
-def kept_columns(model: nn.Module, plans: Sequence[Plan], layer: str, example_input: Tensor) -> list[int]:
+def kept_columns(model: nn.Module, plans: Sequence[Plan], layer: str, example_input: Any) -> list[int]:
     """Input channels (columns) of `layer` in `model` that survive all `plans`, ascending.
 
     Args:
         model: the network before the first plan, such as the teacher.
         plans: plans applied one after the other.
         layer: qualified name of a convolution or linear layer.
-        example_input: [B, C, H, W], for tracing.
+        example_input: for tracing, see `trace_groups`.
 
     Raises:
         InputError: there is no such layer, before or after the plans.
@@ -129,13 +130,13 @@ def check_invariants(model: nn.Module, graph: ChannelGraph) -> None:
             raise RuntimeError(f"group {group.name}: {odd} has {found[odd]} units, {first} has {found[first]}")
 
 
-def _opened(model: nn.Module, plan: Plan, example_input: Tensor) -> tuple[nn.Module, ChannelGraph]:
+def _opened(model: nn.Module, plan: Plan, example_input: Any) -> tuple[nn.Module, ChannelGraph]:
     """A copy of `model` without the plan's blocks, and its groups, which fit the plan."""
     if plan.removes_nothing:
         raise InputError("the plan removes nothing: it drops no block and keeps every channel; lower keep")
     smaller = copy_network(model)
     if plan.drop_blocks:
-        drop_blocks(smaller, plan.drop_blocks, one_image(smaller, example_input))
+        drop_blocks(smaller, plan.drop_blocks, one_sample(smaller, example_input).args[0])
     if not plan.keep_channels:
         return smaller, ChannelGraph(())
     graph = trace_groups(smaller, example_input)
@@ -150,7 +151,7 @@ def _opened(model: nn.Module, plan: Plan, example_input: Tensor) -> tuple[nn.Mod
     return smaller, graph
 
 
-def _remove(model: nn.Module, graph: ChannelGraph, plan: Plan, example_input: Tensor) -> None:
+def _remove(model: nn.Module, graph: ChannelGraph, plan: Plan, example_input: Any) -> None:
     """Removes the plan's channels from `model` in place and checks that it is sound and runs."""
     removed = {group: plan.removed(group) for group in plan.keep_channels if plan.removed(group)}
     if removed:
@@ -158,8 +159,8 @@ def _remove(model: nn.Module, graph: ChannelGraph, plan: Plan, example_input: Te
         check_invariants(model, graph)
         with undisturbed(model):
             try:
-                model(one_image(model, example_input))
-            except RuntimeError as error:
+                run(model, one_sample(model, example_input))
+            except InputError as error:
                 groups = ", ".join(removed)
                 raise RuntimeError(f"the network does not run without channels of {groups}: {error}") from error
 

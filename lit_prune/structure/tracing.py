@@ -3,12 +3,14 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lit_prune.errors import InputError
-from lit_prune.structure.example import Example
+from lit_prune.structure.example import Example, as_example, first_sample
 
 _HOOK_TABLES = (
     "_forward_hooks",
@@ -45,11 +47,16 @@ def without_hooks(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, autograd on, every floating-point parameter requiring grad, no hooks; all put back on exit.
+    """Evaluation mode, autograd on, every floating-point parameter requiring grad, no hooks, nothing compiled.
 
-    Works inside `torch.no_grad()`, `torch.inference_mode()` and autocast. The train/eval flag of each module, the
-    `requires_grad` flag of each parameter and the random state of torch are as before afterwards.
+    All put back on exit. Works inside `torch.no_grad()`, `torch.inference_mode()` and autocast. The train/eval flag of
+    each module, the `requires_grad` flag of each parameter and the random state of torch are as before afterwards.
+
+    Raises:
+        InputError: a TorchScript module, whose layers cannot be seen.
     """
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise InputError("model: a TorchScript module hides its layers; give the nn.Module that it was made from")
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     device = _device(model)
@@ -59,6 +66,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(device.type, enabled=False),
+        torch.compiler.set_stance("force_eager"),
         without_hooks(model),
     ):
         try:
@@ -73,40 +81,53 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 parameter.requires_grad_(required)
 
 
-def one_image(model: nn.Module, example_input: Tensor) -> Tensor:
-    """First image of `example_input` [B, ...] as [1, ...], a copy on the device and in the precision of `model`.
+def one_sample(model: nn.Module, example_input: Any) -> Example:
+    """First sample of what `as_example` takes, a copy on the device and in the precision of `model`.
 
     Raises:
-        InputError: `example_input` is no tensor with a batch dimension.
+        InputError: as `as_example`.
     """
-    if isinstance(example_input, Example) and len(example_input.args) == 1 and not example_input.kwargs:
-        example_input = example_input.args[0]
-    if not isinstance(example_input, Tensor) or example_input.dim() < 2 or len(example_input) == 0:
-        got = tuple(example_input.shape) if isinstance(example_input, Tensor) else type(example_input).__name__
-        raise InputError(f"example_input is {got}; give a tensor with a batch dimension, such as [1, 3, 32, 32]")
-    image = example_input[:1].detach().clone()
-    parameter = next((p for p in model.parameters() if p.is_floating_point()), image)
-    return image.to(parameter.device, parameter.dtype if image.is_floating_point() else None)
+    sample = first_sample(as_example(example_input))
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+
+    def prepared(tensor: Tensor) -> Tensor:
+        copied = tensor.detach().clone()
+        if parameter is None:
+            return copied
+        return copied.to(parameter.device, parameter.dtype if copied.is_floating_point() else None)
+
+    return sample.map(prepared)
 
 
-def run(model: nn.Module, image: Tensor) -> object:
-    """Output of `model` for `image`; a failure is an InputError that names the shape.
+def run(model: nn.Module, sample: Example) -> Any:
+    """Output of `model` for a sample; a failure is an InputError that names the shapes.
 
     Raises:
-        InputError: the network does not take an image of that shape.
+        InputError: the network does not take a sample of those shapes.
     """
     try:
-        return model(image)
-    except (RuntimeError, ValueError) as error:
+        return model(*sample.args, **sample.kwargs)
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        message = f"the network does not take example_input of shape {list(image.shape)}: {reason}"
+        message = f"the network does not take example_input of shape {sample.shapes}: {reason}"
         raise InputError(message) from error
 
 
 def copy_network(model: nn.Module) -> nn.Module:
-    """Deep copy of `model` without the hooks (and so without the trainer) that are attached to it."""
+    """Deep copy of `model` without the hooks (and so without the trainer) that are attached to it.
+
+    Tensors that a module keeps and that autograd made (weights derived by a hook, activations kept by the forward pass)
+    are copied by value: torch refuses to copy them deeply.
+    """
+    derived = (
+        leaf
+        for module in model.modules()
+        for leaf in tree_leaves(list(module.__dict__.values()))
+        if isinstance(leaf, Tensor) and leaf.grad_fn is not None
+    )
+    memo = {id(tensor): tensor.detach().clone() for tensor in derived}
     with without_hooks(model):
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, memo)
 
 
 def _device(model: nn.Module) -> torch.device:

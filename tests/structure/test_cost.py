@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 
+from lit_prune.errors import InputError
 from lit_prune.structure import Budget, CostModel, apply_plan, cost, plan_channels, trace_groups
 
 FAMILIES = ("resnet18", "vgg11_bn", "mobilenet_v2", "densenet", "mixed", "vit", "deit", "convnext")
@@ -96,3 +97,34 @@ def test_arithmetic_on_widths_equals_the_counter_after_surgery(build, random_ran
         widths = cost_model.widths(plan.keep_channels)
         small = cost(apply_plan(model, plan, images), images)
         assert (cost_model.macs(widths), cost_model.params(widths)) == (small.macs, small.params)
+
+
+class Folded(nn.Module):
+    """Frames folded into the batch, an einsum with an ellipsis, a functional transposed convolution, a tensordot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.kernel = nn.Parameter(torch.randn(4, 5, 2, 2))
+        self.mix = nn.Parameter(torch.randn(5, 6))
+
+    def forward(self, clips: Tensor) -> Tensor:
+        frames = self.conv(clips.flatten(0, 1))
+        wide = F.conv_transpose2d(frames, self.kernel, stride=2)
+        mixed = torch.einsum("...chw,cd->...dhw", wide, self.mix)
+        return torch.tensordot(mixed.mean((2, 3)), self.mix.T, 1)
+
+
+def test_folded_batches_and_functional_products_are_counted_as_torch_counts_them() -> None:
+    model, clips = Folded().eval(), torch.randn(1, 2, 3, 8, 8)
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model(clips)
+    assert cost(model, clips).macs == counter.get_total_flops() // 2
+
+
+def test_a_compiled_network_costs_what_the_network_costs_and_a_traced_one_is_refused() -> None:
+    model, images = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval(), torch.randn(1, 3, 8, 8)
+    assert cost(torch.compile(model, backend="eager"), images).macs == cost(model, images).macs
+    with pytest.raises(InputError, match="TorchScript"):
+        cost(torch.jit.trace(model, images), images)

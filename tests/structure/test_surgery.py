@@ -6,6 +6,7 @@ from torch import nn
 
 from lit_prune.errors import InputError
 from lit_prune.structure import Plan, apply_plan, cost, kept_columns, make_plan, trace_groups, transfer_tensors
+from lit_prune.structure.trial import FAILS
 
 
 def plan_for(model: nn.Module, images, ranks, keep: float = 0.5) -> Plan:
@@ -110,7 +111,7 @@ def test_plans_that_do_not_fit_are_refused(build, plan: Plan, words: str) -> Non
     assert "\n" not in str(caught.value)
 
 
-def test_a_network_with_a_fixed_width_in_its_forward_is_reported() -> None:
+def test_channels_whose_width_is_fixed_in_the_forward_are_protected_with_the_reason() -> None:
     class Fixed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -120,6 +121,6 @@ def test_a_network_with_a_fixed_width_in_its_forward_is_reported() -> None:
             return self.second(self.first(images) + torch.ones(1, 4, 1, 1)).mean((2, 3))
 
     model, images = Fixed(), torch.randn(1, 3, 4, 4)
-    assert trace_groups(model, images).by_name["first"].protected == ""
-    with pytest.raises(RuntimeError, match="does not run without channels of first"):
+    assert trace_groups(model, images).by_name["first"].protected == FAILS
+    with pytest.raises(InputError, match="protected .*does not run"):
         apply_plan(model, Plan((), {"first": (0, 1)}, {"first": 4}), images)

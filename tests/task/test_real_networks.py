@@ -33,13 +33,13 @@ def street_scenes(networks, count=None, split="test"):
         yield networks.camvid_input(image)[None], torch.from_numpy(labels.astype("int64"))[None]
 
 
-def photographs(count):
-    """ImageNet photographs [3, 224, 224], centre crop, mean = std = 0.5."""
+def photographs(count, side):
+    """ImageNet photographs [3, side, side], centre crop, mean = std = 0.5."""
     images = []
     for file in sorted((SHARED / "data" / "imagenet-1k-photos").glob("*/*.jpg"))[:count]:
         image = Image.open(file).convert("RGB")
-        left, top = ((side - 224) // 2 for side in image.size)
-        values = np.asarray(image.crop((left, top, left + 224, top + 224)), dtype="float32")
+        left, top = ((size - side) // 2 for size in image.size)
+        values = np.asarray(image.crop((left, top, left + side, top + side)), dtype="float32")
         images.append(torch.from_numpy(values / 127.5 - 1).permute(2, 0, 1))
     return torch.stack(images)
 
@@ -65,7 +65,7 @@ def test_a_segmentation_network_is_measured_on_both_axes(networks):
 
 
 def test_an_image_classifier_needs_no_labels_for_its_local_axis(networks):
-    model, images = networks.efficientnet_lite0(), photographs(4)
+    model, images = networks.efficientnet_lite0(), photographs(4, 64)
     assert isinstance(recognise(model, images), Unlabelled)
     found = score(model, "cmr_logit", [images])
     again = score(model, "cmr_logit", [(images, torch.zeros(4).long())])

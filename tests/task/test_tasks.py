@@ -1,9 +1,16 @@
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from lit_prune.errors import InputError
+from lit_prune.measurement.passes import collect
+from lit_prune.replace.curvature import measure_curvature
+from lit_prune.replace.risk_samples import RiskSamples
+from lit_prune.scores import SCORES, Evidence, find_score, score
+from lit_prune.scores.planning import method_needs
 from lit_prune.task import (
     TARGETS,
     Classification,
@@ -50,31 +57,28 @@ def test_figures_add_over_batches(case):
     assert task.figure(whole) == pytest.approx(task.figure(parts[0] + parts[1]))
 
 
-@pytest.mark.parametrize(("case", "draws"), [("classification", 1), ("multi-label", 4000), ("segmentation", 4000)])
-def test_curvature_terms_give_the_hessian_of_a_log_likelihood(case, draws):
+def gauss_newton(task, output, batch):
+    """Mean over samples of weight · g gᵀ, summed over the terms."""
+    output, found = output.double().requires_grad_(), 0.0
+    for values, weights in task.curvature_terms(output, batch, torch.Generator().manual_seed(0)):
+        rows = torch.autograd.grad(values.sum(), output, retain_graph=True)[0].flatten(1)
+        found = found + (weights[:, None] * rows).T @ rows / len(rows)
+    return found
+
+
+@pytest.mark.parametrize(("case", "samples"), [("classification", 1), ("multi-label", 4000), ("segmentation", 4000)])
+def test_curvature_terms_give_the_hessian_of_a_log_likelihood(case, samples):
     """With logits as parameters the Gauss-Newton matrix is the Hessian of the loss."""
     task, output, target, _ = PAIRS[case]
-    output, target = output[:1].double().requires_grad_(), target[:1]
-    batch = (torch.zeros(1, 3), target)
-    generator, found = torch.Generator().manual_seed(0), 0.0
-    for _ in range(draws):
-        for values, weights in task.curvature_terms(output, batch, generator):
-            gradient = torch.autograd.grad(values.sum(), output, retain_graph=True)[0].flatten()
-            found = found + weights.item() * torch.outer(gradient, gradient) / draws
-    exact = torch.autograd.functional.hessian(lambda values: task.losses(values, batch).sum(), output.detach()).reshape(
-        found.shape
-    )
-    assert (found - exact).norm() < (1e-12 if draws == 1 else 0.1) * exact.norm()
+    output, batch = output[:1], (torch.zeros(1, 3), target[:1])
+    exact = torch.autograd.functional.hessian(lambda values: task.losses(values, batch).sum(), output.double())
+    found = gauss_newton(task, output.expand(samples, *output.shape[1:]).clone(), batch)
+    exact = exact.reshape(found.shape)
+    assert (found - exact).norm() < (1e-12 if samples == 1 else 0.1) * exact.norm()
 
 
 def test_random_projections_give_the_hessian_of_the_squared_error():
-    task, output = Regression(), LOGITS[:1].double().requires_grad_()
-    generator = torch.Generator().manual_seed(0)
-    found = 0.0
-    for _ in range(4000):
-        [(values, weights)] = task.curvature_terms(output, None, generator)
-        gradient = torch.autograd.grad(values.sum(), output)[0].flatten()
-        found = found + weights.item() * torch.outer(gradient, gradient) / 4000
+    found = gauss_newton(Regression(), LOGITS[:1].repeat(4000, 1), None)
     assert (found - torch.eye(4) * 2 / 4).norm() < 0.1
 
 
@@ -163,3 +167,72 @@ def test_a_detector_gives_losses_with_its_norms_in_evaluation_mode():
     assert Detection().prediction(output).shape == (1, 5 * 16)
     with pytest.raises(InputError, match="no targets"):
         Detection().loss(Detection().run(model, batch[0]), batch[0])
+
+
+class Twice(nn.Module):
+    """A trunk that runs on both halves of the channels, or two copies of it."""
+
+    def __init__(self, trunks):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.mix, self.head = nn.Conv2d(2, 5, 3, padding=1), nn.Conv2d(5, 4, 1), nn.Linear(8, 3)
+        self.second = self.first if trunks == 1 else copy.deepcopy(self.first)
+        self.other = self.mix if trunks == 1 else copy.deepcopy(self.mix)
+
+    def forward(self, x):
+        parts = [self.mix(torch.relu(self.first(x[:, :2]))), self.other(torch.relu(self.second(x[:, 2:])))]
+        return self.head(torch.cat(parts, 1).mean((2, 3)))
+
+
+def test_a_layer_that_runs_twice_has_the_gradient_of_both_calls():
+    one, two = Twice(1).eval(), Twice(2).eval()
+    batches = [(torch.randn(6, 4, 5, 5, generator=torch.Generator().manual_seed(1)), torch.arange(6) % 3)]
+    shared = measure_curvature(one, ["mix"], batches)["mix"]
+    apart = measure_curvature(two, ["mix", "other"], batches)
+    for name in ("gradient", "product"):
+        both = getattr(apart["mix"], name) + getattr(apart["other"], name)
+        torch.testing.assert_close(getattr(shared, name), both, rtol=1e-5, atol=1e-8)
+    assert (shared.hessian.diagonal() != (apart["mix"].hessian + apart["other"].hessian).diagonal()).all()  # they meet
+    rows = collect(one, batches, RiskSamples(one, ["mix"], Classification(), per_image=100), Classification())["mix"]
+    torch.testing.assert_close(rows.gradient.sum(0) / rows.images, shared.gradient, rtol=1e-5, atol=1e-8)
+    assert rows.images == 6 and len(rows.values) == 6 * 25 * 2
+
+
+NETWORKS = {
+    "segmentation": (nn.Conv2d(5, 3, 1), lambda n: torch.randint(3, (n, 6, 6))),
+    "heat maps": (nn.Conv2d(5, 3, 1), lambda n: torch.rand(n, 3, 6, 6)),
+    "multi-label": (
+        nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 4)),
+        lambda n: (torch.randn(n, 4) > 0).float(),
+    ),
+    "soft labels": (
+        nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 4)),
+        lambda n: torch.randn(n, 4).softmax(1),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_score_works_for_every_task_with_targets(name):
+    torch.manual_seed(0)
+    head, target = NETWORKS[name]
+    trunk = nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 5, 3, padding=1))
+    model = nn.Sequential(*trunk, nn.ReLU(), head).eval()
+    batches = [(torch.randn(4, 2, 6, 6), target(4)) for _ in range(5)]
+    evidence = Evidence(model, batches)
+    evidence.gather(method_needs(SCORES))
+    for score_name in SCORES:
+        found = find_score(score_name).at(0.5).ranks(evidence)
+        assert found and all(values.isfinite().all() for values in found.values()), score_name
+
+
+def test_scores_that_need_no_labels_are_those_with_labels():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Conv2d(6, 5, 3), nn.Flatten(), nn.Linear(20, 3)).eval()
+    images = torch.randn(8, 2, 6, 6)
+    for name in ("variance", "cmr_logit", "chip", "mipp", "composite_ix", "reconstruction", "activation_rms"):
+        alone, labelled = score(model, name, [images]), score(model, name, [(images, torch.arange(8) % 3)])
+        assert alone.keys() == labelled.keys() and all(torch.equal(alone[k], labelled[k]) for k in alone), name
+    for name in ("taylor", "cmr_const", "composite_pid", "label_information", "cap"):
+        with pytest.raises(InputError, match="has no loss"):
+            score(model, name, [images])

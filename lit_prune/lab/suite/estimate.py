@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lit_prune.data import ImageData
 from lit_prune.measurement.channel_table import collect_sums
 from lit_prune.structure import cost
+from lit_prune.task import Classification
 from lit_prune.train.classifier import LitClassifier
 from lit_prune.train.execution import check_precision
 
@@ -70,13 +70,13 @@ def training_step(
     module: LitClassifier, batch: tuple[Tensor, Tensor], half: torch.dtype | None = None
 ) -> Callable[[], None]:
     """A bare training step on one batch: forward, cross-entropy, backward, optimizer."""
-    images, labels = batch
+    task = Classification()
     optimizer = module.recipe.optimizer([p for p in module.parameters() if p.requires_grad])
 
     def step() -> None:
         optimizer.zero_grad()
-        with torch.autocast(images.device.type, half, enabled=half is not None):
-            loss = F.cross_entropy(module(images), labels)
+        with torch.autocast(module.device.type, half, enabled=half is not None):
+            loss = task.loss(task.run(module, batch), batch).mean()
         loss.backward()
         optimizer.step()
 

@@ -6,11 +6,11 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_prune.data import ImageData
 from lit_prune.errors import InputError
+from lit_prune.task import Classification
 
 PRECISIONS = ("32-true", "bf16-mixed")
 
@@ -66,11 +66,12 @@ def recover(model: nn.Module, data: ImageData, fields: dict[str, Any], precision
     device = next(model.parameters()).device
     optimizer = make_optimizer(model, fields)
     torch.manual_seed(seed)
-    broken, done = torch.zeros((), dtype=torch.bool, device=device), 0
-    for images, labels in training_batches(data, fields["epochs"], fields["max_batches"]):
+    broken, done, task = torch.zeros((), dtype=torch.bool, device=device), 0, Classification()
+    for batch in training_batches(data, fields["epochs"], fields["max_batches"]):
         model.train()
+        batch = task.to(batch, model)
         with precision_context(precision, device):
-            loss = F.cross_entropy(model(images.to(device)), labels.to(device))
+            loss = task.loss(task.run(model, batch), batch).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -1,0 +1,166 @@
+"""A plan that is offered can be carried out, and computes what the dense network computes without its channels."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import weight_norm
+from torchvision.models import resnet18
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+from lit_prune.errors import InputError
+from lit_prune.structure import apply_plan, cost, make_plan, trace_groups
+from lit_prune.structure.trial import TRAINING
+
+
+class Net(nn.Module):
+    """Three convolutions, a join between the first two that a test chooses, and a head."""
+
+    def __init__(self, join: Callable[[nn.Module, Tensor], Tensor], reads: int = 16, **layers: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(reads, 12, 3, padding=1)
+        self.third, self.head = nn.Conv2d(12, 10, 3, padding=1), nn.Linear(10, 4)
+        self.join = join
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = F.silu(self.second(self.join(self, self.first(images))))
+        return self.head(F.silu(self.third(features)).mean((2, 3)))
+
+
+class Standardised(nn.Conv2d):
+    """A convolution whose kernels are standardised over all of their inputs."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        deviation, mean = torch.std_mean(self.weight, (1, 2, 3), keepdim=True)
+        return self._conv_forward(values, (self.weight - mean) / deviation, self.bias)
+
+
+def gate(net: nn.Module, values: Tensor) -> Tensor:
+    left, right = values.chunk(2, 1)
+    return left * right
+
+
+def sliced(net: nn.Module, values: Tensor) -> Tensor:
+    return torch.cat([values[:, :5], 2 * values[:, 5:]], 1)
+
+
+def helped(net: nn.Module, values: Tensor) -> Tensor:
+    net.said = net.helper(values.mean((2, 3))) if net.training else None
+    return values
+
+
+def kept(net: nn.Module, values: Tensor) -> Tensor:
+    net.activation = values
+    return values
+
+
+JOINS = {
+    "halves multiplied": (lambda: Net(gate, 8), {"first"}),
+    "pixel shuffle": (lambda: Net(lambda net, values: F.pixel_shuffle(values, 2), 4), {"first"}),
+    "slices by position": (lambda: Net(sliced), {"first"}),
+    "view to a number": (lambda: Net(lambda net, values: values.view(len(values), 16, 8, 8)), {"first"}),
+    "glu": (lambda: Net(lambda net, values: F.glu(values, 1), 8), {"first"}),
+    "weight standardisation": (lambda: Net(lambda net, v: v, second=Standardised(16, 12, 3, padding=1)), {"first"}),
+    "head in training alone": (lambda: Net(helped, helper=nn.Linear(16, 4)), {"first"}),
+    "kept activation": (lambda: Net(kept), set()),
+    "weight norm": (lambda: Net(lambda net, v: v, second=weight_norm(nn.Conv2d(16, 12, 3, padding=1))), None),
+    "frozen norm": (lambda: Net(lambda net, v: net.norm(v), norm=FrozenBatchNorm2d(16)), set()),
+    "grouped": (
+        lambda: Net(lambda net, v: net.mix(v), mix=nn.Conv2d(16, 16, 3, padding=1, groups=4)),
+        {"first", "mix"},
+    ),
+}  # name -> network, groups that must be protected (None: not asked)
+
+
+@pytest.mark.parametrize("name", JOINS)
+def test_what_is_offered_can_be_cut_and_equals_the_silenced_network(name: str, random_ranks) -> None:
+    torch.manual_seed(0)
+    build, forbidden = JOINS[name]
+    model = build().eval()
+    images = torch.randn(2, 3, 8, 8)
+    model(images)
+    graph = trace_groups(model, images)
+    protected = {group.name.partition(":")[0] for group in graph.groups if group.protected}
+    if forbidden is not None:
+        assert forbidden == protected - {"head", "helper"}
+    plan = make_plan(model, random_ranks(model), images, budget="channels", keep=0.6, allocation="uniform")
+    small = apply_plan(model, plan, images)
+    removed = graph.removed_positions({group: plan.removed(group) for group in plan.keep_channels})
+    handles = [
+        model.get_submodule(module).register_forward_pre_hook(_zeros(positions))
+        for (module, axis), positions in removed.items()
+        if axis == "in"
+    ]
+    expected = model(images)
+    for handle in handles:
+        handle.remove()
+    torch.testing.assert_close(small(images), expected, rtol=1e-4, atol=1e-5)
+    small.train()(images)
+    assert any(not group.protected for group in graph.groups)
+
+
+def _zeros(positions: list[int]):
+    def hook(module: nn.Module, args: tuple) -> tuple:
+        values = args[0].clone()
+        values[:, positions] = 0
+        return (values,)
+
+    return hook
+
+
+def test_the_reason_of_a_head_that_runs_in_training_is_said() -> None:
+    model = Net(helped, helper=nn.Linear(16, 4)).eval()
+    assert trace_groups(model, torch.randn(1, 3, 8, 8)).by_name["first"].protected == TRAINING
+
+
+def test_frozen_norms_are_cut_with_their_channels() -> None:
+    model = resnet18(norm_layer=FrozenBatchNorm2d, num_classes=10).eval()
+    graph = trace_groups(model, torch.randn(1, 3, 32, 32))
+    assert [group.name for group in graph.groups if group.protected] == ["fc"]
+    small = apply_plan(
+        model,
+        make_plan(
+            model,
+            {name: m.weight.flatten(1).norm(dim=1) for name, m in model.named_modules() if isinstance(m, nn.Conv2d)},
+            torch.randn(1, 3, 32, 32),
+            keep=0.5,
+        ),
+        torch.randn(1, 3, 32, 32),
+    )
+    for module in small.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            assert len({len(buffer) for buffer in module.buffers()}) == 1
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.head = nn.Linear(6, 8), nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        return self.head(F.relu(self.left(left) + self.right(right)))
+
+
+@pytest.mark.parametrize("as_kwargs", [False, True])
+def test_several_inputs_are_traced_cut_and_counted(as_kwargs: bool) -> None:
+    torch.manual_seed(0)
+    model = TwoInputs().eval()
+    left, right = torch.randn(4, 6), torch.randn(4, 5)
+    example = {"left": left, "right": right} if as_kwargs else (left, right)
+    ranks = {"left": torch.arange(8.0), "right": torch.arange(8.0)}
+    plan = make_plan(model, ranks, example, budget="channels", keep=0.5)
+    small = apply_plan(model, plan, example)
+    assert small.left.out_features == small.right.out_features == small.head.in_features == 4
+    model.head.weight.data[:, :4] = 0
+    torch.testing.assert_close(small(left, right), model(left, right))
+    assert cost(small, example).macs == 6 * 4 + 5 * 4 + 4 * 3
+
+
+@pytest.mark.parametrize("example", [torch.tensor(3.0), "image", (), {"images": 3}])
+def test_an_example_without_a_batch_is_refused_in_one_line(example: object) -> None:
+    with pytest.raises(InputError, match="example_input is"):
+        trace_groups(nn.Linear(2, 2), example)
