@@ -24,7 +24,7 @@ from rows import Row, choose
 from lit_prune.files import write_text
 
 HERE = Path(__file__).resolve().parent
-NO_BENCHMARKS = ("rows", "run_all", "replacement_kinds")  # the last needs weights and images
+NO_BENCHMARKS = ("rows", "run_all", "replacement_kinds", "tasks", "task_cases", "task_fit")  # no times, or data
 PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "torch-pruning")
 QUICK = {
     "backbones": ["resnet18", "cifar_resnet20"],

@@ -8,22 +8,25 @@ zeroed. `stand-ins`: distortion of the prediction after delete / constant / affi
 `save`: the same difference between the saved and the loaded network. A refusal is its line.
 """
 
+import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from copy import deepcopy
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
-from networks import CASES, Case
+from lit_prune.structure.record import describe_inputs
+from task_cases import CASES, Case
+from task_fit import fit
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
 from lit_prune.measurement.channel_table import measure
 from lit_prune.replace import Replacement, replace_mechanisms
-from lit_prune.scores import score
-from lit_prune.structure import apply_plan, make_plan, trace_groups
+from lit_prune.scores import Evidence, find_score, plan_method
+from lit_prune.structure import Budget, CostModel, apply_plan, load_compact, save_compact
 from lit_prune.structure.axes import is_weighted
 from lit_prune.task import Task, find_task, recognise
 from lit_prune.train.batchnorm import recalibrate_batchnorm
@@ -83,33 +86,37 @@ class Row:
     def scores(self) -> str:
         """Which scores work."""
         said, works = {}, 0
+        self.evidence = Evidence(self.model, self.batches, task=self.task)
         for name in (*FREE, *LABELLED):
             try:
-                found = score(self.model, name, self.batches, task=self.case.task)
-                works += bool(found)
+                works += bool(find_score(name).at(1 - self.case.keep).ranks(self.evidence))
             except ERRORS as error:
                 line = (str(error).strip().splitlines() or [""])[0]
                 said[name] = line if isinstance(error, InputError) else f"{type(error).__name__}: {line}"
-        missing = "; ".join(f"{name}: {line}" for name, line in said.items())
+        by_line: dict[str, list[str]] = {}
+        for name, line in said.items():
+            by_line.setdefault(line, []).append(name)
+        missing = "; ".join(f"{', '.join(names)}: {line}" for line, names in by_line.items())
         return f"{works} of {len(FREE) + len(LABELLED)}" + (f" ({missing})" if missing else "")
 
     def cut(self) -> str:
         """Plan, surgery, equality."""
-        example = self.task.inputs(self.task.to(self.task.take(self.batches[0], 1), self.model))
-        ranks = score(self.model, "cmr_logit", self.batches, task=self.case.task)
-        plan = make_plan(self.model, ranks, example, budget="macs", keep=self.case.keep)
-        self.plan, self.example = plan, example
-        self.small = apply_plan(self.model, plan, example)
-        graph = trace_groups(self.model, example)
-        removed = graph.removed_positions({name: plan.removed(name) for name in plan.keep_channels})
-        zeroed = apply_zeros(self.model, removed)
-        return f"{len(plan.keep_channels)} groups, {self.difference(zeroed, self.small):.1e}"
+        self.example, graph = self.evidence.example, self.evidence.graph
+        price = CostModel.build(self.model, graph, self.example)
+        plan = plan_method(self.evidence, "cmr_logit", graph, price, Budget("macs", self.case.keep))
+        self.small, self.plan = apply_plan(self.model, plan, self.example), plan
+        removed = {name: plan.removed(name) for name in plan.keep_channels if plan.removed(name)}
+        zeroed = apply_zeros(self.model, graph.removed_positions(removed))
+        kept = price.macs(price.widths(plan.keep_channels)) / price.macs(price.sizes)
+        return (
+            f"{len(removed)} of {len(graph.groups)} groups, {kept:.0%} MACs, {self.difference(zeroed, self.small):.1e}"
+        )
 
     def stand_ins(self) -> str:
         """Distortion of the prediction after each kind."""
         found = []
         settings = Replacement(unsupported="delete")
-        for kind in KINDS:
+        for kind in KINDS if self.case.samples > 4 else ("constant", "refit"):
             reduced = replace_mechanisms(
                 self.model, self.plan, self.batches, self.example, kind, settings=settings, task=self.task
             )
@@ -120,18 +127,23 @@ class Row:
 
     def save(self) -> str:
         """Saved, loaded on a dense instance."""
-        from lit_prune import load_compact, save_compact
-
+        inputs = describe_inputs(self.example)
         with tempfile.TemporaryDirectory() as folder:
-            save_compact(Path(folder) / "compact", self.small, example=self.example, plans=[self.plan])
+            save_compact(
+                folder + "/compact",
+                self.small,
+                backbone=None,
+                arguments={},
+                input_shape=None,
+                plans=[self.plan],
+                inputs=inputs,
+            )
             torch.manual_seed(1)
-            loaded = load_compact(Path(folder) / "compact", model=self.case.build())
+            loaded = load_compact(folder + "/compact", model=self.case.build())
         return f"{self.difference(self.small, loaded):.1e}"
 
     def callbacks(self) -> str:
         """A fit with both callbacks."""
-        from fitting import fit
-
         return fit(self.case, self.task)
 
     def predictions(self, model: nn.Module) -> list[Tensor]:
@@ -153,8 +165,6 @@ class Row:
 
 def apply_zeros(model: nn.Module, removed: dict[tuple[str, str], list[int]]) -> nn.Module:
     """A copy of the network whose layers read nothing of what is removed."""
-    from copy import deepcopy
-
     zeroed = deepcopy(model)
     modules = dict(zeroed.named_modules())
     for (name, axis), positions in removed.items():
@@ -180,6 +190,4 @@ def main(names: Iterable[str]) -> None:
 
 
 if __name__ == "__main__":
-    import sys
-
     main(sys.argv[1:] or CASES)

@@ -2,7 +2,6 @@
 
 import copy
 import io
-import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
-from lit_prune.files import whole_file
+from lit_prune.files import read_json, whole_file
 from lit_prune.structure import load_compact
 
 TOLERANCE = 1e-4
@@ -39,7 +38,11 @@ class Format:
 
 
 def export_compact(
-    folder: str | Path, to: str | Path, formats: Sequence[str] = ("onnx", "torch_export"), opset: int | None = None
+    folder: str | Path,
+    to: str | Path,
+    formats: Sequence[str] = ("onnx", "torch_export"),
+    opset: int | None = None,
+    trust: Sequence[str] = (),
 ) -> dict[str, dict[str, Any]]:
     """Writes the compact network of `folder` to files of other formats; see `export_module`.
 
@@ -48,13 +51,14 @@ def export_compact(
         to: folder of the new files.
         formats: names of `FORMATS`.
         opset: ONNX operator set; None takes the exporter's own.
+        trust: import paths that the folder may name, see `load_compact`.
 
     Raises:
         InputError: the folder is absent or damaged, or an argument is wrong.
         ExportError: a file could not be written, or differs from the network.
     """
     _check_formats(formats)
-    return export_module(load_compact(folder), read_input_shape(folder), to, formats, opset)
+    return export_module(load_compact(folder, trust=trust), read_input_shape(folder), to, formats, opset)
 
 
 def export_module(
@@ -113,7 +117,7 @@ def read_input_shape(folder: str | Path) -> tuple[int, int, int]:
             f"folder={str(folder)!r} has no structure.json; give a compact folder such as runs/NAME/compact"
         )
     try:
-        shape = json.loads(file.read_text(encoding="utf-8"))["input_shape"]
+        shape = read_json(file)["input_shape"]
         channels, height, width = (int(size) for size in shape)
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file} is damaged ({error!r}): write the compact folder again") from error

@@ -1,9 +1,11 @@
 """Files that appear whole or not at all."""
 
+import errno
+import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from filelock import FileLock, Timeout
 from lit_prune.errors import InputError
 
 LOCK = ".lock"
+CHECKSUM = "checksum"
 
 
 @contextmanager
@@ -54,34 +57,129 @@ def defined(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def read_json(
+    path: str | Path, keys: Iterable[str] = (), remedy: str = "restore it, or delete it and run again"
+) -> dict[str, Any]:
+    """The object of a JSON file.
+
+    Args:
+        path: the file.
+        keys: what must be in it.
+        remedy: what to do where it is wrong, for the message.
+
+    Raises:
+        InputError: it is missing or unreadable, or holds something else.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read ({type(error).__name__}: {error}); {remedy}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds a {type(value).__name__}, not an object; {remedy}")
+    missing = [key for key in keys if key not in value]
+    if missing:
+        raise InputError(f"{path} has no {missing[0]!r}; {remedy}")
+    return value
+
+
+def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain JSON values with the SHA-256 of themselves under `checksum`."""
+    return {**values, CHECKSUM: _digest(values)}
+
+
+def check_seal(values: Mapping[str, Any], source: str | Path) -> None:
+    """Compares values that were read with the checksum among them, where there is one.
+
+    Raises:
+        InputError: they are not as they were written.
+    """
+    given = {name: value for name, value in values.items() if name != CHECKSUM}
+    if values.get(CHECKSUM) not in (None, _digest(given)):
+        raise InputError(
+            f"{source} does not match its checksum: it is damaged; if you edited it, delete the line {CHECKSUM!r}"
+        )
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    text = json.dumps(defined(dict(values)), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def write_parquet(path: str | Path, table: pd.DataFrame) -> None:
-    """Writes a table without its index to `path`, whole or not at all."""
+    """Writes a table without its index to `path`, whole or not at all, with a checksum of every page."""
     with whole_file(path) as partial:
-        table.to_parquet(partial, index=False)
+        table.to_parquet(partial, index=False, write_page_checksum=True)
+
+
+def read_parquet(path: str | Path, columns: list[str] | None = None) -> pd.DataFrame:
+    """The table of a parquet file; its pages are compared with their checksums.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    try:
+        return pd.read_parquet(path, columns=columns, page_checksum_verification=True)
+    except Exception as error:  # pyarrow raises its own families, and others in the middle of a damaged file
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise InputError(f"{path} cannot be read ({problem}); delete it and run its verb again") from error
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path, name: str = LOCK) -> Iterator[None]:
     """Holds a folder while the block lasts, so that no second process works in it; the system frees it on any exit.
 
-    A folder in which nothing was written is removed again.
+    A folder in which nothing was written is removed again, and what killed processes left half-written in it too.
+
+    Args:
+        folder: is made where it is missing.
+        name: of the lock file; processes that share a folder on purpose hold one each.
 
     Raises:
         InputError: another process holds the folder.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / name).is_symlink():
+            raise InputError(f"run_dir: {folder / name} is a symbolic link; delete it")
+        lock = FileLock(folder / name)
         lock.acquire(blocking=False)
     except Timeout:
         raise InputError(
             f"run_dir: another process is at work in {folder}; wait for it, stop it, or give another --run_dir"
         ) from None
+    except (OSError, NotImplementedError) as error:
+        raise InputError(f"run_dir: {folder} cannot be written ({one_reason(error)}); give another --run_dir") from None
     try:
+        sweep_partial(folder)
         yield
     finally:
         with suppress(OSError):  # there is more in it than the lock: it stays
-            if os.listdir(folder) == [LOCK]:
-                (folder / LOCK).unlink()
+            if os.listdir(folder) == [name]:
+                (folder / name).unlink()
                 folder.rmdir()
         lock.release()
+
+
+def sweep_partial(folder: Path) -> None:
+    """Deletes what killed processes left half-written in a folder; folders in it with a lock of their own are left."""
+    for path, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not (Path(path) / name / LOCK).exists()]
+        for name in files:
+            if name.startswith(".") and name.endswith(".partial") and not _is_alive(name.split(".")[-2]):
+                (Path(path) / name).unlink(missing_ok=True)
+
+
+def _is_alive(process: str) -> bool:
+    """Whether there is another process of that number on this machine."""
+    try:
+        os.kill(int(process), 0)
+    except (ValueError, OSError):
+        return False
+    return int(process) != os.getpid()
+
+
+def one_reason(error: OSError | NotImplementedError) -> str:
+    """Why the system refused a file, in its own words."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full"
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -4,6 +4,7 @@ import operator
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 Watch = Callable[[Iterable, str], Iterator]
@@ -16,8 +17,13 @@ def unwatched(items: Iterable, description: str) -> Iterator:
 
 def bars(shown: bool = True) -> Progress:
     """Bars that vanish at the end: description, bar, count, time."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, transient=True, disable=not shown)
+
+
+def terminal() -> Console:
+    """Where tables and lines are printed; what is in brackets or colons is text, such as the name of a folder."""
+    return Console(markup=False, emoji=False)
 
 
 @contextmanager

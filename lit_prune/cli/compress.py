@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from lit_prune.errors import InputError
-from lit_prune.files import write_parquet
+from lit_prune.files import read_json, write_parquet
 
 SHOWN = {
     "remove_ratio": "r",
@@ -43,9 +43,11 @@ def schedule_sweep(run_dir: Path, ratios: Sequence[float], run_one: Callable[[fl
     outside = [ratio for ratio in ratios if not 0 < ratio < 1]
     if outside:
         raise InputError(f"ratios must lie in (0, 1), got {outside}")
+    if len({float(ratio) for ratio in ratios}) < len(ratios):
+        raise InputError(f"ratios must be distinct, got {list(ratios)}")
     rows = []
     for ratio in ratios:
-        folder = run_dir / f"ratio={ratio:.2f}"
+        folder = run_dir / f"ratio={ratio if round(ratio, 2) != ratio else format(ratio, '.2f')}"
         if not (folder / "compact" / "report.json").exists():
             run_one(ratio, folder)
         rows.append(_row(ratio, folder))
@@ -56,7 +58,7 @@ def schedule_sweep(run_dir: Path, ratios: Sequence[float], run_one: Callable[[fl
 
 def _row(ratio: float, folder: Path) -> dict[str, float | int]:
     """Figures of one finished run."""
-    report = json.loads((folder / "compact" / "report.json").read_text())
+    report = read_json(folder / "compact" / "report.json")
     stages = [json.loads(line) for line in (folder / "stages.jsonl").read_text().splitlines()]
     return {
         "remove_ratio": ratio,

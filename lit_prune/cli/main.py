@@ -1,14 +1,15 @@
 """The command line: `lit-prune VERB -c RECIPE [--key value ...]`, the same as `python train.py VERB ...`."""
 
-import logging
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from lit_prune.cli import recipes, verbs
+from lit_prune.cli.failures import one_line_failures
 from lit_prune.cli.memory import keep_freed_memory
-from lit_prune.cli.parsing import FunctionParser, causes, one_line
-from lit_prune.errors import InputError
+from lit_prune.cli.narration import narrated_on_stdout
+from lit_prune.cli.parsing import FunctionParser
+from lit_prune.processes import end_with_parent
 from lit_prune.version import version_line
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {  # verbs that are a function each; the others need a model and data
@@ -42,11 +43,6 @@ def call(function: Callable[..., Any], verb: str, args: Sequence[str]) -> Any:
     return function(**{name: value for name, value in asked.items() if name != "config"})
 
 
-def is_about_the_run(record: logging.LogRecord) -> bool:
-    """Whether a line of Lightning's log is, and no advertisement."""
-    return "Tip: For seamless cloud" not in record.getMessage()
-
-
 def main(args: Sequence[str] | None = None) -> Any:
     """Runs one command; bad input is one line on stderr and exit code 2.
 
@@ -57,12 +53,6 @@ def main(args: Sequence[str] | None = None) -> Any:
         The command's CLI object (None for the verbs that only read a folder).
     """
     keep_freed_memory()
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(is_about_the_run)
-    try:
+    end_with_parent()
+    with narrated_on_stdout(), one_line_failures():
         return run(sys.argv[1:] if args is None else args)
-    except Exception as error:
-        wrong = next((cause for cause in causes(error) if isinstance(cause, InputError)), None)
-        if wrong is None:
-            raise
-        print(f"error: {one_line(str(wrong))}", file=sys.stderr)
-        raise SystemExit(2) from None

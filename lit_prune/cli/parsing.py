@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 
+from lit_prune.cli import yaml_text as _strict_yaml  # noqa: F401  (it registers with jsonargparse)
 from lit_prune.errors import InputError
 
 MACHINE_KEYS = ("accelerator", "devices", "num_nodes", "strategy", "enable_progress_bar", "enable_model_summary")
@@ -62,3 +63,12 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
         elif before != after:
             changed.append(name)
     return changed
+
+
+def import_paths(settings: Any) -> set[str]:
+    """Every text among settings that may be the import path of a class or a function."""
+    if isinstance(settings, dict):
+        return {path for value in settings.values() for path in import_paths(value)}
+    if isinstance(settings, list | tuple):
+        return {path for value in settings for path in import_paths(value)}
+    return {settings} if isinstance(settings, str) and re.fullmatch(r"\w+([.:]\w+)+", settings) else set()

@@ -4,7 +4,7 @@ import copy
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,20 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from rich.console import Console
 
+from lit_prune.cli.checks import as_input_errors, check_trainer
 from lit_prune.cli.compress import schedule_sweep
-from lit_prune.cli.parsing import OneLineErrors, changed_keys
+from lit_prune.cli.parsing import OneLineErrors, changed_keys, import_paths
+from lit_prune.cli.ranks import RanksEndAtOnce
 from lit_prune.cli.recipes import with_recipes
 from lit_prune.cli.trainer import Trainer, last_checkpoint
+from lit_prune.cli.yaml_text import read_yaml
 from lit_prune.data import ImageData
 from lit_prune.errors import InputError
 from lit_prune.files import LOCK, alone, write_text
 from lit_prune.lab.reduce.request import ReduceRequest
 from lit_prune.lab.reduce.run import Setup, reduce_run
+from lit_prune.progress import terminal
 from lit_prune.train.checkpoints import checkpoint_writer
 from lit_prune.train.classifier import LitClassifier
 from lit_prune.train.execution import check_precision
@@ -70,6 +73,29 @@ class PruneCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """The configuration says what is built; the checkpoint's structure is checked against it when it loads."""
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses the command line.
+
+        Raises:
+            InputError: whatever is wrong with it or with a file that it names.
+        """
+        with as_input_errors("the command line or a file of -c"):
+            super().parse_arguments(parser, args)
+
+    def _set_seed(self) -> None:
+        with as_input_errors("seed_everything"):
+            super()._set_seed()
+
+    def instantiate_classes(self) -> None:
+        """Builds data, model and trainer.
+
+        Raises:
+            InputError: whatever one of them refuses.
+        """
+        with as_input_errors("the configuration"):
+            super().instantiate_classes()
+            check_trainer(self.trainer)
+
     @property
     def run_dir(self) -> Path:
         """Folder for everything that the run writes."""
@@ -82,6 +108,7 @@ class PruneCLI(LightningCLI):
         trains = self.subcommand in TRAINING_VERBS or self.fits_networks
         if trains and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
             callbacks.append(last_checkpoint(self.run_dir))
+        callbacks.append(RanksEndAtOnce())
         logger = settings.get("logger")
         if logger in (None, True):
             logger = trains and TensorBoardLogger(self.run_dir, name="", version="tensorboard", default_hp_metric=False)
@@ -106,12 +133,41 @@ class PruneCLI(LightningCLI):
         """Enters the run folder: refuses another run's, resumes this run's."""
         self._enter_run_folder()
 
+    def before_validate(self) -> None:
+        """Takes the run's own weights."""
+        self._take_trained_weights()
+
+    def before_test(self) -> None:
+        """Takes the run's own weights."""
+        self._take_trained_weights()
+
+    def before_predict(self) -> None:
+        """Takes the run's own weights."""
+        self._take_trained_weights()
+
+    def _take_trained_weights(self) -> None:
+        """Evaluates the run folder's last checkpoint unless other weights are given; never random ones.
+
+        Raises:
+            InputError: there are none.
+        """
+        settings = self.config_init[self.subcommand]
+        if settings.get("ckpt_path") is not None or self.model.is_trained:
+            return
+        last = self.run_dir / "checkpoints" / "last.ckpt"
+        if not last.is_file():
+            raise InputError(
+                f"{self.subcommand} needs a trained network: {last} does not exist; give --ckpt_path FILE, the "
+                "--run_dir of a fit, or --model.weights FILE"
+            )
+        settings["ckpt_path"] = str(last)
+
     def compress(self, ratios: list[float] | None = None, **arguments: Any) -> None:
         """Runs the trainer's `compress`, once or once for each ratio of a schedule sweep."""
         if ratios is None:
             self.trainer.compress(**arguments)
             return
-        Console().print(schedule_sweep(self.run_dir, ratios, lambda *run: self._one_ratio(*run, arguments)))
+        terminal().print(schedule_sweep(self.run_dir, ratios, lambda *run: self._one_ratio(*run, arguments)))
 
     def _one_ratio(self, ratio: float, run_dir: Path, arguments: dict[str, Any]) -> None:
         """One run of a schedule sweep in its own folder, with a network and a trainer of its own."""
@@ -147,7 +203,7 @@ class PruneCLI(LightningCLI):
             return
         written = self.run_dir / "config.yaml"
         if int(os.environ.get("LOCAL_RANK", "0")) == 0 and written.exists() and self._has_begun():
-            changed = self.changed_since(yaml.safe_load(written.read_text()))
+            changed = self.changed_since(read_yaml(written))
             if changed:
                 raise InputError(
                     f"run folder {self.run_dir} holds a run with another configuration ({', '.join(changed[:4])}); "
@@ -170,12 +226,13 @@ class PruneCLI(LightningCLI):
         An option that is newer than the run counts with its default; it did not change what the run did.
         """
         self._dump_config()
-        parser = self._parser(self.subcommand)
-        try:
-            full = parser.parse_object(copy.deepcopy(old))  # it changes what it is given
-            old = yaml.safe_load(parser.dump(full, skip_link_targets=False, skip_none=False, format="yaml"))
-        except InputError:  # it has options that are no more: compared as it is, they are named
-            pass
+        if not isinstance(old, dict):
+            return ["config.yaml"]
+        if import_paths(old) <= import_paths(self.config_dump):  # what only the folder names is not imported
+            parser = self._parser(self.subcommand)
+            with suppress(InputError):  # it has options that are no more: compared as it is, they are named
+                full = parser.parse_object(copy.deepcopy(old))  # it changes what it is given
+                old = yaml.safe_load(parser.dump(full, skip_link_targets=False, skip_none=False, format="yaml"))
         return changed_keys(old, self.config_dump)
 
     @rank_zero_only
@@ -197,8 +254,12 @@ class PruneCLI(LightningCLI):
 
 def build_cli(args: Sequence[str], run: bool = True) -> PruneCLI:
     """Parses the command line of a verb that needs a model and data, and carries it out unless `run` is off."""
-    sys.argv[1:] = with_recipes(args)  # Lightning's launchers start the other ranks with this command line
-    return (PruneCLI if run else ParsedCLI)(
+    sys.argv[1:] = args = with_recipes(args)  # Lightning's launchers start the other ranks with this command line
+    chosen = PruneCLI if run else ParsedCLI
+    if args and args[0] in PruneCLI.subcommands():  # the parsers of the other verbs would take seconds to build
+        verb = {args[0]: PruneCLI.subcommands()[args[0]]}
+        chosen = type(chosen.__name__, (chosen,), {"subcommands": staticmethod(lambda: verb)})
+    return chosen(
         LitClassifier,
         ImageData,
         subclass_mode_data=True,

@@ -5,6 +5,7 @@ from typing import Any
 
 from lit_prune.cli.parsing import one_line
 from lit_prune.cli.recipes import find_recipe
+from lit_prune.progress import terminal
 
 
 def demo(run_dir: str = "runs/demo", options: list[str] = []) -> Any:  # noqa: B006
@@ -26,31 +27,35 @@ def report(run_dir: str) -> None:
     Args:
         run_dir: folder that a verb wrote.
     """
-    from rich.console import Console
-
     from lit_prune.lab import sections as _lab_sections  # noqa: F401  (they register with the report)
     from lit_prune.report import result_table, write_report
 
     page = write_report(Path(run_dir))
     if (Path(run_dir) / "compact" / "report.json").exists():
-        Console().print(result_table(Path(run_dir)))
+        terminal().print(result_table(Path(run_dir)))
     print(f"report: {page}")
 
 
-def export(run_dir: str, formats: list[str] = ["onnx", "torch_export"], to: str | None = None) -> None:  # noqa: B006
+def export(
+    run_dir: str,
+    formats: list[str] = ["onnx", "torch_export"],  # noqa: B006
+    to: str | None = None,
+    trust: list[str] = [],  # noqa: B006
+) -> None:
     """Exports the compact model of a run folder and verifies each file against the module.
 
     Args:
         run_dir: run folder with `compact/`, or a compact folder itself.
         formats: `onnx` (needs the extra `export`) and `torch_export`.
         to: folder for the files; default: `export/` in the run folder.
+        trust: import paths `package.module:callable` that the folder may name as its backbone.
     """
     from lit_prune.export import ExportError, export_compact
 
     folder = Path(run_dir)
     compact = folder / "compact" if (folder / "compact").is_dir() else folder
     try:
-        results = export_compact(compact, Path(to) if to else folder / "export", tuple(formats))
+        results = export_compact(compact, Path(to) if to else folder / "export", tuple(formats), trust=trust)
     except ExportError as error:
         raise SystemExit(f"error: {one_line(str(error))}") from None  # exit code 1: the input was right
     for name, result in results.items():
@@ -83,12 +88,10 @@ def suite(
         part: number of this process among `parts` that share the suite, such as the tasks of a SLURM job.
         parts: processes that share the suite.
     """
-    from rich.console import Console
-
     from lit_prune.cli.prune_cli import fit_parts
     from lit_prune.lab.suite.suite import Suite, device_slots, preview, run_suite
 
     asked = Suite(Path(run_dir), base, networks, tuple(seeds), tuple(options))
     slots = device_slots(devices, runs_per_device)
     table = preview(asked, len(slots), fit_parts) if dry_run else run_suite(asked, slots, part, parts)
-    Console().print(table)
+    terminal().print(table)

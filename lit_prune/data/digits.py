@@ -34,7 +34,7 @@ class DigitsData(ImageData):
     ) -> None:
         self.MEAN, self.STD = (MEAN_GREY,) * channels, (STD_GREY,) * channels
         super().__init__(flip=flip, **options)
-        self.resolution = resolution or 8
+        self.resolution = 8 if resolution is None else resolution
         self.image_shape = (channels, self.resolution, self.resolution)
 
     def load_split(self, split: str) -> MemoryImages:

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import math
 from functools import cached_property
 from typing import Any, Literal, Self
 
@@ -21,6 +22,7 @@ from lit_prune.errors import InputError
 
 Loader = ResidentLoader | WorkerLoader
 FINGERPRINT_IMAGES = 64  # of each split
+LARGEST_SIDE = 8192
 STAGE_SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
 
 
@@ -101,9 +103,13 @@ class ImageData(LightningDataModule):
         least |= {"seed": 0, "val_size": 0, "num_workers": 0, "pad": 0}
         for name, minimum in least.items():
             value = getattr(self, name)
-            if value is not None and value < minimum:
+            if value is not None and not value >= minimum:
                 raise InputError(f"{name}={value} is too small; use at least {minimum}")
-        if len(self.mean) != len(self.std) or min(self.std) <= 0:
+        if (
+            len(self.mean) != len(self.std)
+            or not min(self.std) > 0
+            or not all(map(math.isfinite, self.mean + self.std))
+        ):
             raise InputError(f"mean={self.mean} and std={self.std} need one value a channel each, std above 0")
 
     def load_split(self, split: str) -> ImageSource:
@@ -153,19 +159,23 @@ class ImageData(LightningDataModule):
         return self._sources[split]
 
     def _checked(self, split: str) -> ImageSource:
+        self._check_shape()
         source = self.load_split(split)
         if len(source.labels) and not 0 <= int(source.labels.min()) <= int(source.labels.max()) < self.num_classes:
             raise InputError(
                 f"labels of the {split} split in {self.root} run from {int(source.labels.min())} to"
                 f" {int(source.labels.max())}, but the data set has {self.num_classes} classes; replace the files"
             )
-        self._check_shape()
         return source
 
     def _check_shape(self) -> None:
         channels, *sides = self.image_shape
+        if not 1 <= min(sides) <= max(sides) <= LARGEST_SIDE:
+            raise InputError(f"resolution={max(sides)} must lie in 1 to {LARGEST_SIDE}")
         if len(self.mean) != channels:
             raise InputError(f"mean={self.mean} has {len(self.mean)} value(s), the images {channels} channel(s)")
+        if self.pad > 4 * max(sides):
+            raise InputError(f"pad={self.pad} is more than the images of {sides} themselves; use less")
         if self.padding == "reflect" and self.pad >= min(sides):
             raise InputError(f"pad={self.pad} is too large to reflect images of {sides}; use at most {min(sides) - 1}")
 

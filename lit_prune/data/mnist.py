@@ -30,7 +30,7 @@ class MNISTData(ImageData):
     ) -> None:
         self.MEAN, self.STD = (0.1307,) * channels, (0.3081,) * channels
         super().__init__(flip=flip, **options)
-        self.resolution = resolution or 28
+        self.resolution = 28 if resolution is None else resolution
         self.image_shape = (channels, self.resolution, self.resolution)
 
     def prepare_data(self) -> None:

@@ -20,6 +20,8 @@ from lit_prune.errors import InputError
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
 SHOW_PROGRESS_FROM = 3000  # files; fewer are decoded within about a second
 DECODING_THREADS = 8
+BROKEN_IMAGE = (OSError, SyntaxError, ValueError, MemoryError, Image.DecompressionBombError)
+"""What Pillow raises for files that are no whole images, SyntaxError for a broken PNG."""
 
 
 class ImageSource(Protocol):
@@ -132,12 +134,13 @@ def read_image(file: str | Path) -> Image.Image:
     """The image in `file`, converted to RGB whatever its mode.
 
     Raises:
-        InputError: The file is missing, truncated or no image.
+        InputError: The file is missing, truncated, no image, or one of more pixels than Pillow decodes without being
+            told to.
     """
     try:
         with Image.open(file) as image:
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises SyntaxError for a broken PNG
+    except BROKEN_IMAGE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"cannot decode the image {file} ({reason}); replace or delete the file") from error
 

@@ -32,7 +32,7 @@ class TinyImageNetData(ImageData):
 
     def __init__(self, resolution: int | None = None, **options: Any) -> None:
         super().__init__(**options)
-        self.resolution = resolution or 64
+        self.resolution = 64 if resolution is None else resolution
         self.image_shape = (3, self.resolution, self.resolution)
 
     @property

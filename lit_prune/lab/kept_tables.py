@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from lit_prune.files import write_parquet
+from lit_prune.files import read_parquet, write_parquet
 
 
 def signature(*parts: Any) -> str:
@@ -31,7 +31,7 @@ class KeptTables:
         if name not in self._known and self._folder is not None:
             file = self._folder / f"{name}.parquet"
             if file.is_file():
-                self._known[name] = pd.read_parquet(file)
+                self._known[name] = read_parquet(file)
         table = self._known.get(name)
         if table is None or table.attrs.get("signature") != signed:
             return None

@@ -1,7 +1,7 @@
 """Builds a backbone by name: the project's own, torchvision's, timm's."""
 
 import difflib
-import json
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -24,6 +24,9 @@ OWN_BACKBONES: dict[str, Callable[..., nn.Module]] = {
 }
 TIMM_ALIASES = {"deit_tiny": "deit_tiny_patch16_224"}
 STEMS = ("imagenet", "cifar")
+FETCHING = re.compile(r"(pretrained|weights).*|checkpoint_path|cache_dir|progress")
+"""Arguments of the libraries' builders that read files or download; `build_backbone` has its own for that."""
+DEEPEST = 20
 
 
 def build_backbone(
@@ -52,20 +55,21 @@ def build_backbone(
     Raises:
         InputError: Unknown name, stem or argument, or a download that failed.
     """
-    _check(num_classes, stem, in_channels, arguments)
+    check_arguments(name, arguments)
+    _check(num_classes, stem, in_channels)
+    _check_fetching(name, arguments)
     build = _builder(name)
     try:
         model = build(num_classes=num_classes, in_channels=in_channels, pretrained=pretrained, **arguments)
     except InputError:
         raise
-    except (TypeError, ValueError) as error:
-        raise InputError(f"backbone {name!r} with arguments {arguments}: {_first_line(error)}") from error
-    except (OSError, RuntimeError) as error:
-        if not pretrained:
-            raise
-        raise InputError(
-            f"no pretrained weights for {name!r}: {_first_line(error)}; use pretrained=False and a local file"
-        ) from error
+    except Exception as error:  # a constructor has its own exceptions for arguments that do not suit it
+        if pretrained and isinstance(error, OSError | RuntimeError):
+            raise InputError(
+                f"no pretrained weights for {name!r}: {first_line(error)}; use pretrained=False and a local file"
+            ) from error
+        given = {"num_classes": num_classes, "in_channels": in_channels, **arguments}
+        raise InputError(f"backbone {name!r} with arguments {given}: {first_line(error)}") from error
     if stem == "cifar" and name not in OWN_BACKBONES:
         use_cifar_stem(model)
     return model
@@ -79,16 +83,51 @@ def backbone_names() -> tuple[str, ...]:
     return tuple(sorted({*OWN_BACKBONES, *TIMM_ALIASES, *_torchvision_names()}))
 
 
-def _check(num_classes: int, stem: str, in_channels: int, arguments: dict[str, Any]) -> None:
+def check_arguments(name: str, arguments: Any) -> None:
+    """Refuses what is no name, and arguments that are not plain.
+
+    Args:
+        name: of the backbone, for the message.
+        arguments: numbers, strings, booleans, None, and lists and dicts of these, by their names.
+
+    Raises:
+        InputError: as said; the argument is named.
+    """
+    if not isinstance(name, str):
+        raise InputError(f"backbone must be a name, got {name!r}; `backbone_names()` lists them")
+    if not isinstance(arguments, dict):
+        raise InputError(f"backbone {name!r}: arguments must be a dict by name, got {type(arguments).__name__}")
+    for key, value in arguments.items():
+        if not isinstance(key, str) or not _is_plain(value):
+            raise InputError(f"backbone {name!r}: arguments must be plain JSON values, got {key!r}: {value!r:.80}")
+
+
+def _is_plain(value: Any, depth: int = 0) -> bool:
+    if isinstance(value, dict):
+        parts = list(value.values()) if all(isinstance(key, str) for key in value) else [object()]
+    elif isinstance(value, list | tuple):
+        parts = list(value)
+    else:
+        return value is None or isinstance(value, bool | int | float | str)
+    return depth < DEEPEST and all(_is_plain(part, depth + 1) for part in parts)
+
+
+def _check(num_classes: int, stem: str, in_channels: int) -> None:
     if stem not in STEMS:
         raise InputError(f"stem={stem!r} is unknown: use one of {', '.join(STEMS)}")
     for argument, value in (("num_classes", num_classes), ("in_channels", in_channels)):
-        if value < 1:
-            raise InputError(f"{argument}={value} must be at least 1")
-    try:
-        json.dumps(arguments)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"backbone arguments must be plain JSON values, got {arguments}: {error}") from error
+        if type(value) is not int or value < 1:
+            raise InputError(f"{argument}={value} must be a whole number of at least 1")
+
+
+def _check_fetching(name: str, arguments: dict[str, Any]) -> None:
+    """Refuses what would have a library's builder read a file or download one."""
+    for key, value in arguments.items():
+        if FETCHING.fullmatch(key) and value not in (None, False):
+            raise InputError(
+                f"backbone {name!r}: argument {key!r} is refused, it would read or fetch a file; "
+                "give pretrained=True, or the file to load_weights (--model.weights)"
+            )
 
 
 def _builder(name: str) -> Callable[..., nn.Module]:
@@ -98,7 +137,7 @@ def _builder(name: str) -> Callable[..., nn.Module]:
         return partial(_build_torchvision, name)
     import timm  # takes seconds, so only when a name is neither ours nor torchvision's
 
-    bare = name.removeprefix("timm/")
+    bare = name.removeprefix("timm/")  # what is left is looked up in timm's registry: no hub, no folder, no URL
     timm_name = TIMM_ALIASES.get(bare, bare)
     if timm.is_model(timm_name):
         return partial(_build_timm, timm_name)
@@ -156,5 +195,6 @@ def _resize_head(model: nn.Module, num_classes: int) -> None:
         setattr(model.get_submodule(parent), child, replacement)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def first_line(error: Exception) -> str:
+    """The first line of an exception's message, or its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

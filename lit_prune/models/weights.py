@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
 from lit_prune.models.anatomy import find_head
+from lit_prune.tensor_files import check_defined, read_safetensors, read_torch
 
 _log = logging.getLogger(__name__)
 _SUFFIXES = (".pth", ".pt", ".th", ".tar", ".ckpt", ".bin", ".safetensors")
@@ -58,6 +58,7 @@ def load_weights(model: nn.Module, path: str | Path, *, strict_head: bool = Fals
     missing = [name for name in expected if name not in state and name not in skipped]
     filled = tuple(name for name in missing if name.endswith("num_batches_tracked"))
     _check_same_network(state, expected, sorted(set(missing) - set(filled), key=missing.index), path)
+    check_defined(state, f"weights {path}")
     model.load_state_dict(state, strict=False)
     if skipped:
         _log.warning("%s has another number of classes: %s left as initialised", path, " and ".join(skipped))
@@ -67,15 +68,7 @@ def load_weights(model: nn.Module, path: str | Path, *, strict_head: bool = Fals
 def _read(path: Path) -> Any:
     if path.suffix not in _SUFFIXES:
         raise InputError(f"weights {path}: suffix {path.suffix!r} is unknown, use one of {', '.join(_SUFFIXES)}")
-    if not path.is_file():
-        raise InputError(f"weights {path}: no such file")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # each reader has its own exceptions for a broken file, some of them bare RuntimeErrors
-        cause = "it holds pickled objects, not only tensors" if "weights_only" in str(error) else type(error).__name__
-        raise InputError(f"weights {path}: not readable ({cause}); save a plain state_dict there") from error
+    return (read_safetensors if path.suffix == ".safetensors" else read_torch)(path, "weights")
 
 
 def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
@@ -84,9 +77,14 @@ def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
         if entry is None:
             break
         content = content[entry]
-    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise InputError(f"weights {path}: holds no state_dict (names to tensors); save model.state_dict() there")
+    named = isinstance(content, Mapping) and all(isinstance(name, str) for name in content)
+    if not named or not content or not all(_is_dense(value) for value in content.values()):
+        raise InputError(f"weights {path}: holds no state_dict (names to dense tensors); save model.state_dict() there")
     return dict(content)
+
+
+def _is_dense(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
 
 
 def _without_prefixes(state: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,12 +13,14 @@ from lit_prune.measurement.layers import Batches, removing
 from lit_prune.replace.carrier import carrier_columns
 from lit_prune.replace.certificate import Certificate, certify
 from lit_prune.replace.consumers import find_readers
+from lit_prune.replace.finite import check_answers
 from lit_prune.replace.flow import observe
 from lit_prune.replace.patches import channel_dim
 from lit_prune.replace.replacement import Reduced
 from lit_prune.structure import Plan, apply_plan, trace_groups
 from lit_prune.structure.example import Example
 from lit_prune.task import Classification, Task, settle
+from lit_prune.task.batches import to_network
 from lit_prune.task.running import undisturbed
 
 
@@ -163,7 +165,7 @@ def interchange(
     task, batches = settle(task, low, batches)
     images = gather_images(batches, swaps.images, task)
     if example_input is None:
-        example_input = task.inputs(task.to(images.take([0]), low))
+        example_input = images.take([0])
     layer, *kept = _interface(low, reduced, example_input, layer)
     columns = [[[column] for column in side] for side in kept]
     return swap_units((low, reduced.model), layer, columns, images, swaps)
@@ -180,6 +182,9 @@ def swap_units(
         units: for each network the columns of each kept unit, in the same order of units.
         images: the pairs are drawn from them.
         swaps: how many pairs, which probability, which seed.
+
+    Raises:
+        InputError: a network answers with NaN.
     """
     everything = draw_pairs(len(images), len(units[0]), swaps)
     results: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -187,7 +192,10 @@ def swap_units(
         for base, source, mask in zip(*(part.split(swaps.batch_size) for part in everything), strict=True):
             for network, columns, found in zip(networks, units, results, strict=True):
                 found.append(_swapped(network, layer, columns, images, (base, source), mask))
-    return Interchange(layer, torch.cat(results[0]), torch.cat(results[1]), images.task)
+    low, high = (torch.cat(found) for found in results)
+    check_answers(low, "original", layer)
+    check_answers(high, "reduced", layer)
+    return Interchange(layer, low, high, images.task)
 
 
 def paired_bootstrap(
@@ -299,5 +307,5 @@ def _swapped(
 def _called(model: nn.Module, images: Images, chosen: Tensor) -> Any:
     """What the model answers to the chosen samples."""
     example = images.take(chosen)
-    args, kwargs = images.task.to((example.args, example.kwargs), model)
+    args, kwargs = to_network((example.args, example.kwargs), model)
     return model(*args, **kwargs)

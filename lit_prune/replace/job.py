@@ -12,6 +12,7 @@ from lit_prune.replace.consumers import Reader, find_readers
 from lit_prune.replace.flow import Flow, observe
 from lit_prune.replace.settings import Replacement
 from lit_prune.structure import ChannelGraph, Plan, apply_plan, trace_groups
+from lit_prune.structure.opened import open_copy
 from lit_prune.task import Task
 
 
@@ -52,6 +53,7 @@ class Job:
         Raises:
             InputError: as `replace_mechanisms`.
         """
+        model = open_copy(model)  # its projections are layers of their own that can be read and solved again
         dense = apply_plan(model, Plan(plan.drop_blocks), example_input) if plan.drop_blocks else model
         graph, flow = trace_groups(dense, example_input), observe(dense, example_input)
         readers = find_readers(dense, plan, graph, flow)

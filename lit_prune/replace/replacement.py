@@ -11,6 +11,7 @@ from lit_prune.measurement.layers import Batches
 from lit_prune.replace.carrier import carried_value, carrier_columns, light_carriers, pads_with_zeros
 from lit_prune.replace.consumers import Reader
 from lit_prune.replace.errors import output_errors
+from lit_prune.replace.finite import check_finite
 from lit_prune.replace.fitting import check_objective, collect_evidence, fit_stand_in
 from lit_prune.replace.flow import observe
 from lit_prune.replace.folding import add_to_output, set_weight
@@ -83,6 +84,7 @@ def replace_mechanisms(
     check_objective(kind, settings)
     task, batches = settle(task, model, batches)
     taken = take_batches(batches, settings.images, task)
+    check_finite(model, taken, task)
     example_input = example_of(task, model, taken[0]) if example_input is None else example_input
     job = Job.prepare(model, plan, example_input, kind, settings, task)
     layers, gained = _METHODS[kind](job, taken, settings)

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from lit_prune.errors import InputError
+from lit_prune.files import read_parquet
 from lit_prune.report.event_files import read_scalars
 
 INPUTS = (
@@ -173,10 +174,7 @@ def _parse_json(text: str, name: str) -> dict[str, Any]:
 
 
 def _read_parquet(file: Path) -> pd.DataFrame:
-    try:
-        return pd.read_parquet(file)
-    except Exception as error:  # pyarrow and fastparquet raise their own families
-        raise InputError(f"{file.name} cannot be read as parquet ({error}); trace or analyze again") from error
+    return read_parquet(file)
 
 
 def _read_channels(file: Path) -> pd.DataFrame:

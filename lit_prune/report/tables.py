@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
+from rich.text import Text as RichText
 
 from lit_prune.errors import InputError
 from lit_prune.report.run_folder import AbsentInput, RunFolder, stages_if_any
@@ -161,7 +162,9 @@ def result_table(run: str | Path | Mapping[str, Any]) -> RichTable:
     for position, column in enumerate(cells.columns):
         table.add_column(column.replace(", ", "\n"), justify="right" if position else "left")
     for row in cells.rows:
-        table.add_row(*(f"{cell.text}\n[dim]{cell.note}[/dim]" if cell.note else cell.text for cell in row))
+        table.add_row(
+            *(RichText.assemble(cell.text, (f"\n{cell.note}", "dim")) if cell.note else cell.text for cell in row)
+        )
     return table
 
 

@@ -1,7 +1,8 @@
 """Structure: groups of coupled channels, what they cost, plans, and the surgery that carries them out."""
 
+import lit_prune.structure.open_attention  # noqa: F401  (registers its layers)
 from lit_prune.structure.allocation import make_plan, plan_channels
-from lit_prune.structure.compact import build_network, load_compact, save_compact
+from lit_prune.structure.compact import load_compact, save_compact
 from lit_prune.structure.cost import Cost, CostModel, LayerCost, cost
 from lit_prune.structure.groups import ChannelGraph, Group, Member, group_role, trace_groups
 from lit_prune.structure.latency import compare_latencies, compare_profiles, measure_latency, profile
@@ -21,7 +22,6 @@ __all__ = [
     "Member",
     "Plan",
     "apply_plan",
-    "build_network",
     "check_invariants",
     "compare_latencies",
     "compare_profiles",

@@ -16,15 +16,25 @@ BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 INSTANCE_NORMS = (nn.modules.instancenorm._InstanceNorm,)
 FROZEN_NORM = frozenset({"weight", "bias", "running_mean", "running_var"})  # buffers of a norm that does not train
 
-Axis = tuple[str, str]  # (qualified module or parameter name, "out" or "in")
+Axis = tuple[str, str]
+"""(qualified name, axis): "out" or "in" of a module or bare parameter, "dim:K" of a tensor, and numbers that a module
+states in an attribute: "heads:NAME" of heads, "attribute:NAME" of channels of all heads."""
+
+
+def stated(axis: str) -> str:
+    """Name of the attribute whose value the axis is, or ""."""
+    kind, _, name = axis.partition(":")
+    return name if kind in ("heads", "attribute") else ""
 
 
 def find(model: nn.Module, name: str) -> nn.Module | nn.Parameter:
-    """Module or parameter of `model` with that qualified name.
+    """Module, parameter or buffer of `model` with that qualified name; the model itself for "".
 
     Raises:
         AttributeError: there is none.
     """
+    if not name:
+        return model
     parent, _, last = name.rpartition(".")
     return getattr(model.get_submodule(parent), last)
 
@@ -68,6 +78,10 @@ def is_single_prelu(module: object) -> bool:
 
 def width(module: nn.Module | nn.Parameter, axis: str) -> int:
     """Number of channels that the attributes of a layer state; for a bare parameter the number of its values."""
+    if stated(axis):
+        return getattr(module, stated(axis))
+    if axis.startswith("dim:"):
+        return module.shape[int(axis[4:])]
     if isinstance(module, nn.Parameter):
         return module.numel()
     if isinstance(module, (*CONVOLUTIONS, PaddedShortcut)):
@@ -81,6 +95,8 @@ def width(module: nn.Module | nn.Parameter, axis: str) -> int:
 
 def stored_width(module: nn.Module | nn.Parameter, axis: str) -> int:
     """Number of channels that the tensors of a layer have (the attributes' where it has no tensor)."""
+    if ":" in axis:
+        return width(module, axis)
     if isinstance(module, (*BATCH_NORMS, *INSTANCE_NORMS)):
         tensors = [t for t in (module.weight, module.running_mean) if t is not None]
         widths = {len(tensor) for tensor in tensors} or {module.num_features}

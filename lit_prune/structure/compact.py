@@ -1,62 +1,35 @@
 """The compact folder: weights, and the recipe that rebuilds the network around them. No data, no pickle."""
 
 import hashlib
-import importlib
-import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
-from lit_prune.files import write_json
-from lit_prune.models import build_backbone
+from lit_prune.files import check_seal, read_json, sealed, write_json
+from lit_prune.structure.description import Description
 from lit_prune.structure.latency import own_tensors
 from lit_prune.structure.plan import Plan
-from lit_prune.structure.surgery import apply_plan
+from lit_prune.tensor_files import read_safetensors
 
 FORMAT = "lit_prune.compact"
 VERSION = 1
 WEIGHTS, STRUCTURE, REPORT = "model.safetensors", "structure.json", "report.json"
 
 
-def build_network(backbone: str, arguments: dict[str, Any] | None = None, pretrained: bool = False) -> nn.Module:
-    """A network by name, or by import path.
-
-    Args:
-        backbone: a name for `build_backbone`, or "package.module:callable", which is imported and called.
-        arguments: keyword arguments of either.
-        pretrained: start from published weights (a download; names only).
-
-    Raises:
-        InputError: unknown name, or an import path that leads nowhere.
-    """
-    arguments = dict(arguments or {})
-    if ":" not in backbone:
-        return build_backbone(backbone, **(arguments | {"pretrained": pretrained}))
-    if pretrained:
-        raise InputError(f"backbone {backbone!r} is an import path; pretrained=True works with names only")
-    package, _, attribute = backbone.partition(":")
-    try:
-        builder = getattr(importlib.import_module(package), attribute)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"backbone {backbone!r} cannot be imported: {error}; give package.module:callable") from error
-    return builder(**arguments)
-
-
 def save_compact(
     folder: str | Path,
     model: nn.Module,
     *,
-    backbone: str,
+    backbone: str | None,
     arguments: dict[str, Any],
     input_shape: Sequence[int],
     plans: Sequence[Plan],
@@ -64,74 +37,71 @@ def save_compact(
 ) -> None:
     """Writes `model.safetensors`, `structure.json` and `report.json`; the folder appears whole or not at all.
 
+    What is written is rebuilt first, so that a folder which is there can be loaded.
+
     Args:
         folder: where to; an earlier compact folder is replaced, anything else refused.
         model: the network after all `plans`.
-        backbone: name or import path for `build_network`.
+        backbone: name or import path for `build_network`; None: whoever loads it gives the dense network.
         arguments: its keyword arguments, plain JSON values.
         input_shape: shape of one image, (C, H, W).
         plans: every plan applied since `build_network`, in order.
         report: figures of the networks, see the run folder.
 
     Raises:
-        InputError: `folder` holds something else.
+        InputError: `folder` holds something else, or backbone, arguments and plans do not give this network.
     """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"save_compact: model is a {type(model).__name__}; give the network")
+    plans = [plan.to_dict() for plan in plans]
+    values = {"backbone": backbone, "arguments": arguments, "plans": plans}
+    described = Description.read(values, tuple(input_shape), f"save_compact to {folder}")
+    tensors = own_tensors(model)
+    if backbone is not None:
+        _check_same(described.rebuild(trust=(backbone,)), tensors, described.source)
     with _whole_folder(Path(folder)) as partial:
-        save_file(own_tensors(model), partial / WEIGHTS)
-        write_json(
-            partial / STRUCTURE,
-            {
-                "format": FORMAT,
-                "version": VERSION,
-                "backbone": backbone,
-                "arguments": arguments,
-                "input_shape": [int(size) for size in input_shape],
-                "plans": [plan.to_dict() for plan in plans],
-                "sha256": _sha256(partial / WEIGHTS),
-            },
-        )
+        save_file(tensors, partial / WEIGHTS)
+        structure = {"format": FORMAT, "version": VERSION, **values, "input_shape": list(described.input_shape)}
+        write_json(partial / STRUCTURE, sealed({**structure, "sha256": _sha256(partial / WEIGHTS)}))
         write_json(partial / REPORT, report or {})
 
 
-def load_compact(folder: str | Path) -> nn.Module:
-    """The network of a compact folder, in evaluation mode on the CPU, every parameter trainable.
+def load_compact(folder: str | Path, model: nn.Module | None = None, trust: Iterable[str] = ()) -> nn.Module:
+    """The network of a compact folder, in evaluation mode on the CPU, every parameter trainable (as in `model`).
 
     Rebuilds the dense network without a download, replays the plans and loads the weights strictly; outputs are
-    bit-equal to those of the saved network. A folder whose backbone is an import path imports that module.
+    bit-equal to those of the saved network. Names of the project's networks, torchvision's and timm's are built; what
+    a folder names beyond these is imported only where the caller names it too.
 
     Args:
         folder: written by `save_compact`.
+        model: the dense network, whatever the folder calls it; a copy is cut, nothing is imported.
+        trust: import paths "package.module:callable" that the folder may name.
 
     Raises:
-        InputError: missing, damaged or foreign folder.
+        InputError: missing, damaged or foreign folder, or an import path that is not among `trust`.
     """
     folder = Path(folder)
+    if model is not None and not isinstance(model, nn.Module):
+        raise InputError(f"load_compact: model is a {type(model).__name__}; give the dense network or leave it out")
     structure = _read_structure(folder)
-    try:
-        plans = [Plan.from_dict(plan, str(folder / STRUCTURE)) for plan in structure["plans"]]
-        example = torch.zeros(1, *structure["input_shape"])
-        arguments = {
-            key: value for key, value in structure["arguments"].items() if key not in ("pretrained", "weights")
-        }
-        backbone = structure["backbone"]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{folder / STRUCTURE} is damaged: {type(error).__name__} {error}; save it again") from error
-    with torch.random.fork_rng(devices=[]):
-        model = build_network(backbone, arguments)
-    for plan in plans:
-        model = apply_plan(model, plan, example)
-    _load_weights(model, _read_weights(folder, structure), folder)
-    return model.eval()
+    described = Description.read(structure, structure.get("input_shape"), str(folder / STRUCTURE))
+    weights = _read_weights(folder, structure)
+    small = described.rebuild(model, trust)
+    _load_weights(small, weights, f"{folder / WEIGHTS}")
+    return small.eval()
 
 
 def _read_structure(folder: Path) -> dict[str, Any]:
+    _restore(folder)
     try:
-        structure = json.loads((folder / STRUCTURE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder} is no compact folder: {STRUCTURE} cannot be read ({error})") from error
+        structure = read_json(folder / STRUCTURE, remedy="copy the whole folder")
+    except InputError as error:
+        raise InputError(f"{folder} is no compact folder: {error}") from error
     found = (structure.get("format"), structure.get("version")) if isinstance(structure, dict) else None
     if found != (FORMAT, VERSION):
         raise InputError(f"{folder / STRUCTURE} is not of format {FORMAT} {VERSION} (found {found}); use save_compact")
+    check_seal(structure, folder / STRUCTURE)
     return structure
 
 
@@ -141,22 +111,31 @@ def _read_weights(folder: Path, structure: dict[str, Any]) -> dict[str, Tensor]:
         raise InputError(f"{path} is missing; copy the whole folder")
     if _sha256(path) != structure.get("sha256"):
         raise InputError(f"{path} does not match the sha256 in {STRUCTURE}; copy the whole folder again")
-    try:
-        return load_file(path)
-    except (SafetensorError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
+    return read_safetensors(path)
 
 
-def _load_weights(model: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
-    """Loads strictly, in the saved precision; names left out at saving share the memory of one that is there."""
-    state = model.state_dict(keep_vars=True)
+def _check_same(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Refuses tensors that are not those of `model`, by name and shape.
+
+    Raises:
+        InputError: the first that differs is named.
+    """
     expected = own_tensors(model)
-    wrong = sorted(expected.keys() ^ weights.keys())
-    wrong += [name for name in weights if name in expected and weights[name].shape != expected[name].shape]
+    wrong = sorted(expected.keys() ^ tensors.keys())
+    wrong += [name for name in tensors if name in expected and tensors[name].shape != expected[name].shape]
     if wrong:
-        raise InputError(f"{folder / WEIGHTS} does not fit the network of {STRUCTURE}: see {wrong[0]!r}")
+        raise InputError(
+            f"{source}: the network that backbone, arguments and plans describe does not fit the weights: see "
+            f"{wrong[0]!r}; give the bare network (not compiled or wrapped) and all of its plans"
+        )
+
+
+def _load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
+    """Loads strictly, in the saved precision; names left out at saving share the memory of one that is there."""
+    _check_same(model, weights, source)
+    state = model.state_dict(keep_vars=True)
     for name, value in weights.items():
-        state[name].data = state[name].data.to(value.dtype)
+        state[name].data = state[name].data.to("cpu", value.dtype)
     with torch.no_grad():
         for name, value in weights.items():
             state[name].copy_(value)
@@ -175,17 +154,32 @@ def _whole_folder(folder: Path) -> Iterator[Path]:
         except InputError as error:
             raise InputError(f"{folder} holds something else than a compact network; choose another folder") from error
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
-    replaced = partial.with_suffix(".replaced")
+    _restore(folder)
+    shutil.rmtree(_replaced(folder), ignore_errors=True)
+    for abandoned in folder.parent.glob(f".{escape(folder.name)}.*.partial"):  # of a process that was killed
+        shutil.rmtree(abandoned, ignore_errors=True)
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    partial.mkdir()
     try:
         yield partial
-        partial.chmod(0o755)
         if folder.exists():
-            os.replace(folder, replaced)
+            os.replace(folder, _replaced(folder))
         os.replace(partial, folder)
+        shutil.rmtree(_replaced(folder), ignore_errors=True)
     finally:
-        for leftover in (partial, replaced):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _replaced(folder: Path) -> Path:
+    """Where the earlier folder waits until the new one is in its place."""
+    return folder.with_name(f".{folder.name}.replaced")
+
+
+def _restore(folder: Path) -> None:
+    """Puts the earlier folder back where a process was killed between the two renames of `_whole_folder`."""
+    replaced = _replaced(folder)
+    if replaced.is_dir() and not folder.exists():
+        os.replace(replaced, folder)
 
 
 def _sha256(path: Path) -> str:

@@ -136,9 +136,9 @@ def _attention_cost(module: nn.MultiheadAttention, inputs: tuple[Tensor, ...], p
     """Four projections and two products; query [.., L, ..], key [.., S, ..] for one image."""
     query, key, value = inputs[:3]
     queries, keys = query.numel() // query.shape[-1], key.numel() // key.shape[-1]  # L, S
-    width = module.embed_dim
-    projections = queries * width * query.shape[-1] + keys * width * (key.shape[-1] + value.shape[-1])
-    macs = projections + queries * width * width + 2 * queries * keys * width
+    inner, width = module.num_heads * module.head_dim, module.out_proj.out_features
+    projections = queries * inner * query.shape[-1] + keys * inner * (key.shape[-1] + value.shape[-1])
+    macs = projections + queries * inner * width + 2 * queries * keys * inner
     return LayerCost(macs, params, width, width, queries, "attention")
 
 
@@ -251,7 +251,8 @@ class CostModel:
         for name, layer in counted.layers.items():
             module = model.get_submodule(name)
             if layer.kind == "attention" or not axes.is_weighted(module):
-                macs[-1, -1] += layer.macs
+                heads = _heads_row(rows, graph, name)
+                macs[-1] += layer.macs // int(heads @ np.append(sizes, 1)) * heads
                 continue
             out, inner = _row(rows, graph, module, name, "out"), _row(rows, graph, module, name, "in")
             macs += layer.macs // _dense(out, inner, sizes) * np.outer(out, inner)
@@ -298,6 +299,14 @@ def _axis_rows(graph: ChannelGraph) -> dict[axes.Axis, np.ndarray]:
     return rows
 
 
+def _heads_row(rows: dict, graph: ChannelGraph, name: str) -> np.ndarray:
+    """Row of the heads of the attention that a module carries out; the constant 1 where none of its heads can go."""
+    stated = (row for (holder, axis), row in rows.items() if holder == name and axis.startswith("heads:"))
+    constant = np.zeros(len(graph.groups) + 1, dtype=np.int64)
+    constant[-1] = 1
+    return next(stated, constant)
+
+
 def _row(rows: dict, graph: ChannelGraph, module: nn.Module, name: str, axis: str) -> np.ndarray:
     """Row of an axis; of a depthwise or grouped layer's input the constant 1, since its kernels read a fixed number."""
     constant = np.zeros(len(graph.groups) + 1, dtype=np.int64)
@@ -317,5 +326,6 @@ def _parameter_terms(model: nn.Module, name: str, parameter: Tensor, rows: dict,
         out, inner = _row(rows, graph, module, owner, "out"), _row(rows, graph, module, owner, "in")
     else:
         cuttable = axes.is_weighted(module) or axes.is_channelwise(module)
-        out, inner = rows.get((owner if cuttable else name, "out"), unit), unit
+        places = [(owner if cuttable else name, "out"), *((name, f"dim:{dim}") for dim in range(parameter.dim()))]
+        out, inner = next((rows[place] for place in places if place in rows), unit), unit
     return parameter.numel() // _dense(out, inner, sizes) * np.outer(out, inner)

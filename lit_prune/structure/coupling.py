@@ -36,7 +36,7 @@ class Group:
         protected: "" or the reason why no unit may be removed.
         producers: convolutions and linear layers (depthwise ones left out) that write the channels.
         consumers: convolutions and linear layers that read them.
-        role: "planes" (trunk, see `group_role`) or "mid".
+        role: "planes" (trunk, see `group_role`), "mid" or "heads".
     """
 
     name: str
@@ -49,7 +49,7 @@ class Group:
 
 
 def group_role(group: Group) -> str:
-    """Role of a group in a network of blocks: "planes" or "mid".
+    """Role of a group in a network of blocks: "planes", "mid" or "heads" (whole heads of an attention).
 
     "planes" is the trunk: channels that a residual add joins from several producers (the stem too where its output
     feeds the first add), channels that pass through a padded shortcut, a stem that both the first block and its

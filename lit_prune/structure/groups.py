@@ -16,6 +16,7 @@ from lit_prune.structure import axes, probe, protection, trial
 from lit_prune.structure.coupling import Draft, Group, Member, assign_roles, group_role, lost_positions
 from lit_prune.structure.cutting import cut_layer
 from lit_prune.structure.example import Example
+from lit_prune.structure.heads import axis_widths, head_groups, with_heads
 from lit_prune.structure.proposals import propose_groups
 from lit_prune.structure.tracing import one_sample, run, undisturbed
 
@@ -77,10 +78,11 @@ class ChannelGraph:
 def trace_groups(model: nn.Module, example_input: Any) -> ChannelGraph:
     """Traces `model` and finds its groups of coupled channels. The model is left as it was found.
 
-    Protected, with the reason: the classifier's output; channels joined with the network's input; channels under a
-    norm that mixes channels (LayerNorm, GroupNorm) or under attention, so ConvNeXt and vision transformers lose MLP
-    width only; channels through a parameter-free channel padding; grouped convolutions; layers with shared or
-    reparametrised weights; and whatever else the check of positions contradicts. `PaddedShortcut` is followed exactly.
+    Whole attention heads are groups too (see `heads`), named after the module that attends. Protected, with the reason:
+    the classifier's output; channels joined with the network's input; channels under a norm that mixes channels
+    (LayerNorm, GroupNorm); attention whose forward or norms do not let a head go; channels through a parameter-free
+    channel padding; grouped convolutions; layers with shared or reparametrised weights; and whatever else the check of
+    positions contradicts. `PaddedShortcut` is followed exactly.
     Layers that do not run in evaluation mode (auxiliary heads) are not followed.
 
     Args:
@@ -100,8 +102,10 @@ def trace_groups(model: nn.Module, example_input: Any) -> ChannelGraph:
         sites = probe.find_sites(model)
         drafts = propose_groups(model, sample, sites)
         reasons = _contradictions(model, sample, drafts, sites)
+        heads = head_groups(model, sample)
+        widths = sites.widths | axis_widths(model, heads)
     protected = [replace(d.group, protected=d.group.protected or reasons.get(d.group.name, "")) for d in drafts]
-    return ChannelGraph(assign_roles(model, protected, drafts), sites.widths)
+    return ChannelGraph(with_heads(assign_roles(model, protected, drafts), heads), widths)
 
 
 def _contradictions(model: nn.Module, sample: Example, drafts: list[Draft], sites: probe.Sites) -> dict[str, str]:

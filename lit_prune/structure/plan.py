@@ -1,13 +1,12 @@
 """What a structural step keeps, as plain values that can be stored, sent to other ranks and replayed without data."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lit_prune.errors import InputError
-from lit_prune.files import write_json
+from lit_prune.files import check_seal, read_json, sealed, write_json
 
 FORMAT = "lit_prune.plan"
 VERSION = 1
@@ -48,10 +47,15 @@ class Plan:
     @property
     def removes_nothing(self) -> bool:
         """Whether the step would leave the network as it is."""
-        return not self.drop_blocks and not any(self.removed(group) for group in self.keep_channels)
+        return not self.drop_blocks and all(
+            len(units) == self.sizes[name] for name, units in self.keep_channels.items()
+        )
 
     def removed(self, group: str) -> list[int]:
-        """Units that `group` loses, ascending; none for a group that the plan does not name."""
+        """Units that `group` loses, ascending; none for a group that the plan does not name.
+
+        Takes memory for as many units as the plan says: compare `sizes` with the network first.
+        """
         if group not in self.keep_channels:
             return []
         return sorted(set(range(self.sizes[group])) - set(self.keep_channels[group]))
@@ -95,21 +99,20 @@ class Plan:
             ) from error
 
     def save(self, path: str | Path) -> None:
-        """Writes the plan as JSON, whole or not at all."""
-        write_json(path, self.to_dict())
+        """Writes the plan as JSON with its checksum, whole or not at all."""
+        write_json(path, sealed(self.to_dict()))
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
         """Reads a plan written by `save`.
 
         Raises:
-            InputError: the file is missing, unreadable or no plan.
+            InputError: the file is missing, unreadable, damaged or no plan.
         """
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"plan file {path} cannot be read: {error}; give a file written by Plan.save") from error
-        return cls.from_dict(values, str(path))
+        values = read_json(path, remedy="give a file written by Plan.save")
+        plan = cls.from_dict(values, str(path))
+        check_seal(values, path)
+        return plan
 
 
 _FIELDS = {"drop_blocks": list, "keep_channels": dict, "sizes": dict, "notes": dict, "added_biases": list}

@@ -13,6 +13,7 @@ from lit_prune.structure.groups import ChannelGraph, Group
 
 Ranks = Mapping[str, Tensor]
 
+ROLES = ("mid", "planes", "heads")
 BUDGETS = ("macs", "params", "channels", "latency")
 ALLOCATIONS = ("global", "uniform", "layerwise")
 
@@ -43,7 +44,7 @@ class Budget:
         normalisation: of the scores inside each group before the global threshold: "none", "layer_mean" and
             "layer_max" (of absolute values), "rank" (to quantiles), "z".
         cap: largest share of a group that may go.
-        only: "mid", "planes" (see `group_role`), group names, or None for all.
+        only: "mid", "planes", "heads" (see `group_role`), group names, or None for all.
         protect: names of groups that stay whole.
     """
 
@@ -72,7 +73,7 @@ class Budget:
         if self.round_to < 1 or not 0 <= self.cap <= 1:
             raise InputError(f"round_to={self.round_to} must be at least 1 and cap={self.cap} within [0, 1]")
         object.__setattr__(self, "protect", _names("protect", self.protect))
-        if self.only is not None and self.only not in ("mid", "planes"):
+        if self.only is not None and self.only not in ROLES:
             object.__setattr__(self, "only", _names("only", self.only))
         self._check_keep()
 
@@ -152,18 +153,26 @@ def selected_groups(graph: ChannelGraph, request: Budget) -> list[Group]:
 
 
 def unit_scores(graph: ChannelGraph, group: Group, ranks: Ranks) -> np.ndarray | None:
-    """Score of each unit, the mean over the members that have ranks, float64 [size]; None if none has."""
+    """Score of each unit, the mean over the members that have ranks, float64 [size]; None if none has.
+
+    Heads may have scores of their own under the name of their group; then these alone count.
+    """
+    if group.role == "heads" and group.name in ranks:
+        return _checked(group.name, ranks[group.name], group.size)
     rows = []
     for member in group.members:
         if member.axis == "out" and member.module in ranks:
-            values = ranks[member.module].detach().double().cpu().numpy()
-            width = graph.widths[member.module, "out"]
-            if values.shape != (width,):
-                raise InputError(
-                    f"ranks[{member.module!r}] has shape {list(values.shape)}, the layer has {width} channels"
-                )
-            if np.isnan(values).any():
-                channel = int(np.flatnonzero(np.isnan(values))[0])
-                raise InputError(f"ranks[{member.module!r}] is NaN at channel {channel}; give every channel a score")
+            values = _checked(member.module, ranks[member.module], graph.widths[member.module, "out"])
             rows.append(values[np.array(member.positions)].mean(1))
     return np.mean(rows, axis=0) if rows else None
+
+
+def _checked(name: str, scores: Tensor, width: int) -> np.ndarray:
+    """The scores of one layer, float64 [width]."""
+    values = scores.detach().double().cpu().numpy()
+    if values.shape != (width,):
+        raise InputError(f"ranks[{name!r}] has shape {list(values.shape)}, the layer has {width} channels")
+    if np.isnan(values).any():
+        channel = int(np.flatnonzero(np.isnan(values))[0])
+        raise InputError(f"ranks[{name!r}] is NaN at channel {channel}; give every channel a score")
+    return values

@@ -113,7 +113,7 @@ def check_invariants(model: nn.Module, graph: ChannelGraph) -> None:
     Raises:
         RuntimeError: a layer does not fit; layer and group are named.
     """
-    for group in graph.groups:
+    for group in graph.prunable:
         whole = [m for m in group.members if len(m.positions[0]) * group.size == graph.widths.get((m.module, m.axis))]
         found = {}
         for member in whole:

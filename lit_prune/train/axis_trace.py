@@ -7,7 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import nn
 
-from lit_prune.files import write_parquet
+from lit_prune.files import read_parquet, write_parquet
 from lit_prune.measurement.channel_table import channel_table, collect_sums, layer_table
 from lit_prune.measurement.protocol import DEFAULT_PROTOCOL, Protocol
 from lit_prune.report.axes_figures import plane_pixels
@@ -96,10 +96,10 @@ def write_epoch(folder: Path, epoch: int, channels: pd.DataFrame) -> pd.DataFram
     """Writes one epoch's channel table, brings `layers.parquet` in line, returns this epoch's layer rows."""
     write_parquet(folder / f"epoch={epoch:03d}.parquet", channels.assign(epoch=epoch))
     file = folder / "layers.parquet"
-    known = pd.read_parquet(file) if file.exists() else pd.DataFrame({"epoch": []})
+    known = read_parquet(file) if file.exists() else pd.DataFrame({"epoch": []})
     known = known[known["epoch"] != epoch]
     missing = [path for path in sorted(folder.glob("epoch=*.parquet")) if _epoch(path) not in set(known["epoch"])]
-    added = [layer_table(pd.read_parquet(path)).assign(epoch=_epoch(path)) for path in missing]
+    added = [layer_table(read_parquet(path)).assign(epoch=_epoch(path)) for path in missing]
     every = pd.concat([known, *added] if len(known) else added, ignore_index=True)
     every.insert(0, "epoch", every.pop("epoch"))
     every = every.sort_values(["epoch", "depth"], kind="stable", ignore_index=True)
@@ -115,5 +115,5 @@ def write_dynamics(folder: Path) -> None:
     """Writes `dynamics.parquet` from the channel tables of all traced epochs."""
     files = sorted(folder.glob("epoch=*.parquet"))
     if files:
-        table = dynamics_table(pd.concat([pd.read_parquet(file) for file in files], ignore_index=True))
+        table = dynamics_table(pd.concat([read_parquet(file) for file in files], ignore_index=True))
         write_parquet(folder / "dynamics.parquet", table)

@@ -1,12 +1,17 @@
 """Checkpoints that are written beside training, and appear whole or not at all wherever the run folder lies."""
 
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
+from lit_prune.errors import InputError
 from lit_prune.files import whole_file
+from lit_prune.tensor_files import read_torch
+
+NEEDED = ("state_dict", "epoch", "global_step", "pytorch-lightning_version")
 
 
 class WholeFileIO(TorchCheckpointIO):
@@ -19,10 +24,25 @@ class WholeFileIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Writes `checkpoint` to `path`, whole or not at all."""
         path = Path(path)
-        for abandoned in path.parent.glob(f".{path.name}.*.partial"):  # of a run that was killed
+        for abandoned in path.parent.glob(f".{escape(path.name)}.*.partial"):  # of a run that was killed
             abandoned.unlink(missing_ok=True)
         with whole_file(path) as partial:
             torch.save(checkpoint, partial)
+
+    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> Any:
+        """The plain values and tensors of a checkpoint, on the CPU; nothing in it is executed.
+
+        Raises:
+            InputError: the file is missing, a URL, damaged, holds pickled objects, or is no Lightning checkpoint.
+        """
+        checkpoint = read_torch(path, "ckpt_path")
+        missing = [key for key in NEEDED if key not in checkpoint] if isinstance(checkpoint, dict) else list(NEEDED)
+        if missing:
+            raise InputError(
+                f"ckpt_path: {path} is no checkpoint of a fit ({missing[0]} is missing); "
+                "plain weights go to --model.weights"
+            )
+        return checkpoint
 
 
 def checkpoint_writer() -> AsyncCheckpointIO:

@@ -1,7 +1,7 @@
 """`LitClassifier`: a backbone, its loss seam, its structure in the checkpoint."""
 
 import os
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,22 +12,14 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from lit_prune.errors import InputError
-from lit_prune.models import load_weights
-from lit_prune.structure import Plan, apply_plan, build_network
+from lit_prune.models import build_network, check_forward, load_weights
+from lit_prune.models.registry import first_line
+from lit_prune.structure import Plan, apply_plan
+from lit_prune.structure.description import Description
+from lit_prune.structure.networks import STRUCTURE_KEY, backbone_weights, refuse_import_path, structure_of
 from lit_prune.train.execution import CompiledForward, check_compile, check_precision
 from lit_prune.train.loss import LossTerm, TrainingStep
-from lit_prune.train.schedule import PhaseCosine
-
-STRUCTURE_KEY = "lit_prune_structure"
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What trains the parameters of a phase: optimizer, schedule, largest gradient norm (None: the trainer's)."""
-
-    optimizer: OptimizerCallable
-    scheduler: LRSchedulerCallable | None = None
-    gradient_clip: float | None = None
+from lit_prune.train.schedule import PhaseCosine, Recipe
 
 
 class LitClassifier(LightningModule):
@@ -75,7 +67,10 @@ class LitClassifier(LightningModule):
         self.backbone_name = backbone
         self.image_shape = tuple(int(size) for size in image_shape)
         self.arguments = {"num_classes": num_classes, "in_channels": self.image_shape[0], **(arguments or {})}
-        self.backbone = build_network(backbone, self.arguments, pretrained=pretrained)
+        self.backbone = build_network(backbone, self.arguments, pretrained=pretrained, trust=(backbone,))
+        check_forward(self.backbone, self.image_shape, num_classes, backbone)
+        if not 0 <= label_smoothing < 1:
+            raise InputError(f"label_smoothing={label_smoothing} must lie in [0, 1)")
         if weights is not None:
             load_weights(self.backbone, weights)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -222,10 +217,9 @@ class LitClassifier(LightningModule):
         if not parameters:
             raise InputError(f"all parameters of {self.backbone_name} are frozen: nothing to train; unfreeze some")
         recipe = self.active_recipe
-        optimizer = recipe.optimizer(parameters)
-        if recipe.scheduler is None:
+        optimizer, scheduler = recipe.build(parameters)
+        if scheduler is None:
             return optimizer
-        scheduler = recipe.scheduler(optimizer)
         interval = getattr(scheduler, "interval", "epoch")
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval}}
 
@@ -268,15 +262,33 @@ class LitClassifier(LightningModule):
         Raises:
             InputError: the checkpoint holds another network.
         """
-        saved = checkpoint.get(STRUCTURE_KEY)
+        saved = structure_of(checkpoint)
         if saved is None:
             raise InputError("checkpoint has no lit_prune structure: give its file to --model.weights instead")
-        if (saved["backbone"], saved["arguments"]) != (self.backbone_name, self.arguments):
+        described = Description.read(saved, self.image_shape, "checkpoint")
+        if (described.backbone, described.arguments) != (self.backbone_name, self.arguments):
             raise InputError(
-                f"checkpoint of another network: it holds {saved['backbone']} {saved['arguments']}, "
+                f"checkpoint of another network: it holds {described.backbone} {described.arguments}, "
                 f"this run is configured for {self.backbone_name} {self.arguments}"
             )
-        for plan in saved["plans"][len(self.plans) :]:
-            replayed = Plan.from_dict(plan)
-            self.adopt(apply_plan(self.backbone, replayed, self.example_input), replayed)
-        self.phase_start = saved["phase_start"]
+        phase_start = saved.get("phase_start")
+        if type(phase_start) is not int:
+            raise InputError("checkpoint does not say when its phase began; take another copy of it")
+        backbone_weights(checkpoint, "checkpoint")
+        for plan in described.plans[len(self.plans) :]:
+            try:
+                self.adopt(apply_plan(self.backbone, plan, self.example_input), plan)
+            except Exception as error:
+                raise InputError(f"checkpoint: its plans do not fit the network ({first_line(error)})") from error
+        self.phase_start = phase_start
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **arguments: Any) -> "LitClassifier":
+        """As Lightning's; an import path that only the checkpoint names is not imported.
+
+        Raises:
+            InputError: the checkpoint names one, and `backbone=` was not given.
+        """
+        if "backbone" not in arguments:
+            refuse_import_path(checkpoint_path, cls.CHECKPOINT_HYPER_PARAMS_KEY)
+        return super().load_from_checkpoint(checkpoint_path, *args, **{"weights_only": True, **arguments})

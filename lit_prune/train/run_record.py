@@ -1,6 +1,5 @@
 """The run folder: what a run writes about itself, beside checkpoints and logs."""
 
-import json
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -11,8 +10,9 @@ from rich.table import Table
 
 from lit_prune import __version__
 from lit_prune.data import ImageData
-from lit_prune.files import json_text, write_json, write_text
-from lit_prune.structure import Plan, apply_plan, build_network, compare_profiles
+from lit_prune.files import json_text, read_json, write_json, write_text
+from lit_prune.structure import Plan, apply_plan, compare_profiles
+from lit_prune.structure.description import rebuilt
 from lit_prune.structure.networks import Network
 from lit_prune.version import commit
 
@@ -34,7 +34,7 @@ def add_record(run_dir: Path, verb: str, record: dict[str, Any]) -> None:
     """Puts `record` under the key `verb` of run.json; begins the file where there is none."""
     file = run_dir / "run.json"
     if file.is_file():
-        write_json(file, {**json.loads(file.read_text(encoding="utf-8")), verb: record})
+        write_json(file, {**read_json(file), verb: record})
     else:
         write_run(run_dir, {"verb": verb, verb: record})
 
@@ -65,9 +65,8 @@ def stage_profiles(network: Network, dense: dict[str, Any], records: list[dict[s
         `{"dense": figures, "compact": figures, "stages": [{"name": ..., figures}]}`; figures as `structure.profile`.
     """
     example = torch.zeros(1, *network.image_shape)
-    model = build_network(network.backbone, network.arguments).eval()
-    for plan in network.plans[: dense["plans"]]:
-        model = apply_plan(model, plan, example)
+    described = (network.backbone, network.arguments, network.image_shape, network.plans[: dense["plans"]])
+    model = rebuilt(*described, "the dense network").eval()
     models, accuracies = [model], [dense["accuracy"]]
     for record in records:
         models.append(apply_plan(models[-1], Plan.from_dict(record["plan"]), example))

@@ -1,9 +1,40 @@
-"""A learning rate schedule that fits the phase it runs in."""
+"""What trains the parameters of a phase, and a learning rate schedule that fits the phase it runs in."""
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+from lit_prune.errors import InputError
+from lit_prune.models.registry import first_line
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What trains the parameters of a phase: optimizer, schedule, largest gradient norm (None: the trainer's)."""
+
+    optimizer: OptimizerCallable
+    scheduler: LRSchedulerCallable | None = None
+    gradient_clip: float | None = None
+
+    def build(self, parameters: list[nn.Parameter]) -> tuple[Optimizer, Any]:
+        """Optimizer of `parameters` and its schedule, None where there is none.
+
+        Raises:
+            InputError: one of them refuses its settings, such as a negative learning rate.
+        """
+        try:
+            optimizer = self.optimizer(parameters)
+            return optimizer, None if self.scheduler is None else self.scheduler(optimizer)
+        except InputError:
+            raise
+        except Exception as error:  # each optimizer and schedule has its own exceptions for settings
+            problem = f"{type(error).__name__}: {first_line(error)}"
+            raise InputError(f"optimizer or scheduler is refused ({problem}); change its settings") from error
 
 
 class PhaseCosine(LRScheduler):

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from lit_prune.errors import InputError
+from lit_prune.progress import terminal
 from lit_prune.report import result_table
 from lit_prune.structure import Plan, cost, transfer_tensors
 from lit_prune.structure.networks import Network
@@ -175,7 +175,7 @@ class StagedPruning(Callback):
         self._teaching.end(pl_module)
         ended = self.failed or trainer.current_epoch >= trainer.max_epochs
         if ended and self.records and trainer.is_global_zero:
-            Console().print(self._hand_over(Path(trainer.default_root_dir), trainer, pl_module))
+            terminal().print(self._hand_over(Path(trainer.default_root_dir), trainer, pl_module))
         trainer.strategy.barrier("compact")
 
     @property
@@ -203,7 +203,9 @@ class StagedPruning(Callback):
                 f"the first stage already failed its repair ({self.records[0]['accuracy']['after_repair']:.2%}, dense "
                 f"{self.dense['accuracy']:.2%}, tolerance {self.tolerance}): nothing to hand over; remove less at once"
             )
-        network = Network.from_checkpoint(self._checkpoint(trainer, held), module.image_shape)
+        network = Network.from_checkpoint(
+            self._checkpoint(trainer, held), module.image_shape, trust=(module.backbone_name,)
+        )
         return write_compact(run_dir, network, self.dense, self.records[:held])
 
     def _run(self, stage: PruningStage, trainer: Trainer, module: LitClassifier) -> None:
@@ -235,7 +237,7 @@ class StagedPruning(Callback):
         complete_record(record, plan, cost(module.backbone, module.example_input))
         self.records.append(record)
         if trainer.is_global_zero:
-            Console().print(describe_record(record))
+            terminal().print(describe_record(record))
 
     def _meet_dense(self, trainer: Trainer, module: LitClassifier) -> None:
         """Figures of the dense network, as it is and recalibrated; saves it as the teacher."""

@@ -46,7 +46,7 @@ class Teaching:
         folder = self.folder(run_dir)
         if not folder.is_dir():
             raise InputError(f"teacher missing: {folder} is no folder; it is written before the first stage of a run")
-        return load_compact(folder).to(module.device, memory_format=module.memory_format)
+        return load_compact(folder, trust=(module.backbone_name,)).to(module.device, memory_format=module.memory_format)
 
     def begin(self, run_dir: str, module: "LitClassifier", since: int) -> None:
         """Puts the term into the module's loss; nothing where both weights are 0.

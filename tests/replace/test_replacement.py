@@ -225,10 +225,10 @@ def test_reduced_networks_survive_the_compact_folder(tmp_path, monkeypatch, back
     source += "    net.add_module('flat', nn.Flatten())\n    net.add_module('head', nn.Linear(64, 3))\n    return net\n"
     (tmp_path / "bare_chain.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
-    from lit_prune.structure import build_network
+    from lit_prune.models import build_network
 
     arguments = {} if ":" in backbone else {"num_classes": 3}
-    net = build_network(backbone, arguments).eval()
+    net = build_network(backbone, arguments, trust=(backbone,)).eval()
     example = torch.zeros(1, 3, size, size)
     width = len(net.get_submodule(group).weight)
     plan = Plan(keep_channels={group: tuple(range(0, width, 2))}, sizes={group: width})
@@ -238,7 +238,7 @@ def test_reduced_networks_survive_the_compact_folder(tmp_path, monkeypatch, back
     folder = tmp_path / "compact"
     shape = tuple(example.shape[1:])
     save_compact(folder, reduced.model, backbone=backbone, arguments=arguments, input_shape=shape, plans=[reduced.plan])
-    restored = load_compact(folder)
+    restored = load_compact(folder, trust=(backbone,))
     assert torch.equal(restored(batches[0][0]), reduced.model(batches[0][0]))
 
 

@@ -76,7 +76,7 @@ def test_own_network_by_import_path_keeps_precision_and_ties(tmp_path, monkeypat
     small = apply_plan(model, plan, images)
     details = {"backbone": "own_network:make", "arguments": {"width": 6}, "input_shape": (3, 8, 8), "plans": [plan]}
     save_compact(tmp_path / "compact", small, **details)
-    loaded = load_compact(tmp_path / "compact")
+    loaded = load_compact(tmp_path / "compact", trust=("own_network:make",))
     assert torch.equal(loaded(images), small(images))
     assert loaded.first.bias is loaded.second.bias and loaded.conv.out_channels == 3
 
@@ -114,14 +114,16 @@ def drop_key(folder) -> None:
         (lambda folder: (folder / "model.safetensors").unlink(), "missing"),
         (lambda folder: (folder / "structure.json").unlink(), "no compact folder"),
         (lambda folder: (folder / "structure.json").write_text("{"), "no compact folder"),
-        (lambda folder: (folder / "structure.json").write_text("[]"), "format"),
+        (lambda folder: (folder / "structure.json").write_text("[]"), "not an object"),
         (change_structure(format="other"), "format"),
-        (change_structure(plans=[{"format": "other"}]), "plan"),
-        (change_structure(plans=[]), "does not fit"),
-        (change_structure(plans=3), "damaged"),
-        (change_structure(input_shape="a"), "damaged"),
-        (change_structure(backbone="cifar_resnet32"), "."),
-        (change_structure(backbone="no_such_package:make"), "cannot be imported"),
+        (change_structure(checksum=None, plans=[{"format": "other"}]), "plan"),
+        (change_structure(checksum=None, plans=[]), "does not fit"),
+        (change_structure(checksum=None, plans=3), "no list"),
+        (change_structure(checksum=None, input_shape="a"), "damaged"),
+        (change_structure(checksum=None, backbone="cifar_resnet32"), "."),
+        (change_structure(checksum=None, backbone="no_such_package:make"), "import path"),
+        (change_structure(plans=[]), "checksum"),
+        (lambda folder: (folder / "structure.json").write_text("[" * 100_000), "no compact folder"),
         (drop_key, "damaged"),
     ],
 )
@@ -132,18 +134,73 @@ def test_damaged_folders_are_refused_in_one_line(saved, damage, words: str) -> N
     assert "\n" not in str(caught.value)
 
 
-def test_only_a_compact_folder_is_replaced_and_a_failure_leaves_the_old_one(saved, tmp_path, monkeypatch) -> None:
-    model, images, folder = saved
-    details = {"backbone": "x", "arguments": {}, "input_shape": (3, 32, 32), "plans": []}
+def test_only_a_compact_folder_is_replaced_and_a_failure_leaves_the_old_one(saved, tmp_path) -> None:
+    folder, model = saved[2], build_backbone("cifar_resnet20", **ARGUMENTS)
+    details = {"backbone": "cifar_resnet20", "arguments": ARGUMENTS, "input_shape": (3, 32, 32), "plans": []}
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("keep")
     with pytest.raises(InputError, match="something else"):
         save_compact(tmp_path / "mine", model, **details)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "keep"
     before = (folder / "structure.json").read_text()
-    with pytest.raises(TypeError):
+    with pytest.raises(InputError, match="plain"):
         save_compact(folder, model, **details | {"arguments": {"x": object()}})
     assert (folder / "structure.json").read_text() == before
     assert sorted(file.name for file in tmp_path.iterdir()) == ["compact", "mine"]
     save_compact(folder, model, **details)
-    assert json.loads((folder / "structure.json").read_text())["backbone"] == "x"
+    assert json.loads((folder / "structure.json").read_text())["plans"] == []
+
+
+def test_a_folder_that_could_not_be_loaded_is_not_written(saved, tmp_path) -> None:
+    model = build_backbone("cifar_resnet20", **ARGUMENTS)
+    details = {"backbone": "cifar_resnet20", "arguments": ARGUMENTS, "input_shape": (3, 32, 32), "plans": []}
+    other = build_backbone("cifar_resnet20", num_classes=7)
+    foreign = Plan((), {"stem": (0, 1)}, {"stem": 16})
+    wrong = [
+        (nn.DataParallel(model), details),
+        (torch.compile(model), details),
+        (other, details),
+        (saved[0], details),
+        (model, details | {"plans": [Plan(("layer1.1",))]}),
+        (model, details | {"plans": [foreign]}),
+        (None, details),
+    ]
+    for network, described in wrong:
+        with pytest.raises(InputError) as caught:
+            save_compact(tmp_path / "new", network, **described)
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(saved, tmp_path) -> None:
+    model, images, folder = saved
+    folder.rename(tmp_path / ".compact.replaced")
+    assert torch.equal(load_compact(folder)(images), model(images))
+    folder.rename(tmp_path / ".compact.replaced")
+    details = {"backbone": "cifar_resnet20", "arguments": ARGUMENTS, "input_shape": (3, 32, 32), "plans": []}
+    with pytest.raises(InputError):
+        save_compact(folder, nn.Linear(1, 1), **details)
+    (tmp_path / ".compact.1.partial").mkdir()
+    save_compact(folder, build_backbone("cifar_resnet20", **ARGUMENTS), **details)
+    assert [file.name for file in tmp_path.iterdir()] == ["compact"]
+
+
+def test_every_changed_value_of_the_structure_is_noticed(saved) -> None:
+    file = saved[2] / "structure.json"
+    text = file.read_text()
+    for old, new in (('"num_classes": 10', '"num_classes": 11'), ("layer1.1", "layer1.2"), ("32,", "33,")):
+        file.write_text(text.replace(old, new, 1))
+        with pytest.raises(InputError, match="checksum"):
+            load_compact(saved[2])
+
+
+def test_sizes_beyond_all_memory_are_compared_and_refused(saved) -> None:
+    change_structure(checksum=None, plans=[Plan((), {"conv1": (0,)}, {"conv1": 10**15}).to_dict()])(saved[2])
+    with pytest.raises(InputError, match="the plan says 1000000000000000|no group"):
+        load_compact(saved[2])
+    change_structure(checksum=None, arguments={"num_classes": 10**11}, plans=[])(saved[2])
+    with pytest.raises(InputError, match="GiB"):
+        load_compact(saved[2])
+    change_structure(checksum=None, input_shape=[3, 10**9, 10**9], plans=[])(saved[2])
+    with pytest.raises(InputError, match="no shape"):
+        load_compact(saved[2])

@@ -68,7 +68,8 @@ class InputNet(nn.Module):
 def random_removal(graph: ChannelGraph, share: float = 0.4) -> dict[str, list[int]]:
     """A random part of the units of every prunable group that has two at least."""
     draw = np.random.default_rng(0)
-    counts = {group.name: min(max(1, int(share * group.size)), group.size - 1) for group in graph.prunable}
+    channels = [group for group in graph.prunable if group.role != "heads"]
+    counts = {group.name: min(max(1, int(share * group.size)), group.size - 1) for group in channels}
     sizes = {group.name: group.size for group in graph.groups}
     return {name: sorted(draw.choice(sizes[name], n, replace=False).tolist()) for name, n in counts.items() if n}
 
@@ -181,16 +182,15 @@ def test_shared_weights_protect_their_layers() -> None:
 
 
 @pytest.mark.parametrize("name", ["vit", "deit", "convnext"])
-def test_transformers_and_convnext_lose_mlp_width_only(build, name: str) -> None:
+def test_transformers_and_convnext_lose_mlp_width_and_heads(build, name: str) -> None:
     model, images = build(name)
     graph = trace_groups(model, images)
     assert graph.prunable
-    for group in graph.prunable:
+    assert any(group.role == "heads" for group in graph.prunable) == (name != "convnext")
+    for group in (group for group in graph.prunable if group.role != "heads"):
         (producer,), (consumer,) = group.producers, group.consumers
         assert isinstance(model.get_submodule(producer), nn.Linear)
         assert group.size == model.get_submodule(consumer).in_features == model.get_submodule(producer).out_features
-    if name == "deit":
-        assert "attention" in graph.by_name["blocks.0.attn.qkv"].protected
 
 
 def _state(model: nn.Module) -> dict:

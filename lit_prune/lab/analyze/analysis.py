@@ -14,7 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import nn
 
-from lit_prune.files import write_parquet
+from lit_prune.files import read_parquet, write_parquet
 from lit_prune.lab.analyze import controls, damage, invariance, samples, structure
 from lit_prune.lab.analyze.evidence import Analysis
 from lit_prune.lab.analyze.request import AnalyzeRequest
@@ -181,7 +181,7 @@ class Store:
 
 def _read_lesions(folder: Path | None) -> pd.DataFrame | None:
     file = None if folder is None else folder / "lesions.parquet"
-    return pd.read_parquet(file) if file is not None and file.is_file() else None
+    return read_parquet(file) if file is not None and file.is_file() else None
 
 
 def result_rows(layers: pd.DataFrame) -> Table:

@@ -1,12 +1,12 @@
 """Several analysed runs together: intervals over model-seed units, means without each architecture."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
 from lit_prune.errors import InputError
+from lit_prune.files import read_json, read_parquet
 from lit_prune.measurement.summaries import leave_one_out_means, unit_bootstrap
 
 STATISTICS = ("coupling", "rand_index", "collapse", "triplet_ratio", "modularity_redundancy", "modularity_excess")
@@ -56,6 +56,6 @@ def _layers(folder: Path) -> pd.DataFrame:
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise InputError(f"compare: {folder} has no {' and '.join(missing)}; analyze that run first")
-    record = json.loads(files[1].read_text(encoding="utf-8"))
+    record = read_json(files[1])
     backbone = record.get("analyze", record).get("backbone") or {}
-    return pd.read_parquet(files[0]).assign(run=str(folder), architecture=backbone.get("name", "unknown"))
+    return read_parquet(files[0]).assign(run=str(folder), architecture=backbone.get("name", "unknown"))

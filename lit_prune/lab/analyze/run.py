@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from rich.console import Console
 from rich.table import Table
 
 from lit_prune.files import write_parquet
 from lit_prune.lab.analyze.analysis import analyze, result_rows
 from lit_prune.lab.analyze.comparison import compare_runs
 from lit_prune.lab.analyze.request import AnalyzeRequest
-from lit_prune.progress import progress_bars
+from lit_prune.progress import progress_bars, terminal
 from lit_prune.structure.networks import find_network
 from lit_prune.train.run_record import subject
 
@@ -43,7 +42,7 @@ def analyze_run(
         batches = datamodule.calibration_dataloader()
         record = subject(network, datamodule)
         tables = analyze(model, batches, request, run_dir=run_dir, record=record, watch=watch)
-    console = Console()
+    console = terminal()
     console.print(result_rows(tables["layers"]))
     if compare:
         comparison = compare_runs([run_dir, *compare], request.seed)

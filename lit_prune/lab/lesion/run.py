@@ -14,11 +14,12 @@ from rich.table import Table
 from torch import Tensor
 
 from lit_prune.errors import InputError
+from lit_prune.files import read_parquet
 from lit_prune.lab.analyze.evidence import cut_batches
 from lit_prune.lab.lesion.request import LesionRequest
 from lit_prune.lab.lesion.table import Frames, Images, lesion, write_tables
 from lit_prune.measurement.layers import Batches
-from lit_prune.progress import progress_bars
+from lit_prune.progress import progress_bars, terminal
 from lit_prune.structure.networks import find_network
 from lit_prune.task import Classification
 from lit_prune.train.evaluation import Evaluation
@@ -42,7 +43,7 @@ def lesion_run(
     ckpt_path: str | None = None,
 ) -> None:
     """Carries out the verb; see `Trainer.lesion`."""
-    run_dir, console = Path(trainer.default_root_dir), Console()
+    run_dir, console = Path(trainer.default_root_dir), terminal()
     others = [read_lesions(folder) for folder in compare]
     network = find_network(module, run_dir, ckpt_path, "lesion")
     datamodule.prepare_data()
@@ -91,7 +92,7 @@ def read_lesions(folder: str | Path) -> pd.DataFrame:
     file = Path(folder) / "lesions.parquet"
     if not file.is_file():
         raise InputError(f"compare: {folder} has no lesions.parquet; lesion that run first")
-    return name_cells(pd.read_parquet(file), folder)
+    return name_cells(read_parquet(file), folder)
 
 
 def name_cells(table: pd.DataFrame, folder: str | Path) -> pd.DataFrame:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lit_prune.files import defined, write_json
+from lit_prune.files import defined, read_json, write_json
 from lit_prune.lab.reduce.bench import Bench, Images, Repairing
 from lit_prune.lab.reduce.diagnostics import curvature_rows, stress_rows
 from lit_prune.lab.reduce.request import ReduceRequest
@@ -30,7 +30,7 @@ class Store:
         self.file = None if folder is None else folder / FILE
         self.content: dict[str, Any] = {"results": {}, "requests": []}
         if self.file is not None and self.file.is_file():
-            self.content = json.loads(self.file.read_text(encoding="utf-8"))
+            self.content = read_json(self.file, ("results", "requests"))
 
     def get(self, key: str) -> Any:
         """A finished result, or None."""

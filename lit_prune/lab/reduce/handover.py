@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lit_prune.files import read_json
 from lit_prune.lab.reduce.bench import Bench, Images
 from lit_prune.lab.reduce.request import ReduceRequest
 from lit_prune.structure import compare_profiles
@@ -81,14 +81,15 @@ def hand_over(
 
 def _written(folder: Path) -> dict[str, Any] | None:
     file = folder / "report.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return read_json(file) if file.is_file() else None
 
 
 def _trained(run_dir: Path, chosen: Chosen, dense: Network) -> Network | None:
     """The network after its repair."""
     if "accuracy_repaired" not in chosen.result:
         return None
-    return Network.from_checkpoint(run_dir / "cells" / chosen.key / "checkpoints" / "last.ckpt", dense.image_shape)
+    last = run_dir / "cells" / chosen.key / "checkpoints" / "last.ckpt"
+    return Network.from_checkpoint(last, dense.image_shape, trust=(dense.backbone,))
 
 
 def _compiled(dense: Network, images: Images, request: ReduceRequest, chosen: Chosen) -> Network | None:

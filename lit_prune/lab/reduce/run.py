@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 import torch
-from rich.console import Console
 from torch import nn
 
 from lit_prune.data.calibration import stratified_order
@@ -21,9 +20,10 @@ from lit_prune.lab.reduce.cells import reduce
 from lit_prune.lab.reduce.handover import hand_over
 from lit_prune.lab.reduce.request import ReduceRequest
 from lit_prune.lab.reduce.tables import difference_table, result_table
-from lit_prune.progress import progress_bars, unwatched
+from lit_prune.progress import progress_bars, terminal, unwatched
 from lit_prune.structure import Plan
-from lit_prune.structure.networks import Network, find_network
+from lit_prune.structure.networks import Network, epochs_done, find_network
+from lit_prune.tensor_files import read_torch
 from lit_prune.train.distillation import Distillation, Repair
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def reduce_run(setup: Setup, request: ReduceRequest) -> None:
     with nullcontext(unwatched) if trains else progress_bars() as watch:
         arguments = {"run_dir": setup.run_dir, "repair": repair, "watch": watch}
         content = reduce(lambda seed: setup.network(seed).model, images, request, **arguments)
-    console = Console()
+    console = terminal()
     console.print(result_table(content))
     differences = difference_table(content)
     if differences is not None:
@@ -122,15 +122,9 @@ def trained_network(make: Factory, seed: int, folder: Path) -> Network:
     """
     last = folder / "checkpoints" / "last.ckpt"
     trainer, module, data = make(seed, folder)
-    if _epochs_done(last) < trainer.max_epochs:
+    if epochs_done(last) < trainer.max_epochs:
         trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
-    return Network.from_checkpoint(last, module.image_shape)
-
-
-def _epochs_done(checkpoint: Path) -> int:
-    if not checkpoint.is_file():
-        return 0
-    return torch.load(checkpoint, map_location="cpu", weights_only=True)["epoch"] + 1
+    return Network.from_checkpoint(last, module.image_shape, trust=(module.backbone_name,))
 
 
 @dataclass(frozen=True)
@@ -151,10 +145,10 @@ class Repairer:
         trainer.fit_loop.max_epochs = self.request.repair_epochs
         module.adopt(network.train(), plan)
         teach = self._teacher(module, dense)
-        if _epochs_done(last) < self.request.repair_epochs:
+        if epochs_done(last) < self.request.repair_epochs:
             trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
         else:
-            module.load_state_dict(torch.load(last, map_location="cpu", weights_only=True)["state_dict"])
+            module.load_state_dict(read_torch(last, "checkpoint")["state_dict"])
         if teach is not None:
             teach.remove()
         return module.backbone.eval()

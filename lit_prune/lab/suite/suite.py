@@ -1,5 +1,6 @@
 """The verb `suite`: networks × seeds, each a `fit` of its own in its own folder, on however many devices there are."""
 
+import re
 import subprocess
 import sys
 import tempfile
@@ -7,22 +8,24 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from os import environ
+from os import environ, getpid
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 import yaml
-from rich.console import Console
 from rich.table import Table
 
 from lit_prune.errors import InputError
-from lit_prune.files import write_json, write_parquet, write_text
+from lit_prune.files import LOCK, alone, write_json, write_parquet, write_text
 from lit_prune.lab.suite.estimate import Estimate, estimate_fit
-from lit_prune.progress import bars
+from lit_prune.processes import PARENT
+from lit_prune.progress import bars, terminal
 from lit_prune.report.event_files import read_scalars
+from lit_prune.structure.networks import epochs_done
 
+NAME = r"(?!\.)[\w.+=-]+"
 CONFIG, LOG, FINISHED = "fit.yaml", "log.txt", "finished.json"
 POLL_SECONDS = 0.2
 
@@ -55,6 +58,11 @@ class Suite:
             raise InputError(
                 f"suite needs networks and distinct seeds, got networks={list(self.networks)}, seeds={list(self.seeds)}"
             )
+        unfit = next((name for name in self.networks if not re.fullmatch(NAME, str(name))), None)
+        if unfit is not None:
+            raise InputError(
+                f"suite: network name {unfit!r} would be the name of a folder; use letters, digits and . _ - + ="
+            )
         return [self._run(name, seed) for seed in self.seeds for name in self.networks]
 
     def _run(self, network: str, seed: int) -> "Run":
@@ -74,8 +82,21 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether it has run to its end."""
-        return (self.folder / FINISHED).exists()
+        """Whether it has run to its end, which its last checkpoint says too."""
+        return (self.folder / FINISHED).exists() and self.reached_end
+
+    @property
+    def reached_end(self) -> bool:
+        """Whether its last checkpoint is that of its last epoch, or the configuration may end it earlier."""
+        file = self.folder / "config.yaml"
+        try:
+            trainer = yaml.safe_load(file.read_text(encoding="utf-8"))["trainer"]
+            epochs, callbacks = int(trainer["max_epochs"]), trainer.get("callbacks") or []
+        except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
+            return False
+        limited = trainer.get("max_time") or (trainer.get("max_steps") or -1) > 0
+        stops = any("EarlyStopping" in str(one) or "tolerance" in str(one) for one in callbacks)
+        return bool(limited or stops) or _epochs_done(self) >= epochs
 
     @property
     def arguments(self) -> list[str]:
@@ -139,11 +160,12 @@ def run_suite(suite: Suite, slots: Sequence[dict[str, str]], part: int = 0, part
     runs = suite.runs()
     if not 0 <= part < parts:
         raise InputError(f"suite: part={part} must lie in 0 to parts - 1, parts={parts}")
-    for run in runs[part::parts]:
-        run.write_config()
-    failed = _execute([run for run in runs[part::parts] if not run.finished], slots)
-    table = result_frame(runs)
-    write_parquet(suite.run_dir / "suite.parquet", table)
+    with alone(suite.run_dir, LOCK if parts == 1 else f"{LOCK}.{part}"):
+        for run in runs[part::parts]:
+            run.write_config()
+        failed = _execute([run for run in runs[part::parts] if not run.finished], slots)
+        table = result_frame(runs)
+        write_parquet(suite.run_dir / "suite.parquet", table)
     if failed:
         logs = ", ".join(str(run.folder / LOG) for run in failed)
         raise InputError(f"{len(failed)} of {len(runs)} runs failed, see {logs}; the same command goes on from there")
@@ -180,15 +202,17 @@ def _start(run: Run, slot: dict[str, str]) -> subprocess.Popen:
     with open(run.folder / LOG, "ab") as log:
         command = [sys.executable, "-m", "lit_prune", *run.arguments]
         own = {name: value for name, value in environ.items() if not name.startswith("SLURM_")}  # it is one process
+        own[PARENT] = str(getpid())
         return subprocess.Popen(command, env={**own, **slot}, stdout=log, stderr=subprocess.STDOUT)
 
 
 def _finish(run: Run, code: int, seconds: float) -> list[Run]:
     """Marks a run that ended; returns it where it failed."""
-    if code == 0:
+    finished = code == 0 and run.reached_end
+    if finished:
         write_json(run.folder / FINISHED, {"seconds": seconds})
-    Console().print(f"{run.network} seed {run.seed}: {'finished' if code == 0 else 'failed'} after {seconds:.0f} s")
-    return [] if code == 0 else [run]
+    terminal().print(f"{run.network} seed {run.seed}: {'finished' if finished else 'failed'} after {seconds:.0f} s")
+    return [] if finished else [run]
 
 
 def result_frame(runs: Sequence[Run]) -> pd.DataFrame:
@@ -240,8 +264,7 @@ def preview(suite: Suite, slots: int, load: Callable[[list[str]], tuple[Any, Any
 
 
 def _epochs_done(run: Run) -> int:
-    last = run.folder / "checkpoints" / "last.ckpt"
-    return int(torch.load(last, map_location="cpu", weights_only=True)["epoch"]) + 1 if last.exists() else 0
+    return epochs_done(run.folder / "checkpoints" / "last.ckpt")
 
 
 def _estimate(run: Run, load: Callable[[list[str]], tuple[Any, Any, dict[str, Any]]]) -> Estimate:

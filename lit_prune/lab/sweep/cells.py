@@ -9,8 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lit_prune.errors import InputError
-from lit_prune.files import write_json
+from lit_prune.files import read_json, write_json
 from lit_prune.lab.sweep.request import SweepRequest
 
 
@@ -99,10 +98,7 @@ class Shelf:
         file = self.folder / f"{key}.json"
         if not file.is_file():
             return None
-        try:
-            return json.loads(file.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise InputError(f"{file} is damaged ({error}); delete it and start the sweep again") from error
+        return read_json(file, remedy="delete it and start the sweep again")
 
     def has(self, key: str) -> bool:
         """Whether a result is there and without error."""

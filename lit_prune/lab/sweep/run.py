@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
-from rich.console import Console
 
 from lit_prune.data import ImageData
 from lit_prune.files import write_parquet
@@ -19,6 +18,7 @@ from lit_prune.lab.sweep.recovery import precision_context
 from lit_prune.lab.sweep.request import SweepRequest
 from lit_prune.lab.sweep.tables import area_rows, derive_tables, gap_rows, write_derived
 from lit_prune.lab.sweep.work import Job
+from lit_prune.progress import terminal
 from lit_prune.structure.networks import fingerprint
 from lit_prune.train.run_record import add_record
 
@@ -65,7 +65,7 @@ def _conclude(run_dir: Path, cells: pd.DataFrame, request: SweepRequest) -> None
     """Derived tables, terminal tables, and the exit code where cells failed."""
     tables, reasons = derive_tables(cells, request)
     write_derived(run_dir / "sweep", tables)
-    console = Console()
+    console = terminal()
     if "auc" in tables:
         console.print(area_rows(tables["auc"]))
         console.print(gap_rows(tables["gaps"]))

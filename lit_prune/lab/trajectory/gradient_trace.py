@@ -6,7 +6,7 @@ import pandas as pd
 from lightning.pytorch import Trainer
 from torch import nn
 
-from lit_prune.files import write_parquet
+from lit_prune.files import read_parquet, write_parquet
 from lit_prune.lab.trajectory.directions import collect_directions, direction_table
 from lit_prune.task import TARGETS
 from lit_prune.train.tracing import Trace, calibration_batches, trace_folder
@@ -74,6 +74,6 @@ class GradientTrace(Trace):
         """Puts an epoch's rows in the place of earlier ones of the same epoch."""
         file = trace_folder(trainer) / "gradients.parquet"
         if file.exists():
-            known = pd.read_parquet(file)
+            known = read_parquet(file)
             table = pd.concat([known[known["epoch"] != table["epoch"].iloc[0]], table], ignore_index=True)
         write_parquet(file, table.sort_values(["epoch", "depth"], kind="stable", ignore_index=True))

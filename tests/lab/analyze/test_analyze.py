@@ -148,7 +148,7 @@ def test_the_verb_reads_a_checkpoint_of_a_pruned_run_and_the_report_shows_it(tmp
     assert (tmp_path / "run" / "config.yaml").read_text() == config
     assert "ARI" in capsys.readouterr().out
     for wrong, words in (
-        (["--ckpt_path", "/nowhere.ckpt"], "/nowhere.ckpt is no file"),
+        (["--ckpt_path", "/nowhere.ckpt"], "/nowhere.ckpt: no such file"),
         (["--request.extras", "[hull]"], "hull"),
         (["--run_dir", str(tmp_path / "other")], "analyze needs a trained network"),
     ):

@@ -256,7 +256,7 @@ def test_bad_requests_are_refused(changes, words):
 
 def test_checkpoints_that_do_not_fit_are_refused_before_anything_is_written(tmp_path):
     torch.save({"conv1.weight": torch.zeros(2, 2)}, tmp_path / "other.pth")
-    for file, words in ((tmp_path / "other.pth", "other.pth"), (tmp_path / "none.pth", "is no file")):
+    for file, words in ((tmp_path / "other.pth", "other.pth"), (tmp_path / "none.pth", "no such file")):
         with pytest.raises(InputError, match=words):
             sweep(tmp_path / "run", [str(file)])
     assert not (tmp_path / "run").exists()

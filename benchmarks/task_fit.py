@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from networks import Case
+from task_cases import Case
 from torch.utils.data import DataLoader
 
-from lit_prune import AxisTrace, StagedPruning
+from lit_prune import AxisTrace, Repair, StagedPruning
 from lit_prune.task import Task
 from lit_prune.train.stages import ChannelStage
 
@@ -23,6 +23,10 @@ class Theirs(LightningModule):
 
     def training_step(self, batch: Any, index: int) -> torch.Tensor:
         """Mean loss; of outputs without a target their mean square."""
+        return self.cost_of(batch)
+
+    def cost_of(self, batch: Any) -> torch.Tensor:
+        """What is trained."""
         output = self.task.run(self.net, batch)
         if self.task.default_variable(batch) is None:
             return self.task.prediction(output).square().mean()
@@ -30,7 +34,7 @@ class Theirs(LightningModule):
 
     def validation_step(self, batch: Any, index: int) -> None:
         """Logs the same."""
-        self.log("val/loss", self.training_step(batch, index), batch_size=self.task.size(batch))
+        self.log("val/loss", self.cost_of(batch), batch_size=self.task.size(batch))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Plain SGD."""
@@ -47,10 +51,11 @@ def fit(case: Case, task: Task) -> str:
     with tempfile.TemporaryDirectory() as folder:
         pruning = StagedPruning(
             network="net",
-            stages=[ChannelStage(epoch=1, score="cmr_logit", keep=case.keep, budget="macs")],
+            stages=[ChannelStage(keep=case.keep, epoch=1, score="cmr_logit", allocation="global")],
             monitor="val/loss",
             mode="min",
             task=case.task,
+            repair=Repair(form="mse", beta=0.0),
         )
         trace = AxisTrace(network="net", task=case.task, plane=False)
         Trainer(

@@ -56,6 +56,7 @@ class UNet(nn.Module):
         self.mix2, self.mix1, self.head = conv(40, 20), conv(24, 12), nn.Conv2d(12, classes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The answer."""
         one = self.down1(x)
         two = self.down2(one)
         y = self.mix2(torch.cat([self.up2(self.deep(two)), two], 1))
@@ -72,6 +73,7 @@ class Trunk(nn.Module):
         self.answer = answer
 
     def forward(self, x: Tensor) -> Any:
+        """The answer."""
         pooled = self.trunk(x).mean((2, 3))
         return self.answer(*(head(pooled) for head in self.heads))
 
@@ -85,6 +87,7 @@ class TwoInputs(nn.Module):
         self.mix, self.head = nn.Linear(48, 20), nn.Linear(20, 4)
 
     def forward(self, image: Tensor, vector: Tensor) -> Tensor:
+        """The answer."""
         both = torch.cat([self.image(image).mean((2, 3)), F.relu(self.vector(vector))], 1)
         return self.head(F.relu(self.mix(both)))
 
@@ -98,9 +101,11 @@ class Siamese(nn.Module):
         self.head = nn.Linear(24, 8)
 
     def embed(self, x: Tensor) -> Tensor:
+        """Eight numbers for an image."""
         return self.head(self.trunk(x).mean((2, 3)))
 
     def forward(self, one: Tensor, other: Tensor) -> Tensor:
+        """The answer."""
         return (self.embed(one) - self.embed(other)).square().sum(1)
 
 
@@ -112,6 +117,7 @@ class Heatmaps(nn.Module):
         self.body, self.head = nn.Sequential(conv(3, 16), conv(16, 24, 2), conv(24, 24)), nn.Conv2d(24, 5, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The answer."""
         return self.head(self.body(x))
 
 
@@ -142,6 +148,7 @@ class Signal(nn.Module):
         self.head = nn.Linear(20, 4)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The answer."""
         y = F.relu(self.two(F.relu(self.norm(self.one(x)))))
         return self.head(y.flatten(2).mean(2))
 

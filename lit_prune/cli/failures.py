@@ -1,0 +1,89 @@
+"""How a command ends that does not succeed: one line and an exit code for what its user can mend."""
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from lit_prune.cli.parsing import causes, one_line
+from lit_prune.errors import InputError
+from lit_prune.files import one_reason
+
+BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143
+
+
+@contextmanager
+def one_line_failures() -> Iterator[None]:
+    """Turns what the user can mend into one line on stderr and exit code 2; a defect keeps its traceback.
+
+    Ctrl-C ends with 130, SIGTERM with 143, whatever the verb was doing.
+    """
+    try:
+        with ended_by_sigterm():
+            yield
+    except KeyboardInterrupt:
+        end("interrupted; the same command goes on from where it stopped", INTERRUPTED)
+    except SystemExit as stop:
+        chain = list(causes(stop))
+        if any(isinstance(cause, KeyboardInterrupt) for cause in chain):  # Lightning makes an exit of it
+            end("interrupted; the same command goes on from where it stopped", INTERRUPTED)
+        if type(stop).__name__ == "SIGTERMException":
+            end("ended by SIGTERM; the same command goes on from where it stopped", TERMINATED)
+        raise
+    except Exception as error:
+        line = explanation(error)
+        if line is None:
+            raise
+        end(line, BAD_INPUT)
+
+
+def end(line: str, code: int) -> None:
+    """Prints one line on stderr and exits.
+
+    Raises:
+        SystemExit: always, with `code`.
+    """
+    print(f"error: {one_line(line)}", file=sys.stderr)
+    raise SystemExit(code) from None
+
+
+def explanation(error: BaseException) -> str | None:
+    """What is wrong and who can mend it, in a sentence; None where it is a defect of the program.
+
+    Bad input says so itself; the rest is what the system refuses (files, disk, memory) and settings that Lightning
+    refuses.
+    """
+    chain = list(causes(error))
+    given = next((cause for cause in chain if isinstance(cause, InputError)), None)
+    if given is not None:
+        return str(given)
+    for cause in chain:
+        if isinstance(cause, OSError) and cause.errno is not None:
+            place = f"{cause.filename}: " if cause.filename is not None else ""
+            return f"{place}{one_reason(cause)}; give another folder or file, or make room"
+        if isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError":
+            return f"not enough memory ({cause}); give smaller batches or a smaller network"
+        if type(cause).__name__ == "MisconfigurationException":
+            return f"trainer: {cause}"
+        if isinstance(cause, UnicodeDecodeError):
+            return f"a file is no UTF-8 text ({cause}); convert it"
+    return None
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM raises SystemExit(143) while the block lasts, so that what is open is closed and children are ended."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _exit)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _exit(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(TERMINATED)

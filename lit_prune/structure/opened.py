@@ -1,0 +1,61 @@
+"""Attention layers whose forward states the number of heads through the width of the input, written out again.
+
+Their classes compute the width of a head as `width // heads`, so that a head cannot go without another forward. For
+each of them one class is registered here that computes the same function from the same tensors and names, with the
+number of heads and the width of a head as two attributes. An instance changes its class in place; nothing else changes.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from lit_prune.structure.tracing import copy_network
+
+OPENED: dict[type, type] = {}
+"""Class of an attention layer -> class that computes the same function with heads that can go."""
+
+
+def opens(kind: type) -> Callable[[type], type]:
+    """Registers the decorated subclass of `kind` as the one that its instances become."""
+
+    def register(cls: type) -> type:
+        OPENED[kind] = cls
+        return cls
+
+    return register
+
+
+def open_layer(module: nn.Module) -> nn.Module:
+    """`module` itself, of the class with explicit heads if one is registered for its class."""
+    cls = OPENED.get(type(module))
+    if cls is not None:
+        vars(module).update(cls.opened_attributes(module))
+        module.__class__ = cls
+    return module
+
+
+def open_copy(model: nn.Module) -> nn.Module:
+    """A copy of `model` with open attention layers, or `model` itself where it has none to open; outputs are equal."""
+    if not any(type(module) in OPENED for module in model.modules()):
+        return model
+    opened = copy_network(model)
+    for module in opened.modules():
+        open_layer(module)
+    return opened
+
+
+@contextmanager
+def opened(model: nn.Module) -> Iterator[None]:
+    """Opens the attention layers of `model` and closes them again on exit."""
+    found = [(module, type(module), dict(vars(module))) for module in model.modules() if type(module) in OPENED]
+    try:
+        for module, _, _ in found:
+            open_layer(module)
+        yield
+    finally:
+        for module, kind, attributes in found:
+            module.__class__ = kind
+            for name in set(vars(module)) - attributes.keys():
+                delattr(module, name)
+            vars(module).update({name: value for name, value in attributes.items() if not isinstance(value, dict)})

@@ -1,0 +1,86 @@
+"""Files of tensors, read without running anything that is in them, and refused where they are not whole."""
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lit_prune.errors import InputError
+
+
+def read_torch(path: str | Path, argument: str = "file") -> Any:
+    """The plain values and tensors of a file that `torch.save` wrote, on the CPU.
+
+    Pickled objects are refused (`weights_only`), and so is an archive of which a record does not match its CRC-32.
+
+    Args:
+        path: the file.
+        argument: what named it, for the message.
+
+    Raises:
+        InputError: the file is missing, damaged, or holds more than plain values.
+    """
+    path = Path(path)
+    try:
+        if not path.is_file():
+            raise InputError(f"{argument}: {path}: no such file")
+        _check_archive(path, argument)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
+    except Exception as error:  # each reader has its own exceptions for a broken file, some of them bare RuntimeErrors
+        cause = "it holds pickled objects, not only tensors" if "weights_only" in str(error) else type(error).__name__
+        raise InputError(f"{argument}: {path} is not readable ({cause}); save a plain state_dict there") from error
+
+
+def read_safetensors(path: str | Path, argument: str = "file") -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"{argument}: {path}: no such file")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError, MemoryError, RuntimeError) as error:
+        raise InputError(
+            f"{argument}: {path} is not readable ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        ) from error
+
+
+def undefined_tensor(tensors: Mapping[str, Any]) -> str | None:
+    """Name of the first tensor that holds NaN or +infinity; None where all are defined (masks may hold -infinity)."""
+    for name, value in tensors.items():
+        if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
+            highest = value.detach().amax()
+            if torch.isnan(highest) or highest == torch.inf:
+                return str(name)
+    return None
+
+
+def check_defined(tensors: Mapping[str, Any], source: str) -> None:
+    """Refuses weights that training has ruined.
+
+    Raises:
+        InputError: a tensor holds NaN or +infinity; it is named.
+    """
+    name = undefined_tensor(tensors)
+    if name is not None:
+        raise InputError(f"{source}: {name} holds NaN or infinity; take a checkpoint from before the loss diverged")
+
+
+def _check_archive(path: Path, argument: str) -> None:
+    """Every record of a zip archive is stored as it is and matches its CRC-32; older torch files are no archives."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        packed = next((entry for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED), None)
+        damaged = packed.filename if packed else archive.testzip()
+    if damaged is not None:
+        raise InputError(f"{argument}: {path} is damaged ({damaged} is not as it was written); take another copy")

@@ -1,0 +1,190 @@
+"""Heads that are cut leave the network in which the projection no longer sees them, in evaluation and in training."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torchvision import models
+from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
+
+from lit_prune.errors import InputError
+from lit_prune.structure import CostModel, Plan, apply_plan, cost, make_plan, trace_groups
+from lit_prune.structure.opened import open_copy
+
+
+def _vit(**settings) -> nn.Module:
+    return timm.models.VisionTransformer(32, 8, embed_dim=24, depth=2, num_heads=4, num_classes=3, **settings)
+
+
+def _swin(**settings) -> nn.Module:
+    return models.SwinTransformer([4, 4], 16, [1, 2], [2, 4], [4, 4], num_classes=3, **settings)
+
+
+class Encoder(nn.Module):
+    """torch's own encoder layers, with a mask and with batches second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 24, 8, 8)
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(24, 4, 32, dropout=0.0) for _ in range(2))
+        self.head = nn.Linear(24, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.patches(images).flatten(2).permute(2, 0, 1)
+        mask = torch.ones(len(tokens), len(tokens), dtype=torch.bool).triu(1)
+        for layer in self.layers:
+            tokens = layer(tokens, mask)
+        return self.head(tokens.mean(0))
+
+
+class PerHead(nn.Module):
+    """Attention written by hand: separate layers, heads last in the projections, a temperature and a gate each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n_heads = 3
+        self.patches = nn.Conv2d(3, 12, 8, 8)
+        self.q, self.k, self.v, self.gate = (nn.Linear(12, 12) for _ in range(4))
+        self.temperature = nn.Parameter(torch.rand(3, 1, 1) + 0.5)
+        self.proj = nn.Linear(12, 12)
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.patches(images).flatten(2).transpose(1, 2)
+        q, k, v, g = (
+            layer(tokens).unflatten(-1, (-1, self.n_heads)).permute(0, 3, 1, 2)
+            for layer in (self.q, self.k, self.v, self.gate)
+        )
+        mixed = torch.softmax(q @ k.transpose(-2, -1) * self.temperature, -1) @ v * g.sigmoid()
+        return self.head(self.proj(mixed.permute(0, 2, 3, 1).flatten(2)).mean(1))
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "torchvision_vit": lambda: models.VisionTransformer(32, 8, 2, 4, 24, 32, num_classes=3),
+    "torchvision_swin": _swin,
+    "torchvision_swin_v2": lambda: _swin(block=SwinTransformerBlockV2, downsample_layer=PatchMergingV2),
+    "torch_encoder": Encoder,
+    "deit": _vit,
+    "registers_and_norms": lambda: _vit(qk_norm=True, reg_tokens=2, init_values=0.5),
+    "timm_swin": lambda: timm.models.SwinTransformer(
+        32, embed_dim=16, depths=(1, 2), num_heads=(2, 4), window_size=4, num_classes=3
+    ),
+    "beit": lambda: timm.models.Beit(
+        32, 8, embed_dim=24, depth=2, num_heads=4, num_classes=3, qkv_bias=True, use_rel_pos_bias=True
+    ),
+    "eva": lambda: timm.models.Eva(
+        32, 8, embed_dim=24, depth=2, num_heads=3, num_classes=3, qkv_bias=True, use_rot_pos_emb=True
+    ),
+    "by_hand": PerHead,
+}
+
+
+def _network(name: str) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    model = NETWORKS[name]().eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 1 or not parameter.any():
+            nn.init.normal_(parameter, std=0.3)
+    return model, torch.randn(2, 3, 32, 32)
+
+
+def _silenced(model: nn.Module, plan: Plan, interleaved: bool) -> nn.Module:
+    """The dense network whose projections have zeros in the columns of the heads that go."""
+    silent = copy.deepcopy(model)
+    for name in plan.keep_channels:
+        attention = silent if name == "attention" else silent.get_submodule(name)
+        projection = attention.out_proj if hasattr(attention, "out_proj") else attention.proj
+        columns = torch.arange(projection.in_features)
+        heads = columns % plan.sizes[name] if interleaved else columns // (len(columns) // plan.sizes[name])
+        with torch.no_grad():
+            projection.weight[:, torch.isin(heads, torch.tensor(plan.removed(name)))] = 0
+    return silent
+
+
+def _plan(model: nn.Module, images: Tensor) -> Plan:
+    heads = [group for group in trace_groups(model, images).prunable if group.role == "heads"]
+    keep = {group.name: tuple(range(1, group.size, 2)) for group in heads}
+    return Plan((), keep, {group.name: group.size for group in heads})
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_network_without_heads_equals_the_one_with_these_heads_silenced(name: str) -> None:
+    model, images = _network(name)
+    plan = Plan.from_dict(_plan(model, images).to_dict())
+    attentions = [m for m in model.modules() if hasattr(m, "num_heads") or hasattr(m, "n_heads")]
+    inner = [m for m in attentions if hasattr(m, "proj") or hasattr(m, "out_proj")]
+    assert len(plan.keep_channels) == len(inner)
+    small, silent = apply_plan(model, plan, images), _silenced(model, plan, name == "by_hand")
+    for training in (False, True):
+        torch.manual_seed(1)
+        actual = small.train(training)(images)
+        torch.manual_seed(1)
+        expected = silent.train(training)(images)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    actual.square().mean().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in small.parameters())
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["torchvision_vit", "torchvision_swin_v2", "torch_encoder", "beit", "eva"])
+def test_opened_attention_computes_the_same_in_both_modes(name: str) -> None:
+    model, images = _network(name)
+    opened = open_copy(model)
+    assert opened.state_dict().keys() == model.state_dict().keys()
+    for training in (False, True):
+        torch.manual_seed(1)
+        expected = model.train(training)(images)
+        torch.manual_seed(1)
+        torch.testing.assert_close(opened.train(training)(images), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"add_bias_kv": True}, {"add_zero_attn": True}, {"kdim": 6}])
+def test_opened_multihead_attention_follows_every_option(options: dict) -> None:
+    torch.manual_seed(0)
+    layer = nn.MultiheadAttention(8, 2, batch_first=True, **options).eval()
+    opened = open_copy(layer)
+    query, key, value = torch.randn(3, 4, 8), torch.randn(3, 5, options.get("kdim", 8)), torch.randn(3, 5, 8)
+    padding = torch.arange(5) > torch.tensor([[2], [3], [4]])
+    for masks in ({}, {"attn_mask": torch.randn(4, 5)}, {"attn_mask": torch.randn(6, 4, 5)}):
+        for extra in ({"key_padding_mask": padding}, {"average_attn_weights": False}):
+            expected = layer(query, key, value, **masks, **extra)
+            torch.testing.assert_close(opened(query, key, value, **masks, **extra), expected)
+
+
+@pytest.mark.parametrize("name", ["deit", "torchvision_vit", "timm_swin"])
+def test_a_budget_is_shared_by_heads_and_widths_and_met(name: str) -> None:
+    model, images = _network(name)
+    graph = trace_groups(model, images)
+    heads = {g.name: torch.arange(g.size).double() for g in graph.prunable if g.role == "heads"}
+    widths = {
+        g.producers[0]: torch.rand(graph.widths[g.producers[0], "out"]) for g in graph.prunable if g.role == "mid"
+    }
+    plan = make_plan(model, widths | heads, images, keep=0.6, allocation="uniform")
+    assert heads.keys() <= plan.keep_channels.keys()
+    for name in heads:
+        kept, size = plan.keep_channels[name], plan.sizes[name]
+        assert kept == tuple(range(size - len(kept), size))
+    small = apply_plan(model, plan, images)
+    costs = CostModel.build(model, graph, images)
+    after, counted = costs.widths(plan.keep_channels), cost(small, images)
+    assert costs.macs(after) == counted.macs
+    assert costs.params(after) == counted.params
+
+
+def test_what_mixes_heads_is_protected_with_its_reason() -> None:
+    model, images = _network("by_hand")
+    model.proj = nn.Sequential(nn.LayerNorm(12), model.proj)
+    found = next(group for group in trace_groups(model, images).groups if group.role == "heads")
+    assert "mixed" in found.protected
+    with pytest.raises(InputError, match="protected .*mixed"):
+        make_plan(model, {}, images, only=[found.name])
+
+
+def test_a_forward_with_a_fixed_number_of_heads_is_protected() -> None:
+    model, images = _network("by_hand")
+    model.forward = lambda x, whole=model.forward: setattr(model, "n_heads", 3) or whole(x)
+    found = next(group for group in trace_groups(model, images).groups if group.role == "heads")
+    assert found.protected
