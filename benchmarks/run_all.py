@@ -24,7 +24,15 @@ from rows import Row, choose
 from lit_prune.files import write_text
 
 HERE = Path(__file__).resolve().parent
-NO_BENCHMARKS = ("rows", "run_all", "replacement_kinds", "tasks", "task_cases", "task_fit")  # no times, or data
+NO_BENCHMARKS = (  # no times, or weights and images that are not here
+    "rows",
+    "run_all",
+    "replacement_kinds",
+    "compression",
+    "tasks",
+    "task_cases",
+    "task_fit",
+)
 PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "torch-pruning")
 QUICK = {
     "backbones": ["resnet18", "cifar_resnet20"],

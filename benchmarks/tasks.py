@@ -17,7 +17,6 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 
 import torch
-from lit_prune.structure.record import describe_inputs
 from task_cases import CASES, Case
 from task_fit import fit
 from torch import Tensor, nn
@@ -28,6 +27,7 @@ from lit_prune.replace import Replacement, replace_mechanisms
 from lit_prune.scores import Evidence, find_score, plan_method
 from lit_prune.structure import Budget, CostModel, apply_plan, load_compact, save_compact
 from lit_prune.structure.axes import is_weighted
+from lit_prune.structure.record import describe_inputs
 from lit_prune.task import Task, find_task, recognise
 from lit_prune.train.batchnorm import recalibrate_batchnorm
 

@@ -37,7 +37,7 @@ from lit_prune.train.checkpoints import WholeFileIO, checkpoint_writer
 from lit_prune.train.classifier import LitClassifier
 from lit_prune.train.schedule import PhaseCosine
 from lit_prune.train.staged_pruning import StagedPruning
-from lit_prune.train.stages import PruningStage
+from lit_prune.train.stages import ChannelStage
 
 BATCH, TURNS = 128, 5
 NETWORKS = {
@@ -167,7 +167,7 @@ def fit_seconds(backbone: str, arguments: dict, steps: int) -> float:
         data = Images(batch_size=BATCH, train_size=BATCH * steps, calibration_size=64)
         module = LitClassifier(backbone, 100, (3, 32, 32), arguments, optimizer=SGD, scheduler=PhaseCosine)
         traces = [AxisTrace(every_n_epochs=100, limit=64), GradientTrace(every_n_epochs=100, limit=64)]
-        pruning = StagedPruning([PruningStage("channels", 50, keep=0.5)])
+        pruning = StagedPruning([ChannelStage(0.5, epoch=50)])
         trainer = Trainer(
             max_epochs=100,
             default_root_dir=folder,

@@ -72,11 +72,13 @@ def make_run():
     from lit_prune.train.classifier import LitClassifier
     from lit_prune.train.schedule import PhaseCosine
     from lit_prune.train.staged_pruning import StagedPruning
-    from lit_prune.train.stages import PruningStage
+    from lit_prune.train.stages import BlockStage, ChannelStage
 
     def make(run_dir, stages=(("blocks", 2), ("channels", 4)), max_epochs=6, callbacks=(), trainer=None, **pruning):
-        amounts = {"blocks": {"remove_ratio": 0.3}}
-        parts = [PruningStage(kind, epoch, **amounts.get(kind, {"keep": 0.5})) for kind, epoch in stages]
+        parts = [
+            BlockStage(epoch, remove_ratio=0.3) if part == "blocks" else ChannelStage(0.5, epoch, part)
+            for part, epoch in stages
+        ]
         os.environ["PL_GLOBAL_SEED"] = "7"
         torch.manual_seed(7)
         data = DigitsData(resolution=8, train_size=96, calibration_size=64, batch_size=32, pad=1)

@@ -142,7 +142,9 @@ def test_an_unknown_verb_is_refused(capsys):
 def test_compress_sweeps_block_ratios_and_resumes(tmp_path, capsys):
     main([*TINY, "--run_dir", str(tmp_path / "dense"), "--trainer.callbacks", "[]", "--trainer.max_epochs", "1"])
     config = tmp_path / "blocks.yaml"
-    config.write_text((ROOT / "tests" / "tiny_run.yaml").read_text().split("          - {kind: channels")[0])
+    config.write_text(
+        (ROOT / "tests" / "tiny_run.yaml").read_text().split("          - {class_path: lit_prune.ChannelStage")[0]
+    )
     command = ["compress", "-c", str(config), "--run_dir", str(tmp_path / "sweep"), "--repair_epochs", "1"]
     command += ["--model.weights", str(tmp_path / "dense" / "checkpoints" / "last.ckpt"), "--ratios", "[0.2, 0.5]"]
     main(command)

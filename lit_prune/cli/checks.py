@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import lightning.pytorch as pl
 
+from lit_prune.cli.parsing import causes
 from lit_prune.errors import InputError
 from lit_prune.models.registry import first_line
 
@@ -14,13 +15,16 @@ def as_input_errors(what: str) -> Iterator[None]:
     """Raises whatever the block raises as an InputError: all it does is to build what the user asked for.
 
     Raises:
-        InputError: `what` cannot be read or built, with the exception's own words.
+        InputError: what was raised further down, else that `what` cannot be built, in the exception's own words.
     """
     try:
         yield
     except InputError:
         raise
     except Exception as error:
+        given = next((cause for cause in causes(error) if isinstance(cause, InputError)), None)
+        if given is not None:  # jsonargparse collects what each type of a union says
+            raise given from None
         raise InputError(f"{what} is refused ({type(error).__name__}: {first_line(error)})") from error
 
 

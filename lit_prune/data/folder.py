@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lit_prune.data.augmentation import Augmentation, ResizedCropFlip
 from lit_prune.data.images import ImageData
-from lit_prune.data.sources import FileImages, list_class_folders, list_folders
+from lit_prune.data.sources import FileImages, describe_conversions, list_class_folders, list_folders
 from lit_prune.errors import InputError
 
 SPLITS = ("train", "val", "test")
@@ -79,6 +80,8 @@ class ImageFolderData(ImageData):
         if unknown and not self.ignores_classes:
             raise InputError(f"{folder} has the class {unknown[0]}, which the training split lacks; remove that folder")
         files, labels = list_class_folders(folder, self.classes)
+        if said := describe_conversions(files):
+            rank_zero_info(f"{folder}: {said}")
         short_side = round(self.resolution * 256 / 224) if self.resident is False else self.resolution
         return FileImages(tuple(files), torch.tensor(labels), self.resolution, short_side)
 

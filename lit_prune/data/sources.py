@@ -1,12 +1,14 @@
 """Images of one split, in memory or in files, before augmentation and normalisation."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -131,7 +133,9 @@ class FileImages:
 
 
 def read_image(file: str | Path) -> Image.Image:
-    """The image in `file`, converted to RGB whatever its mode.
+    """The image in `file` as RGB, 8 bits a channel.
+
+    Grey is repeated, an alpha channel dropped, a palette looked up; 16 bits become 8 by rounding value / 257.
 
     Raises:
         InputError: The file is missing, truncated, no image, or one of more pixels than Pillow decodes without being
@@ -139,10 +143,47 @@ def read_image(file: str | Path) -> Image.Image:
     """
     try:
         with Image.open(file) as image:
-            return image.convert("RGB")
+            return _eight_bits(image).convert("RGB")
     except BROKEN_IMAGE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"cannot decode the image {file} ({reason}); replace or delete the file") from error
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey images of 16 bits as 8 bits; Pillow's own conversion would clip them to white."""
+    if image.mode == "F" or image.mode == "I" and image.format != "PNG":
+        raise ValueError(
+            f"its pixels are of the kind {image.mode}, whose range is not known; save it with 8 or 16 bits"
+        )
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image).astype(np.uint32)
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+
+
+CONVERSIONS = {  # mode of Pillow -> what is done to it
+    "L": "grey is repeated in three channels",
+    "LA": "grey is repeated in three channels, alpha is dropped",
+    "RGBA": "alpha is dropped",
+    "CMYK": "CMYK becomes RGB",
+    "I;16": "16 bits are rounded to 8, grey is repeated in three channels",
+    "I": "16 bits are rounded to 8, grey is repeated in three channels",
+}
+
+
+def describe_conversions(files: Sequence[str], probes: int = 32) -> str:
+    """What is done to images that are not square RGB, told from at most `probes` files; "" where nothing is.
+
+    A file that cannot be read is passed over here; decoding it says so.
+    """
+    said = {}
+    for file in list(files)[:: max(1, len(files) // probes)][:probes]:
+        with suppress(*BROKEN_IMAGE), Image.open(file) as image:
+            if image.mode in CONVERSIONS:
+                said[CONVERSIONS[image.mode]] = None
+            if image.width != image.height:
+                said["images that are not square are cut to the centre"] = None
+    return "; ".join(said)
 
 
 def resize_pixels(pixels: Tensor, resolution: int) -> Tensor:

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lit_prune.replace.regression import ridged
+
 
 @dataclass
-class ReaderMoments:
-    """What one reader of a group needs for the elimination.
+class Elimination:
+    """The state of one reader of a group during the elimination.
 
     Attributes:
         inverse: inverse of the ridged covariance of its input patches, float64 [D, D]; changed by the elimination.
@@ -22,9 +24,7 @@ class ReaderMoments:
     columns: Tensor
 
     @classmethod
-    def build(
-        cls, covariance: Tensor, weight: Tensor, metric: Tensor, columns: Tensor, ridge: float
-    ) -> "ReaderMoments":
+    def build(cls, covariance: Tensor, weight: Tensor, metric: Tensor, columns: Tensor, ridge: float) -> "Elimination":
         """From population moments.
 
         Args:
@@ -32,13 +32,11 @@ class ReaderMoments:
             weight: [O, D].
             metric: positive semidefinite [O, O]; an error δ of the output counts δᵀ·metric·δ.
             columns: [units, taps].
-            ridge: relative to the mean variance of the patches.
+            ridge: relative to each input's own variance.
         """
-        scale = covariance.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-        ridged = covariance + ridge * scale * torch.eye(len(covariance)).to(covariance)
         values, vectors = torch.linalg.eigh(metric)
         root = (vectors * values.clamp_min(0).sqrt()).T  # rootᵀ root = metric
-        return cls(torch.cholesky_inverse(torch.linalg.cholesky(ridged)), root @ weight, columns)
+        return cls(torch.cholesky_inverse(torch.linalg.cholesky(ridged(covariance, ridge))), root @ weight, columns)
 
     def costs(self, units: Tensor) -> Tensor:
         """Rise of the error if one of `units` goes and all other weights are solved again, float64 [len(units)].
@@ -60,7 +58,7 @@ class ReaderMoments:
         self.inverse -= rows.T @ solved
 
 
-def elimination_costs(readers: Sequence[ReaderMoments], units: int) -> Tensor:
+def elimination_costs(readers: Sequence[Elimination], units: int) -> Tensor:
     """Error that each unit adds when it goes in greedy order (the cheapest of those left goes next), float64 [units].
 
     The error is Σ over readers of `E (W u - Ŵ u_K)ᵀ metric (W u - Ŵ u_K)`, Ŵ the least-squares solution on the units

@@ -1,9 +1,10 @@
 """In which order layers run, and what reads their outputs: seen in one pass, by tensor identity."""
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -11,6 +12,25 @@ from lit_prune.measurement.layers import removing
 from lit_prune.replace.walk import ADDITIONS, Stop
 from lit_prune.structure import axes
 from lit_prune.structure.tracing import one_sample, run, undisturbed
+
+Clip = tuple[float, float]
+_RELU = (torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.relu, F.relu_)
+_BOUNDED = (F.hardtanh, F.hardtanh_)
+
+
+@dataclass(frozen=True)
+class Addition:
+    """One addition.
+
+    Attributes:
+        operands: the layers that it alone reads, directly or after their norm.
+        before: number of calls in `Flow.layers` that came before it.
+        clip: range to which the sum is clipped before anything else reads it, or None.
+    """
+
+    operands: tuple[str, ...]
+    before: int
+    clip: Clip | None = None
 
 
 @dataclass
@@ -20,13 +40,15 @@ class Flow:
     Attributes:
         layers: names of convolutions, linear layers and padded shortcuts, one entry a call, in order.
         norms: layer -> BatchNorm with running statistics that alone reads its output.
-        additions: for each addition, the layers that it alone reads (directly or after their norm), and the number of
-            calls in `layers` that came before it.
+        additions: in order.
+        clips: layer -> range to which its output (after its norm, where it has one) is clipped before anything else
+            reads it: (0, inf) for ReLU, (0, 6) for ReLU6.
     """
 
     layers: list[str] = field(default_factory=list)
     norms: dict[str, str] = field(default_factory=dict)
-    additions: list[tuple[tuple[str, ...], int]] = field(default_factory=list)
+    additions: list[Addition] = field(default_factory=list)
+    clips: dict[str, Clip] = field(default_factory=dict)
 
     def stops(self, wanted: Collection[str]) -> list[Stop]:
         """Where passes wait for the layers `wanted`, in order.
@@ -34,15 +56,14 @@ class Flow:
         A layer that an addition reads is waited for at the addition; of two such layers the one that runs last.
         """
         place = {name: (position, 0) for position, name in enumerate(self.layers) if name in wanted}
-        joined = set()
-        for operands, before in self.additions:
-            candidates = [name for name in operands if name in place]
+        found = {name: Stop(name, self.norms.get(name, ""), clip=self.clips.get(name)) for name in place}
+        for addition in self.additions:
+            candidates = [name for name in addition.operands if name in place]
             if candidates:
                 last = max(candidates, key=place.get)
-                joined.add(last)
-                place[last] = (before - 1, 1)
-        order = sorted(place, key=place.get)
-        return [Stop(name, self.norms.get(name, ""), name in joined) for name in order]
+                found[last] = replace(found[last], joined=True, clip=addition.clip)
+                place[last] = (addition.before - 1, 1)
+        return [found[name] for name in sorted(place, key=place.get)]
 
 
 def observe(model: nn.Module, example_input: Tensor) -> Flow:
@@ -71,6 +92,7 @@ class _Watch(TorchFunctionMode):
         self.reads: dict[str, int] = {}
         self.norms: dict[str, str] = {}
         self.additions: list[tuple[tuple[str, ...], int]] = []
+        self.clips: dict[str, Clip] = {}
 
     def hooks(self, name: str, module: nn.Module) -> list:
         """Hooks on one module."""
@@ -100,11 +122,13 @@ class _Watch(TorchFunctionMode):
         if isinstance(output, Tensor) and (any(changed) or not any(output is value for value in watched)):
             for name in names:
                 self.reads[name] = self.reads.get(name, 0) + 1
-            if names and function in ADDITIONS and len(args) == 2 and not kwargs:
-                self.additions.append((tuple(names), len(self.layers)))
+                self.clips[name] = _clip(function, args, kwargs or {})
         for value, written in zip(watched, changed, strict=True):
             if written:  # in place: what is read from now on is another value
                 self.retired.append(self.outputs.pop(id(value), None))
+        if names and function in ADDITIONS and len(args) == 2 and not kwargs:
+            self.outputs[id(output)] = (_sum_name(len(self.additions)), output)
+            self.additions.append((tuple(names), len(self.layers)))
         return output
 
     def flow(self) -> Flow:
@@ -113,8 +137,32 @@ class _Watch(TorchFunctionMode):
         norms = {layer: norm for layer, norm in self.norms.items() if layer in alone}
         tails = {norm: layer for layer, norm in norms.items() if self.reads.get(norm) == 1}
         tails |= {name: name for name in alone if name not in norms}
-        additions = [(tuple(tails[n] for n in names if n in tails), before) for names, before in self.additions]
-        return Flow(self.layers, norms, additions)
+        additions = [
+            Addition(tuple(tails[n] for n in names if n in tails), before, self._clip_of(_sum_name(index)))
+            for index, (names, before) in enumerate(self.additions)
+        ]
+        clips = {layer: clip for tail, layer in tails.items() if (clip := self._clip_of(tail))}
+        return Flow(self.layers, norms, additions, clips)
+
+    def _clip_of(self, name: str) -> Clip | None:
+        """Range to which the only reader of a value clips it."""
+        return self.clips.get(name) if self.reads.get(name) == 1 else None
+
+
+def _sum_name(index: int) -> str:
+    return f"+{index}"
+
+
+def _clip(function, args: tuple, kwargs: dict) -> Clip | None:
+    """Range to which a function clips its argument, or None."""
+    if function in _RELU:
+        return 0.0, float("inf")
+    if function is F.relu6:
+        return 0.0, 6.0
+    if function in _BOUNDED:
+        given = dict(zip(("min_val", "max_val"), args[1:], strict=False)) | kwargs
+        return given.get("min_val", -1.0), given.get("max_val", 1.0)
+    return None
 
 
 def _tensors(values: tuple) -> list[Tensor]:

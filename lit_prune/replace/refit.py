@@ -7,16 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_prune.errors import InputError
 from lit_prune.replace.consumers import Reader
 from lit_prune.replace.folding import add_to_output, set_weight
 from lit_prune.replace.patches import PositionSample, channel_dim, input_rows, output_rows, taken
-from lit_prune.replace.regression import RIDGES, PairSums, solve_held_out
+from lit_prune.replace.regression import RIDGES, CrossSums, Fit, PairSums, solve, solve_held_out
 from lit_prune.replace.settings import ROWS_A_WEIGHT, Replacement
 from lit_prune.replace.walk import Seen, Stop, Walk, watching
 from lit_prune.task import Task
 from lit_prune.task.running import undisturbed
 
 PIECE = 32  # images unfolded at once
+CLIP_ROUNDS = 4
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,9 @@ def refit(
 
     u is the layer's input patch in the reduced network, whose earlier layers have been solved already; z* is the
     layer's output in the original network. Where an addition reads the layer (through its BatchNorm), z* is what makes
-    the *sum* equal to the original's: the error that the shortcut has gathered is corrected too. Both networks run
-    once: the passes wait in front of each layer (`walk`).
+    the *sum* equal to the original's: the error that the shortcut has gathered is corrected too. Where a ReLU or ReLU6
+    reads the result, only what it lets through is fitted. Both networks run once: the passes wait in front of each
+    layer (`walk`).
 
     Args:
         pair: the networks, in evaluation mode.
@@ -75,59 +78,140 @@ class _Solver:
     """Gathers the rows of one layer and writes the solution into it."""
 
     def __init__(self, pair: Pair, stop: Stop, reader: Reader, settings: Replacement, images: int) -> None:
-        self.pair, self.stop, self.reader, self.settings = pair, stop, reader, settings
+        self.pair, self.stop, self.reader, self.settings, self.images = pair, stop, reader, settings, images
         self.module = pair.reduced.get_submodule(stop.layer)
         rows = max(settings.rows, ROWS_A_WEIGHT * self.module.weight[0].numel())
         self.positions = PositionSample(-(-rows // images), settings.seed)
         self.sums: dict[bool, PairSums] = {}
+        self.seen: list[_Piece] = []
 
     def add(self, original: Seen, reduced: Seen, held_out: bool) -> None:
         """Adds one batch."""
         dim = channel_dim(self.module)
-        target = self._target(taken(original.output, self.reader.outputs, dim), reduced.other)
-        count = target[0].numel() // target.shape[dim]
-        chosen = self.positions.draw(len(target), count)
-        for start in range(0, len(target), PIECE):
+        output = taken(original.output, self.reader.outputs, dim)
+        chosen = self.positions.draw(len(output), output[0].numel() // output.shape[dim])
+        for start in range(0, len(output), PIECE):
             part = slice(start, start + PIECE)
-            positions = None if chosen is None else chosen[part]
-            rows = input_rows(self.module, reduced.inputs[part], positions)
-            targets = output_rows(self.module, target[part], positions)
+            other = None if reduced.other is None else reduced.other[part]
+            piece = _Piece(reduced.inputs[part], output[part], other, None if chosen is None else chosen[part])
+            rows, (targets, _, _) = self._rows(piece)
             if not self.sums:
                 first = PairSums.zeros(rows, targets)
                 self.sums = {False: first, True: first.empty()}
             self.sums[held_out].add(rows, targets)
+            self.seen.append(piece)
 
-    def _target(self, output: Tensor, other: Tensor | None) -> Tensor:
-        """What the layer's own output is to be, [B, O, H, W]."""
-        if other is None:
-            return output
-        rest = output - other
-        if not self.stop.norm:
-            return rest
-        norm = self.pair.reduced.get_submodule(self.stop.norm)
-        scale, offset = _affine(norm)
-        live = scale.abs() > 1e-3 * scale.abs().median()
-        view = (1, -1, *(1,) * (output.dim() - 2))
-        inverse = torch.where(live, 1 / torch.where(live, scale, 1), 0)
-        return (rest - offset.view(view)) * inverse.view(view)  # a channel that the norm shuts off is to be 0
+    def _rows(self, piece: "_Piece") -> tuple[Tensor, list[Tensor]]:
+        """Input rows [S, D]; what the layer's output is to be there, and the range in which it may lie, each [S, O]."""
+        rows = input_rows(self.module, piece.inputs, piece.chosen)
+        values = [output_rows(self.module, value, piece.chosen) for value in self._wanted(piece)]
+        return rows, values
+
+    def _wanted(self, piece: "_Piece") -> tuple[Tensor, Tensor, Tensor]:
+        """Target, lower and upper bound of the layer's own output, [B, O, ...].
+
+        With s and t the norm's scale and offset, the sum is s·z + t + other. Where the original's sum lies beyond the
+        clip that follows, every z that takes the sum beyond it too is as good as the target.
+        """
+        norm = self.pair.reduced.get_submodule(self.stop.norm) if self.stop.norm else None
+        if norm is None or (piece.other is None and self.stop.clip is None):
+            rest, scale, live = 0.0 if piece.other is None else piece.other, 1.0, None
+        else:
+            values, offset = _affine(norm)
+            view = (1, -1, *(1,) * (piece.output.dim() - 2))
+            live = (values.abs() > 1e-3 * values.abs().median()).view(view)  # others are shut off by the norm: to be 0
+            scale, rest = torch.where(live, values.view(view), 1), offset.view(view)
+            rest = rest if piece.other is None else rest + piece.other
+        if piece.other is None:  # the original's own output
+            target, total = piece.output, piece.output * scale + rest
+        else:
+            target, total = (piece.output - rest) / scale, piece.output
+        if live is not None:
+            target = torch.where(live, target, 0)
+        if self.stop.clip is None:
+            return target, target, target
+        return target, *_range(target, total, self.stop.clip, rest, scale, live)
 
     def finish(self) -> tuple[dict, bool]:
         """Solves, writes weights and bias; the layer's report, and whether it gained a bias."""
+        everything = self.sums[False] + self.sums[True]
+        if self.settings.towards == "zero" and everything.rows <= len(everything.inputs):
+            return self._left(everything), False
         prior = self.module.weight.detach().double().flatten(1) if self.settings.towards == "weights" else None
         ridges = RIDGES if self.settings.ridge == "held_out" else (self.settings.ridge,)
         fit, held_out = solve_held_out(self.sums[False], self.sums[True], ridges, prior)
-        everything = (self.sums[False] + self.sums[True]).covariance()
+        if self.stop.clip is not None and self.settings.clipped:
+            fit = self._clipped(fit, everything, prior)
         set_weight(self.module, fit.weight)
         bias = fit.bias
         if self.module.bias is not None:
             bias = bias - self.module.bias.detach().double()
         created = add_to_output(self.pair.reduced, self.stop.layer, self.stop.norm, bias)
         return {
-            "rows": int(self.sums[False].rows + self.sums[True].rows),
+            "rows": int(everything.rows),
             "ridge": fit.ridge,
-            "fit_error": everything.error(fit),
+            "fit_error": everything.covariance().error(fit),
             "held_out_error": held_out,
         }, created
+
+    def _left(self, sums: PairSums) -> dict:
+        """Report of a layer that stays as it is, because there are fewer rows than weights to solve for.
+
+        Raises:
+            InputError: it has lost inputs, so that it cannot stay.
+        """
+        rows, wide = int(sums.rows), len(sums.inputs)
+        if self.reader.removed:
+            needed = -(-self.images * (wide + 1) // rows)
+            raise InputError(
+                f"layer {self.stop.layer!r} reads {wide} values and is to be solved again from {rows} positions of "
+                f"{self.images} images; give at least {needed} calibration images, or set towards='weights'"
+            )
+        return {"rows": rows, "left": f"{rows} positions do not determine {wide} weights"}
+
+    def _clipped(self, fit: Fit, sums: PairSums, prior: Tensor | None) -> Fit:
+        """The fit to the output behind the clip: `argmin Σ‖W u + b - clamp(W u + b, low, high)‖²` by majorisation.
+
+        The sum never rises. In each round the target of a row is the value within its range that is nearest to the
+        present fit.
+        """
+        for _ in range(CLIP_ROUNDS):
+            targets = CrossSums.like(sums)
+            for piece in self.seen:
+                rows, (_, low, high) = self._rows(piece)
+                present = rows @ fit.weight.T.to(rows) + fit.bias.to(rows)
+                targets.add(rows, present.clamp(low, high))
+            fit = solve(targets.covariance(sums), fit.ridge, prior)
+        return fit
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A few images at a layer: what it reads, the output or sum that is wanted, the sum's other operand, positions."""
+
+    inputs: Tensor
+    output: Tensor
+    other: Tensor | None
+    chosen: Tensor | None
+
+
+def _range(
+    target: Tensor,
+    total: Tensor,
+    clip: tuple[float, float],
+    rest: Tensor | float,
+    scale: Tensor | float,
+    live: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Bounds of z: the target itself, but open on the far side where the original's sum lies beyond the clip."""
+    low, high = target, target
+    for limit, beyond, outward in ((clip[0], total < clip[0], -1), (clip[1], total > clip[1], 1)):
+        edge = (limit - rest) / scale  # z that takes the sum just to the limit
+        beyond = beyond if live is None else beyond & live
+        rising = torch.as_tensor(outward * scale > 0, device=target.device)  # larger z lies beyond
+        high = torch.where(beyond, torch.where(rising, torch.inf, edge), high)
+        low = torch.where(beyond, torch.where(rising, edge, -torch.inf), low)
+    return low, high
 
 
 def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 CHUNK = 8192  # rows in one float32 product
 UNTESTED_RIDGE = 1e-6  # where no data is held out to choose by
-RIDGES = (1e-10, 1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # relative to the mean variance of the inputs
+RIDGES = (1e-10, 1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # relative to each input's own variance
+DEAD = 1e-10  # share of the median variance below which an input is as good as constant
 
 
 @dataclass
@@ -77,6 +78,50 @@ class PairSums:
         )
 
 
+@dataclass
+class CrossSums:
+    """Sums of new targets z over the inputs of `PairSums` that exist already; float64.
+
+    Attributes:
+        shift: [D], of the inputs.
+        cross: [D, O], Σ (u - shift) zᵀ.
+        first: [O], Σ z.
+        second: [O], Σ z².
+    """
+
+    shift: Tensor
+    cross: Tensor
+    first: Tensor
+    second: Tensor
+
+    @classmethod
+    def like(cls, sums: PairSums) -> CrossSums:
+        """Empty sums for the inputs of `sums`."""
+        outputs = torch.zeros_like(sums.targets)
+        return cls(sums.shift[: len(sums.inputs)], torch.zeros_like(sums.cross), outputs, outputs.clone())
+
+    def add(self, inputs: Tensor, targets: Tensor) -> None:
+        """Adds rows: inputs [S, D] and targets [S, O]."""
+        shift = self.shift.to(inputs.dtype)
+        for u, z in zip(inputs.split(CHUNK), targets.split(CHUNK), strict=True):
+            self.cross += (u - shift).T @ z
+            self.first += z.sum(0)
+            self.second += z.square().sum(0)
+
+    def covariance(self, sums: PairSums) -> Covariance:
+        """Population means and covariances of the inputs of `sums` and the new targets, which came for all rows."""
+        inputs = sums.covariance()
+        mean = self.first / sums.rows
+        offset = inputs.input_mean - self.shift
+        return Covariance(
+            inputs.input_mean,
+            mean,
+            inputs.inputs,
+            self.cross / sums.rows - torch.outer(offset, mean),
+            self.second / sums.rows - mean.square(),
+        )
+
+
 @dataclass(frozen=True)
 class Covariance:
     """Means and covariances of inputs and targets.
@@ -105,25 +150,36 @@ class Covariance:
 
 @dataclass(frozen=True)
 class Fit:
-    """A linear map z = W u + b: `weight` [O, D], `bias` [O], `ridge` relative to the mean variance of the inputs."""
+    """A linear map z = W u + b: `weight` [O, D], `bias` [O], `ridge` relative to each input's own variance."""
 
     weight: Tensor
     bias: Tensor
     ridge: float
 
 
+def ridged(inputs: Tensor, ridge: float) -> Tensor:
+    """Covariance [D, D] with `ridge` times each input's own variance added to it.
+
+    So a fit does not change when an input is rescaled and its weights undo it. Inputs that hardly vary get the median
+    variance instead of their own: nothing is read from their rounding.
+    """
+    variances = inputs.diagonal()
+    alive = variances[variances > 0]
+    typical = alive.median() if len(alive) else variances.new_ones(())
+    loading = torch.where(variances > DEAD * typical, variances, typical)
+    return inputs + torch.diag(ridge * loading)
+
+
 def solve(data: Covariance, ridge: float, prior: Tensor | None = None) -> Fit:
-    """Ridge regression `argmin Σ‖W u + b - z‖² + λ‖W - prior‖²`, b free, λ = ridge · rows · mean variance of inputs.
+    """Ridge regression `argmin Σ‖W u + b - z‖² + Σ_d λ_d‖W_d - prior_d‖²`, b free, λ_d = ridge · rows · Var(u_d).
 
     Args:
         data: covariances.
         ridge: relative ridge, above 0.
         prior: [O, D], where the penalty is zero; None: at zero.
     """
-    wide = len(data.inputs)
-    scale = data.inputs.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
     prior = data.cross.new_zeros(data.cross.T.shape) if prior is None else prior
-    factor, failed = torch.linalg.cholesky_ex(data.inputs + ridge * scale * torch.eye(wide).to(data.inputs))
+    factor, failed = torch.linalg.cholesky_ex(ridged(data.inputs, ridge))
     if failed:
         return solve(data, max(10 * ridge, 1e-12), prior)
     change = torch.cholesky_solve(data.cross - data.inputs @ prior.T, factor).T  # [O, D]

@@ -14,8 +14,8 @@ class Replacement:
     """Settings of `replace_mechanisms`.
 
     Attributes:
-        ridge: ridge of affine and refit, relative to the mean variance of the inputs; "held_out": refit takes the one
-            of a grid that serves held-out images best (affine: 1e-6).
+        ridge: of affine relative to the inputs' mean variance, of refit to each input's own; "held_out": refit takes
+            the one of a grid that serves held-out images best (affine: 1e-6).
         parents: affine: kept channels that stand in for a removed one; None: all of them.
         parent_rule: which ones: the best by `pearson` correlation, by `weighted_pearson` (correlation times the cosine
             of the two channels' outgoing weights; both absolute), or `random` ones.
@@ -27,8 +27,9 @@ class Replacement:
             only).
         border: where the constants go: "bias" (exact away from a zero-padded border) or "carrier" (exact; one of the
             removed channels stays in each group and carries them).
-        scope: refit: "consumers" (layers that lose input channels) or "all" (every layer from the first change on).
+        scope: refit: "all" (every layer from the first change on) or "consumers" (layers that lose input channels).
         towards: refit: where the ridge pulls the weights, "zero" or the "weights" the layer has.
+        clipped: refit: where a ReLU or ReLU6 reads the result, fit what it lets through; off: the value in front of it.
         images: most calibration images used.
         rows: refit: most positions (over all images) in one regression, but at least `ROWS_A_WEIGHT` times the length
             of a patch; where there are more, equally many of each image are sampled, seeded.
@@ -43,8 +44,9 @@ class Replacement:
     objective: Literal["distortion", "curvature", "loss", "joint_loss"] = "distortion"
     curvature: Literal["gauss_newton", "hutchinson"] = "gauss_newton"
     border: Literal["bias", "carrier"] = "bias"
-    scope: Literal["consumers", "all"] = "consumers"
+    scope: Literal["all", "consumers"] = "all"
     towards: Literal["zero", "weights"] = "zero"
+    clipped: bool = True
     images: int = 4096
     rows: int = 100_000
     held_out: float = 0.2

@@ -30,11 +30,13 @@ class Stop:
         layer: qualified name of a convolution or linear layer.
         norm: name of the norm that alone reads its output, or "".
         joined: wait at the addition that reads the layer's (or the norm's) output, instead of at the layer.
+        clip: range to which that output, or the sum, is clipped before anything else reads it; None: it is not.
     """
 
     layer: str
     norm: str = ""
     joined: bool = False
+    clip: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from lit_prune.report.drawing import Picture, new_figure
 from lit_prune.report.event_files import find_curve, steps_to_epochs
 from lit_prune.report.run_folder import AbsentInput, RunFolder, stages_if_any
 from lit_prune.report.sections import register_section
-from lit_prune.report.tables import is_number
+from lit_prune.report.tables import figure_of, is_number
 
 CURVES = (("train", drawing.BLUE), ("val", drawing.ORANGE))
 
@@ -101,7 +101,7 @@ def collect_widths(stages: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, 
 
 @register_section("path", "Cost and accuracy", place=20)
 def draw_path(run: RunFolder) -> Picture:
-    """Draws accuracy against MACs: dense, then cut, recalibrated and repaired at every stage."""
+    """Draws accuracy (or the monitor) against MACs: dense, then cut, recalibrated and repaired at every stage."""
     stages = [stage for stage in run.stages if is_number((stage.get("macs") or {}).get("after"))]
     points = [_path_points(stage, first=position == 0) for position, stage in enumerate(stages)]
     if not any(len(path) > 1 for path in points):
@@ -117,7 +117,8 @@ def draw_path(run: RunFolder) -> Picture:
     axes.margins(x=0.12, y=0.16)
     axes.autoscale_view()
     _label_path(axes, points, [str(stage.get("name", "?")) for stage in stages])
-    axes.set(xlabel="multiply-adds for one image", ylabel="accuracy (%)")
+    name = figure_of(stages[0]).title
+    axes.set(xlabel="multiply-adds for one image", ylabel=f"{name} (%)" if "acc" in name else name)
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     _path_legend(axes)
     return Picture(
@@ -137,14 +138,15 @@ PATH_MARKS = {
 
 
 def _path_points(stage: Mapping[str, Any], first: bool) -> list[tuple[str, float, float]]:
-    """Returns the measured points of a stage as (kind, MACs, accuracy in percent)."""
-    accuracy, macs = stage.get("accuracy") or {}, stage["macs"]
-    start = accuracy.get("before")
+    """Returns the measured points of a stage as (kind, MACs, figure); accuracies in percent."""
+    name = figure_of(stage).key
+    figures, macs, unit = stage.get(name) or {}, stage["macs"], 100 if "acc" in name else 1
+    start = figures.get("before")
     if first and not is_number(start):
-        start = accuracy.get("dense")
-    values = {"start": start, **{kind: accuracy.get(kind) for kind in list(PATH_MARKS)[1:]}}
+        start = figures.get("dense")
+    values = {"start": start, **{kind: figures.get(kind) for kind in list(PATH_MARKS)[1:]}}
     cost = {kind: macs["after"] for kind in PATH_MARKS} | {"start": macs.get("before", macs["after"])}
-    return [(kind, float(cost[kind]), 100 * value) for kind, value in values.items() if is_number(value)]
+    return [(kind, float(cost[kind]), unit * value) for kind, value in values.items() if is_number(value)]
 
 
 def _draw_path_arrows(axes: Axes, path: Sequence[tuple[str, float, float]]) -> None:

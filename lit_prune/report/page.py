@@ -5,6 +5,7 @@ import logging
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
@@ -15,6 +16,7 @@ from lit_prune.report.drawing import render_png, styled
 from lit_prune.report.run_folder import AbsentInput, RunFolder
 from lit_prune.report.sections import Section, register_section, sections
 from lit_prune.report.tables import Table, Text
+from lit_prune.report.verdict import find_verdict
 
 LOGGER = logging.getLogger(__name__)
 
@@ -65,8 +67,13 @@ def write_report(run_dir: str | Path) -> Path:
                 LOGGER.warning("report section %r left out: %s", section.title, error, exc_info=_is_defect(error))
                 absent.append((section.title, f"could not be made: {_describe(error)}"))
     page = run.path / "report.html"
-    write_text(page, _template().render(name=run.name, headline=_headline(run), sections=shown, absent=absent))
+    write_text(page, _template().render(**_first_screen(run), sections=shown, absent=absent))
     return page
+
+
+def _first_screen(run: RunFolder) -> dict[str, Any]:
+    """What stands above the sections."""
+    return {"name": run.name, "verdict": find_verdict(run), "headline": _headline(run)}
 
 
 def _is_defect(error: Exception) -> bool:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,14 +99,22 @@ class Quantity:
     change: Callable[[float, float], str] = relative_change
 
 
-QUANTITIES = (
-    Quantity("accuracy", "accuracy", format_percent, point_change),
+ACCURACY = Quantity("accuracy", "accuracy", format_percent, point_change)
+COSTS = (
     Quantity("macs", "MACs", format_count),
     Quantity("params", "params", format_count),
     Quantity("latency_ms", "latency, batch 1", _format_milliseconds),
     Quantity("throughput", "throughput, batch 64", _format_rate),
     Quantity("bytes", "file size", format_bytes),
 )
+
+
+def figure_of(record: Mapping[str, Any]) -> Quantity:
+    """Returns the figure of a result or of a stage: what the run was told to monitor, or the accuracy."""
+    name = (record.get("metric") or {}).get("name", "accuracy")
+    if "acc" in name:
+        return replace(ACCURACY, key=name, title=name)
+    return Quantity(name, name, lambda value: f"{value:.4g}", lambda value, dense: f"{value - dense:+.3g}")
 
 
 def is_number(value: object) -> bool:
@@ -134,16 +142,16 @@ def result_cells(result: Mapping[str, Any]) -> Table:
     absent = [key for key in ("dense", "compact") if not isinstance(result.get(key), Mapping)]
     if absent:
         raise InputError(f"compact/report.json has no object {' and '.join(absent)}; export the compact network again")
-    dense = result["dense"]
+    dense, quantities = result["dense"], (figure_of(result), *COSTS)
     entries = [(f"after {stage.get('name', '?')}", stage) for stage in result.get("stages") or ()]
-    rows = [(Cell("dense"), *(format_cell(dense.get(q.key), q) for q in QUANTITIES))]
+    rows = [(Cell("dense"), *(format_cell(dense.get(q.key), q) for q in quantities))]
     for name, entry in (*entries, ("compact", result["compact"])):
-        rows.append((Cell(name), *(format_cell(entry.get(q.key), q, dense.get(q.key)) for q in QUANTITIES)))
+        rows.append((Cell(name), *(format_cell(entry.get(q.key), q, dense.get(q.key)) for q in quantities)))
     caption = (
-        "Change against the dense network in small type; point at a number for its exact value. A stage's accuracy is "
+        "Change against the dense network in small type; point at a number for its exact value. A stage's figure is "
         "the one after BatchNorm recalibration, before its repair; the compact network's the one after the last repair."
     )
-    return Table(("network", *(q.title for q in QUANTITIES)), tuple(rows), caption)
+    return Table(("network", *(q.title for q in quantities)), tuple(rows), caption)
 
 
 def result_table(run: str | Path | Mapping[str, Any]) -> RichTable:
@@ -183,7 +191,7 @@ def tabulate_result(run: RunFolder) -> Table:
     return result_cells(run.result)
 
 
-ACCURACIES = (
+POINTS = (
     ("dense", "dense"),
     ("dense_recalibrated", "dense, recalibrated"),
     ("before", "before"),
@@ -196,25 +204,28 @@ ACCURACIES = (
 @register_section("stages", "Structural stages", place=30)
 def tabulate_stages(run: RunFolder) -> Table:
     """Returns one column a structural stage: plan, MACs, accuracy at every point of the stage, seconds."""
-    titles = ("plan", "epoch", "MACs", "params", *(f"accuracy {title}" for _, title in ACCURACIES), "time")
+    name = figure_of(run.stages[0]).title
+    titles = ("plan", "epoch", "MACs", "params", *(f"{name} {title}" for _, title in POINTS), "time")
     names = tuple(str(stage.get("name", "?")) for stage in run.stages)
     rows = zip(map(Cell, titles), *(_stage_cells(stage) for stage in run.stages), strict=True)
     caption = (
-        "Accuracy of each stage at the points where it was measured: what the cut alone cost, what new BatchNorm "
-        "statistics gave back (the dense network gets the same treatment for comparison), what training gave back."
+        f"{name.capitalize()} of each stage at the points where it was measured: what the cut alone cost, what new "
+        "BatchNorm statistics gave back (the dense network gets the same treatment for comparison), what training gave "
+        "back."
     )
     return Table(("stage", *names), tuple(rows), caption)
 
 
 def _stage_cells(stage: Mapping[str, Any]) -> tuple[Cell, ...]:
-    accuracy = stage.get("accuracy") or {}
-    percents = (format_cell(accuracy.get(key), QUANTITIES[0]) for key, _ in ACCURACIES)
+    quantity = figure_of(stage)
+    figures = stage.get(quantity.key) or {}
+    values = (format_cell(figures.get(key), quantity) for key, _ in POINTS)
     epoch = stage.get("epoch")
     return (
         Cell(summarise_plan(stage.get("plan") or {})),
         Cell(str(epoch) if is_number(epoch) else ABSENT),
         *(_reduction_cell(stage.get(key) or {}) for key in ("macs", "params")),
-        *percents,
+        *values,
         _seconds_cell(stage.get("seconds") or {}),
     )
 

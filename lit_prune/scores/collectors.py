@@ -115,6 +115,7 @@ class Pooled:
         self.task = task
         self.layers = select_layers(model)
         self.kept: dict[str, list[Tensor]] = {}
+        self.running: dict[str, list[Tensor]] = {}  # of the batch that is running, call by call
         self.kinds: list[Tensor] = []
 
     @contextmanager
@@ -125,7 +126,7 @@ class Pooled:
             def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
                 if sum(map(len, self.kinds)) < POOLED_IMAGES:
                     values = position_view(module, output.detach(), DEFAULT_PROTOCOL.token)
-                    self.kept.setdefault(name, []).append(values.mean(1, dtype=torch.float32).cpu())
+                    self.running.setdefault(name, []).append(values.mean(1, dtype=torch.float32).cpu())
 
             return hook
 
@@ -133,11 +134,23 @@ class Pooled:
             yield
 
     def add(self, output: Any, batch: Any) -> None:
-        """See `Collector`."""
+        """See `Collector`. Several calls, windows and boxes of a sample are averaged."""
         if sum(map(len, self.kinds)) < POOLED_IMAGES:
             self.kinds.append(self.task.kinds(output, batch).cpu())
+            for name, calls in self.running.items():
+                rows = [v.unflatten(0, (len(self.kinds[-1]), -1)).mean(1) for v in calls if _even(v, self.kinds[-1])]
+                if rows:
+                    self.kept.setdefault(name, []).append(torch.stack(rows).mean(0))
+        self.running.clear()
 
     def result(self) -> tuple[dict[str, Tensor], Tensor]:
-        """Layer -> float32 [n, N], and kinds [n]; n ≤ 5000."""
+        """Layer -> float32 [n, N], and kinds [n]; n ≤ 5000. Layers without rows for every sample are left out."""
+        count = sum(map(len, self.kinds))
+        self.kept = {name: parts for name, parts in self.kept.items() if sum(map(len, parts)) == count}
         values = {name: torch.cat(parts)[:POOLED_IMAGES] for name, parts in self.kept.items()}
         return values, torch.cat(self.kinds)[:POOLED_IMAGES]
+
+
+def _even(rows: Tensor, samples: Tensor) -> bool:
+    """Whether the rows belong to the samples evenly."""
+    return len(rows) % len(samples) == 0

@@ -7,12 +7,13 @@ from torch import Tensor, nn
 
 from lit_prune.measurement import local_axis
 from lit_prune.measurement.moments import Moments
-from lit_prune.replace.reconstruction import reconstruction_costs
+from lit_prune.replace.reconstruction import ReaderMoments, costs_by_group, reader_moments, readers_of
 from lit_prune.scores.evidence import Evidence
 from lit_prune.scores.hulls import full_explanation, greedy_hulls
 from lit_prune.scores.inputs import input_weight_power, reads
 from lit_prune.scores.relations import correlations
 from lit_prune.scores.units import to_layers
+from lit_prune.structure.cost import CostModel
 from lit_prune.structure.groups import Group
 
 
@@ -122,10 +123,15 @@ def reconstruction(evidence: Evidence, per_mac: float) -> dict[str, Tensor]:
     replacement kind `refit` and global allocation. `per_mac` is the power of the multiply-adds, 0 for no division. Per
     group, as `variance`; see `lit_prune.replace.reconstruction_costs`.
     """
-    costs = reconstruction_costs(
-        evidence.model, evidence.batches, evidence.example, per_mac, evidence.seed, evidence.task
-    )
+    cost_model = CostModel.build(evidence.model, evidence.graph, evidence.example)
+    costs = costs_by_group(evidence.model, evidence.graph, evidence.once(moments_of_readers), cost_model, per_mac)
     return to_layers(evidence, costs)
+
+
+def moments_of_readers(evidence: Evidence) -> dict[str, ReaderMoments]:
+    """See `reader_moments`, of all layers that read a prunable group."""
+    readers = readers_of(evidence.model, evidence.graph)
+    return reader_moments(evidence.model, readers, evidence.batches, evidence.task, evidence.seed)
 
 
 def cmr_const(evidence: Evidence) -> dict[str, Tensor]:

@@ -2,19 +2,23 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from lit_prune.replace.ladder import distortion_ladders
+from lit_prune.replace.reconstruction import solvable_readers
 from lit_prune.scores.evidence import Evidence
+from lit_prune.scores.outputs import moments_of_readers
 from lit_prune.scores.table import find_score
-from lit_prune.structure.allocation import plan_channels, plan_latency
+from lit_prune.structure.allocation import Measured, plan_channels, plan_ladders, plan_latency
 from lit_prune.structure.cost import CostModel, cost
-from lit_prune.structure.groups import ChannelGraph
+from lit_prune.structure.groups import ChannelGraph, Group
 from lit_prune.structure.masking import mask_channels, plan_masks
 from lit_prune.structure.plan import Plan
-from lit_prune.structure.ranking import Budget, selected_groups
+from lit_prune.structure.ranking import Budget, Ranks, group_scores, selected_groups
 
 
 def plan_method(evidence: Evidence, method: str, graph: ChannelGraph, cost_model: CostModel, request: Budget) -> Plan:
@@ -38,11 +42,31 @@ def plan_method(evidence: Evidence, method: str, graph: ChannelGraph, cost_model
     """
     sparsity = channel_sparsity(graph, cost_model, request)
     ranks = find_score(method).at(sparsity).ranks(evidence)
-    if request.kind == "latency" and request.allocation != "layerwise":
-        plan = plan_latency(evidence.model, graph, cost_model, ranks, request, evidence.example.args[0])
+    if request.allocation == "measured":
+        plan_at = partial(plan_ladders, graph, cost_model, ranks, measured_damage(evidence, graph, ranks, request))
     else:
-        plan = plan_channels(graph, cost_model, ranks, request)
+        plan_at = partial(plan_channels, graph, cost_model, ranks)
+    if request.kind == "latency" and request.allocation != "layerwise":
+        plan = plan_latency(evidence.model, plan_at, request, evidence.example.args[0])
+    else:
+        plan = plan_at(request)
     return replace(plan, notes={**plan.notes, "method": method})
+
+
+def measured_damage(evidence: Evidence, graph: ChannelGraph, ranks: Ranks, request: Budget) -> Measured:
+    """How far the prediction moves when one group alone is cut and its readers are solved again, by group and width.
+
+    See `lit_prune.replace.ladder.distortion_ladders`. Groups that are read by a layer which cannot be solved again are
+    left out, and so stay whole.
+    """
+    scores, _ = group_scores(graph, ranks, request)
+    solvable = {name: values for name, values in scores.items() if _all_solvable(evidence, graph.by_name[name])}
+    moments = evidence.once(moments_of_readers)
+    return distortion_ladders(evidence.model, graph, solvable, evidence.batches, moments, evidence.task, evidence.seed)
+
+
+def _all_solvable(evidence: Evidence, group: Group) -> bool:
+    return set(solvable_readers(evidence.model, group)) == set(group.consumers)
 
 
 def method_needs(methods: Iterable[str]) -> tuple[str, ...]:
@@ -84,7 +108,7 @@ def channel_sparsity(graph: ChannelGraph, cost_model: CostModel, request: Budget
     if request.kind == "channels" and not isinstance(request.keep, Mapping):
         return 1 - request.keep
     kind = "macs" if request.kind == "latency" else request.kind
-    allocation = "uniform" if request.allocation == "global" else request.allocation
+    allocation = "uniform" if request.allocation in ("global", "measured") else request.allocation
     groups = selected_groups(graph, request)
     zeros = {name: torch.zeros(graph.widths[name, "out"]) for group in groups for name in group.producers}
     plan = plan_channels(graph, cost_model, zeros, replace(request, kind=kind, allocation=allocation))

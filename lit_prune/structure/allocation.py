@@ -1,7 +1,8 @@
 """From scores and a budget to a plan: how many channels each group keeps, and which."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,15 @@ from torch import Tensor, nn
 from lit_prune.errors import InputError
 from lit_prune.structure.cost import CostModel
 from lit_prune.structure.groups import ChannelGraph, trace_groups
+from lit_prune.structure.ladders import Ladder, cheapest_damage
 from lit_prune.structure.latency import measure_latency
 from lit_prune.structure.plan import Plan
 from lit_prune.structure.ranking import Budget, Ranks, group_scores
 from lit_prune.structure.surgery import apply_plan
-from lit_prune.structure.widths import Steps, global_widths, uniform_widths
+from lit_prune.structure.widths import Price, Steps, allowed_widths, global_widths, uniform_widths
 
 LATENCY_TRIALS = 6
+Measured = Mapping[str, tuple[Sequence[int], Sequence[float]]]  # group -> widths, damage at each
 _TOLERANCE = 0.01
 
 
@@ -61,7 +64,8 @@ def make_plan(
     graph = trace_groups(model, example_input)
     cost_model = CostModel.build(model, graph, example_input)
     if budget == "latency" and allocation != "layerwise":
-        return plan_latency(model, graph, cost_model, ranks, request, example_input)
+        plan_at = partial(plan_channels, graph, cost_model, ranks)
+        return plan_latency(model, plan_at, request, example_input)
     return plan_channels(graph, cost_model, ranks, request)
 
 
@@ -77,14 +81,59 @@ def plan_channels(graph: ChannelGraph, cost_model: CostModel, ranks: Ranks, requ
     scores, notes = group_scores(graph, ranks, request)
     if request.allocation == "layerwise":
         return _plan_layerwise(graph, cost_model, scores, request, notes)
+    _check_arithmetic(request)
+    choose = global_widths if request.allocation == "global" else uniform_widths
+    return _plan_widths(graph, cost_model, scores, request, notes, choose)
+
+
+def plan_ladders(graph: ChannelGraph, cost_model: CostModel, ranks: Ranks, measured: Measured, request: Budget) -> Plan:
+    """Plan whose widths do the least summed damage within the budget, see `cheapest_damage`.
+
+    Args:
+        graph: the groups.
+        cost_model: of the same network.
+        ranks: which units of a group go first.
+        measured: group -> widths and the damage done when the group alone is cut to each; a group without stays whole.
+        request: the budget; its `allocation` is not read.
+
+    Raises:
+        InputError: as `make_plan`.
+    """
+    scores, notes = group_scores(graph, ranks, request)
+    left_out = [name for name in scores if name not in measured]
+    scores = {name: values for name, values in scores.items() if name in measured}
+    if not scores:
+        raise InputError(f"nothing to prune: no damage was measured for {', '.join(left_out[:6])}")
+
+    def choose(steps: Steps, price: Price, target: float) -> np.ndarray:
+        allowed = [allowed_widths(len(values), request.round_to, request.cap) for values in scores.values()]
+        ladders = [Ladder.interpolated(*measured[name], widths) for name, widths in zip(scores, allowed, strict=True)]
+        return cheapest_damage(ladders, price, target)
+
+    return _plan_widths(graph, cost_model, scores, request, notes | {"without_damage": left_out}, choose)
+
+
+def _check_arithmetic(request: Budget) -> None:
+    """Refuses what needs more than scores."""
     if request.kind == "latency":
         raise InputError("budget='latency' has to run the network; use make_plan or plan_method")
+    if request.allocation == "measured":
+        raise InputError("allocation='measured' has to look at data; use plan_method or compress")
+
+
+def _plan_widths(
+    graph: ChannelGraph,
+    cost_model: CostModel,
+    scores: dict[str, np.ndarray],
+    request: Budget,
+    notes: dict[str, Any],
+    choose: Callable[[Steps, Price, float], np.ndarray],
+) -> Plan:
     columns = np.array([cost_model.names.index(name) for name in scores])
     steps = Steps.build(list(scores.values()), request.round_to, request.cap)
     price = _price(cost_model, columns, request.kind)
     dense = price(steps.sizes)
     target = request.keep * dense
-    choose = global_widths if request.allocation == "global" else uniform_widths
     widths = choose(steps, price, target)
     achieved = price(widths) / dense
     reason = _shortfall(graph, steps, scores, widths, price, target)
@@ -162,16 +211,21 @@ def _plan_layerwise(
     return replace(plan, notes=notes | found)
 
 
-def plan_latency(
-    model: nn.Module, graph: ChannelGraph, cost_model: CostModel, ranks: Ranks, request: Budget, example_input: Tensor
-) -> Plan:
-    """Bisection over the share of MACs with trial surgery, until the measured latency of the batch is within budget."""
+def plan_latency(model: nn.Module, plan_at: Callable[[Budget], Plan], request: Budget, example_input: Tensor) -> Plan:
+    """Bisection over the share of MACs with trial surgery, until the measured latency of the batch is within budget.
+
+    Args:
+        model: the network.
+        plan_at: plan for a budget of MACs.
+        request: the budget of latency.
+        example_input: the batch whose latency counts.
+    """
     shape, batch = tuple(example_input.shape[1:]), len(example_input)
     dense = measure_latency(model, shape, batch)
     low, high, best, fastest = 0.0, 1.0, None, None
     for _ in range(LATENCY_TRIALS):
         share = (low + high) / 2
-        plan = plan_channels(graph, cost_model, ranks, replace(request, kind="macs", keep=share))
+        plan = plan_at(replace(request, kind="macs", keep=share))
         trial = model if plan.removes_nothing else apply_plan(model, plan, example_input)
         ratio = measure_latency(trial, shape, batch) / dense
         fastest = min(fastest or (ratio, plan), (ratio, plan), key=lambda pair: pair[0])

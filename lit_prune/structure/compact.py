@@ -18,6 +18,7 @@ from lit_prune.files import check_seal, read_json, sealed, write_json
 from lit_prune.structure.description import Description
 from lit_prune.structure.latency import own_tensors
 from lit_prune.structure.plan import Plan
+from lit_prune.structure.record import note_record
 from lit_prune.tensor_files import read_safetensors
 
 FORMAT = "lit_prune.compact"
@@ -29,11 +30,12 @@ def save_compact(
     folder: str | Path,
     model: nn.Module,
     *,
-    backbone: str | None,
-    arguments: dict[str, Any],
-    input_shape: Sequence[int],
-    plans: Sequence[Plan],
+    backbone: str | None = None,
+    arguments: dict[str, Any] | None = None,
+    input_shape: Sequence[int] | None = None,
+    plans: Sequence[Plan] = (),
     report: dict[str, Any] | None = None,
+    inputs: dict[str, Any] | None = None,
 ) -> None:
     """Writes `model.safetensors`, `structure.json` and `report.json`; the folder appears whole or not at all.
 
@@ -44,9 +46,10 @@ def save_compact(
         model: the network after all `plans`.
         backbone: name or import path for `build_network`; None: whoever loads it gives the dense network.
         arguments: its keyword arguments, plain JSON values.
-        input_shape: shape of one image, (C, H, W).
+        input_shape: shape of one image, (C, H, W); None where the network reads something else, see `inputs`.
         plans: every plan applied since `build_network`, in order.
         report: figures of the networks, see the run folder.
+        inputs: what the network reads (`lit_prune.structure.record.describe_inputs`) where it is not one image.
 
     Raises:
         InputError: `folder` holds something else, or backbone, arguments and plans do not give this network.
@@ -54,14 +57,15 @@ def save_compact(
     if not isinstance(model, nn.Module):
         raise InputError(f"save_compact: model is a {type(model).__name__}; give the network")
     plans = [plan.to_dict() for plan in plans]
-    values = {"backbone": backbone, "arguments": arguments, "plans": plans}
-    described = Description.read(values, tuple(input_shape), f"save_compact to {folder}")
+    values = {"backbone": backbone, "arguments": arguments or {}, "plans": plans, "inputs": inputs}
+    shape = None if input_shape is None else tuple(input_shape)
+    described = Description.read(values, shape, f"save_compact to {folder}")
     tensors = own_tensors(model)
     if backbone is not None:
         _check_same(described.rebuild(trust=(backbone,)), tensors, described.source)
     with _whole_folder(Path(folder)) as partial:
         save_file(tensors, partial / WEIGHTS)
-        structure = {"format": FORMAT, "version": VERSION, **values, "input_shape": list(described.input_shape)}
+        structure = {"format": FORMAT, "version": VERSION, **values, "input_shape": list(described.input_shape) or None}
         write_json(partial / STRUCTURE, sealed({**structure, "sha256": _sha256(partial / WEIGHTS)}))
         write_json(partial / REPORT, report or {})
 
@@ -88,6 +92,7 @@ def load_compact(folder: str | Path, model: nn.Module | None = None, trust: Iter
     described = Description.read(structure, structure.get("input_shape"), str(folder / STRUCTURE))
     weights = _read_weights(folder, structure)
     small = described.rebuild(model, trust)
+    note_record(small, described.record)
     _load_weights(small, weights, f"{folder / WEIGHTS}")
     return small.eval()
 

@@ -11,7 +11,9 @@ from torch import nn
 from lit_prune.errors import InputError
 from lit_prune.models import build_network
 from lit_prune.models.registry import check_arguments
+from lit_prune.structure.example import Example
 from lit_prune.structure.plan import Plan
+from lit_prune.structure.record import Record, describe_inputs, example_input, largest_input, rebuild_inputs
 from lit_prune.structure.surgery import apply_plan
 from lit_prune.structure.tracing import copy_network
 
@@ -27,9 +29,10 @@ class Description:
     Attributes:
         backbone: name or import path for `build_network`; None where only the caller can build the dense network.
         arguments: its keyword arguments.
-        input_shape: shape of one input, such as (C, H, W).
+        input_shape: shape of one input, such as (C, H, W); () where the network reads something else.
         plans: every plan since the dense network, in order.
         source: the file, for messages.
+        inputs: what the network reads where that is not one input of `input_shape`, see `describe_inputs`.
     """
 
     backbone: str | None
@@ -37,6 +40,7 @@ class Description:
     input_shape: tuple[int, ...]
     plans: tuple[Plan, ...]
     source: str
+    inputs: Mapping[str, Any] | None = None
 
     @classmethod
     def read(cls, values: Any, input_shape: Any, source: str) -> "Description":
@@ -49,18 +53,27 @@ class Description:
             backbone, arguments, plans = (values[key] for key in ("backbone", "arguments", "plans"))
             if backbone is not None:
                 check_arguments(backbone, arguments)
-            shape = tuple(_whole(size) for size in input_shape)
-            if not shape or min(shape) < 1 or torch.Size(shape).numel() > LARGEST_INPUT:
+            inputs = values.get("inputs") if input_shape is None else None
+            shape = () if inputs else tuple(_whole(size) for size in input_shape)
+            if not inputs and (not shape or min(shape) < 1 or torch.Size(shape).numel() > LARGEST_INPUT):
                 raise InputError(f"input_shape {list(shape)} is no shape of one image")
+            if inputs and largest_input(inputs) > LARGEST_INPUT:
+                raise InputError("inputs are larger than any network reads")
             if not isinstance(plans, list | tuple):
                 raise InputError(f"plans is a {type(plans).__name__}, no list")
             arguments = {key: value for key, value in arguments.items() if key not in FETCHED}
-            return cls(backbone, arguments, shape, tuple(Plan.from_dict(plan) for plan in plans), source)
+            return cls(backbone, arguments, shape, tuple(Plan.from_dict(plan) for plan in plans), source, inputs)
         except InputError as error:
             raise InputError(f"{source}: {error}") from error
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             problem = f"{type(error).__name__} {error}"
             raise InputError(f"{source} is damaged: {problem}; save it again") from error
+
+    @property
+    def record(self) -> Record:
+        """What stays with the network."""
+        inputs = self.inputs or describe_inputs(Example((torch.zeros(1, *self.input_shape),)))
+        return Record(self.backbone, dict(self.arguments), self.plans, dict(inputs))
 
     def rebuild(self, dense: nn.Module | None = None, trust: Iterable[str] = ()) -> nn.Module:
         """The network after all plans, with fresh weights; the random state of torch is as before.
@@ -78,7 +91,7 @@ class Description:
         with torch.random.fork_rng(devices=[]):
             try:
                 model = self._build(trust) if dense is None else copy_network(dense)
-                example = torch.zeros(1, *self.input_shape)
+                example = example_input(rebuild_inputs(self.record.inputs))
                 for plan in self.plans:
                     model = apply_plan(model, plan, example)
             except InputError as error:

@@ -2,22 +2,27 @@
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from lit_prune.errors import InputError
 from lit_prune.structure.cost import cost
+from lit_prune.structure.example import Example
+
+Inputs = Sequence[int] | Example  # shape of one image, or what a network is called with
 
 
-def measure_latency(model: nn.Module, input_shape: Sequence[int], batch_size: int = 1, repeats: int = 20) -> float:
+def measure_latency(model: nn.Module, input_shape: Inputs, batch_size: int = 1, repeats: int = 20) -> float:
     """Median seconds of one forward pass of `model`; see `compare_latencies`."""
     return compare_latencies([model], input_shape, batch_size, repeats)[0]
 
 
 def compare_latencies(
-    models: Sequence[nn.Module], input_shape: Sequence[int], batch_size: int = 1, repeats: int = 20
+    models: Sequence[nn.Module], input_shape: Inputs, batch_size: int = 1, repeats: int = 20
 ) -> list[float]:
     """Median seconds of one forward pass of each network in evaluation mode, on its device, after a warm-up.
 
@@ -25,8 +30,8 @@ def compare_latencies(
 
     Args:
         models: the networks; their train/eval flags are as before afterwards.
-        input_shape: shape of one image, (C, H, W).
-        batch_size: images in a pass.
+        input_shape: shape of one image, (C, H, W), or the arguments for one sample.
+        batch_size: samples in a pass.
         repeats: timed passes of each; three more are run first and not timed.
 
     Raises:
@@ -35,13 +40,13 @@ def compare_latencies(
     if batch_size < 1 or repeats < 1:
         raise InputError(f"batch_size={batch_size} and repeats={repeats} must both be at least 1")
     modes = [(module, module.training) for model in models for module in model.modules()]
-    inputs = [_images(model, (batch_size, *input_shape)) for model in models]
+    inputs = [_arguments(model, input_shape, batch_size) for model in models]
     try:
         with torch.inference_mode():
             for model in models:
                 model.eval()
             rounds = [
-                [_time_pass(model, images) for model, images in zip(models, inputs, strict=True)]
+                [_time_pass(model, example) for model, example in zip(models, inputs, strict=True)]
                 for _ in range(repeats + 3)
             ][3:]
     finally:
@@ -56,20 +61,20 @@ def profile(model: nn.Module, example_input: Tensor, accuracy: float | None = No
 
 
 def compare_profiles(
-    models: Sequence[nn.Module], example_input: Tensor, accuracies: Sequence[float | None]
+    models: Sequence[nn.Module], example_input: Tensor | Example, accuracies: Sequence[float | None]
 ) -> list[dict[str, float | int | None]]:
     """Figures of networks, as in `report.json` of a compact folder; their times are measured in turns.
 
     Args:
         models: the networks.
-        example_input: [B, C, H, W]; gives the image shape.
+        example_input: [B, C, H, W], which gives the image shape, or the arguments for one sample.
         accuracies: one a network, 0 to 1, passed through.
 
     Returns:
         For each: `accuracy`, `macs` and `params` (see `cost`), `latency_ms` (batch 1), `throughput` (images/s at batch
         64), `bytes` (size of the weights as safetensors).
     """
-    shape = tuple(example_input.shape[1:])
+    shape = tuple(example_input.shape[1:]) if isinstance(example_input, Tensor) else example_input
     single = compare_latencies(models, shape, repeats=60)
     batched = compare_latencies(models, shape, batch_size=64, repeats=3)
     figures = []
@@ -100,15 +105,26 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def _images(model: nn.Module, shape: Sequence[int]) -> Tensor:
-    """Zeros on the device and in the precision of the network's parameters."""
+def _arguments(model: nn.Module, inputs: Inputs, batch_size: int) -> Example:
+    """Arguments for so many samples, on the device and in the precision of the network's parameters."""
     parameter = next(model.parameters(), torch.empty(0))
-    return torch.zeros(*shape, device=parameter.device, dtype=parameter.dtype)
+    if not isinstance(inputs, Example):
+        return Example((torch.zeros(batch_size, *inputs, device=parameter.device, dtype=parameter.dtype),))
+
+    def repeated(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        value = value.to(parameter.device, parameter.dtype if value.is_floating_point() else None)
+        one = value.ndim and len(value) == 1
+        return value.repeat(batch_size, *[1] * (value.ndim - 1)) if one else value
+
+    return Example(*tree_map(repeated, (inputs.args, inputs.kwargs)))
 
 
-def _time_pass(model: nn.Module, images: Tensor) -> float:
+def _time_pass(model: nn.Module, example: Example) -> float:
+    device = next(model.parameters(), torch.empty(0)).device
     start = time.perf_counter()
-    model(images)
-    if images.is_cuda:
-        torch.cuda.synchronize(images.device)
+    model(*example.args, **example.kwargs)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter() - start

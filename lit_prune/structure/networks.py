@@ -15,6 +15,7 @@ from lit_prune.models import build_network, load_weights
 from lit_prune.models.registry import first_line
 from lit_prune.structure import Plan, save_compact
 from lit_prune.structure.description import Description
+from lit_prune.structure.record import record_of
 from lit_prune.tensor_files import check_defined, read_torch
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ class Network:
     @classmethod
     def of(cls, module: "LitClassifier") -> "Network":
         """Network of a LightningModule as it stands."""
-        return cls(module.backbone, module.backbone_name, module.arguments, module.image_shape, tuple(module.plans))
+        plans = record_of(module.backbone).plans
+        return cls(module.backbone, module.backbone_name, module.arguments, module.image_shape, plans)
 
     @classmethod
     def from_checkpoint(

@@ -15,7 +15,7 @@ Ranks = Mapping[str, Tensor]
 
 ROLES = ("mid", "planes", "heads")
 BUDGETS = ("macs", "params", "channels", "latency")
-ALLOCATIONS = ("global", "uniform", "layerwise")
+ALLOCATIONS = ("global", "uniform", "layerwise", "measured")
 
 
 def _centred(scores: np.ndarray, live: np.ndarray) -> np.ndarray:
@@ -39,7 +39,8 @@ class Budget:
         kind: what is counted: "macs", "params", "channels" (units of the prunable groups) or "latency" (seconds,
             measured; only `make_plan` can).
         keep: share kept of the present network, in (0, 1]; with "layerwise" a dict group name -> share.
-        allocation: "global" (one threshold over all groups), "uniform" (the same share in every group), "layerwise".
+        allocation: "global" (one threshold over all groups), "uniform" (the same share in every group), "layerwise",
+            or "measured" (what each group's width does to the prediction; needs data: only `plan_method` can).
         round_to: widths are multiples of it (a group that loses nothing keeps its width).
         normalisation: of the scores inside each group before the global threshold: "none", "layer_mean" and
             "layer_max" (of absolute values), "rank" (to quantiles), "z".

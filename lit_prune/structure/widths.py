@@ -106,12 +106,20 @@ def uniform_widths(steps: Steps, price: Price, target: float) -> np.ndarray:
     return _fill(steps, taken, price, target, lambda last: loss[steps.group[last]], once)
 
 
+def allowed_widths(size: int, round_to: int, cap: float) -> np.ndarray:
+    """Widths that a group may have: multiples of `round_to` and the dense one, ascending, int64 [L].
+
+    At most the share `cap` goes, at least one unit stays.
+    """
+    fewest = max(1, size - int(cap * size + 1e-9))
+    lowest = -(-fewest // round_to) * round_to  # a multiple of round_to, at least round_to itself
+    return np.append(np.arange(lowest, size, round_to, dtype=np.int64), size)
+
+
 def _steps_of(ascending: np.ndarray, round_to: int, cap: float) -> tuple[np.ndarray, np.ndarray]:
     """Units and mean score of each step of one group, lowest scores first."""
     size = len(ascending)
-    fewest = max(1, size - int(cap * size + 1e-9))
-    lowest = -(-fewest // round_to) * round_to  # a multiple of round_to, at least round_to itself
-    widths = np.arange((size - 1) // round_to * round_to, lowest - 1, -round_to)
+    widths = allowed_widths(size, round_to, cap)[-2::-1]
     if not len(widths):
         return np.zeros(0, dtype=np.int64), np.zeros(0)
     ends = size - widths

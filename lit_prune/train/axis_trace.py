@@ -1,6 +1,7 @@
 """Watches every channel on the two axes while the network trains."""
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from lightning.pytorch import LightningModule, Trainer
@@ -11,19 +12,19 @@ from lit_prune.files import read_parquet, write_parquet
 from lit_prune.measurement.channel_table import channel_table, collect_sums, layer_table
 from lit_prune.measurement.protocol import DEFAULT_PROTOCOL, Protocol
 from lit_prune.report.axes_figures import plane_pixels
-from lit_prune.task import TARGETS
+from lit_prune.task import TARGETS, Task
 from lit_prune.train.dynamics import dynamics_table
-from lit_prune.train.tracing import Trace, calibration_batches, trace_folder
+from lit_prune.train.tracing import Trace, Traced, trace_folder
 
 
 class AxisTrace(Trace):
     """Writes the channel table of the network at initialisation and after every k-th training epoch.
 
-    Hooks: `on_train_start` (initialisation, skipped on resume), `on_train_epoch_end`, and `on_train_end` for the
-    dynamics. Nothing is kept in the callback's state. The calibration images of the DataModule go once through
-    `pl_module.backbone` in evaluation mode; the training state, the random state included, is left as found. Under DDP
-    the ranks share each batch and add their sums, and rank 0 writes. Supported strategies: one device and DDP, where
-    each rank holds the whole network.
+    For any LightningModule. Hooks: `on_train_start` (initialisation, skipped on resume), `on_train_epoch_end`, and
+    `on_fit_end` for the dynamics. Nothing is kept in the callback's state. The calibration samples pass the module's
+    transfer hooks and its validation step up to the network, then go once through the network in evaluation mode; the
+    training state, the random state included, is left as found. Under DDP the ranks share the samples and add their
+    sums, and rank 0 writes. Supported strategies: one device and DDP, where each rank holds the whole network.
 
     Files, whole or not at all, in `<default_root_dir>/trace/`: `epoch=000.parquet` (initialisation),
     `epoch=004.parquet` (after epoch 3, counted from 0), with the columns of `lit_prune.measure` and `epoch`;
@@ -37,13 +38,16 @@ class AxisTrace(Trace):
         layers: names or fnmatch patterns of the layers; None takes every Conv2d and Linear. Layers may disappear later
             as blocks are removed.
         target: task variable, as in `lit_prune.measurement.channel_table`.
-        limit: number of calibration images; None takes all.
+        limit: number of calibration samples; None takes all.
         protocol: measurement conventions; None takes the defaults.
         plane: log a picture of three layers on the two axes, `trace/plane`, where there is a TensorBoard logger.
+        network: path of the network in the module; None finds it, see `find_path`.
+        calibration: a loader, or a number of samples, to measure on; None: see `calibration_samples`.
+        task: what batches and outputs mean, where it is not recognised.
 
     Raises:
-        InputError: a value out of range; at fit start: no calibration data, no `backbone`, fewer images in the first
-            batch than ranks.
+        InputError: a value out of range; at the start: no network found, no calibration data, fewer samples in the
+            first batch than ranks.
     """
 
     log_key = "trace"
@@ -52,27 +56,30 @@ class AxisTrace(Trace):
         self,
         every_n_epochs: int = 1,
         layers: list[str] | None = None,
-        target: str = "true_margin",
+        target: str | None = None,
         limit: int | None = None,
         protocol: Protocol | None = None,
         plane: bool = True,
+        network: str | None = None,
+        calibration: Any = None,
+        task: Task | str | None = None,
     ) -> None:
-        super().__init__(every_n_epochs, layers, target, limit, tuple(TARGETS))
+        super().__init__(Traced(every_n_epochs, layers, target, limit, network, calibration, task), tuple(TARGETS))
         self.protocol = protocol or DEFAULT_PROTOCOL
         self.plane = plane
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes the dynamics of the trace, on rank 0."""
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the dynamics of the trace, on rank 0; also where a resumed run had nothing left to train."""
         if trainer.is_global_zero:
             write_dynamics(trace_folder(trainer))
 
-    def trace(self, trainer: Trainer, backbone: nn.Module, epoch: int) -> str:
+    def trace(self, trainer: Trainer, network: nn.Module, epoch: int) -> str:
         """Adds the ranks' sums; rank 0 writes and logs."""
-        batches = calibration_batches(self, trainer, self.limit)
-        sums = collect_sums(backbone, batches, self.target, self.layers, self.protocol).all_reduce()
+        (batches, task), chosen = self.samples(trainer), self.chosen
+        sums = collect_sums(network, batches, chosen.target, chosen.layers, self.protocol, task).all_reduce()
         if not trainer.is_global_zero:
             return ""
-        channels = channel_table(backbone, sums, self.protocol)
+        channels = channel_table(network, sums, self.protocol)
         layers = write_epoch(trace_folder(trainer), epoch, channels)
         scalars = {f"trace/{row.layer}/coupling": row.coupling for row in layers.dropna(subset="coupling").itertuples()}
         for logger in trainer.loggers:

@@ -1,6 +1,6 @@
 """BatchNorm recalibration: running statistics of the pruned network, measured anew."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -19,15 +19,14 @@ def recalibrate_batchnorm(
 ) -> int:
     """Replaces the running statistics of every BatchNorm by their cumulative average over `batches`.
 
-    The statistics are reset first: an exponential average that starts from the dense network's values keeps part of
-    them, and accuracy can then stay at chance. Feed images of the *training distribution* (augmented): on clean images
+    The statistics start from nothing: an exponential average that starts from the dense network's values keeps part of
+    them, and accuracy can then stay at chance. Feed samples of the *training distribution* (augmented): on clean images
     the statistics fit a distribution that the weights were never trained for. Only the norm layers are in train mode;
-    dropout stays off, no gradient is kept, and modes and momenta are as before on return. Batches count alike; a batch
-    of one image after larger ones is left out: it is what is left of a data set, and behind pooling it has no variance.
-    Whatever goes wrong, the network keeps the statistics that it had.
+    dropout stays off, no gradient is kept, and modes and momenta are as before on return. A batch of one sample after
+    larger ones is left out. Where anything goes wrong the statistics are those from before.
 
     Args:
-        model: network whose BatchNorm layers (of any dimension, synchronised ones too) are edited in place.
+        model: network whose BatchNorm layers are edited in place.
         batches: what the task reads; targets are not used.
         limit: batches used at the most.
         task: how a batch goes through the network; None takes the usual kinds of batches.
@@ -36,8 +35,8 @@ def recalibrate_batchnorm(
         Number of batches used; 0 for a network without BatchNorm.
 
     Raises:
-        InputError: `batches` is empty, `limit` is below 1, a batch makes statistics that are not finite, or a norm
-            needs more than one image and gets no more.
+        InputError: `batches` is empty, holds NaN or infinity, or batches of one sample that a norm cannot be measured
+            on; or `limit` is below 1.
 
     Source: m2m_dc section 3.3.
     """
@@ -47,62 +46,69 @@ def recalibrate_batchnorm(
     norms = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.track_running_stats}
     if not norms:
         return 0
-    used, larger = 0, False
-    with _averaging(model, list(norms.values())):
-        for number, batch in enumerate(islice(batches, limit)):
-            images = task.size(batch)
-            if images == 1 and larger:
-                continue
-            _pass_through(model, task, batch, number)
-            _check_finite(norms, number)
-            used, larger = used + 1, larger or images > 1
+    with _measuring(model, norms.values()):
+        used = 0
+        for place, batch in enumerate(_worthwhile(islice(batches, limit), task)):
+            _run(model, batch, task, place)
+            _check_finite(norms, place)
+            used += 1
         if not used:
             raise InputError("recalibration got no batches: give at least one")
     return used
 
 
-@contextmanager
-def _averaging(model: nn.Module, norms: list[nn.Module]) -> Iterator[None]:
-    """The norms in train mode with empty cumulative averages; an exception gives them back their statistics."""
-    modes = [(module, module.training) for module in model.modules()]
-    momenta = [norm.momentum for norm in norms]
-    before = [{name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)} for norm in norms]
-    try:
-        model.eval()
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # None is torch's cumulative average
-            norm.train()
-        yield
-    except BaseException:
-        for norm, buffers in zip(norms, before, strict=True):
-            for name, buffer in norm.named_buffers(recurse=False):
-                buffer.copy_(buffers[name])
-        raise
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        for module, mode in modes:
-            module.training = mode
+def _worthwhile(batches: Iterable[Any], task: Task) -> Iterator[Any]:
+    """The batches, without those of one sample that come after larger ones."""
+    largest = 0
+    for batch in batches:
+        size = task.size(batch)
+        largest = max(largest, size)
+        if size > 1 or largest <= 1:
+            yield batch
 
 
-def _pass_through(model: nn.Module, task: Task, batch: Any, number: int) -> None:
+def _run(model: nn.Module, batch: Any, task: Task, place: int) -> None:
     try:
         task.run(model, task.to(batch, model))
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
         raise InputError(
-            f"recalibration: batch {number} gives a norm one value a channel, which has no variance; give larger ones"
+            f"recalibration: batch {place} has one sample, too few for the norm behind pooling; give larger batches"
         ) from error
 
 
-def _check_finite(norms: dict[str, nn.Module], number: int) -> None:
-    """Raises where a statistic is NaN or infinite; asks the device once."""
-    totals = torch.stack([norm.running_mean.sum() + norm.running_var.sum() for norm in norms.values()])
-    for name, finite in zip(norms, totals.isfinite().tolist(), strict=True):
-        if not finite:
-            raise InputError(
-                f"recalibration: batch {number} makes NaN or infinite statistics in norm {name!r}, which keeps "
-                "those it had; mend the data or the network"
-            )
+def _check_finite(norms: Mapping[str, nn.Module], place: int) -> None:
+    """Raises InputError where a statistic is NaN or infinite; waits for the device."""
+    sums = torch.stack([norm.running_mean.sum() + norm.running_var.sum() for norm in norms.values()])
+    if not sums.isfinite().all():
+        first = list(norms)[int(sums.isfinite().logical_not().nonzero()[0])]
+        raise InputError(
+            f"recalibration: batch {place} makes the statistics of {first} NaN or infinite; mend the data (those from "
+            "before are kept)"
+        )
+
+
+@contextmanager
+def _measuring(model: nn.Module, norms: Iterable[nn.Module]) -> Iterator[None]:
+    """The norms start anew and average over what they see; on an exception their statistics are as before."""
+    norms = list(norms)
+    modes = {module: module.training for module in model.modules()}
+    before = [(norm, norm.momentum, {key: value.clone() for key, value in norm.named_buffers()}) for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # None is torch's cumulative average
+        norm.train()
+    try:
+        yield
+    except BaseException:
+        for norm, _, statistics in before:
+            for key, value in norm.named_buffers():
+                value.copy_(statistics[key])
+        raise
+    finally:
+        for norm, momentum, _ in before:
+            norm.momentum = momentum
+        for module, mode in modes.items():
+            module.training = mode

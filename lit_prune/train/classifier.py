@@ -1,4 +1,4 @@
-"""`LitClassifier`: a backbone, its loss seam, its structure in the checkpoint."""
+"""`LitClassifier`: a backbone trained with cross-entropy, the LightningModule of the command line."""
 
 import os
 from pathlib import Path
@@ -13,21 +13,16 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lit_prune.errors import InputError
 from lit_prune.models import build_network, check_forward, load_weights
-from lit_prune.models.registry import first_line
-from lit_prune.structure import Plan, apply_plan
 from lit_prune.structure.description import Description
-from lit_prune.structure.networks import STRUCTURE_KEY, backbone_weights, refuse_import_path, structure_of
+from lit_prune.structure.networks import backbone_weights, refuse_import_path, structure_of
+from lit_prune.structure.record import Record, note_record
 from lit_prune.train.execution import CompiledForward, check_compile, check_precision
-from lit_prune.train.loss import LossTerm, TrainingStep
-from lit_prune.train.schedule import PhaseCosine, Recipe
+from lit_prune.train.pruned_checkpoint import restore_structure, save_structure
+from lit_prune.train.schedule import configure
 
 
 class LitClassifier(LightningModule):
-    """Trains a backbone with cross-entropy plus whatever terms callbacks add, and survives surgery.
-
-    The structure (backbone name, arguments, plans applied so far) travels in the checkpoint as plain values and is
-    rebuilt before the weights load, so a resumed run needs no special case. `plans` is the list of plans applied,
-    `phase_start` the epoch at which the current phase began: 0 for the dense training, a stage's epoch after it.
+    """Trains a backbone with cross-entropy; callbacks add to its loss and change its backbone as in any other module.
 
     Args:
         backbone: name of a backbone (`lit_prune.models.backbone_names()`), `timm/NAME`, or
@@ -37,7 +32,7 @@ class LitClassifier(LightningModule):
         arguments: further plain arguments of the backbone, such as `{stem: cifar}`.
         weights: file with trained weights (.pth, .th, .ckpt, .safetensors); None starts from random weights.
         pretrained: start from the weights that the backbone's library publishes (downloads them).
-        optimizer: made anew for each phase that has no optimizer of its own.
+        optimizer: made from the trainable parameters.
         scheduler: its schedule; `lit_prune.train.schedule.PhaseCosine` adapts to the length of the phase.
         label_smoothing: of the cross-entropy, in [0, 1).
         channels_last: keep weights and images in the memory order that convolutions on recent devices are fastest in.
@@ -68,6 +63,7 @@ class LitClassifier(LightningModule):
         self.image_shape = tuple(int(size) for size in image_shape)
         self.arguments = {"num_classes": num_classes, "in_channels": self.image_shape[0], **(arguments or {})}
         self.backbone = build_network(backbone, self.arguments, pretrained=pretrained, trust=(backbone,))
+        note_record(self.backbone, Record(backbone, self.arguments))
         check_forward(self.backbone, self.image_shape, num_classes, backbone)
         if not 0 <= label_smoothing < 1:
             raise InputError(f"label_smoothing={label_smoothing} must lie in [0, 1)")
@@ -78,14 +74,9 @@ class LitClassifier(LightningModule):
         self.compilation = compile
         self._compiled: CompiledForward | None = None
         self.is_trained = pretrained or weights is not None
-        self.recipe = Recipe(optimizer, scheduler)
-        self.repair_recipe: Recipe | None = None
+        self.optimizer, self.scheduler = optimizer, scheduler
         self.label_smoothing = label_smoothing
-        self.loss_terms: dict[str, LossTerm] = {}
-        self.plans: list[Plan] = []
-        self.phase_start = 0
-        self.phase_boundaries: tuple[int, ...] = ()
-        self.epoch_sums: dict[str, Tensor] = {}
+        self.epoch_loss: Tensor | None = None
         self.accuracy = nn.ModuleDict(
             {
                 split: MulticlassAccuracy(num_classes, average="micro", validate_args=False)
@@ -97,22 +88,6 @@ class LitClassifier(LightningModule):
     def example_input(self) -> Tensor:
         """A zero image [1, C, H, W] on the module's device, for tracing."""
         return torch.zeros(1, *self.image_shape, device=self.device)
-
-    @property
-    def phase_epochs(self) -> int:
-        """Length of the current phase in epochs: up to the next stage or the end of the run."""
-        ends = [epoch for epoch in self.phase_boundaries if epoch > self.phase_start]
-        return (min(ends) if ends else self.trainer.max_epochs) - self.phase_start
-
-    @property
-    def schedule_epochs(self) -> int:
-        """Epochs that the learning rate schedule spans: the phase, or the whole run where one optimizer serves it."""
-        return self.phase_epochs if self.repair_recipe else self.trainer.max_epochs
-
-    @property
-    def active_recipe(self) -> Recipe:
-        """Recipe of the current phase: the repair's after the first stage, where there is one."""
-        return self.repair_recipe if self.plans and self.repair_recipe else self.recipe
 
     def setup(self, stage: str) -> None:
         """Refuses what cannot be carried out on this device.
@@ -133,40 +108,34 @@ class LitClassifier(LightningModule):
         """Logits of laid out images, compiled where asked for."""
         if self.compilation is False:
             return self.backbone(images)
-        if self._compiled is None:
+        if self._compiled is None or self._compiled.backbone is not self.backbone:
             self._compiled = CompiledForward(self.backbone, self.compilation)
         return self._compiled(images)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
-        """Cross-entropy plus every loss term; means and accuracy are logged under `train/` at the epoch's end.
+        """Cross-entropy; its mean and the accuracy are logged under `train/` at the epoch's end.
 
         Waits for the device every `log_every_n_steps` only, to find out whether the loss is still finite.
         """
         images, labels = batch[0].contiguous(memory_format=self.memory_format), batch[1]
         logits = self._training_forward(images)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-        phase_epoch = self.current_epoch - self.phase_start
-        step = TrainingStep(self.backbone, images, labels, logits, batch_index, phase_epoch, self.phase_epochs)
-        for name, term in self.loss_terms.items():
-            value = term(step)
-            self._add(name, value)
-            loss = loss + value
-        self._add("loss", loss)
+        self._add(loss)
         self.accuracy["fit"].update(logits.detach(), labels)
         if self.trainer.is_last_batch or (batch_index + 1) % self.trainer.log_every_n_steps == 0:
             self.check_finite()
         return loss
 
-    def _add(self, name: str, value: Tensor) -> None:
+    def _add(self, loss: Tensor) -> None:
         """Adds to the epoch's sum; `self.log` in every step would cost more than a small network's whole step."""
-        value = value.detach()
-        self.epoch_sums[name] = self.epoch_sums[name] + value if name in self.epoch_sums else value
+        loss = loss.detach()
+        self.epoch_loss = loss if self.epoch_loss is None else self.epoch_loss + loss
 
     def on_train_epoch_end(self) -> None:
-        """Logs the epoch's means over steps."""
+        """Logs the epoch's mean over steps; a loss that is not finite stops the run."""
+        self.check_finite()
         steps = self.trainer.fit_loop.epoch_loop.batch_progress.current.completed
-        for name, total in self.epoch_sums.items():
-            self.log(f"train/{name}", total / steps, prog_bar=name == "loss", sync_dist=True)
+        self.log("train/loss", self.epoch_loss / steps, prog_bar=True, sync_dist=True)
         self.log("train/accuracy", self.accuracy["fit"])
 
     def validation_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
@@ -190,25 +159,21 @@ class LitClassifier(LightningModule):
         self.log(f"{split}/accuracy", self.accuracy[split], prog_bar=True)
 
     def on_train_epoch_start(self) -> None:
-        """Seeds the epoch from (seed, epoch, rank), so that dropout repeats in a resumed run, and fits the schedule."""
+        """Seeds the epoch from (seed, epoch, rank), so that dropout repeats in a resumed run."""
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         torch.manual_seed(((seed * 1_000_003 + self.current_epoch) * 4_099 + self.global_rank) % 2**63)
-        self.epoch_sums = {}
-        steps = -(-int(self.trainer.num_training_batches) // self.trainer.accumulate_grad_batches)
-        for entry in self.trainer.lr_scheduler_configs:
-            if isinstance(entry.scheduler, PhaseCosine):
-                entry.scheduler.begin(steps * self.schedule_epochs)
+        self.epoch_loss = None
 
     def check_finite(self) -> None:
         """Raises InputError where a loss since the epoch began was NaN or infinite; waits for the device."""
-        if "loss" in self.epoch_sums and not torch.isfinite(self.epoch_sums["loss"]):
+        if self.epoch_loss is not None and not torch.isfinite(self.epoch_loss):
             raise InputError(
                 f"loss is NaN or infinite in epoch {self.current_epoch}, at or before step {self.trainer.global_step}; "
                 "the last checkpoint is from before: lower the learning rate or clip gradients"
             )
 
     def configure_optimizers(self) -> Any:
-        """Optimizer and schedule of the current phase over the trainable parameters.
+        """Optimizer and schedule over the trainable parameters.
 
         Raises:
             InputError: all parameters are frozen.
@@ -216,45 +181,12 @@ class LitClassifier(LightningModule):
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         if not parameters:
             raise InputError(f"all parameters of {self.backbone_name} are frozen: nothing to train; unfreeze some")
-        recipe = self.active_recipe
-        optimizer, scheduler = recipe.build(parameters)
-        if scheduler is None:
-            return optimizer
-        interval = getattr(scheduler, "interval", "epoch")
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval}}
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clips by the recipe's norm where it has one, else as the trainer says."""
-        limit = self.active_recipe.gradient_clip
-        if limit is None:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        else:
-            nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], limit)
-
-    def adopt(self, backbone: nn.Module, plan: Plan) -> None:
-        """Takes over the network that `plan` made of the present one; the trainer knows nothing of it yet."""
-        self.backbone = backbone.to(memory_format=self.memory_format)
-        self.plans.append(plan)
-        self._compiled = None
-
-    def structure(self) -> dict[str, Any]:
-        """Backbone name, arguments, plans and phase, as plain values."""
-        return {
-            "backbone": self.backbone_name,
-            "arguments": self.arguments,
-            "plans": [plan.to_dict() for plan in self.plans],
-            "phase_start": self.phase_start,
-        }
+        return configure(self.optimizer, self.scheduler, parameters, lambda: self.trainer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the structure; a network whose loss is not finite is not saved."""
         self.check_finite()
-        checkpoint[STRUCTURE_KEY] = self.structure()
+        save_structure(self, "backbone", checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Rebuilds the structure before the weights load.
@@ -271,16 +203,8 @@ class LitClassifier(LightningModule):
                 f"checkpoint of another network: it holds {described.backbone} {described.arguments}, "
                 f"this run is configured for {self.backbone_name} {self.arguments}"
             )
-        phase_start = saved.get("phase_start")
-        if type(phase_start) is not int:
-            raise InputError("checkpoint does not say when its phase began; take another copy of it")
         backbone_weights(checkpoint, "checkpoint")
-        for plan in described.plans[len(self.plans) :]:
-            try:
-                self.adopt(apply_plan(self.backbone, plan, self.example_input), plan)
-            except Exception as error:
-                raise InputError(f"checkpoint: its plans do not fit the network ({first_line(error)})") from error
-        self.phase_start = phase_start
+        restore_structure(self, checkpoint)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **arguments: Any) -> "LitClassifier":

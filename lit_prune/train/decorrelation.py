@@ -7,37 +7,43 @@ from torch.utils.hooks import RemovableHandle
 
 from lit_prune.errors import InputError
 from lit_prune.measurement.local_axis import DEAD_VARIANCE_RATIO, gaussian_information
-from lit_prune.train.loss import TrainingStep
-from lit_prune.train.tracing import backbone_of
+from lit_prune.train.added_loss import AddedLoss, add_term, drop_term
+from lit_prune.train.locate import find_path, network_at
 
+TERM = "decorrelation"
 LAYERS, CHANNELS, REFERENCES = 6, 128, 64
 
 
 class Decorrelation(Callback):
-    """Adds `λ/|S| · Σ_{layers in S} R̄_X` of every second batch to the loss of a `LitClassifier`.
+    """Adds `λ/|S| · Σ_{layers in S} R̄_X` of every second batch to the loss of any LightningModule.
 
     S is at most 6 convolutions spaced evenly over depth. R̄_X of a layer is the mean of g(ρ_ij) in nats over at most 128
     channels i and 64 reference channels j ≠ i, drawn anew in every batch, with ρ over the batch's images and positions
     of the raw outputs. The draw is a function of seed, epoch and batch; torch's random state is not touched.
 
-    Hooks: `on_fit_start` puts the term into `loss_terms`, `on_train_batch_start` attaches to the network of that moment
-    (one that has just been pruned as well), `on_train_batch_end` logs, `teardown` detaches. Nothing is kept in the
-    callback's state, so a resumed run equals the uninterrupted one. Strategies: one device, DDP (each rank its own
-    images). Logged: `train/decorrelation` (the term), `train/peer_overlap` (mean R̄_X over S, where it was measured).
+    Hooks: `on_fit_start` adds the term to what `training_step` returns (manual optimization: `lit_prune.added_loss`),
+    `on_train_batch_start` attaches to the network of that moment (one that has just been pruned as well),
+    `on_train_batch_end` and `on_train_epoch_end` log, `teardown` detaches. Nothing is kept in the callback's state, so
+    a resumed run equals the uninterrupted one. Strategies: one device, DDP (each rank its own images). Logged:
+    `train/decorrelation` (the term), `train/peer_overlap` (mean R̄_X over S, where it was measured).
 
     Args:
         weight: λ ≥ 0. With 0 the training is bit for bit the one without the callback, and R̄_X is still logged.
         every_n_batches: 2 regularises batches 0, 2, 4, ... of each epoch.
         seed: of the channel draws.
+        network: path of the network in the module; None finds it, see `find_path`.
 
     Raises:
-        InputError: a value out of range; at fit start: a module without `backbone` or `loss_terms`, without a
-            convolution of two channels, or with a compiled training step.
+        InputError: a value out of range; at fit start: no network found, one without a convolution of two channels, or
+            a compiled training step; at the end of an epoch: the chosen layers were never called, or manual
+            optimization never took the term.
 
     Source: the two-axis paper, appendix O and table 17.
     """
 
-    def __init__(self, weight: float = 0.1, every_n_batches: int = 2, seed: int = 0) -> None:
+    def __init__(
+        self, weight: float = 0.1, every_n_batches: int = 2, seed: int = 0, network: str | None = None
+    ) -> None:
         if weight < 0:
             raise InputError(f"weight: {weight} is negative; give 0 or more (the paper: 0.1)")
         if every_n_batches < 1:
@@ -45,6 +51,9 @@ class Decorrelation(Callback):
         self.weight = weight
         self.every_n_batches = every_n_batches
         self.seed = seed
+        self.network = network
+        self._path = ""
+        self._added = AddedLoss()
         self._handles: list[RemovableHandle] = []
         self._hooked: nn.Module | None = None
         self._active = False
@@ -53,20 +62,38 @@ class Decorrelation(Callback):
         self._latest: Tensor | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Puts the term into the loss."""
-        if not hasattr(pl_module, "loss_terms"):
-            raise InputError(f"Decorrelation: {type(pl_module).__name__} has no `loss_terms`; use a LitClassifier")
+        """Adds the term to the loss."""
         if getattr(pl_module, "compilation", False):
             raise InputError(
                 "model.compile: the channel draws of Decorrelation cannot be compiled; set it to false, or remove the "
                 "callback"
             )
-        spaced_convolutions(backbone_of(self, pl_module))
-        pl_module.loss_terms["decorrelation"] = self.term
+        self._path = find_path(pl_module, self.network)
+        spaced_convolutions(network_at(pl_module, self._path))
+        self._added = add_term(pl_module, TERM, self)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forgets the sums of the epoch before."""
+        self._added.begin_epoch()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs the epoch's mean of the term.
+
+        Raises:
+            InputError: it was never evaluated.
+        """
+        mean = self._added.mean(TERM)
+        if mean is None and self._added.steps:
+            raise InputError(
+                f"Decorrelation: the loss of {type(pl_module).__name__} never took the term in a whole epoch: "
+                f"training_step does not call {self._path!r}, or manual optimization lacks lit_prune.added_loss(self)"
+            )
+        if mean is not None:
+            pl_module.log(f"train/{TERM}", mean, sync_dist=True)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         """Attaches to the present network and draws this batch's channels."""
-        backbone = backbone_of(self, pl_module)
+        backbone = network_at(pl_module, self._path)
         if self._hooked is not backbone or batch_idx == 0:
             self._attach(backbone)
         self._active = batch_idx % self.every_n_batches == 0
@@ -84,13 +111,17 @@ class Decorrelation(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leaves network and loss as they were."""
         self._detach()
-        getattr(pl_module, "loss_terms", {}).pop("decorrelation", None)
+        drop_term(pl_module, TERM)
 
-    def term(self, step: TrainingStep) -> Tensor:
-        """Value of the term for the batch that has just gone forward; 0 in the batches between."""
+    def forget(self) -> None:
+        """Drops what was kept of a step that took no term."""
+        self._overlaps = []
+
+    def __call__(self) -> Tensor | None:
+        """Value of the term for the batch that has just gone forward; None in the batches between."""
         overlaps, self._overlaps = self._overlaps, []
         if not overlaps:
-            return step.logits.new_zeros(())
+            return None
         overlap = torch.stack(overlaps).mean()
         self._latest = overlap.detach()
         return self.weight * overlap if self.weight else torch.zeros_like(overlap)

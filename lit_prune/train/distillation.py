@@ -1,6 +1,6 @@
 """Staged distillation from the dense teacher, as a term of the training loss."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
-from lit_prune.train.loss import TrainingStep
+from lit_prune.task.batches import describe
+
+FORMS = ("cosine", "kl", "mse")
 
 
 @dataclass(frozen=True)
@@ -17,18 +19,20 @@ class Repair:
     """How a network is taught by its dense teacher after surgery.
 
     Args:
-        alpha: final weight of the logit term.
+        alpha: final weight of the output term.
         beta: final weight of the feature term.
         ramp: raise both weights linearly from 0 over the phase; off: full weight from the first epoch.
-        form: `cosine` compares the direction of the logits, `kl` is the temperature-scaled divergence.
+        form: of the output term: `cosine` compares directions, `kl` is the temperature-scaled divergence over
+            dimension 1 (logits of classes), `mse` the mean square, for outputs whose size matters.
         temperature: of the `kl` form.
-        gradient_clip: largest gradient norm while repairing; None leaves clipping to the trainer.
+        gradient_clip: largest gradient norm in phases with an optimizer of their own (`StagedPruning(optimizer=...)`);
+            None leaves clipping to the trainer.
     """
 
     alpha: float = 0.1
     beta: float = 0.1
     ramp: bool = True
-    form: Literal["cosine", "kl"] = "cosine"
+    form: Literal["cosine", "kl", "mse"] = "cosine"
     temperature: float = 4.0
     gradient_clip: float | None = 1.0
 
@@ -36,17 +40,21 @@ class Repair:
         """Checks the ranges.
 
         Raises:
-            InputError: a negative weight, or a temperature that is not positive.
+            InputError: a negative weight, a temperature or a gradient norm that is not positive, an unknown form.
         """
         if self.alpha < 0 or self.beta < 0:
             raise InputError(f"repair weights must be >= 0, got alpha={self.alpha}, beta={self.beta}")
         if self.temperature <= 0:
             raise InputError(f"repair temperature must be > 0, got temperature={self.temperature}")
+        if self.gradient_clip is not None and self.gradient_clip <= 0:
+            raise InputError(f"repair gradient_clip must be > 0, or None, got gradient_clip={self.gradient_clip}")
+        if self.form not in FORMS:
+            raise InputError(f"repair form={self.form!r} is none of {', '.join(FORMS)}")
 
     def weights(self, epoch: int, epochs: int) -> tuple[float, float]:
         """Weights `(alpha_t, beta_t)` in epoch t = `epoch` + 1 of a phase of T = `epochs`.
 
-        `alpha_t = alpha * (t - 1) / (T - 1)`, likewise beta: the first epoch is plain cross-entropy. A phase of one
+        `alpha_t = alpha * (t - 1) / (T - 1)`, likewise beta: the first epoch is the module's own loss. A phase of one
         epoch cannot ramp and uses the full weights.
 
         Source: m2m_dc section 3.4.
@@ -65,82 +73,167 @@ def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """`T² · KL(softmax(teacher / T) ‖ softmax(student / T))` in nats, mean over samples; logits [B, K]."""
+    """`T² · KL(softmax(teacher / T) ‖ softmax(student / T))` in nats, mean over samples and positions; [B, K, ...]."""
     log_student = F.log_softmax(student.float() / temperature, dim=1)
     log_teacher = F.log_softmax(teacher.float() / temperature, dim=1)
-    return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2
+    positions = student.numel() / student.shape[1]
+    return F.kl_div(log_student, log_teacher, reduction="sum", log_target=True) / positions * temperature**2
 
 
-class FeatureTap:
-    """Keeps the latest input of one module: the penultimate features, when the module is the classifier head."""
+def named_outputs(output: Any, name: str = "") -> dict[str, Tensor]:
+    """Every tensor of floats with a sample axis in an output of tensors, tuples, lists and dicts, by its place."""
+    if isinstance(output, Tensor):
+        return {name: output} if output.is_floating_point() and output.ndim else {}
+    if isinstance(output, Mapping):
+        items = list(output.items())
+    else:
+        items = list(enumerate(output)) if isinstance(output, list | tuple) else []
+    return {k: v for key, item in items for k, v in named_outputs(item, f"{name}.{key}").items()}
 
-    def __init__(self, module: nn.Module) -> None:
-        self.features: Tensor | None = None
-        self._handle = module.register_forward_pre_hook(self._keep)
 
-    def _keep(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self.features = args[0]
+class Calls:
+    """The calls of a network while it trains, and what its last layer read in them; until `remove`.
 
-    def take(self) -> Tensor:
-        """Returns the features of the last forward pass and forgets them."""
-        if self.features is None:
-            raise RuntimeError("the classifier head was not called in the last forward pass")
-        features, self.features = self.features, None
-        return features
+    Args:
+        network: the student, or the teacher.
+        layer: name of the layer whose inputs are the features; None keeps none.
+        student: keep the calls of the network too, and nothing outside of training.
+    """
+
+    def __init__(self, network: nn.Module, layer: str | None, student: bool = True) -> None:
+        self._student = student
+        self.calls: list[tuple[tuple, dict, Any]] = []
+        self.features: list[Tensor] = []
+        self._handles = []
+        if student:
+            self._handles.append(network.register_forward_hook(self._keep_call, with_kwargs=True))
+        if layer is not None:
+            self._handles.append(network.get_submodule(layer).register_forward_pre_hook(self._keep_features))
+
+    def _keep_call(self, network: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        if network.training and torch.is_grad_enabled():
+            self.calls.append((args, kwargs, output))
+
+    def _keep_features(self, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if not self._student or layer.training and torch.is_grad_enabled():
+            self.features.append(args[0])
+
+    def take(self) -> tuple[list[tuple[tuple, dict, Any]], list[Tensor]]:
+        """Calls and features since the last time."""
+        found = self.calls, self.features
+        self.calls, self.features = [], []
+        return found
 
     def remove(self) -> None:
-        """Takes the hook off."""
-        self._handle.remove()
+        """Takes the hooks off."""
+        for handle in self._handles:
+            handle.remove()
 
 
 class Distillation:
-    """Loss term `alpha_t · d(z_s, z_t) + beta_t · (1 - cos(φ_s, φ_t))`.
+    """Loss term `alpha_t · d(z_s, z_t) + beta_t · (1 - cos(φ_s, φ_t))`, averaged over the step's calls of the network.
 
-    z are logits, φ the inputs of the classifier head; d is the cosine distance or the temperature divergence. The
-    teacher is no submodule of the student: it is in no optimizer, no checkpoint and no DDP bucket.
+    z are the outputs that student and teacher share (by their place in tuples and dicts; a mean over them), φ the
+    inputs of the last layer. The teacher gets the arguments that the student just got. It is no submodule of the
+    student: it is in no optimizer, no checkpoint and no DDP bucket.
+
+    Attributes:
+        evaluations: steps in which the teacher was asked.
 
     Args:
         repair: weights, ramp and form.
-        student: network being trained; a hook on its head reads φ_s until `remove`.
+        student: network being trained; hooks stay on it until `remove`.
         teacher: dense network; put in eval mode, its gradients are off.
-        head: qualified name of the classifier head, the same in both.
+        progress: epochs since the phase began, and its length.
+        layer: qualified name of the last layer, the same in both; None leaves the features out.
         columns: teacher features at the student's kept positions; None when the widths are equal.
 
     Source: m2m_dc section 3.4; unequal widths: the kept index set.
     """
 
     def __init__(
-        self, repair: Repair, student: nn.Module, teacher: nn.Module, head: str, columns: Sequence[int] | None = None
+        self,
+        repair: Repair,
+        student: nn.Module,
+        teacher: nn.Module,
+        progress: Callable[[], tuple[int, int]],
+        layer: str | None = None,
+        columns: Sequence[int] | None = None,
     ) -> None:
-        self.repair = repair
-        self.teacher = teacher.eval().requires_grad_(False)
+        self.repair, self.teacher, self.progress = repair, teacher.eval().requires_grad_(False), progress
         device = next(teacher.parameters()).device  # a copy in every step would make it wait
         self.columns = None if columns is None else torch.tensor(columns, dtype=torch.long, device=device)
-        self._student_tap = FeatureTap(student.get_submodule(head))
-        self._teacher_tap = FeatureTap(teacher.get_submodule(head))
+        self.layer, self.evaluations = layer, 0
+        self._student, self._teacher = Calls(student, layer), Calls(teacher, layer, student=False)
 
-    def __call__(self, step: TrainingStep) -> Tensor:
-        """Value of the term for one batch, a scalar; the teacher runs only where a weight is not 0."""
-        alpha, beta = self.repair.weights(step.phase_epoch, step.phase_epochs)
-        features = self._student_tap.take()
+    def __call__(self) -> Tensor | None:
+        """Value for the step that has just run; the teacher runs only where a weight is not 0.
+
+        Raises:
+            InputError: the step did not call the network, or the two have no output to compare.
+        """
+        alpha, beta = self.repair.weights(*self.progress())
+        beta = beta if self.layer is not None else 0.0
+        calls, features = self._student.take()
+        if not calls:
+            raise InputError(
+                "distillation: training_step did not call the network in training mode since the last step; name the "
+                "submodule that it calls by network=, or set the weights of repair to 0"
+            )
         if alpha == beta == 0:
-            return step.logits.new_zeros(())
-        with torch.no_grad():
-            target = self.teacher(step.images)
-        wanted = self._teacher_tap.take()
-        value = alpha * self._compare(step.logits, target)
-        if not beta:
-            return value
-        if self.columns is not None:
-            wanted = wanted[..., self.columns]
-        return value + beta * cosine_distance(features, wanted)
+            return next(iter(named_outputs(calls[0][2]).values())).new_zeros(())
+        if beta and len(features) != len(calls):
+            raise InputError(
+                f"distillation: {self.layer} is called {len(features)} times in {len(calls)} calls of the network, so "
+                "its inputs cannot be compared; set beta=0 in repair"
+            )
+        self.evaluations += 1
+        terms = []
+        for place, (args, kwargs, output) in enumerate(calls):
+            with torch.no_grad():
+                target = self.teacher(*args, **kwargs)
+            wanted = self._teacher.take()[1]
+            terms.append(alpha * self._compare(output, target))
+            if beta:
+                terms[-1] = terms[-1] + beta * self._compare_features(features[place], wanted[0])
+        return torch.stack(terms).mean()
 
-    def _compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def _compare_features(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return cosine_distance(student, teacher if self.columns is None else self._kept(teacher))
+
+    def _kept(self, features: Tensor) -> Tensor:
+        """The columns that the student has: the last axis of a linear layer's input, else axis 1."""
+        linear = isinstance(self.teacher.get_submodule(self.layer), nn.Linear)
+        return features[..., self.columns] if linear else features[:, self.columns]
+
+    def _compare(self, student: Any, teacher: Any) -> Tensor:
+        own, wanted = named_outputs(student), named_outputs(teacher)
+        common = [name for name in own if name in wanted and own[name].shape == wanted[name].shape]
+        if not common:
+            raise InputError(
+                f"distillation: the network answers {describe(student)} in training and {describe(teacher)} as its own "
+                "teacher, with no tensor in common; set alpha=0 and beta=0 in repair"
+            )
+        return torch.stack([self._distance(own[name], wanted[name]) for name in common]).mean()
+
+    def _distance(self, student: Tensor, teacher: Tensor) -> Tensor:
+        if self.repair.form == "mse":
+            return F.mse_loss(student.float(), teacher.float())
+        values = student[0].numel()
+        if values < 2:
+            raise InputError(
+                f"repair form={self.repair.form}: the network's output has one value a sample, which has no direction; "
+                "use form=mse"
+            )
         if self.repair.form == "kl":
             return divergence(student, teacher, self.repair.temperature)
         return cosine_distance(student, teacher)
 
+    def forget(self) -> None:
+        """Drops what was kept of a step whose loss took no term."""
+        self._student.take()
+
     def remove(self) -> None:
-        """Takes both hooks off."""
-        self._student_tap.remove()
-        self._teacher_tap.remove()
+        """Takes all hooks off."""
+        self._student.remove()
+        self._teacher.remove()

@@ -33,6 +33,7 @@ class CompiledForward:
 
     def __init__(self, backbone: nn.Module, option: str | bool) -> None:
         torch.compiler.reset()  # code of earlier structures would count against the limit of recompilations
+        self.backbone = backbone
         backend, mode = backend_and_mode(option)
         forward: Callable[[Tensor], Tensor] = lambda images: backbone(images)  # noqa: E731  (a function, not a module)
         self._call = torch.compile(forward, backend=backend, mode=mode)

@@ -1,8 +1,8 @@
 """Makes a running trainer consistent with a network whose structure has just changed.
 
-The only code that touches `trainer.strategy`. Two things go wrong without it and neither raises: an optimizer that
-still holds the removed tensors (the cut layers stop training), and a DDP wrapper that reduces gradients of tensors
-that are gone (ranks drift apart). Both are checked at the end.
+The only code that touches `trainer.strategy` and the trainer's inner state. Two things go wrong without it and neither
+raises: an optimizer that still holds the removed tensors (the cut layers stop training), and a DDP wrapper that reduces
+gradients of tensors that are gone (ranks drift apart). Both are checked at the end.
 """
 
 import zlib
@@ -12,21 +12,33 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    EarlyStopping,
+    ModelCheckpoint,
+    ModelPruning,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lit_prune.errors import InputError
 
-INCOMPATIBLE_CALLBACKS = (StochasticWeightAveraging, WeightAveraging, ModelPruning)
+INCOMPATIBLE_CALLBACKS = {
+    StochasticWeightAveraging: "keeps weights in the shape before pruning",
+    WeightAveraging: "keeps weights in the shape before pruning",
+    ModelPruning: "keeps masks in the shape before pruning",
+    BaseFinetuning: "adds parameter groups to the optimizer that a new optimizer after a stage does not have",
+}
 
 
 def check_supported(trainer: Trainer) -> None:
     """Refuses trainers whose network cannot change shape while they run.
 
     Raises:
-        InputError: the strategy shards parameters, or a callback keeps a copy of the weights in the old shape.
+        InputError: the strategy shards parameters, or a callback holds on to the parameters before a cut.
     """
     if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
         raise InputError(
@@ -34,75 +46,96 @@ def check_supported(trainer: Trainer) -> None:
             "parameters; use --trainer.strategy ddp or one device"
         )
     for callback in trainer.callbacks:
-        if isinstance(callback, INCOMPATIBLE_CALLBACKS):
-            raise InputError(
-                f"callback {type(callback).__name__} keeps weights in the shape before pruning; remove it from "
-                "trainer.callbacks"
-            )
+        for kind, reason in INCOMPATIBLE_CALLBACKS.items():
+            if isinstance(callback, kind):
+                raise InputError(f"callback {type(callback).__name__} {reason}; remove it from trainer.callbacks")
 
 
 @contextmanager
 def rewired(trainer: Trainer, slice_tensors: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None) -> Iterator[None]:
-    """Around a change of the network: builds optimizer, schedule and DDP wrapper anew after it, then checks them.
+    """Around a change of the network: builds optimizers, schedules and DDP wrapper anew after it, then checks them.
 
     Enter it on every rank, between epochs; change `trainer.lightning_module` inside.
 
     Args:
         trainer: in `fit`, on a strategy that `check_supported` accepts.
-        slice_tensors: maps tensors of the old parameters (by name) to the new ones. Given: the optimizer goes on; the
-            momentum of the kept channels, the learning rates and the schedule's position are carried over. None: a
-            fresh optimizer and schedule begin, made for the phase.
+        slice_tensors: maps tensors of the old parameters (by name) to the new ones. Given: the optimizers go on; the
+            momentum of the kept channels, the learning rates and the schedules' positions are carried over. None: fresh
+            optimizers and schedules begin, made for the phase.
 
     Raises:
-        RuntimeError: the optimizer does not hold exactly the live parameters, or ranks differ.
+        RuntimeError: the optimizers do not hold the live parameters, or ranks differ.
     """
     strategy, module = trainer.strategy, trainer.lightning_module
-    carried = None if slice_tensors is None else _collect(trainer)
+    held = held_names(trainer)
+    carried = None if slice_tensors is None else [_collect(trainer, k) for k in range(len(trainer.optimizers))]
+    positions = [entry.scheduler.state_dict() for entry in trainer.lr_scheduler_configs]
     yield
     strategy.model = module  # bare: drops the DDP wrapper of the old parameters
     strategy.setup(trainer)
     if carried is not None:
-        _restore(trainer, carried, slice_tensors)
-    check_optimizer(trainer)
+        _restore(trainer, carried, positions, slice_tensors)
+    check_optimizer(trainer, held)
     check_ranks(trainer)
 
 
-def _collect(trainer: Trainer) -> dict[str, Any]:
-    """State of the optimizer by parameter name, its hyperparameters, and the positions of the schedules."""
-    optimizer = trainer.optimizers[0]
+def _collect(trainer: Trainer, place: int) -> dict[str, Any]:
+    """State of one optimizer by parameter name, and its hyperparameters."""
+    optimizer = trainer.optimizers[place]
     named = trainer.lightning_module.named_parameters()
     return {
         "state": {name: dict(optimizer.state[p]) for name, p in named if p in optimizer.state},
         "groups": [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups],
-        "schedules": [entry.scheduler.state_dict() for entry in trainer.lr_scheduler_configs],
     }
 
 
-def _restore(trainer: Trainer, carried: dict[str, Any], slice_tensors: Callable) -> None:
-    """Puts the carried state into the new optimizer and schedules."""
-    optimizer = trainer.optimizers[0]
-    for entry, state in zip(trainer.lr_scheduler_configs, carried["schedules"], strict=True):
+def _restore(trainer: Trainer, carried: list[dict[str, Any]], positions: list[Any], slice_tensors: Callable) -> None:
+    """Puts the carried states into the new optimizers and schedules."""
+    found = [len(optimizer.param_groups) for optimizer in trainer.optimizers]
+    if found != [len(state["groups"]) for state in carried] or len(positions) != len(trainer.lr_scheduler_configs):
+        raise InputError(
+            "optimizer: configure_optimizers gives other optimizers, parameter groups or schedules than before the "
+            "cut, so their state cannot go on; give StagedPruning(optimizer=...) or optimizer=anew"
+        )
+    for entry, state in zip(trainer.lr_scheduler_configs, positions, strict=True):
         entry.scheduler.load_state_dict(state)
-    for group, values in zip(optimizer.param_groups, carried["groups"], strict=True):
-        group.update(values)
-    live = dict(trainer.lightning_module.named_parameters())
-    for key in sorted({key for state in carried["state"].values() for key in state}):
-        values = {name: state[key] for name, state in carried["state"].items() if key in state and name in live}
+    for optimizer, state in zip(trainer.optimizers, carried, strict=True):
+        for group, values in zip(optimizer.param_groups, state["groups"], strict=True):
+            group.update(values)
+        _restore_state(trainer.lightning_module, optimizer, state["state"], slice_tensors)
+
+
+def _restore_state(module: nn.Module, optimizer: Any, states: dict[str, dict], slice_tensors: Callable) -> None:
+    live = dict(module.named_parameters())
+    for key in sorted({key for state in states.values() for key in state}):
+        values = {name: state[key] for name, state in states.items() if key in state and name in live}
         shaped = {name: value for name, value in values.items() if isinstance(value, Tensor) and value.ndim}
         values.update(slice_tensors(shaped) if shaped else {})
         for name, value in values.items():
-            if name in live:
-                optimizer.state[live[name]][key] = value
+            optimizer.state[live[name]][key] = value
 
 
-def check_optimizer(trainer: Trainer) -> None:
-    """Raises RuntimeError unless the optimizer holds exactly the live trainable parameters, by identity."""
-    live = {id(p): name for name, p in trainer.lightning_module.named_parameters() if p.requires_grad}
+def held_names(trainer: Trainer) -> set[str]:
+    """Names of the trainable parameters that the optimizers hold."""
     held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
-    missing = [name for key, name in live.items() if key not in held]
-    if missing or len(held) != len(live):
+    return {name for name, p in trainer.lightning_module.named_parameters() if p.requires_grad and id(p) in held}
+
+
+def check_optimizer(trainer: Trainer, before: set[str]) -> None:
+    """Raises RuntimeError unless the optimizers hold, by identity, live parameters and all of those held before.
+
+    Args:
+        trainer: in `fit`.
+        before: names of the parameters held before the network changed.
+    """
+    live = {name: p for name, p in trainer.lightning_module.named_parameters() if p.requires_grad}
+    held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+    missing = [name for name, p in live.items() if name in before and id(p) not in held]
+    dead = held - {id(p) for p in trainer.lightning_module.parameters()}
+    if missing or dead:
         raise RuntimeError(
-            f"the optimizer holds {len(held)} tensors of {len(live)} live ones; not trained: {', '.join(missing[:3])}"
+            f"the optimizer holds {len(held) - len(dead)} of {len(live)} live tensors and {len(dead)} that are gone; "
+            f"not trained: {', '.join(missing[:3])}"
         )
 
 
@@ -130,3 +163,69 @@ def check_ranks(trainer: Trainer) -> None:
     sums = trainer.strategy.all_gather(own).flatten().tolist()
     if len(set(sums)) > 1:
         raise RuntimeError(f"ranks hold different parameters after surgery (checksums {sums})")
+
+
+def share_state(trainer: Trainer, network: nn.Module) -> None:
+    """Gives every rank the parameters and buffers that rank 0 holds; the structure is the same on all."""
+    if trainer.world_size == 1:
+        return
+    state = network.state_dict()
+    own = {name: value.cpu() for name, value in state.items()} if trainer.is_global_zero else None
+    found = trainer.strategy.broadcast(own)
+    with torch.no_grad():
+        for name, value in state.items():
+            value.copy_(found[name])
+
+
+def mean_over_ranks(trainer: Trainer, value: float) -> float:
+    """The mean of the ranks' values; equal values stay as they are."""
+    if trainer.world_size == 1:
+        return value
+    own = torch.tensor(value, dtype=torch.float64, device=trainer.lightning_module.device)
+    return float(trainer.strategy.reduce(own, reduce_op="mean"))
+
+
+def sum_over_ranks(trainer: Trainer, sums: Tensor) -> Tensor:
+    """The sum of the ranks' tensors, on the CPU."""
+    return trainer.strategy.reduce(sums.to(trainer.lightning_module.device), reduce_op="sum").cpu()
+
+
+def begin_anew(trainer: Trainer) -> list[str]:
+    """Lets callbacks forget figures of the network before a cut: what EarlyStopping and ModelCheckpoint call best.
+
+    Otherwise a repair is stopped for being worse than the dense network, and the dense one stays the best checkpoint.
+
+    Returns:
+        Names of the callbacks that forgot something.
+    """
+    forgot = []
+    for callback in trainer.callbacks:
+        if isinstance(callback, EarlyStopping):
+            callback.wait_count = 0
+            callback.best_score = _worst(callback.best_score, callback.monitor_op is torch.lt)
+        elif isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
+            callback.best_k_models, callback.kth_best_model_path, callback.best_model_path = {}, "", ""
+            callback.best_model_score = callback.current_score = None
+            callback.kth_value = _worst(torch.tensor(0.0), callback.mode == "min")
+        else:
+            continue
+        forgot.append(type(callback).__name__)
+    return forgot
+
+
+def _worst(like: Tensor, smaller_is_better: bool) -> Tensor:
+    return torch.full_like(like, torch.inf if smaller_is_better else -torch.inf)
+
+
+def training_loader(trainer: Trainer) -> Any:
+    """The training loader as the user gives it, made anew where a method makes it."""
+    return trainer.fit_loop._data_source.dataloader()
+
+
+def validation_loader(trainer: Trainer) -> Any:
+    """The validation loader or loaders as the run uses them (each rank its share); None where there are none."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    if not loop._data_source.is_defined() or not trainer.limit_val_batches:
+        return None
+    loop.setup_data()
+    return None if loop.skip else trainer.val_dataloaders

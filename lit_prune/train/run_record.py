@@ -6,13 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 
 from lit_prune import __version__
 from lit_prune.data import ImageData
 from lit_prune.files import json_text, read_json, write_json, write_text
-from lit_prune.structure import Plan, apply_plan, compare_profiles
-from lit_prune.structure.description import rebuilt
 from lit_prune.structure.networks import Network
 from lit_prune.version import commit
 
@@ -52,35 +49,3 @@ def subject(network: Network, data: ImageData, limit: int | None = None) -> dict
 def write_stages(run_dir: Path, records: list[dict[str, Any]]) -> None:
     """Writes `stages.jsonl`, one line a structural stage."""
     write_text(run_dir / "stages.jsonl", "".join(json_text(record) + "\n" for record in records))
-
-
-def stage_profiles(network: Network, dense: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Measured figures of the dense network, of each stage's network and of the compact one.
-
-    Latency and throughput depend on the structure alone, so the intermediate networks are rebuilt with random weights;
-    all are measured here, in turns in one process. A stage's accuracy is the one after recalibration and
-    before repair; the compact network's is the one after the last repair.
-
-    Returns:
-        `{"dense": figures, "compact": figures, "stages": [{"name": ..., figures}]}`; figures as `structure.profile`.
-    """
-    example = torch.zeros(1, *network.image_shape)
-    described = (network.backbone, network.arguments, network.image_shape, network.plans[: dense["plans"]])
-    model = rebuilt(*described, "the dense network").eval()
-    models, accuracies = [model], [dense["accuracy"]]
-    for record in records:
-        models.append(apply_plan(models[-1], Plan.from_dict(record["plan"]), example))
-        accuracies.append(record["accuracy"]["after_recalibration"])
-    measured = compare_profiles(models, example, accuracies)
-    stages = [{"name": r["name"], **figures} for r, figures in zip(records, measured[1:], strict=True)]
-    compact = {**measured[-1], "accuracy": records[-1]["accuracy"]["after_repair"]}
-    return {"dense": measured[0], "compact": compact, "stages": stages}
-
-
-def write_compact(run_dir: Path, network: Network, dense: dict[str, Any], records: list[dict[str, Any]]) -> Table:
-    """Hands over `compact/` (weights, structure, report) and returns the final table for the terminal."""
-    from lit_prune.report import result_table
-
-    report = stage_profiles(network, dense, records)
-    network.save(run_dir / "compact", report)
-    return result_table(report)

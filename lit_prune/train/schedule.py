@@ -1,9 +1,10 @@
 """What trains the parameters of a phase, and a learning rate schedule that fits the phase it runs in."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import nn
 from torch.optim import Optimizer
@@ -13,35 +14,11 @@ from lit_prune.errors import InputError
 from lit_prune.models.registry import first_line
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What trains the parameters of a phase: optimizer, schedule, largest gradient norm (None: the trainer's)."""
-
-    optimizer: OptimizerCallable
-    scheduler: LRSchedulerCallable | None = None
-    gradient_clip: float | None = None
-
-    def build(self, parameters: list[nn.Parameter]) -> tuple[Optimizer, Any]:
-        """Optimizer of `parameters` and its schedule, None where there is none.
-
-        Raises:
-            InputError: one of them refuses its settings, such as a negative learning rate.
-        """
-        try:
-            optimizer = self.optimizer(parameters)
-            return optimizer, None if self.scheduler is None else self.scheduler(optimizer)
-        except InputError:
-            raise
-        except Exception as error:  # each optimizer and schedule has its own exceptions for settings
-            problem = f"{type(error).__name__}: {first_line(error)}"
-            raise InputError(f"optimizer or scheduler is refused ({problem}); change its settings") from error
-
-
 class PhaseCosine(LRScheduler):
     """Linear warm-up, then a half cosine to zero, over the steps of the current phase.
 
     With s the step, S the steps of the phase and W = warmup·S: factor (s + 1) / (W + 1) while s < W, then
-    `½·(1 + cos(π·(s - W) / (S - W)))`. `LitClassifier` sets `phase_steps` when the phase begins, so that the same
+    `½·(1 + cos(π·(s - W) / (S - W)))`. `fit_schedule` sets `phase_steps` when the phase begins, so that the same
     configuration serves the dense training and every repair.
 
     Args:
@@ -74,3 +51,48 @@ class PhaseCosine(LRScheduler):
     def get_lr(self) -> list[float]:
         """Learning rate of every parameter group at the current step."""
         return [base * self.factor(max(0, self.last_epoch)) for base in self.base_lrs]
+
+
+def fit_schedule(scheduler: LRScheduler, trainer: Trainer) -> LRScheduler:
+    """The schedule, fitted to the steps that the trainer has before it where it is a `PhaseCosine`.
+
+    Raises:
+        InputError: the number of steps is not known.
+    """
+    if isinstance(scheduler, PhaseCosine):
+        steps = trainer.estimated_stepping_batches
+        if not 0 < steps < math.inf:
+            raise InputError("PhaseCosine: the number of training steps is not known; set max_epochs, or max_steps")
+        scheduler.begin(int(steps))
+    return scheduler
+
+
+def configure(
+    optimizer: OptimizerCallable,
+    scheduler: LRSchedulerCallable | None,
+    parameters: list[nn.Parameter],
+    trainer: Callable[[], Trainer],
+) -> Any:
+    """What `configure_optimizers` returns for an optimizer of `parameters` and its schedule, if any.
+
+    Args:
+        optimizer: makes the optimizer.
+        scheduler: makes the schedule; a `PhaseCosine` is fitted to the steps that the trainer has before it.
+        parameters: what is trained.
+        trainer: gives the trainer, asked for only where there is a schedule.
+
+    Raises:
+        InputError: one of them refuses its settings, such as a negative learning rate.
+    """
+    try:
+        made = optimizer(parameters)
+        if scheduler is None:
+            return made
+        schedule = scheduler(made)
+    except InputError:
+        raise
+    except Exception as error:  # each optimizer and schedule has its own exceptions for settings
+        problem = f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(f"optimizer or scheduler is refused ({problem}); change its settings") from error
+    interval = getattr(schedule, "interval", "epoch")
+    return {"optimizer": made, "lr_scheduler": {"scheduler": fit_schedule(schedule, trainer()), "interval": interval}}

@@ -3,57 +3,74 @@
 import math
 from typing import Any
 
-from lit_prune.structure import Cost, Plan
-from lit_prune.train.stages import PruningStage
+from lit_prune.errors import InputError
+from lit_prune.structure import Cost
+from lit_prune.train.stages import Stage
+
+POINTS = ("dense", "dense_recalibrated", "before", "after_surgery", "after_recalibration", "after_repair")
+FIELDS = ("stage", "name", "epoch", "metric", "macs", "params", "widths", "seconds", "plan", "protocol", "distillation")
 
 
-def open_record(
-    index: int, stage: PruningStage, dense: dict[str, Any], accuracy_before: float, counted: Cost
-) -> dict[str, Any]:
+def open_record(index: int, stage: Stage, dense: dict[str, Any], figure_before: float) -> dict[str, Any]:
     """What is known before the cut.
 
     Args:
         index: number of the stage, from 0.
         stage: what it removes, and when.
-        dense: figures of the dense network: accuracy, accuracy_recalibrated, macs, params.
-        accuracy_before: of the network as it comes into the stage, in 0..1.
-        counted: its cost.
+        dense: figures of the dense network: metric (name and mode), value, recalibrated, macs, params.
+        figure_before: of the network as it comes into the stage.
     """
     return {
         "stage": index,
-        "name": stage.kind,
-        "kind": stage.kind,
+        "name": stage.name,
         "epoch": stage.epoch,
-        "macs": {"dense": dense["macs"], "before": counted.macs},
-        "params": {"dense": dense["params"], "before": counted.params},
-        "accuracy": {
-            "dense": dense["accuracy"],
-            "dense_recalibrated": dense["accuracy_recalibrated"],
-            "before": accuracy_before,
+        "metric": dense["metric"],
+        "macs": {"dense": dense["macs"]},
+        "params": {"dense": dense["params"]},
+        dense["metric"]["name"]: {
+            "dense": dense["value"],
+            "dense_recalibrated": dense["recalibrated"],
+            "before": figure_before,
             "after_repair": math.nan,
         },
-        "widths": {name: {"before": layer.out_channels, "after": 0} for name, layer in counted.layers.items()},
+        "widths": {},
         "seconds": {"repair": 0.0},
     }
 
 
-def complete_record(record: dict[str, Any], plan: Plan, counted: Cost) -> None:
-    """Adds the plan that was carried out and the cost after it."""
-    record["plan"] = plan.to_dict()
-    record["macs"]["after"], record["params"]["after"] = counted.macs, counted.params
+def figures_of(record: dict[str, Any]) -> dict[str, float]:
+    """The figures of a record, by the points at which they were measured."""
+    return record[record["metric"]["name"]]
+
+
+def check_metric_name(name: str) -> None:
+    """Raises InputError where a monitor is called like another field of the record."""
+    if name in FIELDS:
+        raise InputError(f"monitor: {name!r} is the name of a field of stages.jsonl; log the figure under another key")
+
+
+def note_cost(record: dict[str, Any], counted: Cost, point: str) -> None:
+    """Adds the cost and the widths `before` or `after` the cut; a layer that goes has the width 0 after it."""
+    record["macs"][point], record["params"][point] = counted.macs, counted.params
     for name, layer in counted.layers.items():
-        record["widths"][name]["after"] = layer.out_channels
+        record["widths"].setdefault(name, {"before": 0, "after": 0})[point] = layer.out_channels
 
 
 def describe_record(record: dict[str, Any]) -> str:
     """What a stage did, in a sentence for the terminal."""
-    accuracy, macs = record["accuracy"], record["macs"]
+    figures, macs, name = figures_of(record), record["macs"], record["metric"]["name"]
+    shown = {key: format_figure(name, value) for key, value in figures.items()}
     return (
         f"epoch {record['epoch']}: stage {record['name']} · MACs {macs['before'] / 1e6:.1f} M → "
         f"{macs['after'] / 1e6:.1f} M ({macs['after'] / macs['dense']:.0%} of dense) · "
-        f"accuracy {accuracy['before']:.2%} → after surgery {accuracy['after_surgery']:.2%} → "
-        f"recalibrated {accuracy['after_recalibration']:.2%}"
+        f"{name} {shown['before']} → after surgery {shown['after_surgery']} → "
+        f"recalibrated {shown['after_recalibration']}"
     )
+
+
+def format_figure(name: str, value: float) -> str:
+    """A figure for the terminal: accuracies in percent."""
+    return f"{value:.2%}" if "acc" in name and 0 <= value <= 1 else f"{value:.4g}"
 
 
 def plain(value: Any) -> Any:

@@ -1,63 +1,99 @@
 """Removes structure in stages during `fit`: plan, surgery, recalibration, distillation, record, compact model."""
 
 import time
+import uuid
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 from rich.table import Table
-from torch import Tensor
+from torch import nn
 
 from lit_prune.errors import InputError
 from lit_prune.progress import terminal
 from lit_prune.report import result_table
-from lit_prune.structure import Plan, cost, transfer_tensors
-from lit_prune.structure.networks import Network
-from lit_prune.train.batchnorm import recalibrate_batchnorm
-from lit_prune.train.classifier import LitClassifier, Recipe
+from lit_prune.structure.record import note_record, record_of
+from lit_prune.structure.tracing import copy_network
+from lit_prune.task import Task
 from lit_prune.train.distillation import Repair
-from lit_prune.train.evaluation import Evaluation, evaluate
-from lit_prune.train.rewire import check_supported, rewired
-from lit_prune.train.run_record import write_compact, write_stages
-from lit_prune.train.stage_record import complete_record, describe_record, open_record, plain
-from lit_prune.train.stages import DenseCost, PruningStage, cut, plan_stage
-from lit_prune.train.teaching import Teaching
+from lit_prune.train.figures import Figures
+from lit_prune.train.hand_over import (
+    load_teacher,
+    run_of,
+    save_teacher,
+    set_aside,
+    shortened,
+    weights_of,
+    write_compact,
+)
+from lit_prune.train.locate import check_replaceable, find_path
+from lit_prune.train.phase_optimizer import PhaseOptimizer
+from lit_prune.train.phases import Phases, check_epochs, total_epochs
+from lit_prune.train.rewire import check_supported
+from lit_prune.train.run_record import write_stages
+from lit_prune.train.stage_record import (
+    check_metric_name,
+    describe_record,
+    figures_of,
+    format_figure,
+    open_record,
+)
+from lit_prune.train.stages import BlockStage, ChannelStage, Stage
+from lit_prune.train.subject import Subject, memory_format_of
+from lit_prune.train.surgeon import Surgeon
+from lit_prune.train.teaching import Lesson, Teaching
 
 
 class StagedPruning(Callback):
     """At the start of each stage's epoch: measures, plans, cuts, recalibrates; distils until the next stage.
 
-    Rank 0 measures on the fixed calibration subset and plans; the plan travels to the other ranks as plain values and
-    every rank applies it. Recalibration reads the same augmented batches on every rank. The dense network is saved
-    before the first cut and teaches all later phases. At the end of the run the compact model is handed over.
+    For any LightningModule. Rank 0 measures on the fixed calibration samples and plans; the plan travels to the other
+    ranks as plain values and every rank applies it. The dense network teaches all later phases: a term is added to what
+    `training_step` returns (manual optimization: `lit_prune.added_loss`). What EarlyStopping and ModelCheckpoint call
+    best is forgotten at each cut. At the end of the run, however it ends, the network as it is is handed over.
 
-    Hooks: `setup`, `on_fit_start`, `on_train_start`, `on_train_epoch_start` (the stages), `on_train_epoch_end` (the end
-    of a phase: figures after repair, one checkpoint), `on_fit_end` (the compact model). Strategies: one device, DDP.
-    A run resumed from an epoch-end checkpoint equals the uninterrupted run; the number of processes may change, then
-    only the order of images differs.
-    Writes: `stages.jsonl`, `teacher/`, `checkpoints/<stage>.ckpt`, `compact/`.
+    Hooks: `setup` (checks; wraps the module's checkpoint hooks and `configure_optimizers`), `on_fit_start`,
+    `on_train_start`, `on_train_epoch_start` (the stages), `on_before_optimizer_step` (clipping), `on_validation_end`
+    (the monitor is there), `on_train_epoch_end` (the end of a phase: figures after repair, one checkpoint),
+    `on_train_end`, `on_fit_end` (the compact model), `on_exception`, `teardown`. Strategies: one device, DDP. A run
+    resumed from an epoch-end checkpoint equals the uninterrupted run.
+    Writes: `stages.jsonl`, `teacher/`, `checkpoints/<stage>.ckpt`, `compact/`, in `default_root_dir`.
 
     Args:
         stages: in the order of their epochs.
+        network: path of the network in the module; None finds it, see `find_path`.
+        monitor: key that validation logs, the figure in all records; None: the metric of the task on the validation
+            samples.
+        mode: whether more (`max`) or less (`min`) of the monitor is better.
+        calibration: a loader, or a number of samples, to measure on; None: see `calibration_samples`.
+        task: what batches and outputs mean, where it is not recognised.
         repair: weights and form of the distillation terms.
-        optimizer: of the repair phases, with a fresh state (the paper: Adam, 1e-4). None lets the training optimizer
-            go on: momentum of kept channels, learning rates and the schedule's position are carried over.
-        scheduler: of the repair phases; None keeps the learning rate constant. Ignored where `optimizer` is None.
+        optimizer: of the repair phases, with a fresh state (the paper: Adam, 1e-4). `anew` calls the module's
+            `configure_optimizers` again, with `trainer.max_epochs` as long as the phase, so that its schedule fits.
+            None lets the optimizers go on: momentum of kept channels, learning rates, the schedules' positions.
+        scheduler: of the repair phases; None keeps the learning rate constant. Only with an `optimizer`.
         teacher: folder of a saved network (`save_compact`) to learn from; None: this run's own dense network.
-        probe_limit: images at the most that block information is measured on.
-        recalibration_batches: augmented batches for BatchNorm recalibration; 0 leaves the statistics alone.
-        tolerance: a repair that ends more than this below the dense accuracy has failed: the run stops, the network
+        probe_limit: samples at the most that block information is measured on.
+        recalibration_batches: training batches for BatchNorm recalibration; 0 leaves the statistics alone.
+        tolerance: a repair that ends more than this worse than the dense network has failed: the run stops, the network
             of the last stage that held is handed over (the frontier experiment). None: never.
     """
 
     def __init__(
         self,
-        stages: list[PruningStage],
+        stages: list[Stage],
+        network: str | None = None,
+        monitor: str | None = None,
+        mode: Literal["max", "min"] = "max",
+        calibration: Any = None,
+        task: Task | str | None = None,
         repair: Repair = Repair(),  # noqa: B008  (frozen)
-        optimizer: OptimizerCallable | None = None,
+        optimizer: OptimizerCallable | Literal["anew"] | None = None,
         scheduler: LRSchedulerCallable | None = None,
         teacher: str | None = None,
         probe_limit: int = 5000,
@@ -65,40 +101,74 @@ class StagedPruning(Callback):
         tolerance: float | None = None,
     ) -> None:
         super().__init__()
-        if not stages:
-            raise InputError("StagedPruning needs at least one stage, got stages=[]")
+        if not stages or not all(isinstance(stage, BlockStage | ChannelStage) for stage in stages):
+            raise InputError(f"StagedPruning needs BlockStage and ChannelStage objects as stages, got stages={stages}")
+        if probe_limit < 1 or recalibration_batches < 0:
+            raise InputError(
+                f"probe_limit={probe_limit} is below 1 or recalibration_batches={recalibration_batches} below 0"
+            )
+        if monitor is not None:
+            check_metric_name(monitor)
         self.stages = tuple(stages)
-        self.repair = repair
-        self.optimizer, self.scheduler = optimizer, scheduler
-        self._teaching = Teaching(repair, None if teacher is None else Path(teacher))
-        self.probe_limit = probe_limit
-        self.recalibration_batches = recalibration_batches
+        self.network, self.repair = network, repair
+        self.figures = Figures(monitor, mode, task)
+        self.phase_optimizer = PhaseOptimizer(optimizer, scheduler, repair.gradient_clip)
+        self.teaching = Teaching(repair, None if teacher is None else Path(teacher))
+        self.surgeon = Surgeon(self.figures, self.phase_optimizer, calibration, probe_limit, recalibration_batches)
         self.tolerance = tolerance
+        self.subject: Subject | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """A run begins."""
         self.dense: dict[str, Any] = {}
         self.records: list[dict[str, Any]] = []
+        self.phases = Phases(tuple(stage.epoch for stage in self.stages))
+        self.run = uuid.uuid4().hex[:12]
         self._epoch_began = 0.0
+        self._measured = -1
+        self._trained = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Figures of the dense network and one record a stage done, as plain values."""
-        return {"dense": self.dense, "records": self.records}
+        """Figures of the dense network, one record a stage done, the phase's start: plain values."""
+        return {"dense": self.dense, "records": self.records, "phase_start": self.phases.start, "run": self.run}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` returned."""
         self.dense, self.records = state_dict["dense"], state_dict["records"]
+        self.phases.start, self.run = state_dict["phase_start"], state_dict["run"]
 
-    def setup(self, trainer: Trainer, pl_module: LitClassifier, stage: str) -> None:
-        """Checks the schedule against the run and tells the module its phases.
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Finds the network, checks all that can be checked before training, wraps the module's hooks.
 
         Raises:
-            InputError: epochs out of order or beyond the run, no epoch left for repair, strategy or callback refused.
+            InputError: no network found, epochs out of order or beyond the run, strategy or callback refused.
         """
+        path = find_path(pl_module, self.network)
+        if self.subject is None or self.subject.module is not pl_module:
+            self.subject = Subject(pl_module, path)
+            self._forget()
+        self.subject.attach()
         if stage != "fit":
             return
         check_supported(trainer)
-        self._check_schedule(trainer.max_epochs)
-        pl_module.phase_boundaries = tuple(stage.epoch for stage in self.stages)
-        if self.optimizer is not None:
-            pl_module.repair_recipe = Recipe(self.optimizer, self.scheduler, self.repair.gradient_clip)
+        check_replaceable(pl_module, path)
+        self.phases.boundaries = tuple(stage.epoch for stage in self.stages)
+        check_epochs(self.stages, None if trainer.fast_dev_run else total_epochs(trainer))
+        self.phase_optimizer.attach(trainer, pl_module, lambda: self._phase(trainer))
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leaves the module's methods as they were."""
+        self.teaching.end(pl_module)
+        self.phase_optimizer.detach(pl_module)
+        if self.subject is not None:
+            self.subject.detach()
+
+    def _phase(self, trainer: Trainer) -> tuple[bool, int | None]:
+        """Whether a stage has been done, and the epochs of the phase."""
+        total = total_epochs(trainer)
+        cut = bool(self.dense) and len(self.subject.plans) > self.dense["plans"]
+        return cut, None if total is None else self.phases.length(total)
 
     def begin_at_once(self, repair_epochs: int) -> int:
         """Moves the stages to epochs 0, E, 2E, ... with E = `repair_epochs`; returns the epochs needed in all."""
@@ -111,209 +181,179 @@ class StagedPruning(Callback):
         Raises:
             InputError: there is no such stage.
         """
-        if not any(stage.kind == "blocks" for stage in self.stages):
-            raise InputError("a sweep over ratios needs a stage of kind blocks in StagedPruning")
-        only = {"remove_ratio": ratio, "remove_count": None, "keep_blocks": None, "keep": None}
-        self.stages = tuple(replace(stage, **only) if stage.kind == "blocks" else stage for stage in self.stages)
+        if not any(isinstance(stage, BlockStage) for stage in self.stages):
+            raise InputError("a sweep over ratios needs a BlockStage in StagedPruning")
+        self.stages = tuple(
+            BlockStage(stage.epoch, ratio) if isinstance(stage, BlockStage) else stage for stage in self.stages
+        )
 
-    def _check_schedule(self, max_epochs: int | None) -> None:
-        epochs = [stage.epoch for stage in self.stages]
-        if any(later <= earlier for earlier, later in zip(epochs, epochs[1:], strict=False)):
-            raise InputError(f"stage epochs must increase, one stage an epoch, got {epochs}")
-        if not max_epochs or max_epochs < 0:
-            raise InputError("staged pruning needs --trainer.max_epochs: repair phases are counted in epochs")
-        if epochs[-1] >= max_epochs:
-            raise InputError(
-                f"stage {self.stages[-1].kind} at epoch {epochs[-1]} leaves no epoch for repair in a run of "
-                f"{max_epochs} epochs (0 to {max_epochs - 1}); raise --trainer.max_epochs"
-            )
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LitClassifier) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """In a resumed run whose network is already cut: takes up distillation where it was."""
-        if pl_module.plans:
+        if self.records:
             self._teach(trainer, pl_module)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LitClassifier) -> None:
-        """Refuses a resumed run that is already past a stage which was never done; a failed frontier stays stopped.
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuses stages that cannot be reached; a failed frontier stays stopped; a fresh run clears its folder.
 
         Raises:
-            InputError: as said.
+            InputError: a stage beyond the end of the run, or one that was never done before the present epoch.
         """
+        self._trained = True
         if self.failed:
             trainer.should_stop = True
             return
+        total = total_epochs(trainer)
+        if total is None:
+            raise InputError(
+                "staged pruning needs max_epochs, or max_steps and loaders of known length: phases have ends"
+            )
+        check_epochs(self.stages, None if trainer.fast_dev_run else total)
         late = [s for s in self.stages[len(self.records) :] if s.epoch < trainer.current_epoch]
         if late:
             raise InputError(
-                f"stage {late[0].kind} at epoch {late[0].epoch} was not done, and the checkpoint is already at epoch "
+                f"stage {late[0].name} at epoch {late[0].epoch} was not done, and the checkpoint is already at epoch "
                 f"{trainer.current_epoch}; move the stage or resume from an earlier checkpoint"
             )
+        if trainer.is_global_zero and not self.dense:
+            set_aside(Path(trainer.default_root_dir), self.run)
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LitClassifier) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finds out after the first validation whether the monitor is logged."""
+        if not trainer.sanity_checking and trainer.state.fn == "fit":
+            self.figures.check_logged(trainer)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Clips the gradients of a repair."""
+        if self.records:
+            self.phase_optimizer.clip(optimizer)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Runs the stage that is due in this epoch, if any."""
         done = len(self.records)
-        if done < len(self.stages) and self.stages[done].epoch == trainer.current_epoch:
-            self._run(self.stages[done], trainer, pl_module)
+        if done < len(self.stages) and self.stages[done].epoch == trainer.current_epoch and not trainer.fast_dev_run:
+            with isolate_rng():
+                self._run(self.stages[done], trainer, pl_module)
+        self.teaching.begin_epoch(pl_module)
         self._epoch_began = time.perf_counter()
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LitClassifier) -> None:
-        """Ends a phase: accuracy after repair, and a checkpoint (`dense.ckpt`, then one named after each stage)."""
-        pl_module.check_finite()
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ends a phase: the figure after repair, and a checkpoint (`dense.ckpt`, then one named after each stage)."""
         if self.records:
             self.records[-1]["seconds"]["repair"] += time.perf_counter() - self._epoch_began
-        if trainer.current_epoch + 1 not in (*pl_module.phase_boundaries, trainer.max_epochs):
+            self.teaching.end_epoch(pl_module, self.records[-1])
+        if not self.phases.ends_after(trainer.current_epoch, total_epochs(trainer)):
             return
-        if self.records:
-            self.records[-1]["accuracy"]["after_repair"] = self._evaluate(trainer, pl_module).figure
-            if trainer.is_global_zero:
-                write_stages(Path(trainer.default_root_dir), self.records)
+        self._measure_repair(trainer)
         trainer.save_checkpoint(self._checkpoint(trainer, len(self.records)))
         trainer.should_stop = trainer.should_stop or self.failed
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LitClassifier) -> None:
-        """Hands over the compact model, unless the run was cut short."""
-        self._teaching.end(pl_module)
-        ended = self.failed or trainer.current_epoch >= trainer.max_epochs
-        if ended and self.records and trainer.is_global_zero:
-            terminal().print(self._hand_over(Path(trainer.default_root_dir), trainer, pl_module))
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measures the network of a repair that something else ended early; says which stages were not reached."""
+        if self.records and self._measured != trainer.current_epoch and not self.failed:
+            self._measure_repair(trainer)
+        missed = [stage for stage in self.stages[len(self.records) :] if not self.failed]
+        if missed and not trainer.fast_dev_run:
+            names = ", ".join(f"{stage.name} (epoch {stage.epoch})" for stage in missed)
+            handed = "compact/ holds the network as it is" if self.records else "nothing was cut, there is no compact/"
+            rank_zero_warn(f"the run stopped early at epoch {trainer.current_epoch}, not done: {names}; {handed}")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Hands over the compact model."""
+        if self.records and trainer.is_global_zero:
+            run_dir = Path(trainer.default_root_dir)
+            done = not self._trained and run_of(run_dir) == self.run  # a finished run was started again
+            terminal().print(result_table(run_dir) if done else self._hand_over(trainer))
         trainer.strategy.barrier("compact")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Says that an interrupted run hands nothing over."""
+        if isinstance(exception, KeyboardInterrupt) and self.records:
+            rank_zero_warn("interrupted: compact/ is not written; resume from the last checkpoint to go on")
 
     @property
     def failed(self) -> bool:
         """Whether the last finished repair ended below the tolerance."""
         if self.tolerance is None or not self.records:
             return False
-        return self.records[-1]["accuracy"]["after_repair"] < self.dense["accuracy"] - self.tolerance
+        return self.figures.loss_of(self.dense["value"], figures_of(self.records[-1])["after_repair"]) > self.tolerance
+
+    def _measure_repair(self, trainer: Trainer) -> None:
+        self._measured = trainer.current_epoch + 1
+        if not self.records:
+            return
+        figures_of(self.records[-1])["after_repair"] = self._measure(trainer)
+        if trainer.is_global_zero:
+            write_stages(Path(trainer.default_root_dir), self.records)
+
+    def _measure(self, trainer: Trainer) -> float:
+        return self.figures.measure(trainer, self.subject.path)
 
     def _checkpoint(self, trainer: Trainer, done: int) -> Path:
-        name = f"{done}-{self.stages[done - 1].kind}" if done else "dense"
+        name = f"{done}-{self.stages[done - 1].name}" if done else "dense"
         return Path(trainer.default_root_dir) / "checkpoints" / f"{name}.ckpt"
 
-    def _hand_over(self, run_dir: Path, trainer: Trainer, module: LitClassifier) -> Table:
+    def _hand_over(self, trainer: Trainer) -> Table:
         """Writes `compact/`; after a failed repair from the checkpoint of the last stage that held."""
-        if (run_dir / "compact" / "report.json").exists():
-            return result_table(run_dir)
-        write_stages(run_dir, self.records)
-        if not self.failed:
-            return write_compact(run_dir, Network.of(module), self.dense, self.records)
-        trainer.strategy.checkpoint_io.teardown()  # waits for checkpoints that are still being written
-        held = len(self.records) - 1
-        if not held:
-            raise InputError(
-                f"the first stage already failed its repair ({self.records[0]['accuracy']['after_repair']:.2%}, dense "
-                f"{self.dense['accuracy']:.2%}, tolerance {self.tolerance}): nothing to hand over; remove less at once"
-            )
-        network = Network.from_checkpoint(
-            self._checkpoint(trainer, held), module.image_shape, trust=(module.backbone_name,)
-        )
-        return write_compact(run_dir, network, self.dense, self.records[:held])
+        run_dir, held = Path(trainer.default_root_dir), len(self.records)
+        network = self.subject.network
+        if self.failed:
+            trainer.strategy.checkpoint_io.teardown()  # waits for checkpoints that are still being written
+            held -= 1
+            network = self._held_network(trainer, held)
+        dense = self.subject.before(self.dense["plans"])
+        return write_compact(run_dir, network, dense, self.dense, self.records[:held], self.run)
 
-    def _run(self, stage: PruningStage, trainer: Trainer, module: LitClassifier) -> None:
-        """One stage: figures before, plan, surgery, recalibration, fresh optimizer, teacher, record."""
+    def _held_network(self, trainer: Trainer, held: int) -> nn.Module:
+        """The network of the last stage whose repair held."""
+        name = self.figures.name
+        if not held:
+            found, dense = (format_figure(name, v) for v in (self._repaired, self.dense["value"]))
+            raise InputError(
+                f"the first stage already failed its repair ({name} {found}, dense {dense}, tolerance {self.tolerance})"
+                ": nothing to hand over; remove less at once"
+            )
+        plans = self.dense["plans"] + held
+        network = self.subject.before(plans)
+        network.load_state_dict(weights_of(self._checkpoint(trainer, held), self.subject.path))
+        return note_record(network, shortened(record_of(self.subject.network), plans))
+
+    @property
+    def _repaired(self) -> float:
+        """The figure at the end of the last repair."""
+        return figures_of(self.records[-1])["after_repair"]
+
+    def _run(self, stage: Stage, trainer: Trainer, module: LightningModule) -> None:
+        """One stage, and the lesson after it."""
         if not self.dense:
-            self._meet_dense(trainer, module)
-        before = self.records[-1]["accuracy"]["after_repair"] if self.records else self.dense["accuracy"]
-        record = open_record(len(self.records), stage, self.dense, before, cost(module.backbone, module.example_input))
-        record["protocol"] = self._protocol(stage, trainer.max_epochs)
-        clock = time.perf_counter()
-        plan = self._shared_plan(stage, trainer, module)
-        record["seconds"]["plan"] = time.perf_counter() - clock
-        self._teaching.end(module)
-        old, example = module.backbone, module.example_input
-        carry = (lambda tensors: _slice(tensors, old, plan, example)) if self.optimizer is None else None
-        with rewired(trainer, carry):
-            clock = time.perf_counter()
-            batches = trainer.datamodule.calibration_dataloader()
-            network, plan = cut(old, plan, stage, batches, example)
-            module.adopt(network, plan)
-            module.phase_start = trainer.current_epoch
-            record["seconds"]["surgery"] = time.perf_counter() - clock
-            record["accuracy"]["after_surgery"] = self._evaluate(trainer, module).figure
-            clock = time.perf_counter()
-            self._recalibrate(trainer, module.backbone)
-            record["seconds"]["recalibration"] = time.perf_counter() - clock
-            record["accuracy"]["after_recalibration"] = self._evaluate(trainer, module).figure
-        self._teach(trainer, module)
-        complete_record(record, plan, cost(module.backbone, module.example_input))
+            self.dense = self.surgeon.meet_dense(trainer, self.subject)
+            if self.teaching.given is None and trainer.is_global_zero:
+                save_teacher(Path(trainer.default_root_dir), self.subject.network)
+            trainer.strategy.barrier("teacher")
+        self.teaching.end(module)
+        self.phases.start = trainer.current_epoch
+        before = self._repaired if self.records else self.dense["value"]
+        record = open_record(len(self.records), stage, self.dense, before)
+        self.surgeon.carry_out(trainer, self.subject, stage, record)
+        record["protocol"] |= {"repair": self.repair.to_dict(), "repair_epochs": self._phase(trainer)[1]}
         self.records.append(record)
+        self._teach(trainer, module)
+        record["distillation"] = self.teaching.describe()
         if trainer.is_global_zero:
             terminal().print(describe_record(record))
 
-    def _meet_dense(self, trainer: Trainer, module: LitClassifier) -> None:
-        """Figures of the dense network, as it is and recalibrated; saves it as the teacher."""
-        counted = cost(module.backbone, module.example_input)
-        accuracy = self._evaluate(trainer, module).figure
-        statistics = {name: value.clone() for name, value in module.backbone.named_buffers()}
-        self._recalibrate(trainer, module.backbone)
-        recalibrated = self._evaluate(trainer, module).figure
-        for name, value in module.backbone.named_buffers():
-            value.copy_(statistics[name])
-        self.dense = {
-            "accuracy": accuracy,
-            "accuracy_recalibrated": recalibrated,
-            "macs": counted.macs,
-            "params": counted.params,
-            "plans": len(module.plans),
-        }
-        if self._teaching.is_own and trainer.is_global_zero:
-            Network.of(module).save(self._teaching.folder(trainer.default_root_dir))
-        trainer.strategy.barrier("teacher")
+    def _teach(self, trainer: Trainer, module: LightningModule) -> None:
+        """Puts the teacher into the module's loss."""
+        if not self.teaching.wanted:
+            return
+        subject, had = self.subject, self.dense["plans"]
+        teacher = self.teaching.load_given()
+        plans = None if teacher is not None else subject.plans[had:]
+        if teacher is None:
+            teacher = load_teacher(Path(trainer.default_root_dir), copy_network(subject.before(had)))
+        parameter = next(subject.network.parameters())
+        layout = memory_format_of(subject.network)
+        teacher = teacher.to(parameter.device, parameter.dtype, memory_format=layout)
+        self.teaching.begin(module, Lesson(subject.network, teacher, plans, subject.example, self._progress(trainer)))
 
-    def _teach(self, trainer: Trainer, module: LitClassifier) -> None:
-        self._teaching.begin(trainer.default_root_dir, module, since=self.dense["plans"])
-
-    def _shared_plan(self, stage: PruningStage, trainer: Trainer, module: LitClassifier) -> Plan:
-        """Plan made on rank 0, the same on every rank; an error of rank 0 is raised everywhere."""
-        message: dict[str, Any] | None = None
-        if trainer.is_global_zero:
-            try:
-                dense = self._dense_cost(stage, trainer, module)
-                batches = trainer.datamodule.calibration_dataloader()
-                plan = plan_stage(module.backbone, stage, batches, module.example_input, dense, self.probe_limit)
-                message = {"plan": plan.to_dict()}
-            except InputError as error:
-                message = {"error": str(error)}
-        message = trainer.strategy.broadcast(message)
-        if "error" in message:
-            raise InputError(message["error"])
-        return Plan.from_dict(message["plan"])
-
-    def _dense_cost(self, stage: PruningStage, trainer: Trainer, module: LitClassifier) -> DenseCost:
-        """What budgets are shares of."""
-        if stage.budget != "latency":
-            return DenseCost(self.dense["macs"], self.dense["params"])
-        teacher = self._teaching.network(trainer.default_root_dir, module)
-        return DenseCost.of(teacher, module.example_input, with_latency=True)
-
-    def _evaluate(self, trainer: Trainer, module: LitClassifier) -> Evaluation:
-        """Accuracy on the validation split, sums reduced over ranks."""
-        return evaluate(
-            module.backbone,
-            trainer.datamodule.val_dataloader(),
-            lambda sums: trainer.strategy.reduce(sums.to(module.device), reduce_op="sum").cpu(),
-        )
-
-    def _recalibrate(self, trainer: Trainer, backbone: torch.nn.Module) -> None:
-        if self.recalibration_batches:
-            loader = trainer.datamodule.recalibration_dataloader()
-            recalibrate_batchnorm(backbone, loader, self.recalibration_batches)
-
-    def _protocol(self, stage: PruningStage, max_epochs: int) -> dict[str, Any]:
-        """How the stage was carried out, for its record."""
-        later = [other.epoch for other in self.stages if other.epoch > stage.epoch]
-        return {
-            "stage": plain(stage.to_dict()),
-            "repair": self.repair.to_dict(),
-            "optimizer": "continued" if self.optimizer is None else "fresh, made for the phase",
-            "removal": "physical",
-            "recalibration_batches": self.recalibration_batches,
-            "probe_limit": self.probe_limit,
-            "repair_epochs": (min(later) if later else max_epochs) - stage.epoch,
-        }
-
-
-def _slice(tensors: dict[str, Tensor], old: torch.nn.Module, plan: Plan, example: Tensor) -> dict[str, Tensor]:
-    """Optimizer tensors under the module's names, cut as the backbone's parameters are."""
-    prefix = "backbone."
-    inner = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    return {prefix + name: tensor for name, tensor in transfer_tensors(old, plan, example, inner).items()}
+    def _progress(self, trainer: Trainer) -> Callable[[], tuple[int, int]]:
+        return lambda: (trainer.current_epoch - self.phases.start, self._phase(trainer)[1] or 1)

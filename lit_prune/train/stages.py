@@ -9,30 +9,94 @@ from torch import Tensor, nn
 from lit_prune.errors import InputError
 from lit_prune.measurement.labels import block_information
 from lit_prune.models import Block, dropped_by_keep_configuration, find_blocks
-from lit_prune.replace import Replacement, replace_mechanisms
-from lit_prune.scores import Evidence, plan_method
+from lit_prune.replace import KINDS, Replacement, replace_mechanisms
+from lit_prune.scores import Evidence, find_score, plan_method
 from lit_prune.structure import Budget, CostModel, Plan, apply_plan, cost, measure_latency
+from lit_prune.task import Task
 
-Batches = Iterable[tuple[Tensor, Tensor]]
+Batches = Iterable[Any]
 BLOCK_AMOUNTS = ("remove_ratio", "remove_count", "keep_blocks", "keep")
 
 
+class Stage:
+    """What happens at the start of an epoch of `fit`: a `BlockStage` or a `ChannelStage`.
+
+    Attributes:
+        epoch: epoch (from 0) at whose start it happens; `compress` fills it in.
+        name: in records, checkpoints and tables.
+    """
+
+    epoch: int
+    name: str
+
+    def check_epoch(self) -> None:
+        """Raises InputError where the epoch is below 0."""
+        if self.epoch < 0:
+            raise InputError(f"stage {self.name}: epoch must be >= 0, got epoch={self.epoch}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fields as plain values, for the run's record."""
+        return {"name": self.name, **asdict(self)}
+
+
 @dataclass(frozen=True)
-class PruningStage:
-    """What one stage removes, and when.
+class BlockStage(Stage):
+    """Drops whole blocks, those with the least information about the label first. Give one of the four amounts.
 
     Args:
-        kind: `blocks` drops whole blocks; `planes` slices the residual trunk, `mid` the channels inside the blocks,
-            `channels` both.
         epoch: epoch (from 0) at whose start it happens; `compress` fills it in.
-        remove_ratio: blocks only: share r of the free blocks to drop, `floor(r * free)`.
-        remove_count: blocks only: how many blocks to drop.
-        keep_blocks: blocks only: hand-written keep configuration `{stage: [indices of the blocks kept]}`.
-        keep: share of the *dense* network's budget left after this stage, in (0, 1].
+        remove_ratio: share r of the free blocks to drop, `floor(r * free)`.
+        remove_count: how many blocks to drop.
+        keep_blocks: hand-written keep configuration `{stage: [indices of the blocks kept]}`.
+        keep: share of the *dense* network's `budget` left after this stage, in (0, 1].
+        budget: what `keep` counts: `macs` (the default) or `params`.
+    """
+
+    epoch: int = 0
+    remove_ratio: float | None = None
+    remove_count: int | None = None
+    keep_blocks: dict[str, list[int]] | None = None
+    keep: float | None = None
+    budget: Literal["macs", "params"] | None = None
+
+    name = "blocks"
+
+    def __post_init__(self) -> None:
+        """Checks the values.
+
+        Raises:
+            InputError: one is out of range, or has no effect; the line names it.
+        """
+        self.check_epoch()
+        given = [amount for amount in BLOCK_AMOUNTS if getattr(self, amount) is not None]
+        if len(given) != 1:
+            raise InputError(f"stage blocks: give exactly one of {', '.join(BLOCK_AMOUNTS)}, got {given or 'none'}")
+        if self.keep is not None and not 0 < self.keep <= 1:
+            raise InputError(f"stage blocks: keep must lie in (0, 1], got keep={self.keep}")
+        if self.remove_ratio is not None and not 0 < self.remove_ratio < 1:
+            raise InputError(f"stage blocks: remove_ratio must lie in (0, 1), got {self.remove_ratio}")
+        if self.remove_count is not None and self.remove_count < 1:
+            raise InputError(f"stage blocks: remove_count must be at least 1, got {self.remove_count}")
+        if self.budget is not None and self.keep is None:
+            raise InputError(f"stage blocks: budget={self.budget} has no effect without keep; leave it out")
+
+
+PARTS = {"channels": None, "planes": "planes", "mid": "mid"}
+
+
+@dataclass(frozen=True)
+class ChannelStage(Stage):
+    """Slices channels.
+
+    Args:
+        keep: share of the *dense* network's `budget` left after this stage, in (0, 1].
+        epoch: epoch (from 0) at whose start it happens; `compress` fills it in.
+        part: `planes` slices the residual trunk, `mid` the channels inside the blocks, `channels` both.
         budget: what `keep` counts: `macs`, `params`, `latency`, or `channels` (the share of this stage's channels).
         score: name of the method that ranks the channels (`lit_prune.scores.SCORES`), such as `hybrid`.
-        allocation: `global` (one threshold) or `uniform` (the same share everywhere).
-        normalisation: of the scores before a global threshold: none, layer_mean, layer_max, rank or z.
+        allocation: `global` (one threshold), `uniform` (the same share everywhere), or `measured` (by what the width of
+            each group does to the prediction).
+        normalisation: of the scores before a global threshold: none, layer_mean, layer_max, rank or z. None is none.
         round_to: widths are multiples of it.
         cap: largest share of one group that may go.
         protect: names of groups that stay whole.
@@ -40,43 +104,56 @@ class PruningStage:
             (`constant`), combinations of kept channels (`affine`), or the readers solved again (`refit`).
     """
 
-    kind: Literal["blocks", "planes", "mid", "channels"]
+    keep: float
     epoch: int = 0
-    remove_ratio: float | None = None
-    remove_count: int | None = None
-    keep_blocks: dict[str, list[int]] | None = None
-    keep: float | None = None
+    part: Literal["channels", "planes", "mid"] = "channels"
     budget: Literal["macs", "params", "latency", "channels"] = "macs"
     score: str = "proxy"
-    allocation: Literal["global", "uniform"] = "uniform"
-    normalisation: Literal["none", "layer_mean", "layer_max", "rank", "z"] = "none"
+    allocation: Literal["global", "uniform", "measured"] = "uniform"
+    normalisation: Literal["none", "layer_mean", "layer_max", "rank", "z"] | None = None
     round_to: int = 1
     cap: float = 0.95
     protect: tuple[str, ...] = ()
     replace: Literal["delete", "constant", "affine", "refit"] = "delete"
 
+    @property
+    def name(self) -> str:
+        """The part that is sliced."""
+        return self.part
+
     def __post_init__(self) -> None:
-        """Checks the ranges.
+        """Checks the values.
 
         Raises:
-            InputError: a share outside its range, or not exactly one way to say how much goes.
+            InputError: one is out of range, or has no effect; the line names it.
         """
-        if self.keep is not None and not 0 < self.keep <= 1:
-            raise InputError(f"stage {self.kind}: keep must lie in (0, 1], got keep={self.keep}")
-        if self.remove_ratio is not None and not 0 < self.remove_ratio < 1:
-            raise InputError(f"stage {self.kind}: remove_ratio must lie in (0, 1), got {self.remove_ratio}")
-        if self.epoch < 0:
-            raise InputError(f"stage {self.kind}: epoch must be >= 0, got epoch={self.epoch}")
-        given = [name for name in (*BLOCK_AMOUNTS,) if getattr(self, name) is not None]
-        allowed = BLOCK_AMOUNTS if self.kind == "blocks" else ("keep",)
-        if self.kind == "blocks" and self.replace != "delete":
-            raise InputError(f"stage blocks: a whole block has no stand-in, got replace={self.replace}; use delete")
-        if len(given) != 1 or given[0] not in allowed:
-            raise InputError(f"stage {self.kind}: give exactly one of {', '.join(allowed)}, got {given or 'none'}")
+        self.check_epoch()
+        if self.part not in PARTS:
+            raise InputError(f"stage: part={self.part!r} is unknown; use one of {', '.join(PARTS)}")
+        if isinstance(self.keep, bool) or not isinstance(self.keep, float | int) or not 0 < self.keep <= 1:
+            raise InputError(f"stage {self.name}: keep must lie in (0, 1], got keep={self.keep}")
+        if self.normalisation is not None and self.allocation != "global":
+            raise InputError(
+                f"stage {self.name}: normalisation={self.normalisation} has no effect with "
+                f"allocation={self.allocation}; leave it out, or set allocation=global"
+            )
+        if self.replace not in KINDS:
+            raise InputError(f"stage {self.name}: replace={self.replace!r} is none of {', '.join(KINDS)}")
+        self.request(self.keep)
+        find_score(self.score)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Fields as plain values, for the run's record."""
-        return asdict(self)
+    def request(self, keep: float) -> Budget:
+        """The budget, as a share of the present network."""
+        return Budget(
+            self.budget,
+            keep,
+            self.allocation,
+            self.round_to,
+            self.normalisation or "none",
+            self.cap,
+            PARTS[self.part],
+            self.protect,
+        )
 
 
 @dataclass(frozen=True)
@@ -91,8 +168,25 @@ class DenseCost:
     def of(cls, model: nn.Module, example_input: Tensor, with_latency: bool = False) -> "DenseCost":
         """Counts `model`; the latency is measured only where a budget needs it."""
         counted = cost(model, example_input)
+        if with_latency and not isinstance(example_input, Tensor):
+            raise InputError("budget=latency: the network reads more than one tensor; use macs or params")
         seconds = measure_latency(model, tuple(example_input.shape[1:])) if with_latency else float("nan")
         return cls(counted.macs, counted.params, seconds)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a network is measured with.
+
+    Attributes:
+        example: what it is called with, for tracing.
+        task: what batches and outputs mean; None recognises it.
+        limit: samples at the most that block information is measured on.
+    """
+
+    example: Any
+    task: Task | None = None
+    limit: int = 5000
 
 
 def removable_in_order(blocks: tuple[Block, ...], information: Mapping[str, float]) -> list[str]:
@@ -111,26 +205,23 @@ def removable_in_order(blocks: tuple[Block, ...], information: Mapping[str, floa
     return order
 
 
-def plan_blocks(
-    model: nn.Module, stage: PruningStage, batches: Batches, example_input: Tensor, dense: DenseCost, limit: int = 5000
-) -> Plan:
+def plan_blocks(model: nn.Module, stage: BlockStage, batches: Batches, dense: DenseCost, probe: Probe) -> Plan:
     """Plan that drops the blocks with the least information about the label.
 
     Args:
         model: network as it is now.
-        stage: of kind `blocks`.
-        batches: fixed probe of `(images, labels)`.
-        example_input: one image, for tracing.
+        stage: how many go.
+        batches: fixed samples, with labels.
         dense: what a budget refers to.
-        limit: probe images at the most.
+        probe: how it is measured.
 
     Raises:
         InputError: the network has no removable blocks, or the stage would remove none.
 
     Source: m2m_dc sections 3.1 and 3.3.
     """
-    blocks = find_blocks(model, example_input)
-    information = block_information(model, blocks, batches, limit=limit)
+    blocks = find_blocks(model, probe.example)
+    information = block_information(model, blocks, batches, limit=probe.limit, task=probe.task)
     notes: dict[str, Any] = {
         "information": information,
         "protected": {b.name: b.protected for b in blocks if b.protected},
@@ -139,7 +230,7 @@ def plan_blocks(
         names: list[str] = list(dropped_by_keep_configuration(blocks, stage.keep_blocks))
     else:
         order = removable_in_order(blocks, information)
-        names = order[: _block_count(model, order, blocks, stage, example_input, dense)]
+        names = order[: _block_count(model, order, blocks, stage, probe.example, dense)]
     if not names:
         raise InputError(
             f"stage blocks removes nothing: {len(blocks)} blocks, {sum(not b.protected for b in blocks)} free; "
@@ -152,8 +243,8 @@ def _block_count(
     model: nn.Module,
     order: list[str],
     blocks: tuple[Block, ...],
-    stage: PruningStage,
-    example: Tensor,
+    stage: BlockStage,
+    example: Any,
     dense: DenseCost,
 ) -> int:
     """How many blocks of `order` go: `floor(r * free)`, or as few as bring the cost under the budget."""
@@ -161,22 +252,19 @@ def _block_count(
         return min(len(order), int(stage.remove_ratio * sum(not block.protected for block in blocks)))
     if stage.remove_count is not None:
         return min(len(order), stage.remove_count)
-    if stage.budget not in ("macs", "params"):
-        raise InputError(f"stage blocks: keep counts macs or params, got budget={stage.budget}")
-    target = stage.keep * getattr(dense, stage.budget)
+    budget = stage.budget or "macs"
+    target = stage.keep * getattr(dense, budget)
     for count in range(len(order) + 1):
         plan = Plan(drop_blocks=tuple(order[:count]), keep_channels={}, sizes={}, notes={})
         smaller = apply_plan(model, plan, example) if count else model
-        if getattr(cost(smaller, example), stage.budget) <= target:
+        if getattr(cost(smaller, example), budget) <= target:
             return count
     raise InputError(
-        f"stage blocks cannot reach keep={stage.keep} of {stage.budget}: all {len(order)} removable blocks are too few"
+        f"stage blocks cannot reach keep={stage.keep} of {budget}: all {len(order)} removable blocks are too few"
     )
 
 
-def plan_channels(
-    model: nn.Module, stage: PruningStage, batches: Batches, example_input: Tensor, dense: DenseCost, seed: int = 0
-) -> Plan:
+def plan_channels(model: nn.Module, stage: ChannelStage, batches: Batches, dense: DenseCost, probe: Probe) -> Plan:
     """Plan that slices channels by `stage.score` until the budget, a share of the dense network's cost, is met.
 
     Raises:
@@ -184,47 +272,34 @@ def plan_channels(
     """
     keep = stage.keep
     if stage.budget in ("macs", "params"):
-        keep = stage.keep * getattr(dense, stage.budget) / getattr(cost(model, example_input), stage.budget)
+        keep = stage.keep * getattr(dense, stage.budget) / getattr(cost(model, probe.example), stage.budget)
     elif stage.budget == "latency":
-        keep = stage.keep * dense.latency / measure_latency(model, tuple(example_input.shape[1:]))
+        keep = stage.keep * dense.latency / measure_latency(model, tuple(probe.example.shape[1:]))
     if keep >= 1:
         raise InputError(
-            f"stage {stage.kind} removes nothing: the network already costs {stage.keep / keep:.1%} of the dense "
+            f"stage {stage.name} removes nothing: the network already costs {stage.keep / keep:.1%} of the dense "
             f"{stage.budget}, keep={stage.keep} asks for no less"
         )
-    request = Budget(
-        stage.budget,
-        keep,
-        stage.allocation,
-        stage.round_to,
-        stage.normalisation,
-        stage.cap,
-        None if stage.kind == "channels" else stage.kind,
-        stage.protect,
-    )
-    evidence = Evidence(model, batches, seed=seed)
-    cost_model = CostModel.build(model, evidence.graph, example_input)
-    return plan_method(evidence, stage.score, evidence.graph, cost_model, request)
+    evidence = Evidence(model, batches, task=probe.task)
+    cost_model = CostModel.build(model, evidence.graph, probe.example)
+    return plan_method(evidence, stage.score, evidence.graph, cost_model, stage.request(keep))
 
 
 def cut(
-    model: nn.Module, plan: Plan, stage: PruningStage, batches: Batches, example_input: Tensor
+    model: nn.Module, plan: Plan, stage: Stage, batches: Batches, example_input: Any, task: Task | None = None
 ) -> tuple[nn.Module, Plan]:
     """The network after the plan with the stage's stand-ins in place, and the plan that rebuilds its structure.
 
     Layers in which nothing can stand in (a reader that is not affine) are left with what is kept.
     """
-    if stage.replace == "delete":
+    if isinstance(stage, BlockStage) or stage.replace == "delete":
         return apply_plan(model, plan, example_input), plan
     settings = Replacement(unsupported="delete")
-    reduced = replace_mechanisms(model, plan, batches, example_input, stage.replace, settings=settings)
+    reduced = replace_mechanisms(model, plan, batches, example_input, stage.replace, settings=settings, task=task)
     return reduced.model, reduced.plan
 
 
-def plan_stage(
-    model: nn.Module, stage: PruningStage, batches: Batches, example_input: Tensor, dense: DenseCost, limit: int = 5000
-) -> Plan:
+def plan_stage(model: nn.Module, stage: Stage, batches: Batches, dense: DenseCost, probe: Probe) -> Plan:
     """Plan of any stage; see `plan_blocks` and `plan_channels`."""
-    if stage.kind == "blocks":
-        return plan_blocks(model, stage, batches, example_input, dense, limit)
-    return plan_channels(model, stage, batches, example_input, dense)
+    plan = plan_blocks if isinstance(stage, BlockStage) else plan_channels
+    return plan(model, stage, batches, dense, probe)

@@ -1,23 +1,47 @@
-"""Who teaches a run after surgery: the saved dense network, put into the module's loss and taken out again."""
+"""Who teaches a run after surgery: the dense network, put into the module's loss and taken out again."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from lit_prune.errors import InputError
-from lit_prune.models import find_head
-from lit_prune.structure import kept_columns, load_compact
+from lit_prune.structure import Plan, kept_columns, load_compact
+from lit_prune.train.added_loss import AddedLoss, add_term, drop_term
 from lit_prune.train.distillation import Distillation, Repair
-
-if TYPE_CHECKING:
-    from lit_prune.train.classifier import LitClassifier
+from lit_prune.train.locate import find_path, network_at
 
 TERM = "distillation"
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """What a student is taught by.
+
+    Attributes:
+        student: the network in training.
+        teacher: the network to learn from, on the student's device.
+        plans: from the teacher to the student; None where the teacher is somebody else's.
+        example: what the networks are called with.
+        progress: epochs since the phase began, and its length.
+    """
+
+    student: nn.Module
+    teacher: nn.Module
+    plans: tuple[Plan, ...] | None
+    example: Any
+    progress: Callable[[], tuple[int, int]]
+
+
 class Teaching:
-    """The distillation term of a LightningModule, for as long as a phase lasts.
+    """The distillation term in the loss of a LightningModule, for as long as a phase lasts.
+
+    Attributes:
+        layer: whose inputs are compared as features; None where none are.
+        reason: why no features are compared, or "".
 
     Args:
         repair: weights and form of the term.
@@ -25,53 +49,154 @@ class Teaching:
     """
 
     def __init__(self, repair: Repair, given: Path | None = None) -> None:
-        self._repair, self._given = repair, given
+        self.repair, self.given = repair, given
+        self.layer: str | None = None
+        self.reason = ""
         self._term: Distillation | None = None
+        self._added = AddedLoss()
 
     @property
-    def is_own(self) -> bool:
-        """Whether the teacher is the run's own dense network."""
-        return self._given is None
+    def wanted(self) -> bool:
+        """Whether a weight is not 0."""
+        return bool(self.repair.alpha or self.repair.beta)
 
-    def folder(self, run_dir: str) -> Path:
-        """Folder of the teacher."""
-        return self._given or Path(run_dir) / "teacher"
-
-    def network(self, run_dir: str, module: "LitClassifier") -> nn.Module:
-        """The teacher, on the module's device and in its memory format.
+    def load_given(self) -> nn.Module | None:
+        """The network of the folder that was given, or None where none was.
 
         Raises:
             InputError: it is not there.
         """
-        folder = self.folder(run_dir)
-        if not folder.is_dir():
-            raise InputError(f"teacher missing: {folder} is no folder; it is written before the first stage of a run")
-        return load_compact(folder, trust=(module.backbone_name,)).to(module.device, memory_format=module.memory_format)
+        if self.given is None:
+            return None
+        if not self.given.is_dir():
+            raise InputError(f"teacher missing: {self.given} is no folder; give one that save_compact wrote")
+        return load_compact(self.given)
 
-    def begin(self, run_dir: str, module: "LitClassifier", since: int) -> None:
+    def begin(self, module: LightningModule, lesson: Lesson) -> None:
         """Puts the term into the module's loss; nothing where both weights are 0.
 
-        Args:
-            run_dir: the run folder.
-            module: the student.
-            since: plans that the run's own teacher has had itself; those after them say which features are left.
+        Raises:
+            InputError: somebody else's teacher with other features, where features are to be compared.
+        """
+        if not self.wanted:
+            return
+        columns = self._find_features(lesson)
+        self._term = Distillation(self.repair, lesson.student, lesson.teacher, lesson.progress, self.layer, columns)
+        self._added = add_term(module, TERM, self._term)
+
+    def _find_features(self, lesson: Lesson) -> list[int] | None:
+        """Finds the layer whose inputs can be compared, and the teacher's columns that the student still has."""
+        self.layer, self.reason = None, "repair beta is 0"
+        if not self.repair.beta:
+            return None
+        name = last_layer(lesson.teacher)
+        width = _inputs(lesson.teacher, name)
+        try:
+            if lesson.plans is None:
+                columns = list(range(width))
+            else:
+                columns = kept_columns(lesson.teacher, lesson.plans, name, lesson.example)
+            found = _inputs(lesson.student, name)
+        except (InputError, AttributeError) as error:
+            self.reason = f"the inputs of {name} cannot be followed ({error})"
+            return None
+        if len(columns) != found:
+            if lesson.plans is None:
+                raise InputError(f"teacher {self.given} has other features than the student; set repair beta to 0")
+            self.reason = f"{name} reads {found} channels, the plans leave {len(columns)}"
+            return None
+        self.layer, self.reason = name, ""
+        return None if len(columns) == width else columns
+
+    def describe(self) -> dict[str, Any]:
+        """What the student is compared at, and how often it was so far: plain values."""
+        if not self.wanted:
+            return {"evaluations": 0, "features": None, "reason": "both weights are 0"}
+        return {"evaluations": 0, "features": self.layer, "reason": self.reason}
+
+    def begin_epoch(self, module: LightningModule) -> None:
+        """An epoch of the phase begins."""
+        if self._term is not None:
+            self._added.begin_epoch()
+            self._term.evaluations = 0
+
+    def end_epoch(self, module: LightningModule, record: dict[str, Any]) -> None:
+        """Logs the epoch's mean and adds the evaluations to the record of the stage.
 
         Raises:
-            InputError: no teacher, or one with other features where features are compared.
+            InputError: the module optimizes by itself, and its loss never took the term.
         """
-        if self._repair.alpha == self._repair.beta == 0:
+        if self._term is None:
             return
-        teacher = self.network(run_dir, module)
-        head = find_head(teacher)
-        columns = kept_columns(teacher, module.plans[since:], head, module.example_input) if self.is_own else None
-        width = module.backbone.get_submodule(head).in_features
-        if self._repair.beta and len(columns or range(teacher.get_submodule(head).in_features)) != width:
-            raise InputError(f"teacher {self._given} has other features than the student; set repair beta to 0")
-        self._term = module.loss_terms[TERM] = Distillation(self._repair, module.backbone, teacher, head, columns)
+        if self._added.steps and not self._added.evaluations.get(TERM):
+            raise InputError(
+                f"distillation: training_step of {type(module).__name__} took no term in the whole epoch; with manual "
+                "optimization add lit_prune.added_loss(self) to its loss, or set the weights of repair to 0"
+            )
+        record["distillation"]["evaluations"] += self._term.evaluations
+        mean = self._added.mean(TERM)
+        if mean is not None:
+            module.log(f"train/{TERM}", mean, sync_dist=True)
 
-    def end(self, module: "LitClassifier") -> None:
+    def end(self, module: LightningModule) -> None:
         """Takes the term out of the loss again."""
         if self._term is not None:
             self._term.remove()
             self._term = None
-        module.loss_terms.pop(TERM, None)
+            drop_term(module, TERM)
+
+
+def last_layer(network: nn.Module) -> str:
+    """Name of the last Linear in module order, else of the last convolution: the head.
+
+    Raises:
+        InputError: the network has neither.
+    """
+    for kinds in (nn.Linear, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        names = [name for name, layer in network.named_modules() if isinstance(layer, kinds)]
+        if names:
+            return names[-1]
+    raise InputError(f"repair: {type(network).__name__} has no Linear or convolution whose inputs could be compared")
+
+
+def _inputs(network: nn.Module, name: str) -> int:
+    layer = network.get_submodule(name)
+    return layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+
+
+class Tutor(Callback):
+    """Teaches the network of any LightningModule by another one through a whole `fit`.
+
+    Hooks: `on_fit_start` adds the term, `on_train_epoch_start` and `on_train_epoch_end` keep its mean (logged as
+    `train/distillation`), `teardown` takes it out. Nothing is kept in the callback's state. Strategies: one device and
+    DDP.
+
+    Args:
+        repair: weights and form of the term; features are compared where the last layers read equally many channels.
+        teacher: the network to learn from.
+        network: path of the student in the module; None finds it, see `find_path`.
+    """
+
+    def __init__(self, repair: Repair, teacher: nn.Module, network: str | None = None) -> None:
+        self.teacher, self.network = teacher, network
+        self.teaching = Teaching(repair)
+        self.record = {TERM: {"evaluations": 0}}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Adds the term to the loss."""
+        student = network_at(pl_module, find_path(pl_module, self.network))
+        teacher = self.teacher.to(next(student.parameters()).device)
+        lesson = Lesson(student, teacher, None, None, lambda: (trainer.current_epoch, trainer.max_epochs))
+        self.teaching.begin(pl_module, lesson)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forgets the sums of the epoch before."""
+        self.teaching.begin_epoch(pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs the epoch's mean."""
+        self.teaching.end_epoch(pl_module, self.record)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leaves the loss as it was."""
+        self.teaching.end(pl_module)

@@ -1,54 +1,54 @@
-"""What the tracing callbacks share: when to trace, on which images, what it costs, where the files go."""
+"""What the tracing callbacks share: when to trace, on which samples, what it costs, where the files go."""
 
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
 
 from lit_prune.errors import InputError
-from lit_prune.measurement.layers import Batches
+from lit_prune.task import Task
+from lit_prune.train.capture import Seen
+from lit_prune.train.locate import find_path, network_at
+from lit_prune.train.module_task import task_in
+from lit_prune.train.samples import Samples, calibration_samples
 
 
 class Trace(Callback, ABC):
     """Traces the network at initialisation and after every k-th training epoch, and says what that cost.
 
-    Hooks: `on_train_start` (initialisation, skipped on resume) and `on_train_epoch_end`; `on_train_epoch_start`,
-    `on_train_batch_start` and `on_train_batch_end` keep the time that training takes. Nothing is kept in the
-    callback's state.
+    For any LightningModule. Hooks: `setup` (finds the network), `on_train_start` (initialisation, skipped on resume)
+    and `on_train_epoch_end`; `on_train_epoch_start`, `on_train_batch_start` and `on_train_batch_end` keep the time that
+    training takes. Nothing is kept in the callback's state.
 
     Args:
-        every_n_epochs: trace after epochs n-1, 2n-1, ... (counted from 0).
-        layers: names or fnmatch patterns of the layers; None takes every Conv2d and Linear.
-        target: task variable, as in `lit_prune.measurement.channel_table`.
-        limit: number of calibration images; None takes all.
+        chosen: what is traced, and when.
         targets: task variables to choose from.
 
     Raises:
         InputError: a value out of range.
     """
 
-    def __init__(
-        self, every_n_epochs: int, layers: list[str] | None, target: str, limit: int | None, targets: Sequence[str]
-    ) -> None:
-        if every_n_epochs < 1:
-            raise InputError(f"every_n_epochs: {every_n_epochs} is below 1")
-        if limit is not None and limit < 1:
-            raise InputError(f"limit: {limit} is below 1; give a number of images, or None for all")
-        if target not in targets:
-            raise InputError(f"target: {target!r} is not one of {', '.join(targets)}")
-        self.every_n_epochs = every_n_epochs
-        self.layers = layers
-        self.target = target
-        self.limit = limit
+    def __init__(self, chosen: "Traced", targets: Sequence[str]) -> None:
+        if chosen.every_n_epochs < 1:
+            raise InputError(f"every_n_epochs: {chosen.every_n_epochs} is below 1")
+        if chosen.limit is not None and chosen.limit < 1:
+            raise InputError(f"limit: {chosen.limit} is below 1; give a number of samples, or None for all")
+        if chosen.task is None and chosen.target is not None and chosen.target not in targets:
+            raise InputError(f"target: {chosen.target!r} is not one of {', '.join(targets)}")
+        self.chosen = chosen
+        self.path = ""
         self._began: float | None = None
         self._trained = 0.0
 
     @abstractmethod
-    def trace(self, trainer: Trainer, backbone: nn.Module, epoch: int) -> str:
+    def trace(self, trainer: Trainer, network: nn.Module, epoch: int) -> str:
         """Traces the network after `epoch` finished epochs, on every rank; says on rank 0 what was traced."""
 
     @abstractmethod
@@ -59,6 +59,20 @@ class Trace(Callback, ABC):
     @abstractmethod
     def log_key(self) -> str:
         """Prefix of what is logged."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Finds the network.
+
+        Raises:
+            InputError: there is none, or more than one that it could be.
+        """
+        self.path = find_path(pl_module, self.chosen.network)
+
+    def samples(self, trainer: Trainer) -> tuple[Iterator[Seen], Task]:
+        """This rank's share of the calibration samples, as the network gets them, and what they mean."""
+        found = calibration_samples(trainer, self.path, self.chosen.calibration)
+        task = task_in(trainer, self.path, found.first(), self.chosen.task)
+        return share_samples(found, trainer.global_rank, trainer.world_size, self.chosen.limit), task
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Traces the initialisation of a fresh fit."""
@@ -85,13 +99,14 @@ class Trace(Callback, ABC):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Traces the state after every `every_n_epochs`-th epoch."""
         finished = trainer.current_epoch + 1
-        if finished % self.every_n_epochs == 0:
+        if finished % self.chosen.every_n_epochs == 0:
             self._timed(trainer, pl_module, epoch=finished)
 
     def _timed(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> None:
         """Traces, logs the seconds, prints them with their share of the epoch's training."""
         start = time.perf_counter()
-        said = self.trace(trainer, backbone_of(self, pl_module), epoch)
+        with isolate_rng():
+            said = self.trace(trainer, network_at(pl_module, self.path), epoch)
         seconds = time.perf_counter() - start
         training = 0.0 if self._began is None else self._trained - self._began
         share = f", {seconds / training:.0%} of the epoch's training" if epoch and training > 0 else ""
@@ -101,22 +116,45 @@ class Trace(Callback, ABC):
         rank_zero_info(f"{said}, {seconds:.2f} s{share}")
 
 
-def share_batches(batches: Batches, rank: int, ranks: int, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's images of each batch, every `ranks`-th one, of the first `limit` images of the same batches.
+@dataclass(frozen=True)
+class Traced:
+    """What a trace is of, and when.
+
+    Attributes:
+        every_n_epochs: trace after epochs n-1, 2n-1, ... (counted from 0).
+        layers: names or fnmatch patterns of the layers; None takes every layer that can be measured.
+        target: task variable, as in `lit_prune.measure`; None takes the task's default.
+        limit: number of calibration samples; None takes all.
+        network: path of the network in the module; None finds it, see `find_path`.
+        calibration: a loader, or a number of samples, to measure on; None: see `calibration_samples`.
+        task: what batches and outputs mean, where it is not recognised.
+    """
+
+    every_n_epochs: int
+    layers: list[str] | None
+    target: str | None
+    limit: int | None
+    network: str | None
+    calibration: Any
+    task: Task | str | None
+
+
+def share_samples(samples: Samples, rank: int, ranks: int, limit: int | None = None) -> Iterator[Seen]:
+    """This rank's part of the first `limit` samples: every `ranks`-th of each batch where all ranks read the same.
 
     Raises:
-        InputError: on every rank, if the first batch has fewer images than there are ranks.
+        InputError: on every rank, if the first batch has fewer samples than there are ranks.
     """
-    seen = 0
-    for images, labels in batches:
-        kept = len(images) if limit is None else min(len(images), limit - seen)
-        if seen == 0 and kept < ranks:
-            raise InputError(f"calibration: {kept} images in the first batch for {ranks} ranks; make it larger")
-        seen += kept
-        if rank < kept:
-            yield images[:kept][rank::ranks], labels[:kept][rank::ranks]
-        if seen == limit:
-            return
+    if not samples.shared:  # each rank has its own already
+        own = samples.limit if limit is None else min(samples.limit or limit, -(-limit // ranks))
+        yield from replace(samples, limit=own)
+        return
+    for place, seen in enumerate(replace(samples, limit=limit if samples.limit is None else samples.limit)):
+        size = seen.size
+        if place == 0 and size < ranks:
+            raise InputError(f"calibration: {size} samples in the first batch for {ranks} ranks; make it larger")
+        if rank < size:
+            yield seen if ranks == 1 else seen.take(slice(rank, None, ranks))
 
 
 def is_fresh(trainer: Trainer) -> bool:
@@ -127,29 +165,3 @@ def is_fresh(trainer: Trainer) -> bool:
 def trace_folder(trainer: Trainer) -> Path:
     """`trace/` in the run folder."""
     return Path(trainer.default_root_dir) / "trace"
-
-
-def calibration_batches(callback: Callback, trainer: Trainer, limit: int | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's share of the first `limit` calibration images of the DataModule.
-
-    Raises:
-        InputError: the run has no calibration data.
-    """
-    data = getattr(trainer, "datamodule", None)
-    if not hasattr(data, "calibration_dataloader"):
-        name = type(callback).__name__
-        raise InputError(f"{name}: no calibration data; fit with a DataModule that has calibration_dataloader()")
-    return share_batches(data.calibration_dataloader(), trainer.global_rank, trainer.world_size, limit)
-
-
-def backbone_of(callback: Callback, pl_module: LightningModule) -> nn.Module:
-    """The network of a LightningModule, without what torch.compile wraps around it.
-
-    Raises:
-        InputError: it has no `backbone`.
-    """
-    backbone = getattr(pl_module, "backbone", None)
-    if not isinstance(backbone, nn.Module):
-        names = type(callback).__name__, type(pl_module).__name__
-        raise InputError(f"{names[0]}: {names[1]} has no `backbone`; name its network so")
-    return getattr(backbone, "_orig_mod", backbone)

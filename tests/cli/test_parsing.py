@@ -17,10 +17,10 @@ def test_a_ring_of_exceptions_ends_with_each_of_them_once():
 @pytest.mark.parametrize(
     ("stage", "words"),
     [
-        ("kind: channel, keep: 0.5", ["kind", "channel", "'channels'"]),
-        ("kind: channels, keep: 0.5, budget: mac", ["budget", "mac", "'macs'"]),
-        ("kind: channels, keep: half", ["keep", "half"]),
-        ("kind: channels, keep: 0.5, keeep: 3", ["keeep"]),
+        ("class_path: ChannelStag, init_args: {keep: 0.5}", ["ChannelStag"]),
+        ("class_path: lit_prune.ChannelStage, init_args: {keep: 0.5, budget: mac}", ["budget", "mac", "'macs'"]),
+        ("class_path: lit_prune.ChannelStage, init_args: {keep: half}", ["keep", "half"]),
+        ("class_path: lit_prune.ChannelStage, init_args: {keep: 0.5, keeep: 3}", ["keeep"]),
     ],
 )
 def test_a_typing_error_inside_a_stage_is_one_line_that_names_it(tmp_path, capsys, stage, words):

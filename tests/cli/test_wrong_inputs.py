@@ -346,9 +346,7 @@ def test_each_wrong_command_line_is_one_line_and_exit_code_2(tmp_path, capfd, qu
     check(tmp_path, capfd, monkeypatch, list(command_lines()))
 
 
-def test_of_the_wrong_command_lines_every_ninth_is_one_line_and_exit_code_2(
-    tmp_path, capfd, quick_parser, monkeypatch
-):
+def test_of_the_wrong_command_lines_every_ninth_is_one_line_and_exit_code_2(tmp_path, capfd, quick_parser, monkeypatch):
     check(tmp_path, capfd, monkeypatch, list(command_lines())[::9])
 
 

@@ -9,7 +9,7 @@ from torchvision.transforms import functional, v2
 
 from lit_prune.data import ImageFolderData
 from lit_prune.data.augmentation import PadCropFlip
-from lit_prune.data.sources import SHOW_PROGRESS_FROM, FileImages, read_image
+from lit_prune.data.sources import SHOW_PROGRESS_FROM, FileImages, describe_conversions, read_image
 from lit_prune.errors import InputError
 
 PLAIN = {"mean": (0, 0, 0), "std": (1, 1, 1)}
@@ -126,6 +126,26 @@ def test_every_image_mode_becomes_rgb(tmp_path, mode):
     grey.convert("RGB").convert(mode).save(file)
     pixels = np.asarray(read_image(file)).astype(int)
     assert pixels.shape == (4, 4, 3) and abs(pixels - 100).max() <= 2
+
+
+def test_sixteen_bit_images_keep_their_differences(tmp_path):
+    """Read as 8 bits without scaling, every value above 255 is white and the classes of a set become one."""
+    for name, value in (("dark", 3000), ("middle", 30000), ("bright", 65535)):
+        Image.fromarray(np.full((4, 4), value, dtype=np.uint16)).save(tmp_path / f"{name}.png")
+    found = [read_image(tmp_path / f"{name}.png").getpixel((0, 0)) for name in ("dark", "middle", "bright")]
+    assert found == [(12,) * 3, (117,) * 3, (255,) * 3]
+    Image.fromarray(np.full((4, 4), 0.5, dtype=np.float32)).save(tmp_path / "real.tif")
+    with pytest.raises(InputError, match="real.tif .*whose range is not known; save it with 8 or 16 bits"):
+        read_image(tmp_path / "real.tif")
+
+
+def test_conversions_are_said(tmp_path):
+    kinds = {"grey.png": ("L", (4, 4)), "clear.png": ("RGBA", (4, 6)), "plain.png": ("RGB", (4, 4))}
+    for name, (mode, size) in kinds.items():
+        Image.new(mode, size).save(tmp_path / name)
+    files = [str(tmp_path / name) for name in kinds]
+    said = "grey is repeated in three channels; alpha is dropped; images that are not square are cut to the centre"
+    assert describe_conversions(files) == said and describe_conversions(files[2:]) == ""
 
 
 def test_decoding_many_files_shows_progress_and_few_do_not(image_tree, capsys):

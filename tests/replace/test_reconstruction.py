@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from lit_prune.replace.elimination import ReaderMoments, elimination_costs
-from lit_prune.replace.reconstruction import output_metrics, patch_covariances, reconstruction_costs
+from lit_prune.replace.elimination import Elimination, elimination_costs
+from lit_prune.replace.reconstruction import reader_moments, reconstruction_costs
 from lit_prune.scores import score
 from lit_prune.task import Unlabelled
 
@@ -30,7 +30,7 @@ def residual(covariance, weight, metric, kept) -> float:
 def test_costs_are_the_rises_of_the_least_squares_error_in_greedy_order(weighted):
     metric = torch.tensor([[2.0, 0.5, 0.0], [0.5, 1.0, 0.2], [0.0, 0.2, 3.0]]).double() if weighted else None
     covariance, weight, metric, columns = moments(metric=metric)
-    found = elimination_costs([ReaderMoments.build(covariance, weight.clone(), metric, columns, 1e-14)], 5)
+    found = elimination_costs([Elimination.build(covariance, weight.clone(), metric, columns, 1e-14)], 5)
     left, before, expected = list(range(5)), 0.0, torch.zeros(5, dtype=torch.float64)
     while left:
         trials = {}
@@ -49,7 +49,7 @@ def test_a_unit_that_the_others_determine_goes_first_and_costs_nothing():
     mixing = torch.eye(5, dtype=torch.float64)
     mixing[3] = torch.tensor([0.5, -1.0, 0, 0, 2.0])  # unit 3 is a combination of 0, 1 and 4
     covariance = mixing @ covariance @ mixing.T
-    costs = elimination_costs([ReaderMoments.build(covariance, weight, metric, columns, 1e-12)], 5)
+    costs = elimination_costs([Elimination.build(covariance, weight, metric, columns, 1e-12)], 5)
     least = costs.argsort()[:2]
     assert costs[least[0]] < 1e-6 * costs[least[1]]
     assert int(least[0]) in (0, 1, 3, 4)
@@ -58,9 +58,9 @@ def test_a_unit_that_the_others_determine_goes_first_and_costs_nothing():
 def test_two_readers_add_up():
     covariance, weight, metric, columns = moments()
     halves = [weight[:1], weight[1:]]
-    whole = elimination_costs([ReaderMoments.build(covariance, weight.clone(), metric, columns, 1e-9)], 5)
+    whole = elimination_costs([Elimination.build(covariance, weight.clone(), metric, columns, 1e-9)], 5)
     parts = [
-        ReaderMoments.build(covariance, half.clone(), torch.eye(len(half), dtype=torch.float64), columns, 1e-9)
+        Elimination.build(covariance, half.clone(), torch.eye(len(half), dtype=torch.float64), columns, 1e-9)
         for half in halves
     ]
     torch.testing.assert_close(elimination_costs(parts, 5), whole)
@@ -87,13 +87,13 @@ def test_metric_of_the_classifier_is_the_identity_and_covariance_is_that_of_unfo
     torch.manual_seed(0)
     net = Head().eval()
     many = torch.cat([batches[0][0]] * 400)
-    metric = output_metrics(net, ["head"], [many], 0, Unlabelled())["head"]
+    metric = reader_moments(net, ["head"], [many], Unlabelled())["head"].metric
     torch.testing.assert_close(metric, torch.eye(3).double(), rtol=0, atol=0.05)
     seen = []
     net.mix.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
-    covariance = patch_covariances(net, ["mix"], batches, 0, Unlabelled())["mix"]
+    covariance = reader_moments(net, ["mix"], batches, Unlabelled())["mix"].covariance
     patches = torch.cat([nn.functional.unfold(u, 3).transpose(1, 2).flatten(0, 1) for u in seen]).double()
-    torch.testing.assert_close(covariance, torch.cov(patches.T, correction=0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(covariance.inputs, torch.cov(patches.T, correction=0), rtol=1e-5, atol=1e-6)
 
 
 def test_score_is_invariant_to_rescaled_units_and_divides_by_multiply_adds(batches):

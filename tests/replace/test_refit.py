@@ -96,7 +96,7 @@ def test_of_two_layers_that_one_addition_reads_only_the_last_waits_there():
 
 def test_one_waiting_pass_solves_what_layer_by_layer_passes_solve(trunk, batches):
     images = torch.cat([batch for batch, _ in batches])
-    settings = Replacement(ridge=1e-9)
+    settings = Replacement(ridge=1e-9, clipped=False, scope="consumers")
     reduced = replace_mechanisms(trunk, PLAN, batches, IMAGE, "refit", settings=settings).model
     naive = apply_plan(trunk, PLAN, IMAGE)
     seen = {}
@@ -133,7 +133,7 @@ def test_a_reader_of_512_maps_is_solved_as_least_squares_on_all_rows_at_once_sol
     batches = [(torch.randn(5, 3, 8, 8, dtype=torch.float64), torch.zeros(5)) for _ in range(5)]
     kept = tuple(range(0, 512, 4))  # 1,152 columns against 1,600 rows, streamed in five parts
     plan = Plan(keep_channels={"0": kept}, sizes={"0": 512})
-    settings = Replacement(ridge=1e-12, held_out=0.0)
+    settings = Replacement(ridge=1e-12, held_out=0.0, clipped=False)
     found = replace_mechanisms(net, plan, batches, torch.zeros(1, 3, 8, 8).double(), "refit", settings=settings).model
     with torch.no_grad():
         maps = net[:2](torch.cat([images for images, _ in batches]))
@@ -177,8 +177,8 @@ def test_streamed_sums_solve_the_ridge_problem():
     data = sums.covariance()
     fit = solve(data, 0.1)
     u, z = inputs - inputs.mean(0), targets - targets.mean(0)
-    penalty = 0.1 * u.square().mean() * 500
-    expected = torch.linalg.solve(u.T @ u + penalty * torch.eye(7).double(), u.T @ z).T
+    penalty = 0.1 * u.square().mean(0) * 500
+    expected = torch.linalg.solve(u.T @ u + torch.diag(penalty), u.T @ z).T
     torch.testing.assert_close(fit.weight, expected, rtol=0, atol=1e-10)
     residual = inputs @ fit.weight.T + fit.bias - targets
     assert data.error(fit) == pytest.approx(float(residual.square().sum() / z.square().sum()), rel=1e-9)
@@ -241,3 +241,55 @@ def test_waiting_passes_keep_no_graph(trunk, batches):
             assert not seen.inputs.requires_grad and not seen.output.requires_grad
         assert walk.advance() is None
         torch.testing.assert_close(walk.output, trunk(batches[0][0]).detach())
+
+
+class Clipped(nn.Module):
+    """One layer, its norm with a negative scale too, a shortcut, a clip."""
+
+    def __init__(self, clip: nn.Module, joined: bool) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 6, 1, bias=False)
+        self.second = nn.Conv2d(6, 4, 1, bias=False)
+        self.norm = nn.BatchNorm2d(4)
+        self.short = nn.Conv2d(3, 4, 1)
+        self.clip, self.joined = clip, joined
+
+    def forward(self, images):
+        values = self.norm(self.second(torch.tanh(self.first(images))))
+        return self.clip(values + self.short(images) if self.joined else values)
+
+
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("clip", [nn.ReLU(), nn.ReLU(inplace=True), nn.ReLU6()])
+def test_behind_a_clip_only_what_it_lets_through_is_fitted(clip, joined):
+    torch.manual_seed(7)
+    net = Clipped(clip, joined).double().eval()
+    net.norm.weight.data = torch.tensor([2.0, -3.0, 1.0, 4.0]).double()
+    net.norm.running_var.fill_(0.02)
+    batches = [(torch.randn(60, 3, 4, 4, dtype=torch.float64), None) for _ in range(4)]
+    plan = Plan(keep_channels={"first": (0, 2, 3)}, sizes={"first": 6})
+    settings = [Replacement(rows=10**6, clipped=clipped, scope="consumers") for clipped in (True, False)]
+    models = [replace_mechanisms(net, plan, batches, IMAGE, "refit", settings=given).model for given in settings]
+    images = torch.cat([images for images, _ in batches])
+    flow = observe(net, IMAGE)
+    stop = next(stop for stop in flow.stops(["second"]))
+    assert stop.clip == (0.0, 6.0 if isinstance(clip, nn.ReLU6) else float("inf"))
+    wanted = net(images)
+    errors = [float((model(images) - wanted).detach().square().mean()) for model in models]
+    assert errors[0] < 0.97 * errors[1]
+
+
+def test_clips_are_seen_where_nothing_else_reads_the_value():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+
+        def forward(self, images):
+            first = self.a(images)
+            second = self.b(torch.relu(first)) + first
+            return torch.relu(second) + second
+
+    flow = observe(Twice(), IMAGE.float())
+    assert flow.clips == {}
+    assert [addition.clip for addition in flow.additions] == [None, None]

@@ -258,7 +258,7 @@ def test_refit_repairs_a_sliced_trunk_and_a_dropped_block():
     net = build_backbone("cifar_resnet14_wide_stem", num_classes=3).eval()
     batches = [(batch.float()[:4], labels[:4]) for batch, labels in images(2, 32)]
     plan = Plan(("layer1.1",), {"layer3.0.conv2": tuple(range(44))}, {"layer3.0.conv2": 64})
-    settings = Replacement(scope="all", ridge=1e-6, rows=1000)
+    settings = Replacement(towards="weights", ridge=1e-6, rows=1000)
     distances = {}
     for kind in ("delete", "refit"):
         reduced = replace_mechanisms(net, plan, batches, torch.zeros(1, 3, 32, 32), kind, settings=settings)

@@ -12,7 +12,8 @@ from lit_prune.report import result_table
 from lit_prune.report.run_folder import RunFolder
 from lit_prune.report.tables import (
     ABSENT,
-    QUANTITIES,
+    ACCURACY,
+    COSTS,
     format_bytes,
     format_count,
     format_percent,
@@ -29,7 +30,7 @@ def test_result_rows_hold_exactly_the_values_of_the_json(made_up):
     entries = [result["dense"], *result["stages"], result["compact"]]
     assert [row[0].text for row in rows] == ["dense", "after blocks", "after channels", "compact"]
     for row, entry in zip(rows, entries, strict=True):
-        assert [json.loads(cell.exact) for cell in row[1:]] == [entry[q.key] for q in QUANTITIES]
+        assert [json.loads(cell.exact) for cell in row[1:]] == [entry[q.key] for q in (ACCURACY, *COSTS)]
 
 
 def test_changes_are_points_for_accuracy_and_percent_of_dense_for_the_rest():

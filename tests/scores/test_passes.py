@@ -14,7 +14,7 @@ from lit_prune.scores.hulls import greedy_hulls
 from lit_prune.scores.independence import nuclear_drops
 from lit_prune.scores.planning import method_needs
 
-OWN_PASSES = {"reconstruction": 2}  # passes of `mechanisms`
+OWN_PASSES = {"reconstruction": 1}  # passes of `mechanisms`
 
 
 def batches(count=40):

@@ -10,6 +10,7 @@ from lit_prune.measurement.passes import collect
 from lit_prune.replace.curvature import measure_curvature
 from lit_prune.replace.risk_samples import RiskSamples
 from lit_prune.scores import SCORES, Evidence, find_score, score
+from lit_prune.scores.collectors import Pooled
 from lit_prune.scores.planning import method_needs
 from lit_prune.task import (
     TARGETS,
@@ -196,6 +197,13 @@ def test_a_layer_that_runs_twice_has_the_gradient_of_both_calls():
     rows = collect(one, batches, RiskSamples(one, ["mix"], Classification(), per_image=100), Classification())["mix"]
     torch.testing.assert_close(rows.gradient.sum(0) / rows.images, shared.gradient, rtol=1e-5, atol=1e-8)
     assert rows.images == 6 and len(rows.values) == 6 * 25 * 2
+    kept = []
+    handle = one.mix.register_forward_hook(lambda module, args, output: kept.append(output.detach().mean((2, 3))))
+    one(batches[0][0])
+    handle.remove()
+    values, kinds = collect(one, batches, Pooled(one, Classification()), Classification())
+    torch.testing.assert_close(values["mix"], (kept[0] + kept[1]) / 2)
+    assert torch.equal(kinds, batches[0][1])
 
 
 NETWORKS = {

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,9 @@ from lit_prune.errors import InputError
 from lit_prune.measurement.channel_table import layer_table, measure
 from lit_prune.measurement.summaries import rank_persistence, velocity
 from lit_prune.train.axis_trace import AxisTrace
+from lit_prune.train.capture import Seen
 from lit_prune.train.dynamics import dynamics_table
-from lit_prune.train.tracing import share_batches
+from lit_prune.train.tracing import share_samples
 
 EPOCHS = 4
 
@@ -219,14 +221,29 @@ def test_limit_takes_the_first_images(tmp_path):
     pd.testing.assert_frame_equal(found, expected)
 
 
+@dataclass(frozen=True)
+class Given:
+    """Samples that all ranks read."""
+
+    limit: int | None = None
+    shared = True
+
+    def __iter__(self):
+        left = self.limit or 22
+        for start, stop in ((0, 11), (11, 22)):
+            values = torch.arange(start, min(stop, start + left))
+            left -= len(values)
+            if len(values):
+                yield Seen((values,), {}, (values, values))
+
+
 def test_ranks_share_every_image_once():
-    batches = [(torch.arange(0, 11), torch.arange(0, 11)), (torch.arange(11, 22), torch.arange(11, 22))]
     for limit in (None, 14, 22, 100):
-        shared = [images for rank in range(3) for images, _ in share_batches(batches, rank, 3, limit)]
+        shared = [seen.args[0] for rank in range(3) for seen in share_samples(Given(), rank, 3, limit)]
         assert sorted(torch.cat(shared).tolist()) == list(range(min(22, limit or 22)))
     for rank in range(3):
-        with pytest.raises(InputError, match="2 images in the first batch for 3 ranks"):
-            list(share_batches(batches, rank, 3, limit=2))
+        with pytest.raises(InputError, match="2 samples in the first batch for 3 ranks"):
+            list(share_samples(Given(), rank, 3, limit=2))
 
 
 class Witness(Callback):
@@ -254,16 +271,17 @@ def test_bad_arguments_are_named(arguments):
         AxisTrace(**arguments)
 
 
-def test_missing_backbone_and_calibration_data_are_named(tmp_path):
+def test_a_network_that_is_not_found_is_named(tmp_path):
     module = make_module()
+    module.other = nn.Linear(500, 10)
     quiet = {"logger": False, "enable_checkpointing": False, "num_sanity_val_steps": 0, "accelerator": "cpu"}
-    trainer = Trainer(default_root_dir=tmp_path, max_epochs=1, callbacks=[AxisTrace()], **quiet)
-    with pytest.raises(InputError, match="no calibration data"):
-        trainer.fit(module, Data().train_dataloader())
-    module.net = module.backbone
-    del module.backbone
-    with pytest.raises(InputError, match="Module has no `backbone`"):
-        trainer.fit(module, datamodule=Data())
+    for wanted, message in ((None, "holds several; name one by network=: stem"), ("trunk", "no submodule 'trunk'")):
+        module = make_module()
+        module.stem, module.head = module.backbone, nn.Linear(500, 10)
+        del module.backbone
+        trainer = Trainer(default_root_dir=tmp_path, max_epochs=1, callbacks=[AxisTrace(network=wanted)], **quiet)
+        with pytest.raises(InputError, match=message):
+            trainer.fit(module, datamodule=Data())
 
 
 if __name__ == "__main__":  # both ranks of the two-process test run this file

@@ -7,11 +7,18 @@ from torch.distributions import Categorical, kl_divergence
 
 from lit_prune.errors import InputError
 from lit_prune.train.distillation import Distillation, Repair, cosine_distance, divergence
-from lit_prune.train.loss import TrainingStep
 
 
-def step_of(net: nn.Module, images: torch.Tensor, epoch: int, epochs: int = 5) -> TrainingStep:
-    return TrainingStep(net, images, torch.zeros(len(images), dtype=torch.long), net(images), 0, epoch, epochs)
+def term_after(term: Distillation, net: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Value of the term for a training step that calls the network once, its norms in evaluation mode."""
+    for module in net.modules():
+        module.training = not isinstance(module, nn.BatchNorm2d)
+    net(images)
+    return term()
+
+
+def first() -> tuple[int, int]:
+    return 0, 5
 
 
 def test_cosine_distance_of_equal_opposite_and_orthogonal_vectors():
@@ -37,21 +44,21 @@ def test_weights_ramp_linearly_from_zero_to_the_full_value():
 
 def test_a_student_equal_to_its_teacher_pays_nothing(tiny_net):
     teacher = copy.deepcopy(tiny_net)
-    term = Distillation(Repair(ramp=False), tiny_net, teacher, "head")
-    assert abs(term(step_of(tiny_net, torch.randn(4, 3, 8, 8), 0)).item()) < 1e-6
+    term = Distillation(Repair(ramp=False), tiny_net, teacher, first, "head")
+    assert abs(term_after(term, tiny_net, torch.randn(4, 3, 8, 8)).item()) < 1e-6
 
 
 def test_first_epoch_of_a_ramp_is_plain_cross_entropy(tiny_net):
-    term = Distillation(Repair(), tiny_net, copy.deepcopy(tiny_net), "head")
-    step = step_of(tiny_net, torch.randn(4, 3, 8, 8), 0)
-    assert term(step) == 0 and not term(step_of(tiny_net, torch.randn(4, 3, 8, 8), 0)).requires_grad
+    term = Distillation(Repair(), tiny_net, copy.deepcopy(tiny_net), first, "head")
+    value = term_after(term, tiny_net, torch.randn(4, 3, 8, 8))
+    assert value == 0 and not value.requires_grad and term.evaluations == 0
 
 
 def test_gradients_reach_the_student_alone(tiny_net):
     teacher = copy.deepcopy(tiny_net)
     nn.init.normal_(teacher.head.weight)
-    term = Distillation(Repair(ramp=False), tiny_net, teacher, "head")
-    term(step_of(tiny_net, torch.randn(4, 3, 8, 8), 0)).backward()
+    term = Distillation(Repair(ramp=False), tiny_net, teacher, first, "head")
+    term_after(term, tiny_net, torch.randn(4, 3, 8, 8)).backward()
     assert tiny_net.stem[0].weight.grad.abs().sum() > 0
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
 
@@ -74,20 +81,21 @@ def test_features_of_unequal_width_are_compared_at_the_kept_positions(tiny_net):
     student = Narrow()
     features_only = Repair(alpha=0.0, beta=1.0, ramp=False)
     images = torch.randn(4, 3, 8, 8)
-    right = Distillation(features_only, student, teacher, "head", columns=[1, 3, 4])
-    assert right(step_of(student, images, 0)).item() == pytest.approx(0, abs=1e-6)
+    right = Distillation(features_only, student, teacher, first, "head", columns=[1, 3, 4])
+    assert term_after(right, student, images).item() == pytest.approx(0, abs=1e-6)
     right.remove()
-    wrong = Distillation(features_only, student, teacher, "head", columns=[0, 3, 4])
-    assert wrong(step_of(student, images, 0)).item() > 1e-4
+    wrong = Distillation(features_only, student, teacher, first, "head", columns=[0, 3, 4])
+    assert term_after(wrong, student, images).item() > 1e-4
 
 
 def test_remove_leaves_no_hook_behind(tiny_net):
-    term = Distillation(Repair(), tiny_net, copy.deepcopy(tiny_net), "head")
+    term = Distillation(Repair(), tiny_net, copy.deepcopy(tiny_net), first, "head")
     term.remove()
-    assert not tiny_net.head._forward_pre_hooks and not term.teacher.head._forward_pre_hooks
+    assert not tiny_net.head._forward_pre_hooks and not tiny_net._forward_hooks
+    assert not term.teacher.head._forward_pre_hooks
 
 
-@pytest.mark.parametrize("bad", [{"alpha": -1.0}, {"temperature": 0.0}])
+@pytest.mark.parametrize("bad", [{"alpha": -1.0}, {"temperature": 0.0}, {"gradient_clip": -1.0}, {"form": "l2"}])
 def test_weights_out_of_range_are_refused(bad):
     with pytest.raises(InputError, match=next(iter(bad))):
         Repair(**bad)

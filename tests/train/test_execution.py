@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_prune.errors import InputError
 from lit_prune.lab.trajectory.gradient_trace import GradientTrace
+from lit_prune.structure.record import record_of
 from lit_prune.train import execution
 from lit_prune.train.axis_trace import AxisTrace
 from lit_prune.train.decorrelation import Decorrelation
@@ -47,7 +48,7 @@ def test_compiled_run_with_surgery_and_distillation_equals_the_eager_one(make_ru
 def test_inductor_trains_through_surgery(make_run, tmp_path):
     options = {"stages": (("channels", 1),), "max_epochs": 2, "trainer": {"precision": "bf16-mixed"}}
     module = fitted(make_run, tmp_path, True, channels_last=True, **options)
-    assert len(module.plans) == 1 and not any("_orig_mod" in name for name in module.state_dict())
+    assert len(record_of(module.backbone).plans) == 1 and not any("_orig_mod" in name for name in module.state_dict())
 
 
 def test_each_structure_is_compiled_once_and_the_state_dict_keeps_its_names(tiny_net, monkeypatch):
@@ -162,11 +163,11 @@ def test_a_step_waits_for_the_device_only_where_it_logs(make_run, tmp_path):
 
 @pytest.mark.parametrize("batch", [0, 2])
 def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint(make_run, tmp_path, batch):
-    def term(step):
-        return step.logits.sum() * (float("nan") if step.batch == batch else 0.0)
+    class Break(Callback):
+        def on_train_batch_start(self, trainer, pl_module, images_and_labels, batch_idx) -> None:
+            images_and_labels[0].mul_(float("nan") if batch_idx == batch else 1.0)
 
-    trainer, module, data = make_run(tmp_path, (), 2, trainer={"log_every_n_steps": 50})
-    module.loss_terms["broken"] = term
+    trainer, module, data = make_run(tmp_path, (), 2, trainer={"log_every_n_steps": 50}, callbacks=[Break()])
     with pytest.raises(InputError, match="NaN or infinite in epoch 0"):
         trainer.fit(module, datamodule=data)
     assert not list(tmp_path.rglob("*.ckpt"))
@@ -174,7 +175,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint(make_run, tm
 
 def test_a_network_with_a_broken_loss_is_not_saved(make_run, tmp_path):
     _, module, _ = make_run(tmp_path, ())
-    module.epoch_sums = {"loss": torch.tensor(float("inf"))}
+    module.epoch_loss = torch.tensor(float("inf"))
     module._trainer = type("T", (), {"global_step": 3, "current_epoch": 1})()
     with pytest.raises(InputError, match="NaN or infinite in epoch 1"):
         module.on_save_checkpoint({})

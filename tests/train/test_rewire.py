@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lit_prune.errors import InputError
+from lit_prune.structure.record import record_of
 
 
 class Snapshot(Callback):
@@ -65,7 +66,7 @@ def test_a_continued_optimizer_keeps_momentum_of_kept_channels_and_its_place_in_
         tmp_path, stages=[("mid", 2)], max_epochs=4, callbacks=[after, last], optimizer=None
     )
     trainer.fit(module, datamodule=data)
-    kept = module.plans[0].keep_channels["backbone.layer1.0.conv1".removeprefix("backbone.")]
+    kept = record_of(module.backbone).plans[0].keep_channels["backbone.layer1.0.conv1".removeprefix("backbone.")]
     name = "backbone.layer1.0.conv1.weight"
     carried = after.momentum[name]["momentum_buffer"]
     assert carried.shape[0] == len(kept) < last.momentum[name].shape[0]

@@ -3,8 +3,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from lit_prune import cost, load_compact
+from lit_prune import BlockStage, cost, load_compact
 from lit_prune.errors import InputError
 
 
@@ -25,7 +26,7 @@ def run(finished, make_run):
 
 def test_records_tell_what_was_removed_and_what_it_cost(run):
     folder, module, _, records = run
-    assert [record["kind"] for record in records] == ["blocks", "channels"]
+    assert [record["name"] for record in records] == ["blocks", "channels"]
     assert [record["epoch"] for record in records] == [2, 4]
     assert records[0]["macs"]["after"] == records[1]["macs"]["before"] < records[0]["macs"]["before"]
     counted = cost(module.backbone, module.example_input)
@@ -61,12 +62,11 @@ def test_report_has_the_figures_of_the_contract(run):
 
 def test_teacher_is_the_dense_network_and_no_part_of_the_checkpoint(run):
     folder, _, _, records = run
-    teacher = load_compact(folder / "teacher")
-    assert cost(teacher, torch.zeros(1, 1, 8, 8)).macs == records[0]["macs"]["dense"]
+    teacher = load_file(folder / "teacher" / "model.safetensors")
     checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     assert not any("teacher" in name for name in checkpoint["state_dict"])
     dense = torch.load(folder / "checkpoints" / "dense.ckpt", weights_only=True)["state_dict"]
-    assert all(torch.equal(value, dense[f"backbone.{name}"]) for name, value in teacher.state_dict().items())
+    assert all(torch.equal(value, dense[f"backbone.{name}"]) for name, value in teacher.items())
 
 
 @pytest.mark.parametrize(
@@ -90,11 +90,9 @@ def test_missing_teacher_is_named(tmp_path, make_run):
 
 
 def test_a_stage_that_removes_nothing_is_an_error(tmp_path, make_run):
-    from lit_prune.train.stages import PruningStage
-
     trainer, module, data = make_run(tmp_path, stages=[("blocks", 0)], max_epochs=1)
     staged = next(callback for callback in trainer.callbacks if hasattr(callback, "stages"))
-    staged.stages = (PruningStage("blocks", 0, remove_ratio=0.05),)
+    staged.stages = (BlockStage(0, remove_ratio=0.05),)
     with pytest.raises(InputError, match="removes nothing"):
         trainer.fit(module, datamodule=data)
 
@@ -150,20 +148,16 @@ def test_frontier_hands_over_the_last_stage_whose_repair_held(tmp_path, make_run
     staged = next(callback for callback in trainer.callbacks if hasattr(callback, "stages"))
     staged.tolerance = 1.0  # never fails by itself
     failing = {"count": 0}
-    original = type(staged)._evaluate
+    original = staged.figures.measure
 
-    def evaluate(self, trainer, module):
-        result = original(self, trainer, module)
-        if len(self.records) == 2 and trainer.current_epoch == 2:  # the repair of the second stage "fails"
+    def measure(trainer, path):
+        if len(staged.records) == 2 and trainer.current_epoch == 2:  # the repair of the second stage "fails"
             failing["count"] += 1
-            return type(result)(-1.0, result.loss, result.images)
-        return result
+            return -1.0
+        return original(trainer, path)
 
-    type(staged)._evaluate = evaluate
-    try:
-        trainer.fit(module, datamodule=data)
-    finally:
-        type(staged)._evaluate = original
+    staged.figures.measure = measure
+    trainer.fit(module, datamodule=data)
     assert failing["count"] and trainer.current_epoch == 3
     report = json.loads((tmp_path / "compact" / "report.json").read_text())
     assert [stage["name"] for stage in report["stages"]] == ["blocks"]

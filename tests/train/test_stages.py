@@ -4,7 +4,7 @@ import torch
 from lit_prune import apply_plan, cost
 from lit_prune.errors import InputError
 from lit_prune.models import Block, build_backbone
-from lit_prune.train.stages import DenseCost, PruningStage, plan_stage, removable_in_order
+from lit_prune.train.stages import BlockStage, ChannelStage, DenseCost, Probe, plan_stage, removable_in_order
 
 
 def block(name: str, protected: str = "") -> Block:
@@ -36,12 +36,12 @@ def resnet():
 @pytest.mark.parametrize(("ratio", "count"), [(0.1, 0), (0.15, 1), (0.4, 2), (0.6, 4)])
 def test_ratio_removes_the_floor_of_its_share_of_the_free_blocks(resnet, ratio, count):
     model, batches, example, dense = resnet  # 7 free blocks: 9 less the two that change shape
-    stage = PruningStage("blocks", remove_ratio=ratio)
+    stage = BlockStage(remove_ratio=ratio)
     if not count:
         with pytest.raises(InputError, match="removes nothing: 9 blocks, 7 free"):
-            plan_stage(model, stage, batches, example, dense)
+            plan_stage(model, stage, batches, dense, Probe(example))
         return
-    plan = plan_stage(model, stage, batches, example, dense)
+    plan = plan_stage(model, stage, batches, dense, Probe(example))
     assert len(plan.drop_blocks) == count and not {"layer2.0", "layer3.0"} & set(plan.drop_blocks)
     information = plan.notes["information"]
     kept = [name for name in information if name not in plan.drop_blocks and name not in plan.notes["protected"]]
@@ -53,7 +53,7 @@ def test_ratio_removes_the_floor_of_its_share_of_the_free_blocks(resnet, ratio, 
 
 def test_blocks_by_budget_stops_at_the_first_that_fits(resnet):
     model, batches, example, dense = resnet
-    plan = plan_stage(model, PruningStage("blocks", keep=0.7), batches, example, dense)
+    plan = plan_stage(model, BlockStage(keep=0.7), batches, dense, Probe(example))
     fewer = type(plan)(drop_blocks=plan.drop_blocks[:-1], keep_channels={}, sizes={}, notes={})
     assert cost(apply_plan(model, plan, example), example).macs <= 0.7 * dense.macs
     assert cost(apply_plan(model, fewer, example), example).macs > 0.7 * dense.macs
@@ -61,18 +61,16 @@ def test_blocks_by_budget_stops_at_the_first_that_fits(resnet):
 
 def test_hand_written_keep_configuration(resnet):
     model, batches, example, dense = resnet
-    stage = PruningStage("blocks", keep_blocks={"layer1": [0], "layer2": [0, 2], "layer3": [0]})
-    dropped = plan_stage(model, stage, batches, example, dense).drop_blocks
+    stage = BlockStage(keep_blocks={"layer1": [0], "layer2": [0, 2], "layer3": [0]})
+    dropped = plan_stage(model, stage, batches, dense, Probe(example)).drop_blocks
     assert set(dropped) == {"layer1.1", "layer1.2", "layer2.1", "layer3.1", "layer3.2"}
 
 
 @pytest.mark.parametrize("kind", ["planes", "mid", "channels"])
 def test_channel_budgets_are_shares_of_the_dense_network(resnet, kind):
     model, batches, example, dense = resnet
-    smaller = apply_plan(
-        model, plan_stage(model, PruningStage("blocks", remove_count=2), batches, example, dense), example
-    )
-    plan = plan_stage(smaller, PruningStage(kind, keep=0.5), batches, example, dense)
+    smaller = apply_plan(model, plan_stage(model, BlockStage(remove_count=2), batches, dense, Probe(example)), example)
+    plan = plan_stage(smaller, ChannelStage(0.5, part=kind), batches, dense, Probe(example))
     macs = cost(apply_plan(smaller, plan, example), example).macs
     assert 0.47 * dense.macs < macs <= 0.5 * dense.macs
     inside = {name.endswith("conv1") and name != "conv1" for name, kept in plan.keep_channels.items() if kept}
@@ -81,23 +79,38 @@ def test_channel_budgets_are_shares_of_the_dense_network(resnet, kind):
 
 def test_a_budget_already_met_is_an_error_that_says_what_the_network_costs(resnet):
     model, batches, example, dense = resnet
-    smaller = apply_plan(model, plan_stage(model, PruningStage("mid", keep=0.5), batches, example, dense), example)
+    smaller = apply_plan(
+        model, plan_stage(model, ChannelStage(0.5, part="mid"), batches, dense, Probe(example)), example
+    )
     with pytest.raises(InputError, match=r"removes nothing: the network already costs (49|50)\.\d% of the dense macs"):
-        plan_stage(smaller, PruningStage("mid", keep=0.8), batches, example, dense)
+        plan_stage(smaller, ChannelStage(0.8, part="mid"), batches, dense, Probe(example))
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("kind", "options", "message"),
     [
-        ({"kind": "blocks"}, "give exactly one of"),
-        ({"kind": "blocks", "remove_ratio": 0.5, "keep": 0.5}, "give exactly one of"),
-        ({"kind": "mid", "remove_ratio": 0.5}, "give exactly one of keep"),
-        ({"kind": "mid", "keep": 0.0}, r"keep must lie in \(0, 1\], got keep=0.0"),
-        ({"kind": "blocks", "remove_ratio": 1.0}, r"remove_ratio must lie in \(0, 1\)"),
-        ({"kind": "blocks", "remove_ratio": 0.5, "replace": "refit"}, "a whole block has no stand-in"),
-        ({"kind": "mid", "keep": 0.5, "epoch": -1}, "epoch must be >= 0"),
+        (BlockStage, {}, "give exactly one of"),
+        (BlockStage, {"remove_ratio": 0.5, "keep": 0.5}, "give exactly one of"),
+        (BlockStage, {"remove_ratio": 1.0}, r"remove_ratio must lie in \(0, 1\)"),
+        (BlockStage, {"remove_count": -2}, "remove_count must be at least 1, got -2"),
+        (BlockStage, {"remove_count": 1, "budget": "params"}, "budget=params has no effect without keep"),
+        (ChannelStage, {"keep": 0.0}, r"keep must lie in \(0, 1\], got keep=0.0"),
+        (ChannelStage, {"keep": "half"}, r"keep must lie in \(0, 1\], got keep=half"),
+        (ChannelStage, {"keep": 0.5, "epoch": -1}, "epoch must be >= 0"),
+        (ChannelStage, {"keep": 0.5, "part": "trunk"}, "part='trunk' is unknown"),
+        (ChannelStage, {"keep": 0.5, "budget": "mac"}, "budget='mac' is unknown"),
+        (ChannelStage, {"keep": 0.5, "score": "taylr"}, "score: 'taylr' is unknown; did you mean taylor"),
+        (ChannelStage, {"keep": 0.5, "allocation": "even"}, "allocation='even' is unknown"),
+        (
+            ChannelStage,
+            {"keep": 0.5, "normalisation": "rank"},
+            "normalisation=rank has no effect with allocation=uniform",
+        ),
+        (ChannelStage, {"keep": 0.5, "replace": "means"}, "replace='means' is none of"),
+        (ChannelStage, {"keep": 0.5, "cap": 1.5}, "cap=1.5 within"),
+        (ChannelStage, {"keep": 0.5, "round_to": 0}, "round_to=0 must be at least 1"),
     ],
 )
-def test_stages_out_of_range_are_refused(options, message):
+def test_settings_of_stages_are_checked_when_they_are_made(kind, options, message):
     with pytest.raises(InputError, match=message):
-        PruningStage(**options)
+        kind(**options)

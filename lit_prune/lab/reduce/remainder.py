@@ -43,7 +43,7 @@ def hessian_lipschitz(
     """
     order = list(dict.fromkeys(flow.layers))
     place = order.index(reader)
-    if any(before > place for _, before in flow.additions):
+    if any(addition.before > place for addition in flow.additions):
         raise InputError(f"remainder bound: an addition lies behind layer {reader!r}; the product of norms is no bound")
     shapes = _input_shapes(model, order[place:], images[:1])
     stretch = _norm_scale(model, flow.norms, reader)

@@ -23,8 +23,10 @@ from lit_prune.lab.reduce.tables import difference_table, result_table
 from lit_prune.progress import progress_bars, terminal, unwatched
 from lit_prune.structure import Plan
 from lit_prune.structure.networks import Network, epochs_done, find_network
+from lit_prune.structure.record import note_plan, record_of
 from lit_prune.tensor_files import read_torch
-from lit_prune.train.distillation import Distillation, Repair
+from lit_prune.train.distillation import Repair
+from lit_prune.train.teaching import Tutor
 
 if TYPE_CHECKING:
     from lit_prune.data import ImageData
@@ -143,29 +145,17 @@ class Repairer:
         trainer, module, data = self.setup.make(seed, folder)
         last = folder / "checkpoints" / "last.ckpt"
         trainer.fit_loop.max_epochs = self.request.repair_epochs
-        module.adopt(network.train(), plan)
-        teach = self._teacher(module, dense)
+        module.backbone = note_plan(network.train(), record_of(module.backbone), plan)
+        if self.request.repair is not None:
+            trainer.callbacks.insert(0, Tutor(self._checked(self.request.repair), copy.deepcopy(dense)))
         if epochs_done(last) < self.request.repair_epochs:
             trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
         else:
             module.load_state_dict(read_torch(last, "checkpoint")["state_dict"])
-        if teach is not None:
-            teach.remove()
         return module.backbone.eval()
 
-    def _teacher(self, module: LitClassifier, dense: nn.Module) -> Distillation | None:
-        repair: Repair | None = self.request.repair
-        if repair is None:
-            return None
+    @staticmethod
+    def _checked(repair: Repair) -> Repair:
         if repair.beta:
             raise InputError(f"request.repair.beta={repair.beta}: a reduced layer has other features; use beta=0")
-        head = _head_name(module)
-        term = Distillation(repair, module.backbone, copy.deepcopy(dense), head)
-        module.loss_terms["distillation"] = term
-        return term
-
-
-def _head_name(module: LitClassifier) -> str:
-    from lit_prune.models.anatomy import find_head
-
-    return find_head(module.backbone)
+        return repair

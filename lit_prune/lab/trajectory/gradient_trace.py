@@ -1,6 +1,7 @@
 """Watches which way each layer moves while the network trains: against both information gradients."""
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from lightning.pytorch import Trainer
@@ -8,8 +9,8 @@ from torch import nn
 
 from lit_prune.files import read_parquet, write_parquet
 from lit_prune.lab.trajectory.directions import collect_directions, direction_table
-from lit_prune.task import TARGETS
-from lit_prune.train.tracing import Trace, calibration_batches, trace_folder
+from lit_prune.task import TARGETS, Task
+from lit_prune.train.tracing import Trace, Traced, trace_folder
 
 COSINES = ("capture_task", "update_capture", "update_task")
 SINGLE_TARGETS = tuple(name for name in TARGETS if name != "one_vs_rest")
@@ -19,10 +20,11 @@ class GradientTrace(Trace):
     """Writes the cosines of ∇I_X, ∇I_T and the direction of descent -∇L, layer by layer, over training.
 
     Hooks: `on_train_start` (initialisation, skipped on resume) and `on_train_epoch_end`. Nothing is kept in the
-    callback's state. The first `limit` calibration images go twice through `pl_module.backbone` in evaluation mode;
-    each layer costs two weight-gradient passes (one of the loss), no patch is unfolded. L is the plain cross-entropy
-    on these images. The training state, gradients and the random state included, is left as found. Under DDP the ranks
-    share each batch and add their sums, and rank 0 writes. Supported strategies: one device and DDP.
+    callback's state. The first `limit` calibration samples go twice through the network in evaluation mode, as it gets
+    them in the module's validation step; each layer costs two weight-gradient passes (one of the loss), no patch is
+    unfolded. L is the plain cross-entropy on these images. The training state, gradients and the random state included,
+    is left as found. Under DDP the ranks share each batch and add their sums, and rank 0 writes. Supported strategies:
+    one device and DDP.
 
     File, whole or not at all: `<default_root_dir>/trace/gradients.parquet` with epoch (finished epochs, 0 =
     initialisation) and the columns of `direction_table`. On resume the earlier epochs are kept, an
@@ -33,11 +35,14 @@ class GradientTrace(Trace):
         every_n_epochs: trace after epochs n-1, 2n-1, ... (counted from 0).
         layers: names or fnmatch patterns of the layers; None takes every Conv2d and Linear.
         target: task variable with one value an image, as in `lit_prune.measurement.channel_table`.
-        limit: number of calibration images; None takes all.
+        limit: number of calibration samples; None takes all.
+        network: path of the network in the module; None finds it, see `lit_prune.train.locate.find_path`.
+        calibration: a loader, or a number of samples, to measure on; None: the DataModule's calibration samples.
+        task: what batches and outputs mean, where it is not recognised.
 
     Raises:
-        InputError: a value out of range; at fit start: no calibration data, no `backbone`, fewer images in the first
-            batch than ranks.
+        InputError: a value out of range; at the start: no network found, no calibration data, fewer samples in the
+            first batch than ranks.
     """
 
     log_key = "trace/gradients"
@@ -46,18 +51,21 @@ class GradientTrace(Trace):
         self,
         every_n_epochs: int = 1,
         layers: list[str] | None = None,
-        target: str = "true_margin",
+        target: str | None = None,
         limit: int | None = 1000,
+        network: str | None = None,
+        calibration: Any = None,
+        task: Task | str | None = None,
     ) -> None:
-        super().__init__(every_n_epochs, layers, target, limit, SINGLE_TARGETS)
+        super().__init__(Traced(every_n_epochs, layers, target, limit, network, calibration, task), SINGLE_TARGETS)
 
-    def trace(self, trainer: Trainer, backbone: nn.Module, epoch: int) -> str:
+    def trace(self, trainer: Trainer, network: nn.Module, epoch: int) -> str:
         """Adds the ranks' sums; rank 0 writes and logs."""
-        batches = calibration_batches(self, trainer, self.limit)
-        sums = collect_directions(backbone, batches, self.target, self.layers).all_reduce()
+        batches, task = self.samples(trainer)
+        sums = collect_directions(network, batches, self.chosen.target, self.chosen.layers, task).all_reduce()
         if not trainer.is_global_zero:
             return ""
-        table = direction_table(backbone, sums)
+        table = direction_table(network, sums)
         table.insert(0, "epoch", epoch)
         self._write(trainer, table)
         means = {f"{self.log_key}/{name}": table[name].mean() for name in COSINES if table[name].notna().any()}

@@ -1,0 +1,202 @@
+"""A trained network and a budget in, a smaller network out: score, plan, cut, stand in, verify."""
+
+import time
+from collections.abc import Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from lit_prune.errors import InputError
+from lit_prune.measurement.layers import Batches
+from lit_prune.replace import Reduced, Replacement, replace_mechanisms
+from lit_prune.replace.distil import Distilling, distil
+from lit_prune.replace.replacement import take_batches
+from lit_prune.scores import Evidence, plan_method
+from lit_prune.structure import Budget, CostModel, Plan, apply_plan, cost
+from lit_prune.task import Task, settle
+from lit_prune.task.running import undisturbed
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How `compress` chooses and solves; the default is the strongest that was measured.
+
+    Attributes:
+        score: in which order units of a group go.
+        allocation: how the budget is shared out, see `Budget`.
+        only: "mid", "planes", names of groups, or None for all groups.
+        protect: names of groups that stay whole.
+        round_to: widths are multiples of it.
+        cap: largest share of a group that may go.
+        kind: what stands in, see `replace_mechanisms`.
+        replacement: its settings.
+        seed: of all that is drawn.
+    """
+
+    score: str = "reconstruction"
+    allocation: str = "measured"
+    only: str | tuple[str, ...] | None = None
+    protect: tuple[str, ...] = ()
+    round_to: int = 1
+    cap: float = 0.95
+    kind: str = "refit"
+    replacement: Replacement = field(default_factory=lambda: Replacement(unsupported="delete"))
+    seed: int = 0
+
+    def budget(self, kind: str, keep: float) -> Budget:
+        """The request to the allocation."""
+        return Budget(kind, keep, self.allocation, self.round_to, cap=self.cap, only=self.only, protect=self.protect)
+
+
+STRONGEST = Recipe()
+
+
+def compress(
+    model: nn.Module,
+    batches: Batches,
+    keep: float = 0.5,
+    budget: str = "macs",
+    task: Task | str | None = None,
+    seconds: float | None = None,
+    *,
+    recipe: Recipe = STRONGEST,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A smaller dense network within the budget whose prediction stays near the original's; `model` is untouched.
+
+    Units that the readers' other inputs can make up for go first (`reconstruction`), widths are chosen by what they do
+    to the prediction, and every layer from the first cut on is solved again in closed form. No labels are read, nothing
+    is trained, BatchNorm is not recalibrated: the solve has put its statistics right. With `seconds` the compact
+    network is then trained towards the original's prediction for so long, without labels (`distil`).
+
+    Args:
+        model: any trained network that `trace_groups` can follow.
+        batches: calibration samples, unaugmented, of any kind that the task reads; 1,000 to 2,000 images serve.
+        keep: share kept, in (0, 1].
+        budget: "macs", "params", "channels" or "latency" (of one sample).
+        task: what a batch and an output mean; None recognises it.
+        seconds: of repair after that; None: no training.
+        recipe: how.
+
+    Returns:
+        The network, in the mode of `model`, and plain values: `plan` (a `Plan` dict; replayed on `model` it gives the
+        structure), `dense` and `compact` (macs, params, and the task's figure on `batches` where they have targets),
+        `distortion` (squared change of the prediction over its variance), `agreement` (see `Task.agreement`),
+        `layers` (see `Reduced.report`), `images`, `seconds` by step, and `repair` (see `distil`) where asked for.
+
+    Raises:
+        InputError: no batches, a budget outside (0, 1] or out of reach, fewer images than a solve needs, nothing to
+            prune.
+    """
+    task, batches = settle(task, model, batches)
+    batches = take_batches(batches, recipe.replacement.images, task)
+    clock = Clock()
+    with clock.step("plan"):
+        plan = plan_compression(model, batches, recipe.budget(budget, keep), task, recipe)
+    example = task.inputs(task.to(task.take(batches[0], 1), model))
+    with clock.step("stand_in"):
+        reduced = replace_mechanisms(model, plan, batches, example, recipe.kind, settings=recipe.replacement, task=task)
+    repair = {}
+    if seconds is not None:
+        with clock.step("repair"):
+            repair["repair"] = distil(model, reduced.model, batches, task, Distilling(seconds, seed=recipe.seed))
+    with clock.step("verify"):
+        report = verify(model, reduced, batches, example, task)
+    return reduced.model, report | repair | {"seconds": clock.seconds}
+
+
+def plan_compression(model: nn.Module, batches: Iterable[Any], request: Budget, task: Task, recipe: Recipe) -> Plan:
+    """The plan of `compress`.
+
+    Raises:
+        InputError: as `compress`.
+    """
+    evidence = Evidence(model, batches, seed=recipe.seed, task=task)
+    cost_model = CostModel.build(model, evidence.graph, evidence.example)
+    plan = plan_method(evidence, recipe.score, evidence.graph, cost_model, request)
+    if plan.removes_nothing:
+        raise InputError(f"keep={request.keep} removes nothing: {plan.notes.get('reason') or 'lower keep'}")
+    if not plan.notes["met"] and plan.notes["achieved"] > request.keep:
+        raise InputError(
+            f"keep={request.keep} is out of reach: {plan.notes['reason']}; give at least "
+            f"keep={plan.notes['achieved']:.3f}, or protect less"
+        )
+    return plan
+
+
+def verify(model: nn.Module, reduced: Reduced, batches: Iterable[Any], example: Any, task: Task) -> dict[str, Any]:
+    """Compares both networks on the batches and checks that the plan alone rebuilds the compact one's structure.
+
+    Raises:
+        RuntimeError: it does not.
+    """
+    rebuilt = apply_plan(model, reduced.plan, example)
+    shapes = [{name: value.shape for name, value in net.state_dict().items()} for net in (rebuilt, reduced.model)]
+    if shapes[0] != shapes[1]:
+        raise RuntimeError("the plan does not rebuild the compact network: their tensors have other shapes")
+    comparison = Comparison()
+    with undisturbed(model), undisturbed(reduced.model):
+        for batch in batches:
+            comparison.add(task, *(task.run(net, task.to(batch, net)) for net in (model, reduced.model)), batch)
+    figures = comparison.figures(task)
+    report = {"plan": reduced.plan.to_dict(), "layers": reduced.report["layers"], "images": comparison.count}
+    for name, net in (("dense", model), ("compact", reduced.model)):
+        counted = cost(net, example)
+        report[name] = {"macs": counted.macs, "params": counted.params} | figures.get(name, {})
+    return report | comparison.distances()
+
+
+@dataclass
+class Comparison:
+    """Sums over samples of two networks' outputs, the original's first."""
+
+    count: int = 0
+    agreed: float = 0.0
+    squared: float = 0.0
+    first: Tensor | float = 0.0
+    second: Tensor | float = 0.0
+    metrics: list[Tensor | float] = field(default_factory=lambda: [0.0, 0.0])
+
+    def add(self, task: Task, original: Any, other: Any, batch: Any) -> None:
+        """Adds one batch."""
+        before, after = (task.prediction(output).double().flatten(1) for output in (original, other))
+        self.count += len(before)
+        self.agreed += float(task.agreement(task.prediction(original), task.prediction(other)).sum())
+        self.squared += float((after - before).square().sum())
+        self.first, self.second = self.first + before.sum(0), self.second + before.square().sum(0)
+        if task.needs_target and task.target(batch) is not None:
+            found = (task.metric(output, batch) for output in (original, other))
+            self.metrics = [total + value for total, value in zip(self.metrics, found, strict=True)]
+
+    def distances(self) -> dict[str, float]:
+        """`distortion` and `agreement`."""
+        mean = self.first / self.count
+        variance = float((self.second / self.count - mean.square()).sum()) * self.count
+        return {
+            "distortion": self.squared / variance if variance else self.squared,
+            "agreement": self.agreed / self.count,
+        }
+
+    def figures(self, task: Task) -> dict[str, dict[str, float]]:
+        """The task's figure of both networks, under its name; empty without targets."""
+        if not isinstance(self.metrics[0], Tensor):
+            return {}
+        names = ("dense", "compact")
+        return {
+            name: {task.metric_name: task.figure(sums.cpu())} for name, sums in zip(names, self.metrics, strict=True)
+        }
+
+
+@dataclass
+class Clock:
+    """Seconds that steps took, by name."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def step(self, name: str):
+        """Times what runs inside."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start

@@ -1,0 +1,151 @@
+"""The first screen of the page: is the compact network good, what went and why, can it be trusted, how is it used."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lit_prune.errors import InputError
+from lit_prune.report.run_folder import AbsentInput, RunFolder, stages_if_any
+from lit_prune.report.tables import figure_of, format_count, is_number
+
+SLIGHT, CLEAR = 0.01, 0.03  # losses of a share (accuracy, IoU) that are called small, and more than small
+BUDGET_SLACK = 0.01  # share of the dense cost by which a budget may be passed over
+USE = """import lit_prune
+
+network = lit_prune.load_compact("{folder}")
+"""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a reader wants to know first.
+
+    Attributes:
+        level: "good" (kept its figure), "fair" (lost a little), "poor" (lost more, or missed its budget), "open" (not
+            measured).
+        headline: the verdict in words.
+        reasons: sentences: figure, budget, what is uncertain.
+        removed: sentences on what went and what stayed whole, and why.
+        trust: name and value of what the numbers hold for.
+        use: lines of code and the command for the hand-over.
+    """
+
+    level: Literal["good", "fair", "poor", "open"]
+    headline: str
+    reasons: tuple[str, ...]
+    removed: tuple[str, ...]
+    trust: tuple[tuple[str, str], ...]
+    use: str
+
+
+def find_verdict(run: RunFolder) -> Verdict | None:
+    """The verdict on a run's compact network; None where the run has none."""
+    try:
+        result = run.result
+        dense, compact = result["dense"], result["compact"]
+    except (AbsentInput, InputError, KeyError, TypeError):
+        return None
+    stages = stages_if_any(run)
+    budget = list(_budgets(stages, dense, compact))
+    figure, level = _figure(run, result, stages)
+    if any(missed for _, missed in budget):
+        level = "poor"
+    cheaper = 1 - compact["macs"] / dense["macs"] if dense.get("macs") else math.nan
+    words = {"good": "kept its figure", "fair": "lost a little", "poor": "lost too much or missed its budget"}
+    headline = f"{cheaper:.0%} fewer multiply-adds: {words.get(level, 'its figure was not measured')}"
+    removed, trust = tuple(_removed(stages, dense, compact)), tuple(_trust(run))
+    command = f"lit-prune export --run_dir {run.path} --format onnx"
+    use = USE.format(folder=run.path / "compact") + f"\n# {command}\n"
+    return Verdict(level, headline, (*figure, *(sentence for sentence, _ in budget)), removed, trust, use)
+
+
+def _figure(run: RunFolder, result: Mapping[str, Any], stages: Sequence[Mapping[str, Any]]) -> tuple[list[str], str]:
+    """Sentences on the figure, and the level that follows from it alone."""
+    quantity = figure_of(result)
+    before, after = (result[name].get(quantity.key) for name in ("dense", "compact"))
+    if not (is_number(before) and is_number(after)):
+        return [f"The {quantity.title} was not measured."], "open"
+    less_is_better = (result.get("metric") or {}).get("mode") == "min"
+    loss = (after - before) if less_is_better else (before - after)
+    share = 0 <= min(before, after) and max(before, after) <= 1 and not less_is_better
+    loss = loss if share else loss / max(abs(before), 1e-12)
+    level = "good" if loss <= SLIGHT else "fair" if loss <= CLEAR else "poor"
+    sentence = f"{quantity.title} {quantity.format(after)}, dense {quantity.format(before)}"
+    sentence += f" ({quantity.change(after, before)})"
+    return [sentence + _interval(run, before, after, share) + "."], level
+
+
+def _interval(run: RunFolder, before: float, after: float, share: bool) -> str:
+    """95 % interval of the difference of two shares, as if their images were independent; "" where they are unknown."""
+    try:
+        images = run.protocol.get("validation_images")
+    except (AbsentInput, InputError):
+        images = None
+    if not share or not is_number(images) or not images:
+        return ""
+    half = 1.96 * math.sqrt((before * (1 - before) + after * (1 - after)) / images)
+    return f"; the change is known to ±{100 * half:.1f} points from {images:,} images"
+
+
+def _budgets(
+    stages: Sequence[Mapping[str, Any]], dense: Mapping[str, Any], compact: Mapping[str, Any]
+) -> Iterator[tuple[str, bool]]:
+    """A sentence on the last budget that a stage was given, and whether it was missed."""
+    asked = [(stage.get("protocol") or {}).get("stage") or {} for stage in stages]
+    asked = [stage for stage in asked if is_number(stage.get("keep")) and stage.get("budget") in ("macs", "params")]
+    if asked:
+        unit, keep = asked[-1]["budget"], asked[-1]["keep"]
+        reached = compact[unit] / dense[unit]
+        missed = reached > keep + BUDGET_SLACK
+        name = {"macs": "MACs", "params": "parameters"}[unit]
+        verdict = "missed" if missed else "met"
+        yield f"Budget {verdict}: {keep:.0%} of the {name} asked for, {reached:.1%} left.", missed
+
+
+def _removed(
+    stages: Sequence[Mapping[str, Any]], dense: Mapping[str, Any], compact: Mapping[str, Any]
+) -> Iterator[str]:
+    """Sentences on what the stages removed and what they had to leave."""
+    yield (
+        f"MACs {format_count(dense['macs'])} → {format_count(compact['macs'])}, "
+        f"parameters {format_count(dense['params'])} → {format_count(compact['params'])}."
+    )
+    for stage in stages:
+        plan, settings = stage.get("plan") or {}, (stage.get("protocol") or {}).get("stage") or {}
+        blocks, kept, sizes = (plan.get(key) or {} for key in ("drop_blocks", "keep_channels", "sizes"))
+        gone = {name: sizes[name] - len(units) for name, units in kept.items() if name in sizes}
+        parts = [f"blocks {', '.join(blocks)}"] if blocks else []
+        if sum(gone.values()):
+            parts.append(
+                f"{sum(gone.values())} of {sum(sizes.values())} units in {sum(n > 0 for n in gone.values())} groups"
+            )
+        why = f", ranked by {settings['score']}" if gone and settings.get("score") else ""
+        why = why or (", least label information first" if blocks else "")
+        if parts:
+            yield f"Stage {stage.get('name', '?')} at epoch {stage.get('epoch', '?')}: {'; '.join(parts)}{why}."
+        protected = (plan.get("notes") or {}).get("protected")
+        if isinstance(protected, Mapping) and protected:
+            name, reason = next(iter(protected.items()))
+            more = f" and {len(protected) - 1} more" if len(protected) > 1 else ""
+            yield f"Left whole: {name} ({reason}){more}."
+
+
+def _trust(run: RunFolder) -> Iterator[tuple[str, str]]:
+    """What the numbers hold for, as far as the run recorded it."""
+    try:
+        record = run.protocol
+    except (AbsentInput, InputError):
+        return
+    backbone, data, machine = (record.get(key) or {} for key in ("backbone", "data", "machine"))
+    versions, product = record.get("versions") or {}, record.get("lit_prune") or {}
+    facts = {
+        "network": backbone.get("name") if isinstance(backbone, Mapping) else backbone,
+        "data": data.get("name") if isinstance(data, Mapping) else data,
+        "calibration samples": len(record.get("calibration_indices") or ()) or None,
+        "seed": record.get("seed"),
+        "machine": ", ".join(f"{key} {value}" for key, value in machine.items()) or None,
+        "torch": versions.get("torch"),
+        "lit_prune": " ".join(str(product[key]) for key in ("version", "commit") if product.get(key)) or None,
+    }
+    yield from ((name, str(value)) for name, value in facts.items() if value is not None)

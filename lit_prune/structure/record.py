@@ -1,0 +1,130 @@
+"""What rebuilds the structure of a network, kept with the network itself and with its copies."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_prune.errors import InputError
+from lit_prune.structure.example import Example
+from lit_prune.structure.plan import Plan
+
+ATTRIBUTE = "lit_prune_record"
+
+
+@dataclass(frozen=True)
+class Record:
+    """How a network came about.
+
+    Attributes:
+        backbone: name of the builder where `build_network` made it; None for somebody's own network.
+        arguments: the builder's arguments.
+        plans: applied since it was built, in order.
+        inputs: what it is called with, see `describe_inputs`; None where that is not known.
+    """
+
+    backbone: str | None = None
+    arguments: dict[str, Any] | None = None
+    plans: tuple[Plan, ...] = ()
+    inputs: dict[str, Any] | None = None
+
+    @property
+    def image_shape(self) -> tuple[int, ...] | None:
+        """Shape of one image where the network is called with images [B, C, H, W] alone."""
+        shape = _tensor_shape(self.inputs)
+        return None if shape is None else shape[1:]
+
+
+def record_of(model: nn.Module) -> Record:
+    """The record of a network; an empty one where it has none."""
+    return getattr(model, ATTRIBUTE, None) or Record()
+
+
+def note_record(model: nn.Module, record: Record) -> nn.Module:
+    """Leaves the record with the network, which is returned."""
+    setattr(model, ATTRIBUTE, record)
+    return model
+
+
+def note_plan(model: nn.Module, before: Record, plan: Plan) -> nn.Module:
+    """Leaves with the network the record of the one that `plan` was applied to, and the plan."""
+    return note_record(model, replace(before, plans=(*before.plans, plan)))
+
+
+def describe_inputs(example: Example) -> dict[str, Any]:
+    """The arguments of a network's call as plain values: shapes of floating-point tensors, values of all others.
+
+    Raises:
+        InputError: an argument that is neither a tensor, a plain value, nor a list, tuple or dict of these.
+    """
+    return {"args": [_describe(value) for value in example.args], "kwargs": _describe(example.kwargs)}
+
+
+def rebuild_inputs(described: Mapping[str, Any], device: torch.device | str = "cpu") -> Example:
+    """Arguments as described, with zeros in the place of floating-point values."""
+    kwargs = _rebuild(described["kwargs"], device)
+    return Example(tuple(_rebuild(value, device) for value in described["args"]), kwargs)
+
+
+def largest_input(described: Any) -> int:
+    """Values of the largest tensor among described arguments; checks sizes before anything is built from them.
+
+    Raises:
+        InputError: a size that is no whole number, or below 0.
+    """
+    if isinstance(described, Mapping) and "shape" in described:
+        sizes = described["shape"]
+        if not isinstance(sizes, list) or any(type(size) is not int or size < 0 for size in sizes):
+            raise InputError(f"inputs: the shape {sizes} is none of a tensor")
+        return math.prod(sizes)
+    inner = described.values() if isinstance(described, Mapping) else described
+    if not isinstance(described, Mapping | list):
+        return 0
+    return max((largest_input(value) for value in inner), default=0)
+
+
+def example_input(example: Example) -> Any:
+    """The one tensor that a network is called with where it is called so, else the `Example`."""
+    single = len(example.args) == 1 and not example.kwargs and isinstance(example.args[0], Tensor)
+    return example.args[0] if single else example
+
+
+def _tensor_shape(described: Mapping[str, Any] | None) -> tuple[int, ...] | None:
+    if described is None or described["kwargs"]["dict"] or len(described["args"]) != 1:
+        return None
+    shape = described["args"][0].get("shape")
+    return None if shape is None or len(shape) != 4 else tuple(shape)
+
+
+def _describe(value: Any) -> dict[str, Any]:
+    if isinstance(value, Tensor):
+        dtype = str(value.dtype).removeprefix("torch.")
+        shape = {"dtype": dtype, "shape": list(value.shape)}
+        return shape if value.is_floating_point() else {**shape, "values": value.flatten().tolist()}
+    if isinstance(value, Mapping):
+        return {"dict": {str(key): _describe(item) for key, item in value.items()}}
+    if isinstance(value, tuple | list):
+        return {type(value).__name__: [_describe(item) for item in value]}
+    if value is None or isinstance(value, bool | int | float | str):
+        return {"plain": value}
+    raise InputError(
+        f"network: it is called with a {type(value).__name__}, which cannot be described in plain values; call it with "
+        "tensors, numbers, text, or lists, tuples and dicts of these"
+    )
+
+
+def _rebuild(described: Mapping[str, Any], device: torch.device | str) -> Any:
+    if "shape" in described:
+        dtype, shape = getattr(torch, described["dtype"]), described["shape"]
+        if "values" in described:
+            return torch.tensor(described["values"], dtype=dtype, device=device).reshape(shape)
+        return torch.zeros(shape, dtype=dtype, device=device)
+    if "dict" in described:
+        return {key: _rebuild(item, device) for key, item in described["dict"].items()}
+    for kind in (tuple, list):
+        if kind.__name__ in described:
+            return kind(_rebuild(item, device) for item in described[kind.__name__])
+    return described["plain"]

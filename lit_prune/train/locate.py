@@ -1,0 +1,114 @@
+"""Where a LightningModule keeps the network, and how another takes its place."""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from lit_prune.errors import InputError
+
+USUAL_NAMES = ("backbone", "model", "net", "network")
+NEARLY_ALL = 0.95  # of the parameters
+COMPILED = "_orig_mod"
+
+
+def find_path(module: nn.Module, given: str | None = None) -> str:
+    """Attribute path of the network inside `module`.
+
+    Args:
+        module: a LightningModule.
+        given: the path, such as `net` or `student.encoder`; None takes the only child with at least 95 % of the
+            parameters, else the only child that is called `backbone`, `model`, `net` or `network`.
+
+    Raises:
+        InputError: there is no such submodule, or more than one that it could be; the candidates are named.
+    """
+    if given is not None:
+        return _checked(module, given)
+    sizes = {name: _parameters(child) for name, child in module.named_children() if _parameters(child)}
+    total = _parameters(module)
+    holders = [name for name, size in sizes.items() if size >= NEARLY_ALL * total]
+    named = [name for name in USUAL_NAMES if name in sizes]
+    for found in (holders, named):
+        if len(found) == 1:
+            return found[0]
+    kind = type(module).__name__
+    if not sizes:
+        raise InputError(f"network: {kind} has no submodule with parameters; make the network an attribute of it")
+    candidates = ", ".join(f"{name} ({size:,} parameters)" for name, size in list(sizes.items())[:6])
+    raise InputError(f"network: {kind} holds several; name one by network=: {candidates}")
+
+
+def _checked(module: nn.Module, path: str) -> str:
+    try:
+        found = module.get_submodule(path)
+    except AttributeError:
+        known = ", ".join(name for name, _ in module.named_children()) or "none"
+        raise InputError(f"network: {type(module).__name__} has no submodule {path!r}; its own are {known}") from None
+    if found is module:
+        raise InputError("network: '' is the LightningModule itself; name the submodule that is the network")
+    if not _parameters(found):
+        raise InputError(f"network: {path!r} ({type(found).__name__}) has no parameters")
+    return path
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def network_at(module: nn.Module, path: str) -> nn.Module:
+    """The network, without what torch.compile wraps around it."""
+    found = module.get_submodule(path)
+    return getattr(found, COMPILED, found)
+
+
+def check_replaceable(module: nn.Module, path: str) -> None:
+    """Refuses a network that another could not take the place of.
+
+    Raises:
+        InputError: it is compiled, or a parameter of it is used by another part of the module too.
+    """
+    if hasattr(module.get_submodule(path), COMPILED) or getattr(module, "_compiler_ctx", None):
+        raise InputError(
+            f"network: {path!r} goes through torch.compile, whose code would go on with the network before the cut; "
+            "compile nothing, or only the final network"
+        )
+    network = network_at(module, path)
+    own = {id(parameter) for parameter in network.parameters()}
+    inside = {id(part) for part in network.modules()}
+    for name, part in module.named_modules():
+        if id(part) in inside:
+            continue
+        for key, parameter in part.named_parameters(recurse=False):
+            if id(parameter) in own:
+                shared = f"{name}.{key}" if name else key
+                raise InputError(f"network: {path!r} shares the parameter {shared}, which would not follow a cut")
+
+
+def put_network(module: nn.Module, path: str, network: nn.Module) -> None:
+    """Puts `network` in the place of the one at `path`, and its parts where the module holds them by other names too.
+
+    Raises:
+        InputError: the module holds a part of the network by another name, and that part is gone.
+    """
+    for alias, part in list(_aliases(module, path)):
+        try:
+            _assign(module, alias, network.get_submodule(part))
+        except AttributeError:
+            raise InputError(f"network: {alias!r} is {path}.{part}, which the plan removes; protect it") from None
+    _assign(module, path, network)
+
+
+def _aliases(module: nn.Module, path: str) -> Iterator[tuple[str, str]]:
+    """Other names in the module of the network or of parts of it, outermost only, with the part's name inside it."""
+    parts = {id(part): name for name, part in network_at(module, path).named_modules()}
+    found: list[str] = []
+    for name, part in module.named_modules(remove_duplicate=False):
+        inside = name == path or name.startswith((f"{path}.", *(f"{alias}." for alias in found)))
+        if id(part) in parts and not inside:
+            found.append(name)
+            yield name, parts[id(part)]
+
+
+def _assign(module: nn.Module, path: str, network: nn.Module) -> None:
+    owner, _, key = path.rpartition(".")
+    setattr(module.get_submodule(owner), key, network)

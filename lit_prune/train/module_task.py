@@ -1,0 +1,179 @@
+"""The task of a LightningModule: its batches as its network gets them, its loss as its own step computes it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+
+from lit_prune.errors import InputError
+from lit_prune.structure.example import Example
+from lit_prune.task import TASKS, Task, Term, find_task
+from lit_prune.task.batches import find_layout, map_tensors
+from lit_prune.task.running import undisturbed
+from lit_prune.train.capture import Seen, as_found, step_arguments
+from lit_prune.train.locate import network_at
+
+
+class _OnSeen(Task):
+    """A task on batches as the network gets them (`Seen`)."""
+
+    def inputs(self, batch: Seen) -> Example:
+        """What the network was called with."""
+        return Example(batch.args, batch.kwargs)
+
+    def to(self, batch: Seen, model: nn.Module) -> Seen:
+        """On the network's device; they are there already where the module's hooks put them there."""
+        device = next(model.parameters()).device
+        parts = (batch.args, batch.kwargs, batch.batch)
+        return Seen(*(map_tensors(part, lambda tensor: tensor.to(device)) for part in parts))
+
+    def take(self, batch: Seen, samples: slice | int) -> Seen:
+        """Some of the samples."""
+        return batch.take(slice(samples) if isinstance(samples, int) else samples)
+
+    def size(self, batch: Seen) -> int:
+        """Number of samples."""
+        return batch.size
+
+
+class SeenTask(_OnSeen):
+    """The network reads the arguments of its call, the task the module's batch.
+
+    Args:
+        inner: what the output is compared with, and how.
+    """
+
+    def __init__(self, inner: Task) -> None:
+        self.inner = inner
+        self.name, self.needs_target, self.scalar_loss = inner.name, inner.needs_target, inner.scalar_loss
+        self.metric_name, self.higher_is_better = inner.metric_name, inner.higher_is_better
+
+    def target(self, batch: Seen) -> Any:
+        """The inner task's."""
+        return self.inner.target(batch.batch)
+
+    def relabelled(self, batch: Seen, target: Any) -> Seen:
+        """The inner task's."""
+        return replace(batch, batch=self.inner.relabelled(batch.batch, target))
+
+    def loss(self, output: Any, batch: Seen) -> Tensor:
+        """The inner task's."""
+        return self.inner.loss(output, batch.batch)
+
+    def prediction(self, output: Any) -> Tensor:
+        """The inner task's."""
+        return self.inner.prediction(output)
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """The inner task's."""
+        return self.inner.variables
+
+    def default_variable(self, batch: Seen) -> str | None:
+        """The inner task's."""
+        return self.inner.default_variable(batch.batch)
+
+    def variable(self, output: Any, batch: Seen, name: str) -> Tensor:
+        """The inner task's."""
+        return self.inner.variable(output, batch.batch, name)
+
+    def metric(self, output: Any, batch: Seen) -> Tensor:
+        """The inner task's."""
+        return self.inner.metric(output, batch.batch)
+
+    def figure(self, sums: Tensor) -> float:
+        """The inner task's."""
+        return self.inner.figure(sums)
+
+    def curvature_terms(self, output: Any, batch: Seen, generator: torch.Generator) -> list[Term]:
+        """The inner task's."""
+        return self.inner.curvature_terms(output, batch.batch, generator)
+
+    def agreement(self, original: Tensor, other: Tensor) -> Tensor:
+        """The inner task's."""
+        return self.inner.agreement(original, other)
+
+
+class ModuleTask(_OnSeen):
+    """The loss is what the module's own `training_step` returns for an output of the network.
+
+    Args:
+        trainer: in `fit`.
+        path: of the network in `trainer.lightning_module`.
+    """
+
+    name = "module"
+    scalar_loss = True
+
+    def __init__(self, trainer: Trainer, path: str) -> None:
+        self.trainer, self.path = trainer, path
+
+    def target(self, batch: Seen) -> Any:
+        """The whole batch: what the step reads in it is not known."""
+        return batch.batch
+
+    def loss(self, output: Any, batch: Seen) -> Tensor:
+        """The mean loss of the batch, a scalar.
+
+        Raises:
+            InputError: the step returns None, or something without a loss.
+        """
+        module = self.trainer.lightning_module
+        network = network_at(module, self.path)
+        step = getattr(module.training_step, "__wrapped__", module.training_step)
+        with as_found(self.trainer, module, network), isolate_rng(), _answering(network, output), torch.enable_grad():
+            torch.manual_seed(0)
+            returned = step(*step_arguments(step, batch.batch, 0, 0))
+        loss = returned.get("loss") if isinstance(returned, dict) else returned
+        if not isinstance(loss, Tensor):
+            raise InputError(
+                f"task: training_step of {type(module).__name__} returns {type(returned).__name__}, not a loss; give "
+                "task= with a loss, or a score that needs none"
+            )
+        return loss
+
+
+@contextmanager
+def _answering(network: nn.Module, output: Any) -> Iterator[None]:
+    """The network answers `output` to everything, without running."""
+    before = {key: value for key, value in network.__dict__.items() if key == "forward"}
+    network.__dict__["forward"] = lambda *_, **__: output
+    try:
+        yield
+    finally:
+        del network.__dict__["forward"]
+        network.__dict__.update(before)
+
+
+def task_in(trainer: Trainer, path: str, seen: Seen, given: Task | str | None) -> Task:
+    """The task of a module's network.
+
+    Args:
+        trainer: in `fit`.
+        path: of the network.
+        seen: a batch.
+        given: a task on the module's batches, or its name; None recognises it from what the network answers, and falls
+            back on the module's own loss.
+    """
+    if given is not None:
+        return SeenTask(find_task(given))
+    found = _recognised(network_at(trainer.lightning_module, path), seen)
+    return ModuleTask(trainer, path) if found is None else SeenTask(found)
+
+
+def _recognised(network: nn.Module, seen: Seen) -> Task | None:
+    """The task of `TASKS` that fits the network's answer and the target of the batch, or None."""
+    few = seen.first(2)
+    try:
+        target = find_layout(few.batch).target_of(few.batch)
+    except InputError:
+        return None
+    with undisturbed(network):
+        output = network(*few.args, **few.kwargs)
+    fitting = (kind() for kind in reversed(TASKS.values()) if kind.fits(output, target, few.size))
+    return next(fitting, None) if target is not None else None

@@ -1,0 +1,170 @@
+"""The structure of a network in the checkpoints of the LightningModule around it."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+
+from lit_prune.errors import InputError
+from lit_prune.structure import Plan, apply_plan
+from lit_prune.structure.networks import STRUCTURE_KEY, structure_of
+from lit_prune.structure.record import example_input, note_plan, note_record, rebuild_inputs, record_of
+from lit_prune.structure.tracing import copy_network
+from lit_prune.tensor_files import read_torch
+from lit_prune.train.locate import find_path, network_at, put_network
+
+Module = TypeVar("Module", bound=LightningModule)
+
+
+def save_structure(module: LightningModule, path: str, checkpoint: dict[str, Any]) -> None:
+    """Writes path, plans and inputs of the module's network into a checkpoint, as plain values."""
+    record = record_of(network_at(module, path))
+    checkpoint[STRUCTURE_KEY] = {
+        "network": path,
+        "backbone": record.backbone,
+        "arguments": record.arguments,
+        "plans": [plan.to_dict() for plan in record.plans],
+        "inputs": record.inputs,
+    }
+
+
+def restore_structure(module: LightningModule, checkpoint: dict[str, Any], dense: nn.Module | None = None) -> None:
+    """Gives the module's network the structure that a checkpoint's weights have; call it before they load.
+
+    For a module's own `on_load_checkpoint`, so that `load_from_checkpoint` works on pruned checkpoints; with
+    `StagedPruning` among the trainer's callbacks it is called anyway. Checkpoints without a structure are left alone.
+
+    Args:
+        module: the module that the weights will load into.
+        checkpoint: a Lightning checkpoint.
+        dense: the network before all plans, to go back to; None: the plans must go on from the present network.
+
+    Raises:
+        InputError: the checkpoint is from before a cut that the module's network has had.
+    """
+    saved = structure_of(checkpoint)
+    if not saved or "network" not in saved:
+        return
+    path = find_path(module, saved["network"])
+    network = network_at(module, path)
+    plans = [Plan.from_dict(plan, "plan of the checkpoint") for plan in saved["plans"]]
+    if _begins(plans, network) and len(plans) == len(record_of(network).plans):
+        return
+    if not _begins(plans, network):
+        if dense is None or not _begins(plans, dense):
+            raise InputError(
+                f"checkpoint: its network has had {len(plans)} cuts, which are not those of the present one "
+                f"({len(record_of(network).plans)} cuts); build the module anew and load into that"
+            )
+        network = copy_network(dense).to(next(network.parameters()).device)
+    put_network(module, path, replay(network, plans[len(record_of(network).plans) :], saved["inputs"]))
+
+
+def _begins(plans: list[Plan], network: nn.Module) -> bool:
+    """Whether the plans that a network has had are the first of `plans`."""
+    had = record_of(network).plans
+    return [plan.to_dict() for plan in had] == [plan.to_dict() for plan in plans[: len(had)]]
+
+
+def replay(network: nn.Module, plans: list[Plan], inputs: dict[str, Any] | None) -> nn.Module:
+    """The network after the plans, with its record."""
+    if not plans:
+        return network
+    device = next(network.parameters()).device
+    example = example_input(rebuild_inputs(inputs, device))
+    record = replace(record_of(network), inputs=inputs)
+    for plan in plans:
+        network = note_plan(apply_plan(network, plan, example), record, plan)
+        record = record_of(network)
+    return note_record(network, record)
+
+
+def load_pruned(
+    kind: type[Module], path: str | Path, map_location: torch.device | str = "cpu", **arguments: Any
+) -> Module:
+    """A LightningModule of a checkpoint that was written after structure was removed (or before).
+
+    Args:
+        kind: the class of the module.
+        path: the checkpoint.
+        map_location: where its tensors go.
+        **arguments: of the class; those that it saved as hyperparameters need not be given.
+
+    Raises:
+        InputError: no such file, arguments missing, or weights that do not fit.
+    """
+    checkpoint = read_torch(path, "checkpoint")
+    known = inspect.signature(kind).parameters
+    saved = {key: value for key, value in checkpoint.get("hyper_parameters", {}).items() if key in known}
+    try:
+        module = kind(**{**saved, **arguments})
+    except TypeError as error:
+        raise InputError(f"{kind.__name__}: {error}; give it to load_pruned by name") from error
+    module.to(map_location)
+    restore_structure(module, checkpoint)
+    module.on_load_checkpoint(checkpoint)
+    try:
+        module.load_state_dict(checkpoint["state_dict"])
+    except RuntimeError as error:
+        raise InputError(f"checkpoint: {path} does not fit {kind.__name__}: {one_reason(error)}") from error
+    return module.eval()
+
+
+def one_reason(error: Exception) -> str:
+    """The first telling line of an error of `load_state_dict`."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return lines[1] if len(lines) > 1 else lines[0]
+
+
+class StructureHooks:
+    """The structure goes into every checkpoint of a module, and comes back before the weights load; until `remove`.
+
+    Lightning calls `on_load_checkpoint` of the module before its weights load, a callback's hook comes too late.
+
+    Args:
+        module: its instance's `on_save_checkpoint` and `on_load_checkpoint` are wrapped.
+        path: of its network.
+        dense: gives the network before all plans, or None.
+        replaced: is told the network that another took the place of.
+    """
+
+    def __init__(
+        self,
+        module: LightningModule,
+        path: str,
+        dense: Callable[[], nn.Module | None],
+        replaced: Callable[[nn.Module], None],
+    ) -> None:
+        self.module, self.path, self.dense, self.replaced = module, path, dense, replaced
+        self._wrap("on_save_checkpoint", self._save)
+        self._wrap("on_load_checkpoint", self._load)
+
+    def _wrap(self, name: str, before: Callable[[dict[str, Any]], None]) -> None:
+        hook = getattr(self.module, name)
+
+        @functools.wraps(hook)
+        def wrapped(checkpoint: dict[str, Any]) -> None:
+            before(checkpoint)
+            hook(checkpoint)
+
+        setattr(self.module, name, wrapped)
+
+    def _save(self, checkpoint: dict[str, Any]) -> None:
+        save_structure(self.module, self.path, checkpoint)
+
+    def _load(self, checkpoint: dict[str, Any]) -> None:
+        before = network_at(self.module, self.path)
+        restore_structure(self.module, checkpoint, self.dense())
+        if network_at(self.module, self.path) is not before:
+            self.replaced(before)
+
+    def remove(self) -> None:
+        """Takes the wrappers off."""
+        for name in ("on_save_checkpoint", "on_load_checkpoint"):
+            self.module.__dict__.pop(name, None)

@@ -1,0 +1,173 @@
+"""The batches that callbacks measure on: which loader they come from, as the network gets them."""
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch.utils.data import DataLoader, RandomSampler
+
+from lit_prune.errors import InputError
+from lit_prune.train.capture import Seen, see, step_for_evaluation
+from lit_prune.train.rewire import training_loader, validation_loader
+
+SAMPLES = 1024  # of the validation loader, where nobody says how many
+Numbered = tuple[Any, int, int]  # batch, its index, number of its loader
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Batches as the network gets them (`Seen`), the same at every iteration, with the random state left as found.
+
+    Attributes:
+        trainer: in `fit`.
+        path: of the network in its module.
+        loader: makes the loader.
+        step: the step of the module that they go through up to the network.
+        origin: where they come from, for records and messages.
+        shared: whether every rank reads the same ones; else each has its own.
+        limit: samples at the most; None takes all.
+        batches: batches at the most; None takes all.
+    """
+
+    trainer: Trainer
+    path: str
+    loader: Callable[[], Any]
+    step: str
+    origin: str
+    shared: bool = False
+    limit: int | None = None
+    batches: int | None = None
+
+    def __iter__(self) -> Iterator[Seen]:
+        left = self.limit
+        for number, (batch, index, loader) in enumerate(numbered_batches(self.loader(), self.step)):
+            if number == self.batches or left == 0:
+                return
+            seen = see(self.trainer, self.path, batch, index, self.step, loader)
+            if left is not None:
+                seen = seen.first(left)
+                left -= seen.size
+            yield seen
+
+    def first(self) -> Seen:
+        """The first batch.
+
+        Raises:
+            InputError: there is none.
+        """
+        found = next(iter(self), None)
+        if found is None:
+            raise InputError(f"{self.origin}: it holds no batch; give at least one")
+        return found
+
+
+def calibration_samples(trainer: Trainer, path: str, given: Any = None) -> Samples:
+    """The fixed samples to measure on.
+
+    Args:
+        trainer: in `fit`.
+        path: of the network.
+        given: a loader, or a number of samples; None: the DataModule's `calibration_dataloader`, else the first 1,024
+            samples of the validation loader, else of the training loader.
+
+    Raises:
+        InputError: a loader that shuffles, a number below 1, or no loader at all.
+    """
+    step = step_for_evaluation(trainer.lightning_module)
+    number = given if isinstance(given, int) else None
+    if number is not None and number < 1:
+        raise InputError(f"calibration: {number} samples; give at least 1, or a loader")
+    own = getattr(trainer.datamodule, "calibration_dataloader", None)
+    if given is not None and number is None:
+        _refuse_shuffling(given, "the loader given")
+        return Samples(trainer, path, lambda: given, step, "calibration: the loader given", shared=True)
+    if own is not None:
+        _refuse_shuffling(own(), "calibration_dataloader")
+        return Samples(trainer, path, own, step, "calibration: calibration_dataloader", shared=True, limit=number)
+    if validation_loader(trainer) is not None:
+        loader, origin = validation_loader, "validation loader"
+    else:
+        loader, origin, step = training_loader, "training loader, as augmented as it is", "training_step"
+    limit = -(-(number or SAMPLES) // trainer.world_size)
+    origin = f"calibration: first {number or SAMPLES} samples of the {origin}"
+    return Samples(trainer, path, lambda: loader(trainer), step, origin, limit=limit)
+
+
+def recalibration_samples(trainer: Trainer, path: str, batches: int) -> Samples:
+    """Batches of the training distribution: the DataModule's `recalibration_dataloader`, else the training loader."""
+    own = getattr(trainer.datamodule, "recalibration_dataloader", None)
+    loader = own if own is not None else lambda: training_loader(trainer)
+    return Samples(trainer, path, loader, "training_step", "recalibration", batches=batches)
+
+
+def _refuse_shuffling(loader: Any, name: str) -> None:
+    if isinstance(getattr(loader, "sampler", None), RandomSampler):
+        raise InputError(f"calibration: {name} shuffles, so that figures could not be compared; set shuffle=False")
+
+
+def numbered_batches(loader: Any, step: str) -> Iterator[Numbered]:
+    """Batches of a loader, or of several as Lightning combines them for a step, each with its index and loader.
+
+    Neither the random state nor the loader's own generators and workers move.
+    """
+    if step == "validation_step":
+        loader = CombinedLoader(_copied(loader), "sequential")
+    elif not isinstance(loader, CombinedLoader):
+        loader = CombinedLoader(_copied(loader), "max_size_cycle")
+    with _generators_as_found(loader):
+        with _quiet_rng():
+            torch.manual_seed(0)
+            iterator = iter(loader)
+        index = 0
+        while True:
+            with _quiet_rng():
+                torch.manual_seed(index)
+                found = next(iterator, None)
+            if found is None:
+                return
+            yield found
+            index += 1
+
+
+@contextmanager
+def _quiet_rng() -> Iterator[None]:
+    with isolate_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # advice about workers, which the run itself gives once
+        yield
+
+
+def _copied(loader: Any) -> Any:
+    """The loaders with iterators of their own, so that persistent workers of the run are left alone."""
+    if isinstance(loader, DataLoader):
+        other = copy.copy(loader)
+        other.__dict__["_iterator"] = None
+        return other
+    if isinstance(loader, dict):
+        return {key: _copied(item) for key, item in loader.items()}
+    if isinstance(loader, CombinedLoader):
+        return _copied(loader.iterables)
+    return [_copied(item) for item in loader] if type(loader) in (list, tuple) else loader
+
+
+@contextmanager
+def _generators_as_found(loader: CombinedLoader) -> Iterator[None]:
+    """Puts the states of generators back that loaders and samplers hold."""
+    found = [generator for part in loader.flattened for generator in _generators(part)]
+    with ExitStack() as stack:
+        for generator in found:
+            stack.callback(generator.set_state, generator.get_state())
+        yield
+
+
+def _generators(loader: Any) -> Iterable[torch.Generator]:
+    sampler = getattr(loader, "sampler", None)
+    inner = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
+    owners = (loader, sampler, inner)
+    return {id(g): g for o in owners if isinstance(g := getattr(o, "generator", None), torch.Generator)}.values()

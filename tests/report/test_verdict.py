@@ -1,0 +1,64 @@
+"""The first screen: what a reader wants to know of the compact network before anything else."""
+
+import json
+import shutil
+
+import pytest
+
+from lit_prune.report import write_report
+from lit_prune.report.run_folder import RunFolder
+from lit_prune.report.verdict import find_verdict
+
+
+@pytest.fixture
+def run(full_run, tmp_path):
+    """Factory of the made-up run with values of its result, stages and record replaced."""
+    folder = tmp_path / "run"
+
+    def make(accuracy: float = 0.8475, keep: float = 0.5, budget: str = "macs", **record):
+        shutil.copytree(full_run, folder)
+        report = folder / "compact" / "report.json"
+        result = json.loads(report.read_text())
+        result["compact"]["accuracy"] = accuracy
+        report.write_text(json.dumps(result))
+        lines = [json.loads(line) for line in (folder / "stages.jsonl").read_text().splitlines()]
+        lines[-1]["protocol"]["stage"] = {"keep": keep, "budget": budget, "score": "composite_ix"}
+        (folder / "stages.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        run_file = folder / "run.json"
+        run_file.write_text(json.dumps(json.loads(run_file.read_text()) | record))
+        return RunFolder(folder)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "level"), [(0.86, "good"), (0.8475, "good"), (0.83, "fair"), (0.80, "poor"), (None, "open")]
+)
+def test_the_level_follows_the_loss_of_accuracy(run, accuracy, level):
+    assert find_verdict(run(accuracy)).level == level
+
+
+def test_a_missed_budget_is_poor_and_said(run):
+    verdict = find_verdict(run(keep=0.3))
+    assert verdict.level == "poor"
+    assert any("Budget missed: 30% of the MACs asked for, 41.1% left" in reason for reason in verdict.reasons)
+
+
+def test_the_interval_of_the_drop_is_that_of_two_independent_shares(run):
+    verdict = find_verdict(run(0.80, validation_images=1000))
+    half = 196 * ((0.8512 * 0.1488 + 0.8 * 0.2) / 1000) ** 0.5
+    assert f"±{half:.1f} points from 1,000 images" in verdict.reasons[0]
+
+
+def test_the_page_begins_with_the_verdict_and_says_how_the_network_is_used(run):
+    folder = run(0.80).path
+    page = write_report(folder).read_text()
+    assert page.index('class="verdict poor"') < page.index('<section id="result"')
+    assert "load_compact" in page
+    assert "lit-prune export" in page
+
+
+def test_a_run_without_a_compact_network_has_no_verdict(run):
+    found = run()
+    (found.path / "compact" / "report.json").unlink()
+    assert find_verdict(RunFolder(found.path)) is None

@@ -1,0 +1,129 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import lit_prune
+from lit_prune.compression import Recipe
+from lit_prune.errors import InputError
+from lit_prune.structure import Plan, apply_plan, cost
+
+
+class Net(nn.Module):
+    """Two blocks behind a stem; what the blocks compute is redundant, so that much can go without a trace."""
+
+    def __init__(self, outputs: int = 3) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.blocks = nn.ModuleList(self.block() for _ in range(2))
+        self.head = nn.Linear(8, outputs)
+
+    @staticmethod
+    def block() -> nn.Sequential:
+        return nn.Sequential(
+            nn.Conv2d(8, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 8, 3, padding=1)
+        )
+
+    def forward(self, images):
+        values = torch.relu(self.stem(images))
+        for block in self.blocks:
+            values = torch.relu(values + block(values))
+        return self.head(values.mean((2, 3)))
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    model = Net().eval()
+    with torch.no_grad():
+        for block in model.blocks:
+            block[0].weight[6:] = block[0].weight[:6]  # six of the twelve units are copies
+            block[0].bias[6:] = block[0].bias[:6]
+    return model
+
+
+@pytest.fixture
+def batches():
+    torch.manual_seed(1)
+    return [(torch.randn(32, 3, 8, 8), torch.randint(3, (32,))) for _ in range(4)]
+
+
+def test_compact_network_is_within_the_budget_and_answers_alike(net, batches):
+    before = copy.deepcopy(net.state_dict())
+    compact, report = lit_prune.compress(net, batches, keep=0.6)
+    example = batches[0][0]
+    assert cost(compact, example).macs == report["compact"]["macs"] <= 0.6 * cost(net, example).macs
+    assert report["agreement"] > 0.97 and report["distortion"] < 0.05
+    assert {"accuracy", "macs", "params"} <= set(report["dense"])
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert set(report["seconds"]) == {"plan", "stand_in", "verify"}
+
+
+def test_report_holds_a_plan_that_rebuilds_the_structure(net, batches):
+    compact, report = lit_prune.compress(net, batches, keep=0.6)
+    rebuilt = apply_plan(net, Plan.from_dict(report["plan"]), batches[0][0][:1])
+    rebuilt.load_state_dict(compact.state_dict())
+    torch.testing.assert_close(rebuilt(batches[0][0]), compact(batches[0][0]))
+
+
+def test_labels_are_not_read_and_images_alone_serve(net, batches):
+    with_labels, _ = lit_prune.compress(net, batches, keep=0.6)
+    alone, report = lit_prune.compress(net, [images for images, _ in batches], keep=0.6, task="unlabelled")
+    torch.testing.assert_close(alone(batches[0][0]), with_labels(batches[0][0]))
+    assert "accuracy" not in report["dense"]
+
+
+def test_parameters_are_a_budget_too(net, batches):
+    compact, report = lit_prune.compress(net, batches, keep=0.7, budget="params")
+    assert report["compact"]["params"] <= 0.7 * report["dense"]["params"]
+
+
+def test_scaling_units_changes_neither_choice_nor_function(net, batches):
+    """Units times factors in [0.01, 100] that their readers undo."""
+    net = net.double()
+    batches = [(images.double(), labels) for images, labels in batches]
+    scaled = copy.deepcopy(net)
+    with torch.no_grad():
+        for block in scaled.blocks:
+            factors = torch.exp(torch.empty(12, dtype=torch.float64).uniform_(-4.6, 4.6))
+            block[1].weight *= factors
+            block[1].bias *= factors
+            block[3].weight /= factors.view(1, -1, 1, 1)
+    recipe = Recipe(only=("blocks.0.0", "blocks.1.0"))
+    (first, one), (second, two) = (lit_prune.compress(m, batches, keep=0.5, recipe=recipe) for m in (net, scaled))
+    assert one["plan"]["keep_channels"] == two["plan"]["keep_channels"]  # Jaccard 1.000
+    torch.testing.assert_close(first(batches[0][0]), second(batches[0][0]), rtol=1e-3, atol=1e-4)
+
+
+def test_a_budget_out_of_reach_says_the_least(net, batches):
+    with pytest.raises(InputError, match=r"keep=0\.001 is out of reach.*give at least keep=0\.\d+"):
+        lit_prune.compress(net, batches, keep=0.001)
+
+
+def test_no_batches_are_refused(net):
+    with pytest.raises(InputError, match="batch"):
+        lit_prune.compress(net, [], keep=0.5)
+
+
+def test_too_few_images_are_refused_with_the_number_that_is_needed(net):
+    torch.manual_seed(2)
+    few = [(torch.randn(2, 3, 4, 4), torch.tensor([0, 1]))]
+    with pytest.raises(InputError, match=r"from 32 positions of 2 images; give at least \d+ calibration images"):
+        lit_prune.compress(net, few, keep=0.6)
+
+
+def test_seconds_of_repair_never_end_worse_on_held_out_samples_and_leave_norm_statistics_alone(net, batches):
+    plain, _ = lit_prune.compress(net, batches, keep=0.35)
+    repaired, after = lit_prune.compress(net, batches, keep=0.35, seconds=1.0)
+    assert after["repair"]["steps"] >= 1
+    assert after["repair"]["distortion_after"] <= after["repair"]["distortion_before"]
+    for one, other in zip(plain.blocks, repaired.blocks, strict=True):
+        assert torch.equal(one[1].running_mean, other[1].running_mean)
+    assert not any(parameter.grad is not None for parameter in repaired.parameters())
+
+
+def test_repair_of_frozen_weights_is_no_step(net, batches):
+    frozen = net.requires_grad_(False)
+    with pytest.raises(InputError, match="requires_grad"):
+        lit_prune.compress(frozen, batches, keep=0.6, seconds=0.5)

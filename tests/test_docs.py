@@ -1,0 +1,40 @@
+"""Every Python block of the README and of the pages runs, unless it says what it needs."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_prune.models import build_backbone
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```\n\s*(<!-- needs: .*? -->)?", re.DOTALL | re.MULTILINE)
+
+
+def blocks() -> list:
+    """The blocks that need nothing which a test has not, as parameters named by page and number."""
+    return [
+        pytest.param(match[1], id=f"{page.name}:{number}")
+        for page in PAGES
+        for number, match in enumerate(BLOCK.finditer(page.read_text()))
+        if not match[2]
+    ]
+
+
+@pytest.mark.parametrize("code", blocks())
+def test_the_block_runs(code: str, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = build_backbone("cifar_convnet", num_classes=4, widths=(8, 12, 16), hidden=20).eval()
+    batches = [torch.rand(64, 3, 32, 32) for _ in range(4)]
+    exec(compile(code, "block", "exec"), {"model": model, "batches": batches})
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 130
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert link.startswith("http") or (page.parent / link).exists(), f"{page.name}: {link}"
