@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow lint types bench clean
 
 demo: $(VENV)/installed  ## train, trace, cut, repair and export a ResNet-20 on real digit images
 	$(BIN)/python train.py fit -c configs/experiment/digits_demo.yaml --run_dir $(RUN)
@@ -19,6 +19,9 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+types: $(VENV)/installed  ## mypy over the core
+	$(BIN)/mypy
+
 bench: $(VENV)/installed  ## every script of benchmarks/, one table: benchmarks/results.md
 	$(BIN)/python benchmarks/run_all.py
 
@@ -28,4 +31,4 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache

@@ -19,7 +19,7 @@ class Theirs(LightningModule):
 
     def __init__(self, case: Case, task: Task) -> None:
         super().__init__()
-        self.net, self.task = case.build(), task
+        self.net, self.task = case.build().train(), task
 
     def training_step(self, batch: Any, index: int) -> torch.Tensor:
         """Mean loss; of outputs without a target their mean square."""

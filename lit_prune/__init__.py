@@ -28,6 +28,7 @@ _HOME = {  # public name -> module that defines it, imported at the first use
     "make_plan": "lit_prune.structure",
     "measure": "lit_prune.measurement.channel_table",
     "recalibrate_batchnorm": "lit_prune.train.batchnorm",
+    "register_score": "lit_prune.scores",
     "replace_mechanisms": "lit_prune.replace",
     "restore_structure": "lit_prune.train.pruned_checkpoint",
     "save_compact": "lit_prune.structure",

@@ -8,12 +8,12 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
-from filelock import FileLock, Timeout
+from typing import TYPE_CHECKING, Any
 
 from lit_prune.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 LOCK = ".lock"
 CHECKSUM = "checksum"
@@ -44,7 +44,11 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
-    """JSON that every reader takes: what is undefined (NaN, ±infinity) is null."""
+    """JSON that every reader takes: what is undefined (NaN, ±infinity) is null.
+
+    >>> json_text({"accuracy": float("nan")})
+    '{"accuracy": null}'
+    """
     return json.dumps(defined(value), indent=indent, allow_nan=False)
 
 
@@ -105,18 +109,20 @@ def _digest(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def write_parquet(path: str | Path, table: pd.DataFrame) -> None:
+def write_parquet(path: str | Path, table: "pd.DataFrame") -> None:
     """Writes a table without its index to `path`, whole or not at all, with a checksum of every page."""
     with whole_file(path) as partial:
         table.to_parquet(partial, index=False, write_page_checksum=True)
 
 
-def read_parquet(path: str | Path, columns: list[str] | None = None) -> pd.DataFrame:
+def read_parquet(path: str | Path, columns: list[str] | None = None) -> "pd.DataFrame":
     """The table of a parquet file; its pages are compared with their checksums.
 
     Raises:
         InputError: it is missing or damaged.
     """
+    import pandas as pd
+
     try:
         return pd.read_parquet(path, columns=columns, page_checksum_verification=True)
     except Exception as error:  # pyarrow raises its own families, and others in the middle of a damaged file
@@ -137,6 +143,8 @@ def alone(folder: Path, name: str = LOCK) -> Iterator[None]:
     Raises:
         InputError: another process holds the folder.
     """
+    from filelock import FileLock, Timeout  # a network loads without it
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / name).is_symlink():

@@ -191,7 +191,7 @@ def write_sweep(folder: Path) -> None:
     rows = [
         base
         | {"allocation": rule, "method": method, "axis": axes.get(method, "baseline"), "seed": seed, "unit": str(seed)}
-        | {"sparsity": share, "flops_removed": share, "accuracy_before": 0.9 - methods[method] * share}
+        | {"sparsity": share, "macs_removed": share, "accuracy_before": 0.9 - methods[method] * share}
         | {"accuracy_after": 0.9 - 0.3 * share / methods[method] + 0.01 * seed}
         for rule, method in settings
         for seed in range(2)

@@ -36,7 +36,7 @@ def check_trainer(trainer: pl.Trainer) -> None:
     """
     for split in ("train", "val", "test", "predict"):
         limit = getattr(trainer, f"limit_{split}_batches")
-        if limit == 0 and split == "train" or isinstance(limit, int | float) and limit < 0:
+        if (limit == 0 and split == "train") or (isinstance(limit, int | float) and limit < 0):
             raise InputError(f"trainer.limit_{split}_batches={limit} leaves no batch; give more than 0")
     clip = trainer.gradient_clip_val
     if clip is not None and not clip >= 0:

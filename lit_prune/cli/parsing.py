@@ -55,7 +55,8 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
     changed = []
     for key in {**old, **new}:
         name = f"{prefix}{key}"
-        if prefix == "trainer." and key in MACHINE_KEYS or name in ("run_dir", "ckpt_path", "trainer.default_root_dir"):
+        machine = prefix == "trainer." and key in MACHINE_KEYS
+        if machine or name in ("run_dir", "ckpt_path", "trainer.default_root_dir"):
             continue
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):

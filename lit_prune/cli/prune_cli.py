@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lit_prune.cli.checks import as_input_errors, check_trainer
 from lit_prune.cli.compress import schedule_sweep
+from lit_prune.cli.narration import narrated_on_stdout
 from lit_prune.cli.parsing import OneLineErrors, changed_keys, import_paths
 from lit_prune.cli.ranks import RanksEndAtOnce
 from lit_prune.cli.recipes import with_recipes
@@ -259,18 +260,19 @@ def build_cli(args: Sequence[str], run: bool = True) -> PruneCLI:
     if args and args[0] in PruneCLI.subcommands():  # the parsers of the other verbs would take seconds to build
         verb = {args[0]: PruneCLI.subcommands()[args[0]]}
         chosen = type(chosen.__name__, (chosen,), {"subcommands": staticmethod(lambda: verb)})
-    return chosen(
-        LitClassifier,
-        ImageData,
-        subclass_mode_data=True,
-        trainer_class=Trainer,
-        save_config_callback=None,
-        auto_configure_optimizers=False,
-        load_from_checkpoint_support=False,
-        parser_class=OneLineParser,
-        seed_everything_default=0,
-        parser_kwargs={"prog": "lit-prune", "description": DESCRIPTION},
-    )
+    with narrated_on_stdout():  # Lightning has made its handlers by now
+        return chosen(
+            LitClassifier,
+            ImageData,
+            subclass_mode_data=True,
+            trainer_class=Trainer,
+            save_config_callback=None,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            parser_class=OneLineParser,
+            seed_everything_default=0,
+            parser_kwargs={"prog": "lit-prune", "description": DESCRIPTION},
+        )
 
 
 class ParsedCLI(PruneCLI):

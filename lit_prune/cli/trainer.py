@@ -107,7 +107,7 @@ class Trainer(pl.Trainer):
         request: SweepRequest = SweepRequest(),  # noqa: B008  (frozen)
         checkpoints: list[str] | None = None,
     ) -> None:
-        """Methods × sparsities × seeds under one protocol: accuracy against the share of FLOPs removed.
+        """Methods × sparsities × seeds under one protocol: accuracy against the share of MACs removed.
 
         Every cell is written to `sweep/cells/` of the run folder when it is done, and a sweep that was stopped goes on
         from there; failed cells are tried again. At the end `sweep.parquet` has one row a cell, and `sweep/` the areas

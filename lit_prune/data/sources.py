@@ -151,7 +151,7 @@ def read_image(file: str | Path) -> Image.Image:
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Grey images of 16 bits as 8 bits; Pillow's own conversion would clip them to white."""
-    if image.mode == "F" or image.mode == "I" and image.format != "PNG":
+    if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
         raise ValueError(
             f"its pixels are of the kind {image.mode}, whose range is not known; save it with 8 or 16 bits"
         )

@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from lit_prune.arguments import checked
 from lit_prune.errors import InputError
 from lit_prune.measurement import local_axis, target_axis
 from lit_prune.measurement.activations import record
@@ -25,6 +26,7 @@ TARGET_COLUMNS = ("task_information", "target_redundancy", "target_excess")
 COLUMNS = ("weight_norm", "signal_power", "rayleigh_quotient", "input_capture", "peer_overlap", *TARGET_COLUMNS)
 
 
+@checked
 def measure(
     model: nn.Module,
     batches: Batches,

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 from torch import nn
-from torchvision import models as torchvision_models
 
 from lit_prune.errors import InputError
 from lit_prune.models.anatomy import find_head
@@ -149,7 +148,9 @@ def _builder(name: str) -> Callable[..., nn.Module]:
 
 
 def _torchvision_names() -> list[str]:
-    return torchvision_models.list_models(module=torchvision_models)
+    from torchvision import models
+
+    return models.list_models(module=models)
 
 
 def _build_own(name: str, *, pretrained: bool, **arguments: Any) -> nn.Module:
@@ -159,11 +160,13 @@ def _build_own(name: str, *, pretrained: bool, **arguments: Any) -> nn.Module:
 
 
 def _build_torchvision(name: str, *, num_classes: int, in_channels: int, pretrained: bool, **arguments: Any):
+    from torchvision import models
+
     auxiliary = name in ("googlenet", "inception_v3")
     if auxiliary:  # said here, because their pretrained and fresh versions have different defaults
         arguments = {"transform_input": in_channels == 3, "init_weights": not pretrained, **arguments}
     source = {"weights": "DEFAULT"} if pretrained else {"num_classes": num_classes}
-    model = torchvision_models.get_model_builder(name)(**source, **arguments)
+    model = models.get_model_builder(name)(**source, **arguments)
     if auxiliary:
         _remove_auxiliary_heads(model)
     if pretrained:

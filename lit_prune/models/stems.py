@@ -1,12 +1,15 @@
 """Fits ImageNet networks of torchvision to other inputs: 32x32 images, and images that are not RGB."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torchvision.models import VGG, AlexNet, MobileNetV2, ResNet
 
 from lit_prune.errors import InputError
+
+if TYPE_CHECKING:  # torchvision takes seconds, and other networks do without it
+    from torchvision.models import VGG, AlexNet, MobileNetV2, ResNet
 
 
 def use_cifar_stem(model: nn.Module) -> None:
@@ -23,11 +26,13 @@ def use_cifar_stem(model: nn.Module) -> None:
     Raises:
         InputError: The network is of another family.
     """
+    from torchvision import models
+
     for family, change in _CIFAR_STEMS.items():
-        if isinstance(model, family):
+        if isinstance(model, getattr(models, family)):
             change(model)
             return
-    known = ", ".join(sorted(family.__name__ for family in _CIFAR_STEMS))
+    known = ", ".join(sorted(_CIFAR_STEMS))
     raise InputError(
         f"stem='cifar' is not known for {type(model).__name__}: use stem='imagenet' or a torchvision {known}"
     )
@@ -64,29 +69,29 @@ def _fold_repeats(linear: nn.Linear, side: int, repeats: int) -> nn.Linear:
     return folded
 
 
-def _resnet(model: ResNet) -> None:
+def _resnet(model: "ResNet") -> None:
     model.conv1 = _fresh_convolution(model.conv1, model.conv1.in_channels, 3, 1, 1)
     model.maxpool = nn.Identity()
 
 
-def _mobilenet_v2(model: MobileNetV2) -> None:
+def _mobilenet_v2(model: "MobileNetV2") -> None:
     model.features[0][0].stride = (1, 1)
 
 
-def _vgg(model: VGG) -> None:
+def _vgg(model: "VGG") -> None:
     model.avgpool = nn.AdaptiveAvgPool2d(1)
     model.classifier[0] = _fold_repeats(model.classifier[0], side=1, repeats=7)
 
 
-def _alexnet(model: AlexNet) -> None:
+def _alexnet(model: "AlexNet") -> None:
     model.features[0] = _fresh_convolution(model.features[0], model.features[0].in_channels, 3, 1, 1)
     model.avgpool = nn.AdaptiveAvgPool2d(3)
     model.classifier[1] = _fold_repeats(model.classifier[1], side=3, repeats=2)
 
 
-_CIFAR_STEMS: dict[type[nn.Module], Callable] = {
-    ResNet: _resnet,
-    MobileNetV2: _mobilenet_v2,
-    VGG: _vgg,
-    AlexNet: _alexnet,
+_CIFAR_STEMS: dict[str, Callable[..., None]] = {  # by the name of torchvision's class
+    "ResNet": _resnet,
+    "MobileNetV2": _mobilenet_v2,
+    "VGG": _vgg,
+    "AlexNet": _alexnet,
 }

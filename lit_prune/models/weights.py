@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_prune.arguments import checked
 from lit_prune.errors import InputError
 from lit_prune.models.anatomy import find_head
 from lit_prune.tensor_files import check_defined, read_safetensors, read_torch
@@ -34,6 +35,7 @@ class LoadReport:
     skipped_head: tuple[str, ...] = ()
 
 
+@checked
 def load_weights(model: nn.Module, path: str | Path, *, strict_head: bool = False) -> LoadReport:
     """Copies the weights of a file into `model`, which must be the same network except for its number of classes.
 

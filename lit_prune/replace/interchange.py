@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lit_prune.arguments import checked
 from lit_prune.errors import InputError
 from lit_prune.measurement.layers import Batches, removing
 from lit_prune.replace.carrier import carrier_columns
@@ -132,6 +133,7 @@ class Images:
 DEFAULT_SWAPS = Swaps()
 
 
+@checked
 def interchange(
     low: nn.Module,
     reduced: Reduced,

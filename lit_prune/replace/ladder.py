@@ -109,7 +109,7 @@ def measured_distortion(
 
 def _moved(module: nn.Module, inputs: Tensor, gradient: Tensor, cut: Cut) -> Tensor:
     """Change of the projected prediction of each image at each width, [B, L]."""
-    levels, outputs, wide = cut.weight.shape
+    _, outputs, wide = cut.weight.shape
     weight, bias = cut.weight.flatten(1).T.to(gradient), cut.bias.T.to(gradient)
     positions = gradient[0].numel() // outputs
     piece = max(1, _PIECE // (wide * max(positions, outputs)))

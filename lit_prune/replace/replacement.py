@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from lit_prune.arguments import checked
 from lit_prune.errors import InputError
 from lit_prune.measurement.layers import Batches
 from lit_prune.replace.carrier import carried_value, carrier_columns, light_carriers, pads_with_zeros
@@ -46,6 +47,7 @@ class Reduced:
     carriers: Mapping[str, int] = field(default_factory=dict)
 
 
+@checked
 def replace_mechanisms(
     model: nn.Module,
     plan: Plan,

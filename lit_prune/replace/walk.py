@@ -110,7 +110,7 @@ class Walk:
                     self.output = run()
         except _Cancelled:
             pass
-        except BaseException as error:  # noqa: BLE001  (raised again where the pass is advanced)
+        except BaseException as error:
             self._error = error
         self._seen = None
         self.inputs, self.tails = {}, {}

@@ -1,11 +1,12 @@
 """Figures of the channels on the two axes: the plane, and the coupling of the axes over epochs."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize
 from matplotlib.patches import Rectangle
 
@@ -71,7 +72,7 @@ def plane_pixels(channels: pd.DataFrame, epoch: int) -> np.ndarray | None:
         row[0].set_ylabel("task information $I_T$ (nats)")
         figure.colorbar(scatter, ax=row, label=r"peer overlap $\bar R_X$ (nats)", extend="max")
         figure.canvas.draw()
-        return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
+        return np.asarray(cast(FigureCanvasAgg, figure.canvas).buffer_rgba())[..., :3].copy()
 
 
 def _plane_table(run: RunFolder) -> tuple[pd.DataFrame, list[int]]:

@@ -3,7 +3,7 @@
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import matplotlib
 import numpy as np
@@ -62,7 +62,7 @@ def new_figure(height_inches: float) -> Figure:
 
 def styled() -> Any:
     """Returns a context in which new figures take the report's style."""
-    return matplotlib.rc_context(dict(STYLE))
+    return matplotlib.rc_context(cast(Any, dict(STYLE)))
 
 
 def render_png(figure: Figure, dots_per_inch: int = 160) -> bytes:
@@ -104,7 +104,7 @@ def label_line_ends(axes: Axes, ends: Iterable[tuple[float, float, str, str]]) -
     low, high = axes.get_ylim()
     heights = spread_apart([y for _, y, _, _ in ends], 0.075 * (high - low))
     for (x, _, text, colour), height in zip(ends, heights, strict=True):
-        place = {"xytext": (5, 0), "textcoords": "offset points", "annotation_clip": False}
+        place: dict[str, Any] = {"xytext": (5, 0), "textcoords": "offset points", "annotation_clip": False}
         axes.annotate(text, (x, height), color=colour, va="center", fontsize=10, **place)
 
 
@@ -131,10 +131,10 @@ def mark_stages(
         previous = x
         axes.axvline(x, color=VERMILLION, linewidth=1, linestyle=(0, (4, 3)), zorder=2)
         if named:
-            where = {
+            where: dict[str, Any] = {
                 "xycoords": axes.get_xaxis_transform(),
                 "xytext": (0, 3 + 11 * level),
                 "textcoords": "offset points",
             }
-            look = {"ha": "center", "color": VERMILLION, "fontsize": 9, "annotation_clip": False}
+            look: dict[str, Any] = {"ha": "center", "color": VERMILLION, "fontsize": 9, "annotation_clip": False}
             axes.annotate(" + ".join(together), (x, 1), **where, **look)

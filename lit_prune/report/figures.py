@@ -76,7 +76,7 @@ def draw_widths(run: RunFolder) -> Picture:
     for row, (dense, kept) in enumerate(widths.values()):
         gone = kept == 0
         text = "removed" if gone else (f"{dense}" if kept == dense else f"{dense} → {kept}")
-        place = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "fontsize": 9}
+        place: dict[str, Any] = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "fontsize": 9}
         axes.annotate(text, (dense, row), color=drawing.VERMILLION if gone else drawing.INK, **place)
     axes.set_yticks(rows, list(widths))
     axes.tick_params(axis="y", labelsize=9, length=0)
@@ -153,7 +153,7 @@ def _draw_path_arrows(axes: Axes, path: Sequence[tuple[str, float, float]]) -> N
     for (_, *begin), (kind, *end) in zip(path, path[1:], strict=False):
         colour = drawing.VERMILLION if kind == "after_surgery" else drawing.BLUE
         arrow = {"arrowstyle": "-|>", "color": colour, "linewidth": 1.4, "shrinkA": 5, "shrinkB": 5}
-        axes.annotate("", end, begin, arrowprops=arrow)
+        axes.annotate("", tuple(end), tuple(begin), arrowprops=arrow)
     for kind, x, y in path:
         marker, face, edge, _ = PATH_MARKS[kind]
         axes.plot([x], [y], marker, color=face, markeredgecolor=edge, markeredgewidth=1.4, markersize=8, zorder=3)

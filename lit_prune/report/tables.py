@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
@@ -117,7 +117,7 @@ def figure_of(record: Mapping[str, Any]) -> Quantity:
     return Quantity(name, name, lambda value: f"{value:.4g}", lambda value, dense: f"{value - dense:+.3g}")
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Tells whether `value` is a finite number (None and NaN mean: not measured)."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 

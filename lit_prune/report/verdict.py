@@ -68,7 +68,7 @@ def _figure(run: RunFolder, result: Mapping[str, Any], stages: Sequence[Mapping[
         return [f"The {quantity.title} was not measured."], "open"
     less_is_better = (result.get("metric") or {}).get("mode") == "min"
     loss = (after - before) if less_is_better else (before - after)
-    share = 0 <= min(before, after) and max(before, after) <= 1 and not less_is_better
+    share = min(before, after) >= 0 and max(before, after) <= 1 and not less_is_better
     loss = loss if share else loss / max(abs(before), 1e-12)
     level = "good" if loss <= SLIGHT else "fair" if loss <= CLEAR else "poor"
     sentence = f"{quantity.title} {quantity.format(after)}, dense {quantity.format(before)}"

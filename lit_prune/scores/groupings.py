@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -85,7 +86,7 @@ def adjusted_rand_index(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return np.where(room > 0, (together - expected) / np.where(room > 0, room, 1.0), 1.0)
 
 
-def _pairs(count: np.ndarray) -> np.ndarray:
+def _pairs(count: Any) -> Any:
     """Number of pairs, C(count, 2)."""
     return count * (count - 1) / 2
 

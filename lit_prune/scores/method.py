@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from lit_prune.scores.evidence import Evidence
 
 Axis = Literal["local", "target", "baseline", "mixed"]
+Cost = Literal["weights", "activations", "gradients", "labels"]
 SPARSITY = 0.8  # taken for a score that depends on the sparsity where no plan says how much goes
 
 
@@ -31,9 +32,38 @@ class Score:
 
     function: Callable[..., dict[str, Tensor]]
     axis: Axis
-    cost: Literal["weights", "activations", "gradients", "labels"]
+    cost: Cost
     defaults: tuple[Any, ...] = ()
     needs: tuple[str, ...] = ()
+
+
+OwnScore = Callable[[Evidence], dict[str, Tensor]]
+SCORES: dict[str, Score] = {}  # filled by `register_score`
+_Function = TypeVar("_Function", bound=Callable[..., dict[str, Tensor]])
+
+
+def register_score(
+    axis: Axis,
+    cost: Cost = "activations",
+    *,
+    name: str | None = None,
+    defaults: tuple[Any, ...] = (),
+    needs: tuple[str, ...] = (),
+) -> Callable[[_Function], _Function]:
+    """Puts the decorated function among the `SCORES`, under its own name or `name`; the fields of `Score` otherwise.
+
+    Raises:
+        ValueError: another function has the name.
+    """
+
+    def register(function: _Function) -> _Function:
+        key = name or function.__name__
+        if key in SCORES and SCORES[key].function is not function:
+            raise ValueError(f"two scores are named {key!r}; give one of them name=")
+        SCORES[key] = Score(function, axis, cost, defaults, needs)
+        return function
+
+    return register
 
 
 class Method(NamedTuple):
@@ -54,6 +84,12 @@ class Method(NamedTuple):
             for value in self.parameters
         )
         return Method(self.score, tuple(filled))
+
+    @property
+    def name(self) -> str:
+        """How the score is found again, without its parameters: its key in `SCORES`, or where its function lies."""
+        known = (key for key, entry in SCORES.items() if entry is self.score)
+        return next(known, f"{self.score.function.__module__}:{self.score.function.__qualname__}")
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -1,17 +1,21 @@
 """Names of methods: `fpgm`, `ix_minus_redundancy(0.5)`, `hybrid(taylor, magnitude_plus_ix(2))`."""
 
-import difflib
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import Any
 
-from lit_prune.errors import InputError
+from lit_prune.errors import InputError, did_you_mean
 from lit_prune.scores.method import Method, Score
 
 
 def parse_method(name: str, known: Mapping[str, Score]) -> Method:
     """The method of a name.
+
+    >>> from lit_prune.scores import SCORES
+    >>> parse_method("ix_minus_redundancy(0.25)", SCORES).parameters
+    (0.25,)
 
     Args:
         name: a key of `known`, with parameters in parentheses where it has them; those not given take their defaults.
@@ -23,8 +27,7 @@ def parse_method(name: str, known: Mapping[str, Score]) -> Method:
     match = re.fullmatch(r"\s*(\w+)\s*(?:\((.*)\))?\s*", name, re.DOTALL)
     plain = match[1] if match else name
     if plain not in known:
-        near = difflib.get_close_matches(plain, known, n=3, cutoff=0.5) or list(known)
-        raise InputError(f"score: {name!r} is unknown; did you mean {', '.join(near)}?")
+        raise InputError(f"score: {name!r} is unknown; {did_you_mean(plain, known)}")
     entry = known[plain]
     given = _arguments(match[2]) if match[2] is not None else []
     if len(given) > len(entry.defaults):
@@ -32,6 +35,22 @@ def parse_method(name: str, known: Mapping[str, Score]) -> Method:
         raise InputError(f"score: {name!r} has too many parameters; {plain} takes ({', '.join(names)})")
     values = [_value(text, default, plain, known) for text, default in zip(given, entry.defaults, strict=False)]
     return Method(entry, (*values, *entry.defaults[len(given) :]))
+
+
+def imported(name: str, argument: str) -> Callable[..., Any]:
+    """The function that `package.module:function` names. Importing runs code: the name must be the caller's own word.
+
+    Raises:
+        InputError: the module cannot be imported, or has no such function.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"{argument}: {name!r} cannot be imported ({error}); give package.module:function") from error
+    if not callable(found):
+        raise InputError(f"{argument}: {name!r} is a {type(found).__name__}; give package.module:function")
+    return found
 
 
 def _arguments(text: str) -> list[str]:

@@ -11,9 +11,11 @@ from torch import nn
 from lit_prune.replace.ladder import distortion_ladders
 from lit_prune.replace.reconstruction import solvable_readers
 from lit_prune.scores.evidence import Evidence
+from lit_prune.scores.method import OwnScore
 from lit_prune.scores.outputs import moments_of_readers
 from lit_prune.scores.table import find_score
 from lit_prune.structure.allocation import Measured, plan_channels, plan_ladders, plan_latency
+from lit_prune.structure.budgets import find_budget
 from lit_prune.structure.cost import CostModel, cost
 from lit_prune.structure.groups import ChannelGraph, Group
 from lit_prune.structure.masking import mask_channels, plan_masks
@@ -21,7 +23,9 @@ from lit_prune.structure.plan import Plan
 from lit_prune.structure.ranking import Budget, Ranks, group_scores, selected_groups
 
 
-def plan_method(evidence: Evidence, method: str, graph: ChannelGraph, cost_model: CostModel, request: Budget) -> Plan:
+def plan_method(
+    evidence: Evidence, method: str | OwnScore, graph: ChannelGraph, cost_model: CostModel, request: Budget
+) -> Plan:
     """Plan of any method under a budget; what the evidence has measured is not measured again.
 
     Make the evidence once for many methods and budgets: `Evidence(model, batches)`, `graph = evidence.graph`,
@@ -46,11 +50,11 @@ def plan_method(evidence: Evidence, method: str, graph: ChannelGraph, cost_model
         plan_at = partial(plan_ladders, graph, cost_model, ranks, measured_damage(evidence, graph, ranks, request))
     else:
         plan_at = partial(plan_channels, graph, cost_model, ranks)
-    if request.kind == "latency" and request.allocation != "layerwise":
+    if find_budget(request.kind).measured and request.allocation != "layerwise":
         plan = plan_latency(evidence.model, plan_at, request, evidence.example.args[0])
     else:
         plan = plan_at(request)
-    return replace(plan, notes={**plan.notes, "method": method})
+    return replace(plan, notes={**plan.notes, "method": method if isinstance(method, str) else find_score(method).name})
 
 
 def measured_damage(evidence: Evidence, graph: ChannelGraph, ranks: Ranks, request: Budget) -> Measured:

@@ -1,20 +1,25 @@
 """The table of scores, and `score`, which looks one up and applies it."""
 
+import pkgutil
+from importlib import import_module
+from pathlib import Path
+
 import pandas as pd
 from torch import Tensor, nn
 
+from lit_prune.arguments import checked
 from lit_prune.measurement.layers import Batches
 from lit_prune.scores import axes, clusters, gradients, labels, mixtures, outputs, second_order, weights
 from lit_prune.scores.evidence import Evidence
-from lit_prune.scores.method import SPARSITY, Method, Score
-from lit_prune.scores.names import parse_method
+from lit_prune.scores.method import SCORES, SPARSITY, Method, OwnScore, Score
+from lit_prune.scores.names import imported, parse_method
 from lit_prune.task import Task
 
 _SUMS, _TARGET, _TABLE, _LABELS = ("sums",), ("task_sums",), ("table",), ("pooled",)
 _INPUTS, _UNITS = ("input_variances",), ("unit_moments", "sums")
 _BOTH = ("table", "saliency")
 
-SCORES: dict[str, Score] = {
+SCORES |= {
     "magnitude": Score(weights.magnitude, "baseline", "weights"),
     "taylor": Score(gradients.taylor, "baseline", "gradients", needs=("saliency",)),
     "random": Score(weights.random, "baseline", "weights"),
@@ -50,9 +55,10 @@ SCORES["hybrid"] = Score(
 )
 
 
+@checked
 def score(
     model: nn.Module,
-    name: str,
+    name: str | OwnScore,
     batches: Batches | None = None,
     table: pd.DataFrame | None = None,
     seed: int = 0,
@@ -64,11 +70,18 @@ def score(
     Dead channels (constant output, told from `table`, else from `batches`) get the lowest finite score of their layer
     minus 1, so they go first. No score is NaN or infinite.
 
+    >>> import torch
+    >>> layer = nn.Linear(2, 3)
+    >>> layer.weight.data = torch.tensor([[0.0, 1.0], [3.0, 4.0], [5.0, 12.0]])
+    >>> score(nn.Sequential(layer), "magnitude")["0"].tolist()
+    [1.0, 5.0, 13.0]
+
     Args:
         model: any network; left as found.
         name: a name of `SCORES`, with parameters where it has them: `ix_minus_redundancy(0.5)`,
             `hybrid(taylor, composite_ix)`. A score that depends on the sparsity takes it as its parameter, as in
-            `cap_a(0.9)`; `plan_method` fills in what its budget asks for.
+            `cap_a(0.9)`; `plan_method` fills in what its budget asks for. Your own: a function of an `Evidence`, or
+            `package.module:function`.
         batches: what the task reads, such as (images, labels); not needed by `magnitude`, `random`, `fpgm`, nor, given
             `table`, by those made of its columns. A pass over them measures the channel table if it is not given.
         table: a channel table from `measure`, so that many scores share one pass.
@@ -85,10 +98,30 @@ def score(
     return find_score(name).at(SPARSITY).ranks(Evidence(model, batches, table, seed, task))
 
 
-def find_score(name: str) -> Method:
+def find_score(name: str | OwnScore) -> Method:
     """The entry of `SCORES` and its parameters for a name such as `fpgm` or `ix_minus_redundancy(0.5)`.
 
+    `package.module:function` is imported, so it may come from the caller's own words only, never from a file of a run.
+    A function, named so or given as it is, takes an `Evidence` and returns {layer name: Tensor [N]}, higher = keep.
+
     Raises:
-        InputError: as in `score`.
+        InputError: as in `score`; an import that leads to no function.
     """
-    return parse_method(name, SCORES)
+    if callable(name):
+        return _own_method(name)
+    return _own_method(imported(name, "score")) if ":" in name else parse_method(name, SCORES)
+
+
+def _own_method(function: OwnScore) -> Method:
+    known = next((entry for entry in SCORES.values() if entry.function is function), None)
+    known = known or Score(function, "mixed", "activations")
+    return Method(known, known.defaults)
+
+
+def _find_files() -> None:
+    """Imports every file of this folder: a score that lies in a new one registers itself."""
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)], f"{__package__}."):
+        import_module(module.name)
+
+
+_find_files()

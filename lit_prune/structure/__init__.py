@@ -1,6 +1,5 @@
 """Structure: groups of coupled channels, what they cost, plans, and the surgery that carries them out."""
 
-import lit_prune.structure.open_attention  # noqa: F401  (registers its layers)
 from lit_prune.structure.allocation import make_plan, plan_channels
 from lit_prune.structure.compact import load_compact, save_compact
 from lit_prune.structure.cost import Cost, CostModel, LayerCost, cost

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from lit_prune.arguments import checked
 from lit_prune.errors import InputError
+from lit_prune.structure.budgets import find_budget
 from lit_prune.structure.cost import CostModel
 from lit_prune.structure.groups import ChannelGraph, trace_groups
 from lit_prune.structure.ladders import Ladder, cheapest_damage
@@ -23,6 +25,7 @@ Measured = Mapping[str, tuple[Sequence[int], Sequence[float]]]  # group -> width
 _TOLERANCE = 0.01
 
 
+@checked
 def make_plan(
     model: nn.Module,
     ranks: Ranks,
@@ -63,7 +66,7 @@ def make_plan(
     request = Budget(budget, keep, allocation, round_to, normalisation, cap, only, protect)
     graph = trace_groups(model, example_input)
     cost_model = CostModel.build(model, graph, example_input)
-    if budget == "latency" and allocation != "layerwise":
+    if find_budget(budget).measured and allocation != "layerwise":
         plan_at = partial(plan_channels, graph, cost_model, ranks)
         return plan_latency(model, plan_at, request, example_input)
     return plan_channels(graph, cost_model, ranks, request)
@@ -115,8 +118,6 @@ def plan_ladders(graph: ChannelGraph, cost_model: CostModel, ranks: Ranks, measu
 
 def _check_arithmetic(request: Budget) -> None:
     """Refuses what needs more than scores."""
-    if request.kind == "latency":
-        raise InputError("budget='latency' has to run the network; use make_plan or plan_method")
     if request.allocation == "measured":
         raise InputError("allocation='measured' has to look at data; use plan_method or compress")
 
@@ -131,7 +132,7 @@ def _plan_widths(
 ) -> Plan:
     columns = np.array([cost_model.names.index(name) for name in scores])
     steps = Steps.build(list(scores.values()), request.round_to, request.cap)
-    price = _price(cost_model, columns, request.kind)
+    price = find_budget(request.kind).price(cost_model, columns)
     dense = price(steps.sizes)
     target = request.keep * dense
     widths = choose(steps, price, target)
@@ -139,20 +140,6 @@ def _plan_widths(
     reason = _shortfall(graph, steps, scores, widths, price, target)
     notes |= {"budget": request.kind, "requested": float(request.keep), "achieved": achieved, "met": not reason}
     return _plan(scores, dict(zip(scores, widths.tolist(), strict=True)), notes | {"reason": reason})
-
-
-def _price(cost_model: CostModel, columns: np.ndarray, kind: str) -> Callable[[np.ndarray], int]:
-    """Widths of the selected groups -> cost of the whole network."""
-    if kind == "channels":
-        return lambda widths: int(widths.sum())
-    count = cost_model.macs if kind == "macs" else cost_model.params
-
-    def price(widths: np.ndarray) -> int:
-        everything = cost_model.sizes.copy()
-        everything[columns] = widths
-        return count(everything)
-
-    return price
 
 
 def _shortfall(

@@ -68,7 +68,7 @@ def is_frozen_norm(module: object) -> bool:
         or any(p is not None for p in module._parameters.values())
     ):
         return False
-    return FROZEN_NORM <= module._buffers.keys() and all(module._buffers[key].dim() == 1 for key in FROZEN_NORM)
+    return module._buffers.keys() >= FROZEN_NORM and all(module._buffers[key].dim() == 1 for key in FROZEN_NORM)
 
 
 def is_single_prelu(module: object) -> bool:

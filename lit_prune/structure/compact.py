@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lit_prune.arguments import checked
 from lit_prune.errors import InputError
 from lit_prune.files import check_seal, read_json, sealed, write_json
 from lit_prune.structure.description import Description
@@ -26,6 +27,7 @@ VERSION = 1
 WEIGHTS, STRUCTURE, REPORT = "model.safetensors", "structure.json", "report.json"
 
 
+@checked
 def save_compact(
     folder: str | Path,
     model: nn.Module,
@@ -56,6 +58,8 @@ def save_compact(
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"save_compact: model is a {type(model).__name__}; give the network")
+    if not all(isinstance(plan, Plan) for plan in plans):
+        raise InputError("save_compact: plans holds something else than plans; give those that were applied")
     plans = [plan.to_dict() for plan in plans]
     values = {"backbone": backbone, "arguments": arguments or {}, "plans": plans, "inputs": inputs}
     shape = None if input_shape is None else tuple(input_shape)
@@ -70,6 +74,7 @@ def save_compact(
         write_json(partial / REPORT, report or {})
 
 
+@checked
 def load_compact(folder: str | Path, model: nn.Module | None = None, trust: Iterable[str] = ()) -> nn.Module:
     """The network of a compact folder, in evaluation mode on the CPU, every parameter trainable (as in `model`).
 
@@ -153,7 +158,7 @@ def _whole_folder(folder: Path) -> Iterator[Path]:
     Raises:
         InputError: `folder` is a file, or a folder with other contents than a compact network.
     """
-    if folder.exists() and not folder.is_dir() or folder.is_dir() and any(folder.iterdir()):
+    if (folder.exists() and not folder.is_dir()) or (folder.is_dir() and any(folder.iterdir())):
         try:
             _read_structure(folder)
         except InputError as error:

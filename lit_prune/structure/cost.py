@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lit_prune.arguments import checked
 from lit_prune.errors import InputError
 from lit_prune.structure import axes
 from lit_prune.structure.groups import ChannelGraph
@@ -51,12 +52,17 @@ class Cost:
     layers: dict[str, LayerCost]
 
 
+@checked
 def cost(model: nn.Module, example_input: Any) -> Cost:
     """Counts multiply-adds and parameters analytically in one forward pass; the model is left as it was found.
 
     Convolution: `positions · kernel · in / groups · out`; linear layer: `positions · in · out`; attention with L
     queries, S keys and embedding width E: `2 · L · S · E` for the two products. Matrix products and functional layers
     outside any layer module count under the module that calls them.
+
+    >>> found = cost(nn.Conv2d(3, 8, 3), torch.zeros(1, 3, 6, 6))  # 4·4 positions, 3·3 kernel
+    >>> found.macs, found.params
+    (3456, 224)
 
     Args:
         model: any network.

@@ -17,7 +17,6 @@ from lit_prune.structure.coupling import Draft, Group, Member, assign_roles, gro
 from lit_prune.structure.cutting import cut_layer
 from lit_prune.structure.example import Example
 from lit_prune.structure.heads import axis_widths, head_groups, with_heads
-from lit_prune.structure.proposals import propose_groups
 from lit_prune.structure.tracing import one_sample, run, undisturbed
 
 __all__ = ["ChannelGraph", "Group", "Member", "group_role", "trace_groups"]
@@ -96,6 +95,8 @@ def trace_groups(model: nn.Module, example_input: Any) -> ChannelGraph:
     Raises:
         InputError: the network does not run on `example_input`.
     """
+    from lit_prune.structure.proposals import propose_groups  # Torch-Pruning imports timm: seconds
+
     with undisturbed(model):
         sample = one_sample(model, example_input)
         run(model, sample)

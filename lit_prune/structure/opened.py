@@ -5,8 +5,10 @@ each of them one class is registered here that computes the same function from t
 number of heads and the width of a head as two attributes. An instance changes its class in place; nothing else changes.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 
 from torch import nn
 
@@ -14,6 +16,12 @@ from lit_prune.structure.tracing import copy_network
 
 OPENED: dict[type, type] = {}
 """Class of an attention layer -> class that computes the same function with heads that can go."""
+LIBRARIES = {
+    "torch": "lit_prune.structure.open_attention",
+    "torchvision": "lit_prune.structure.open_attention_torchvision",
+    "timm": "lit_prune.structure.open_attention_timm",
+}
+"""Library -> the module that opens its layers; imported, which takes seconds, where the library has been."""
 
 
 def opens(kind: type) -> Callable[[type], type]:
@@ -26,9 +34,17 @@ def opens(kind: type) -> Callable[[type], type]:
     return register
 
 
+def open_classes() -> dict[type, type]:
+    """`OPENED` with the layers of every library that is in use: a network of another one cannot hold them."""
+    for library, module in LIBRARIES.items():
+        if library in sys.modules:
+            import_module(module)
+    return OPENED
+
+
 def open_layer(module: nn.Module) -> nn.Module:
     """`module` itself, of the class with explicit heads if one is registered for its class."""
-    cls = OPENED.get(type(module))
+    cls = open_classes().get(type(module))
     if cls is not None:
         vars(module).update(cls.opened_attributes(module))
         module.__class__ = cls
@@ -37,7 +53,8 @@ def open_layer(module: nn.Module) -> nn.Module:
 
 def open_copy(model: nn.Module) -> nn.Module:
     """A copy of `model` with open attention layers, or `model` itself where it has none to open; outputs are equal."""
-    if not any(type(module) in OPENED for module in model.modules()):
+    known = open_classes()
+    if not any(type(module) in known for module in model.modules()):
         return model
     opened = copy_network(model)
     for module in opened.modules():
@@ -48,7 +65,8 @@ def open_copy(model: nn.Module) -> nn.Module:
 @contextmanager
 def opened(model: nn.Module) -> Iterator[None]:
     """Opens the attention layers of `model` and closes them again on exit."""
-    found = [(module, type(module), dict(vars(module))) for module in model.modules() if type(module) in OPENED]
+    known = open_classes()
+    found = [(module, type(module), dict(vars(module))) for module in model.modules() if type(module) in known]
     try:
         for module, _, _ in found:
             open_layer(module)

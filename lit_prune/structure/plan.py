@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lit_prune.arguments import checked
 from lit_prune.errors import InputError
 from lit_prune.files import check_seal, read_json, sealed, write_json
 
@@ -36,6 +37,10 @@ class Plan:
         Raises:
             InputError: they do not.
         """
+        for name, kind in _FIELDS.items():
+            value = getattr(self, name)
+            if not isinstance(value, Mapping if kind is dict else list | tuple | set | frozenset):
+                raise InputError(f"Plan: {name} is a {type(value).__name__}; give a {kind.__name__}")
         object.__setattr__(self, "drop_blocks", tuple(str(name) for name in self.drop_blocks))
         keep = {str(name): tuple(int(unit) for unit in units) for name, units in self.keep_channels.items()}
         object.__setattr__(self, "keep_channels", keep)
@@ -103,6 +108,7 @@ class Plan:
         write_json(path, sealed(self.to_dict()))
 
     @classmethod
+    @checked
     def load(cls, path: str | Path) -> "Plan":
         """Reads a plan written by `save`.
 

@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 from lit_prune.structure import axes, probe, protection
 from lit_prune.structure.axes import PaddedShortcut
 from lit_prune.structure.coupling import Draft, assemble_group, members_alike
-from lit_prune.structure.cutting import FrozenNormPruner, ShortcutPruner
 from lit_prune.structure.example import Example
+from lit_prune.structure.pruners import FrozenNormPruner, ShortcutPruner
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -176,10 +176,10 @@ def _operations(proposal: tp.dependency.Group, inside: set) -> tuple[set[str], b
         operation = node.grad_fn
         if node.type == _TYPES.OUTPUT:
             operations.add("output")
-        if node.name and node.type in _LAYERS or operation in inside or not hasattr(operation, "name"):
+        if (node.name and node.type in _LAYERS) or operation in inside or not hasattr(operation, "name"):
             continue
         operations.add(operation.name())
-        if "constantpad" in operation.name().lower() and any(operation._saved_pad[4:]):
+        if "constantpad" in operation.name().lower() and any(operation._saved_pad[4:]):  # noqa: SLF001  (autograd's name)
             operations.add("channel padding")
         branches = {id(before) for before in node.inputs if before.type != _TYPES.PARAMETER}
         joined |= len(branches) > 1 and operation.name().startswith(("AddBackward", "SubBackward"))
@@ -204,7 +204,7 @@ def _rows(
         node = item.dep.target
         if node.type not in _LAYERS or axes.is_single_prelu(node.module):
             continue
-        names = graph._param_to_name if node.type == _TYPES.PARAMETER else graph._module2name
+        names = graph._param_to_name if node.type == _TYPES.PARAMETER else graph._module2name  # noqa: SLF001
         axis = "out" if graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
         name = names[node.module]
         row = rows.setdefault((name, axis), [[] for _ in units])

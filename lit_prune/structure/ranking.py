@@ -5,16 +5,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import rankdata
 from torch import Tensor
 
 from lit_prune.errors import InputError
+from lit_prune.structure.budgets import find_budget
 from lit_prune.structure.groups import ChannelGraph, Group
 
 Ranks = Mapping[str, Tensor]
 
 ROLES = ("mid", "planes", "heads")
-BUDGETS = ("macs", "params", "channels", "latency")
 ALLOCATIONS = ("global", "uniform", "layerwise", "measured")
 
 
@@ -22,11 +21,17 @@ def _centred(scores: np.ndarray, live: np.ndarray) -> np.ndarray:
     return (scores - live.mean()) / (live.std() or 1.0)
 
 
+def _quantiles(scores: np.ndarray, live: np.ndarray) -> np.ndarray:
+    from scipy.stats import rankdata
+
+    return (rankdata(scores) - 0.5) / len(scores)
+
+
 NORMALISATIONS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {  # (scores, finite scores) -> scores
     "none": lambda scores, live: scores,
     "layer_mean": lambda scores, live: scores / (np.abs(live).mean() or 1.0),
     "layer_max": lambda scores, live: scores / (np.abs(live).max() or 1.0),
-    "rank": lambda scores, live: (rankdata(scores) - 0.5) / len(scores),
+    "rank": _quantiles,
     "z": _centred,
 }
 
@@ -64,8 +69,8 @@ class Budget:
         Raises:
             InputError: one is outside its range.
         """
+        find_budget(self.kind)
         for name, value, allowed in (
-            ("budget", self.kind, BUDGETS),
             ("allocation", self.allocation, ALLOCATIONS),
             ("normalisation", self.normalisation, tuple(NORMALISATIONS)),
         ):

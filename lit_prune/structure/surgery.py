@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_prune.arguments import checked
 from lit_prune.errors import InputError
 from lit_prune.models import drop_blocks
 from lit_prune.structure import axes
@@ -14,6 +15,7 @@ from lit_prune.structure.plan import Plan
 from lit_prune.structure.tracing import copy_network, one_sample, run, undisturbed
 
 
+@checked
 def apply_plan(model: nn.Module, plan: Plan, example_input: Any) -> nn.Module:
     """A physically smaller copy of `model`: blocks first, then channels. `model` itself is untouched.
 

@@ -66,7 +66,7 @@ def find_layout(batch: Any) -> Layout:
         if _are_images(batch):
             return Layout(listed=True)
         first, rest = batch[0], batch[1:]
-        if isinstance(first, Tensor) or isinstance(first, tuple | list) and first and _are_tensors(first):
+        if isinstance(first, Tensor) or (isinstance(first, tuple | list) and first and _are_tensors(first)):
             listed = _are_images(first) and (not rest or isinstance(rest[0], list | tuple))
             return Layout((0,), target=1 if rest and rest[0] is not None else None, listed=listed)
     raise InputError(f"batches: a batch is {describe(batch)}, which is not recognised; {HOW_TO_GIVE}")
@@ -154,7 +154,7 @@ def size_of(arguments: tuple[tuple, dict[str, Any]]) -> int:
     """Number of samples in the network's arguments."""
     values = (*arguments[0], *arguments[1].values())
     first = next((value for value in values if isinstance(value, Tensor | list | tuple)), None)
-    if first is None or isinstance(first, Tensor) and not first.ndim:
+    if first is None or (isinstance(first, Tensor) and not first.ndim):
         raise InputError(f"batches: the network reads {describe(values)}, in which samples cannot be counted")
     return len(first)
 

@@ -113,4 +113,4 @@ class Segmentation(Task):
             return False
         if not isinstance(target, Tensor) or target.is_floating_point() or logits.ndim < 3 or len(target) != size:
             return False
-        return target.ndim == logits.ndim - 1 or target.ndim == logits.ndim and target.shape[1] == 1
+        return target.ndim == logits.ndim - 1 or (target.ndim == logits.ndim and target.shape[1] == 1)

@@ -9,11 +9,13 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lit_prune.arguments import checked
 from lit_prune.errors import InputError
 from lit_prune.task import Task, Unlabelled, find_task
 
 
 @torch.no_grad()
+@checked
 def recalibrate_batchnorm(
     model: nn.Module, batches: Iterable[Any], limit: int = 50, *, task: Task | str | None = None
 ) -> int:

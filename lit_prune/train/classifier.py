@@ -142,7 +142,7 @@ class LitClassifier(LightningModule):
         """Logs `val/loss` and `val/accuracy`."""
         self._evaluation_step("val", batch)
 
-    def test_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Logs `test/loss` and `test/accuracy`."""
         self._evaluation_step("test", batch)
 

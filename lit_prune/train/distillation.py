@@ -115,7 +115,7 @@ class Calls:
             self.calls.append((args, kwargs, output))
 
     def _keep_features(self, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if not self._student or layer.training and torch.is_grad_enabled():
+        if not self._student or (layer.training and torch.is_grad_enabled()):
             self.features.append(args[0])
 
     def take(self) -> tuple[list[tuple[tuple, dict, Any]], list[Tensor]]:

@@ -90,6 +90,10 @@ class SeenTask(_OnSeen):
         """The inner task's."""
         return self.inner.figure(sums)
 
+    def kinds(self, output: Any, batch: Seen) -> Tensor:
+        """The inner task's."""
+        return self.inner.kinds(output, batch.batch)
+
     def curvature_terms(self, output: Any, batch: Seen, generator: torch.Generator) -> list[Term]:
         """The inner task's."""
         return self.inner.curvature_terms(output, batch.batch, generator)

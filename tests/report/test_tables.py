@@ -1,5 +1,6 @@
 """Values of the tables."""
 
+import io
 import json
 import math
 from pathlib import Path
@@ -62,7 +63,7 @@ def test_formats_round_to_the_shown_digits():
 def test_terminal_table_is_the_same_for_a_folder_and_its_report_and_fits_80_columns(made_up, full_run: Path):
     texts = []
     for source in (full_run, made_up.result_record()):
-        console = Console(width=80, record=True, file=open("/dev/null", "w"))
+        console = Console(width=80, record=True, file=io.StringIO())
         console.print(result_table(source))
         texts.append(console.export_text().splitlines()[1:])
     assert texts[0] == texts[1]

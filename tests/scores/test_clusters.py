@@ -63,8 +63,8 @@ def test_guarded_order_protects_the_best_cluster_and_empties_none_early(seed):
         left[cluster] -= 1
 
 
-def test_without_protection_or_clusters_both_orders_are_the_values(seed=0):
-    values, _ = drawn(seed=seed)
+def test_without_protection_or_clusters_both_orders_are_the_values():
+    values, _ = drawn(seed=0)
     one = torch.zeros(37, dtype=torch.int64)
     for order in (even_order(values, one), guarded_order(values, one, 0.0), guarded_order(values, one, 0.3)):
         assert torch.equal(order, values.argsort())

@@ -1,5 +1,6 @@
 """Options of the training step: compiled, in mixed precision, channels last; what is refused; no waiting in a step."""
 
+from contextlib import suppress
 from functools import partial
 
 import pytest
@@ -201,10 +202,8 @@ def test_a_run_with_everything_on_resumes_with_equal_weights(make_run, tmp_path,
         trainer, module, data = make_run(folder, stages, callbacks=[*traces, *callbacks], **options)
         module.memory_format = torch.channels_last
         module.backbone.to(memory_format=torch.channels_last)
-        try:
+        with suppress(KeyboardInterrupt, SystemExit):
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-        except (KeyboardInterrupt, SystemExit):
-            pass
         return weights(module)
 
     whole = run(tmp_path / "whole")

@@ -122,7 +122,7 @@ def label_permutation(analysis: Analysis) -> Frames:
     order = torch.randperm(len(evidence.labels), generator=torch.Generator().manual_seed(request.seed))
     wrong, mixed = evidence.labels[order], analysis.target[order]
     seen = 0
-    with undisturbed(analysis.model), analysis._recording() as recording:
+    with undisturbed(analysis.model), analysis.recording() as recording:
         running = recording.sums
         for batch in analysis.batches("permuted labels", request.sizes if evidence.prefixes else ()):
             batch = analysis.task.to(batch, analysis.model)

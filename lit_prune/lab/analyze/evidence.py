@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -15,7 +15,11 @@ from torch import Tensor, nn
 from lit_prune.errors import InputError
 from lit_prune.lab.analyze.request import AnalyzeRequest
 from lit_prune.measurement import local_axis
+<<<<<<< HEAD
 from lit_prune.measurement.activations import record
+=======
+from lit_prune.measurement.activations import Recording, position_view, record
+>>>>>>> final
 from lit_prune.measurement.channel_table import channel_table, target_correlations, target_deviation
 from lit_prune.measurement.layers import Batches, following_norms, position_view, removing, select_layers
 from lit_prune.measurement.moments import ActivationSums, LayerSums
@@ -141,7 +145,7 @@ class Analysis:
         names = task.variables if "targets" in request.extras else (request.target,)
         evidence = Evidence(ActivationSums())
         kept: list[tuple[Tensor, Tensor, Tensor]] = []
-        with undisturbed(self.model), self._recording() as recording, self._pooling(keep) as evidence.pooled:
+        with undisturbed(self.model), self.recording() as recording, self._pooling(keep) as evidence.pooled:
             evidence.sums = recording.sums
             for batch in self.batches("forward pass", sizes):
                 batch = task.to(batch, self.model)
@@ -159,7 +163,8 @@ class Analysis:
         evidence.pooled = {name: torch.cat(parts)[:keep] for name, parts in evidence.pooled.items()}
         return evidence
 
-    def _recording(self):
+    def recording(self) -> AbstractContextManager[Recording]:
+        """Records the layers asked for while it lasts, as the protocol says."""
         example = self.example if self.request.protocol.hook_point == "post_bn" else None
         return record(self.model, self.request.layers, self.request.protocol, example)
 

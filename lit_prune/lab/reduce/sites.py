@@ -217,7 +217,7 @@ def _check_affine(model: nn.Module, layer: str, group: Group) -> None:
 
 
 def _not_found(layer: str, modules: dict[str, nn.Module], graph: ChannelGraph, last: str | None) -> str:
-    known = [*graph.by_name, *(name for name, module in modules.items() if is_attention(module)), *([last] or [])]
+    known = [*graph.by_name, *(name for name, module in modules.items() if is_attention(module)), last]
     known = list(dict.fromkeys(name for name in known if name))
     near = difflib.get_close_matches(layer, known, n=3, cutoff=0.4) or known[-4:]
     kind = f"is a {type(modules[layer]).__name__}, not a layer with units" if layer in modules else "is not there"

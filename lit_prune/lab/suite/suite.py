@@ -133,7 +133,7 @@ def device_slots(devices: int | None, runs_per_device: int) -> list[dict[str, st
         InputError: fewer than one run at a time, or more CUDA devices than there are.
     """
     found = torch.cuda.device_count()
-    if runs_per_device < 1 or devices is not None and not 1 <= devices <= (found or devices):
+    if runs_per_device < 1 or (devices is not None and not 1 <= devices <= (found or devices)):
         raise InputError(
             f"suite: devices={devices} with runs_per_device={runs_per_device} is not possible on {found} CUDA "
             "device(s); leave devices out to use all, and give at least 1"

@@ -1,4 +1,4 @@
-"""Figures and tables of a sweep: accuracy over FLOPs removed, gaps between axes, weight sweeps, allocations.
+"""Figures and tables of a sweep: accuracy over MACs removed, gaps between axes, weight sweeps, allocations.
 
 Every panel, bar and column is named by its setting, so that masked results are never taken for physical ones.
 """
@@ -43,7 +43,7 @@ def setting_name(setting: Sequence[str]) -> str:
 
 @register_section("sweep", "Scores under the pruning protocol", place=270)
 def draw_sweep(run: RunFolder) -> Picture:
-    """Draws accuracy over the share of FLOPs removed, one panel a setting."""
+    """Draws accuracy over the share of MACs removed, one panel a setting."""
     cells, aucs = run.table(CELLS, ["method", "accuracy_before"]), run.table("sweep/auc.parquet", [*SETTING, "auc"])
     curves = accuracy_curves(cells)
     curves = curves[curves["method"].isin(aucs["method"])]
@@ -62,11 +62,11 @@ def draw_sweep(run: RunFolder) -> Picture:
     handles = [Line2D([], [], color=COLOURS[axis], label=AXIS_NAMES[axis]) for axis in axes]
     handles.append(Line2D([], [], color=drawing.INK, linestyle=":", label="dense"))
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
-    figure.supxlabel("share of FLOPs removed (%)", fontsize=10)
+    figure.supxlabel("share of MACs removed (%)", fontsize=10)
     figure.supylabel("accuracy (%)", fontsize=10)
     return Picture(
         figure,
-        "Accuracy against the share of FLOPs removed. Strong lines: magnitude, taylor, the best of each axis by AUC; "
+        "Accuracy against the share of MACs removed. Strong lines: magnitude, taylor, the best of each axis by AUC; "
         "pale lines: the other scores. Bars: 95 % bootstrap interval over units. Grey field: the interval that all "
         "scores cover, over which areas are taken. Dotted: the dense network.",
     )
@@ -80,7 +80,7 @@ def _draw_setting(axes: Axes, points: pd.DataFrame, aucs: pd.DataFrame, dense: S
     named = _named_methods(aucs)
     for (method, axis), curve in points.groupby(["method", "axis"], sort=False):
         found = summarise(curve, ["sparsity"], "accuracy").set_index("sparsity")
-        x = 100 * curve.groupby("sparsity", sort=False)["flops_removed"].mean()[found.index]
+        x = 100 * curve.groupby("sparsity", sort=False)["macs_removed"].mean()[found.index]
         y, colour = 100 * found["mean"], COLOURS[axis]
         if method not in named:
             axes.plot(x, y, color=colour, linewidth=0.9, alpha=0.45)
@@ -149,7 +149,7 @@ def draw_sweep_weights(run: RunFolder) -> Picture:
     figure.legend(handles, labels, loc="outside upper center", ncols=min(2, len(colours)), fontsize=9)
     return Picture(
         figure,
-        "Area under the accuracy curve over FLOPs removed as the weight of the second term grows, over the interval "
+        "Area under the accuracy curve over MACs removed as the weight of the second term grows, over the interval "
         "that all these scores cover; lines: 95 % bootstrap interval over units. Weight 0 on the left is magnitude.",
     )
 
@@ -165,7 +165,7 @@ def tabulate_sweep(run: RunFolder) -> Table:
     """Returns the areas: one row a method, one column a setting, sorted by axis and area."""
     found = summarise(run.table("sweep/auc.parquet", [*SETTING, "auc"]), [*SETTING, "method", "axis"], "auc")
     caption = (
-        "Area under accuracy over FLOPs removed, over the interval that all scores of one column cover; in small type "
+        "Area under accuracy over MACs removed, over the interval that all scores of one column cover; in small type "
         "the 95 % bootstrap interval over units. Columns have intervals of their own."
     )
     return _area_table(found, caption)
@@ -176,7 +176,7 @@ def tabulate_sweep_rules(run: RunFolder) -> Table:
     """Returns the same scores under every allocation, over the interval that the allocations share."""
     found = run.table("sweep/rules.parquet", [*SETTING, "method", "mean"])
     caption = (
-        "The same scores under each allocation, over the interval of FLOPs removed that all allocations cover: along "
+        "The same scores under each allocation, over the interval of MACs removed that all allocations cover: along "
         "a row the score is the same and only the rule changes; without recovery nothing was trained after pruning."
     )
     return _area_table(found, caption)

@@ -112,7 +112,7 @@ class Sweep:
             "sparsity": cell.sparsity,
             "channels_removed": result.get("channels_removed", np.nan),
             "plan_met": result.get("plan_met"),
-            "flops_removed": 1 - result.get("macs", np.nan) / dense["macs"],
+            "macs_removed": 1 - result.get("macs", np.nan) / dense["macs"],
             "macs_dense": dense["macs"],
             "macs": result.get("macs", np.nan),
             "params_dense": dense["params"],

@@ -59,7 +59,7 @@ class SweepRequest:
             checkpoints every checkpoint is combined with every seed.
         allocations: `global` (one threshold), `uniform` (the same share in every layer), `hybrid` (layer budgets from
             `taylor` under the global threshold, ranks inside a layer from the method).
-        removals: `physical`; `mask` zeroes channels of each layer by itself, for comparison only: FLOPs count as if
+        removals: `physical`; `mask` zeroes channels of each layer by itself, for comparison only: MACs count as if
             they were removed; it goes with `global` and `uniform`.
         recoveries: `sgd` (lr 0.01, momentum 0.9, weight decay 1e-4), `adam` (lr 1e-4, weight decay 5e-4), `none`.
         epochs: of recovery.

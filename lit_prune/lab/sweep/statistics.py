@@ -1,4 +1,4 @@
-"""Statistics of a sweep: areas under accuracy curves over FLOPs removed, gaps between axes, the choice of a score.
+"""Statistics of a sweep: areas under accuracy curves over MACs removed, gaps between axes, the choice of a score.
 
 A curve is accuracy over the share of multiply-adds removed, of one method in one run (a checkpoint and a seed of
 draws) and one setting (allocation, removal, recovery). Methods are compared within a setting, paired by unit: the
@@ -38,10 +38,10 @@ def accuracy_curves(cells: pd.DataFrame) -> pd.DataFrame:
         cells: table of a sweep, `sweep.parquet`; failed cells are left out.
 
     Returns:
-        Columns `CURVE`, sparsity, flops_removed, accuracy.
+        Columns `CURVE`, sparsity, macs_removed, accuracy.
     """
     done = cells[cells["error"].isna()]
-    points = [*CURVE, "sparsity", "flops_removed"]
+    points = [*CURVE, "sparsity", "macs_removed"]
     after = done[done["recovery"] != "none"].assign(accuracy=lambda rows: rows["accuracy_after"])
     before = done.drop_duplicates([*SETTING[:2], "method", *RUN, "sparsity"])  # it is the same for every recovery
     before = before.assign(recovery="none", accuracy=before["accuracy_before"])
@@ -51,7 +51,7 @@ def accuracy_curves(cells: pd.DataFrame) -> pd.DataFrame:
 def area_under(flops: Sequence[float], accuracy: Sequence[float], low: float, high: float) -> float:
     """Mean accuracy over [low, high]: the trapezoid of the curve through the points, divided by the length.
 
-    Points with equal FLOPs count with their mean; at the ends of the interval the curve is interpolated.
+    Points with equal MACs count with their mean; at the ends of the interval the curve is interpolated.
 
     Args:
         flops: share of multiply-adds removed at each point, any order.
@@ -67,17 +67,17 @@ def area_under(flops: Sequence[float], accuracy: Sequence[float], low: float, hi
 
 
 def common_interval(curves: pd.DataFrame) -> tuple[float, float]:
-    """The interval of FLOPs removed that every curve covers.
+    """The interval of MACs removed that every curve covers.
 
     Raises:
         InputError: there is none; the methods that are the reason are named.
     """
-    spans = curves.groupby(["method", *RUN, *SETTING])["flops_removed"].agg(["min", "max"])
+    spans = curves.groupby(["method", *RUN, *SETTING])["macs_removed"].agg(["min", "max"])
     low, high = spans["min"].max(), spans["max"].min()
     if not high > low:
         late, early = spans["min"].idxmax(), spans["max"].idxmin()
         raise InputError(
-            f"methods: no interval of FLOPs removed is shared: {late[0]!r} ({_where(late)}) begins at {low:.3f},"
+            f"methods: no interval of MACs removed is shared: {late[0]!r} ({_where(late)}) begins at {low:.3f},"
             f" {early[0]!r} ({_where(early)}) ends at {high:.3f}; leave one of them out, or give more sparsities"
         )
     return float(low), float(high)
@@ -106,7 +106,7 @@ def areas(curves: pd.DataFrame, methods: Sequence[str], together: Sequence[str] 
     for _, group in curves[curves["method"].isin(methods)].groupby(list(together), sort=False):
         low, high = common_interval(group)
         for key, points in group.groupby(CURVE, sort=False):
-            area = area_under(points["flops_removed"], points["accuracy"], low, high)
+            area = area_under(points["macs_removed"], points["accuracy"], low, high)
             rows.append(dict(zip(CURVE, key, strict=True)) | {"auc": area, "low": low, "high": high})
     runs = pd.DataFrame(rows, columns=[*CURVE, "auc", "low", "high"])
     return runs.groupby([*SETTING, "method", "axis", "unit"], sort=False)[["auc", "low", "high"]].mean().reset_index()

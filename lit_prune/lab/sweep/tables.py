@@ -59,7 +59,7 @@ def area_rows(aucs: pd.DataFrame) -> Table:
     """Areas under the curves for the terminal: one row a method, one column a setting, best first."""
     found = statistics.summarise(aucs, [*statistics.SETTING, "method", "axis"], "auc")
     settings = found[statistics.SETTING].drop_duplicates().to_records(index=False).tolist()
-    table = _table("Accuracy over FLOPs removed (AUC)", ("axis", "method"), settings)
+    table = _table("Accuracy over MACs removed (AUC)", ("axis", "method"), settings)
     order = found.groupby("method")["mean"].mean().sort_values(ascending=False).index
     by = found.set_index([*statistics.SETTING, "method"])
     for method in order:

@@ -19,11 +19,11 @@ AXES = {
 
 
 def cells_of(method: str, points: list[tuple[float, float]], **fields) -> pd.DataFrame:
-    """Cells of one curve: FLOPs removed and accuracy after recovery; 0.1 before it."""
-    rows = pd.DataFrame(points, columns=["flops_removed", "accuracy_after"])
+    """Cells of one curve: MACs removed and accuracy after recovery; 0.1 before it."""
+    rows = pd.DataFrame(points, columns=["macs_removed", "accuracy_after"])
     base = {"checkpoint": "a", "seed": 0, "unit": "0", "method": method, "axis": AXES.get(method, "local")}
     base |= {"allocation": "global", "removal": "physical", "recovery": "sgd", "accuracy_before": 0.1, "error": None}
-    base |= {"batches": 200, "sparsity": rows["flops_removed"], **fields}
+    base |= {"batches": 200, "sparsity": rows["macs_removed"], **fields}
     return rows.assign(**base)
 
 

@@ -174,7 +174,7 @@ def test_costs_and_plans_are_those_of_physical_removal(tmp_path):
     backbone, example = module().backbone, torch.zeros(1, *digits().image_shape)
     small = apply_plan(backbone, Plan.from_dict(plans[1]["plan"]), example)
     assert table["macs"] == cost(small, example).macs and table["params"] == cost(small, example).params
-    assert table["flops_removed"] == pytest.approx(1 - table["macs"] / cost(backbone, example).macs)
+    assert table["macs_removed"] == pytest.approx(1 - table["macs"] / cost(backbone, example).macs)
     assert table["channels_removed"] == pytest.approx(0.6, abs=0.01)
 
 
@@ -196,7 +196,7 @@ def test_masks_are_labelled_keep_the_parameters_and_count_multiply_adds_as_if_re
     table = sweep(tmp_path, methods=("fpgm", "magnitude"), recoveries=("none",), removals=("physical", "mask"))
     physical, masked = (table[table["removal"] == removal].reset_index(drop=True) for removal in ("physical", "mask"))
     assert (masked["params"] == masked["params_dense"]).all() and (physical["params"] < physical["params_dense"]).all()
-    assert (masked["flops_removed"] > 0).all() and (masked["macs"] != physical["macs"]).any()
+    assert (masked["macs_removed"] > 0).all() and (masked["macs"] != physical["macs"]).any()
     assert masked["channels_removed"].to_numpy() == pytest.approx(masked["sparsity"], abs=0.01)
     write_report(tmp_path)
     assert "global, masked (not removed), no recovery" in (tmp_path / "report.html").read_text()

@@ -1,0 +1,74 @@
+"""The attention layers of timm whose heads can go only with another forward, see `opened`."""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import apply_rot_embed_cat
+from timm.models.beit import Attention as BeitAttention
+from timm.models.eva import EvaAttention
+from torch import Tensor, nn
+
+from lit_prune.structure.open_attention import join_heads, split_heads
+from lit_prune.structure.opened import opens
+
+
+class _OpenTokens:
+    """What the open attentions of timm share: the projections of tokens, fused or not, with their separate biases."""
+
+    @staticmethod
+    def opened_attributes(module: nn.Module) -> dict[str, int]:
+        """What changes when a layer is opened: it states the width of a head."""
+        return {"head_dim": module.proj.in_features // module.num_heads}
+
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values [B, heads, L, head_dim]; the keys' bias is zero in these classes."""
+        if self.qkv is None:
+            parts = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        elif self.q_bias is None:
+            parts = self.qkv(x).chunk(3, -1)
+        else:
+            bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+            parts = F.linear(x, self.qkv.weight, bias).chunk(3, -1)
+        return tuple(split_heads(part, self.num_heads) for part in parts)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool = False) -> Tensor:
+        dropout = self.attn_drop.p if self.training else 0.0
+        return join_heads(F.scaled_dot_product_attention(q, k, v, bias, dropout, causal, scale=self.scale))
+
+    def init_non_persistent_buffers(self) -> None:
+        """Sets what no file holds."""
+        if self.k_bias is not None:
+            self.k_bias = torch.zeros_like(self.q_bias)
+
+
+@opens(BeitAttention)
+class OpenBeitAttention(_OpenTokens, BeitAttention):
+    """timm's BEiT attention with `num_heads` heads of width `head_dim`."""
+
+    def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
+        """Tokens [B, L, C] to tokens of the same shape."""
+        biases = [] if self.relative_position_bias_table is None else [self._get_rel_pos_bias()]
+        biases += [] if shared_rel_pos_bias is None else [shared_rel_pos_bias]
+        output = self._attend(*self._project(x), sum(biases[1:], biases[0]) if biases else None)
+        return self.proj_drop(self.proj(output))
+
+
+@opens(EvaAttention)
+class OpenEvaAttention(_OpenTokens, EvaAttention):
+    """timm's EVA attention with `num_heads` heads of width `head_dim`."""
+
+    def forward(
+        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """Tokens [B, L, C] to tokens of the same shape."""
+        q, k, v = self._project(x)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = (self._rotated(values, rope).type_as(v) for values in (q, k))
+        output = self.norm(self._attend(q, k, v, attn_mask, is_causal))
+        if self.gate is not None:
+            output = output * self.gate(x).sigmoid()
+        return self.proj_drop(self.proj(output))
+
+    def _rotated(self, values: Tensor, rope: Tensor) -> Tensor:
+        prefix, rest = values.tensor_split([self.num_prefix_tokens], 2)
+        return torch.cat([prefix, apply_rot_embed_cat(rest, rope, half=self.rotate_half)], 2)
