@@ -15,11 +15,7 @@ from torch import Tensor, nn
 from lit_prune.errors import InputError
 from lit_prune.lab.analyze.request import AnalyzeRequest
 from lit_prune.measurement import local_axis
-<<<<<<< HEAD
-from lit_prune.measurement.activations import record
-=======
-from lit_prune.measurement.activations import Recording, position_view, record
->>>>>>> final
+from lit_prune.measurement.activations import Recording, record
 from lit_prune.measurement.channel_table import channel_table, target_correlations, target_deviation
 from lit_prune.measurement.layers import Batches, following_norms, position_view, removing, select_layers
 from lit_prune.measurement.moments import ActivationSums, LayerSums
