@@ -29,6 +29,7 @@ NO_BENCHMARKS = (  # no times, or weights and images that are not here
     "run_all",
     "replacement_kinds",
     "compression",
+    "fuzz_files",
     "tasks",
     "task_cases",
     "task_fit",

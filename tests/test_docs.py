@@ -1,11 +1,13 @@
 """Every Python block of the README and of the pages runs, unless it says what it needs."""
 
+import inspect
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from lit_prune.cli.verbs import export
 from lit_prune.models import build_backbone
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,3 +40,10 @@ def test_the_readme_is_short_and_its_links_lead_somewhere():
     for page in PAGES:
         for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             assert link.startswith("http") or (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_options_of_export_in_the_pages_exist():
+    known = set(inspect.signature(export).parameters)
+    for page in PAGES:
+        for line in re.findall(r"^lit-prune export (.*)$", page.read_text(), re.MULTILINE):
+            assert set(re.findall(r"--(\w+)", line.split("#")[0])) <= known, f"{page.name}: {line}"

@@ -55,7 +55,7 @@ def find_verdict(run: RunFolder) -> Verdict | None:
     words = {"good": "kept its figure", "fair": "lost a little", "poor": "lost too much or missed its budget"}
     headline = f"{cheaper:.0%} fewer multiply-adds: {words.get(level, 'its figure was not measured')}"
     removed, trust = tuple(_removed(stages, dense, compact)), tuple(_trust(run))
-    command = f"lit-prune export --run_dir {run.path} --format onnx"
+    command = f"lit-prune export --run_dir {run.path} --formats '[onnx]'"
     use = USE.format(folder=run.path / "compact") + f"\n# {command}\n"
     return Verdict(level, headline, (*figure, *(sentence for sentence, _ in budget)), removed, trust, use)
 

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
 from lit_prune.arguments import checked
 from lit_prune.errors import InputError
@@ -29,7 +29,7 @@ _TOLERANCE = 0.01
 def make_plan(
     model: nn.Module,
     ranks: Ranks,
-    example_input: Tensor,
+    example_input: Any,
     budget: str = "macs",
     keep: float | Mapping[str, float] = 0.5,
     allocation: str = "global",
@@ -198,7 +198,7 @@ def _plan_layerwise(
     return replace(plan, notes=notes | found)
 
 
-def plan_latency(model: nn.Module, plan_at: Callable[[Budget], Plan], request: Budget, example_input: Tensor) -> Plan:
+def plan_latency(model: nn.Module, plan_at: Callable[[Budget], Plan], request: Budget, example_input: Any) -> Plan:
     """Bisection over the share of MACs with trial surgery, until the measured latency of the batch is within budget.
 
     Args:

@@ -118,7 +118,11 @@ def _describe(value: Any) -> dict[str, Any]:
 
 def _rebuild(described: Mapping[str, Any], device: torch.device | str) -> Any:
     if "shape" in described:
-        dtype, shape = getattr(torch, described["dtype"]), described["shape"]
+        dtype, shape = getattr(torch, str(described["dtype"]), None), described["shape"]
+        if not isinstance(dtype, torch.dtype):
+            raise InputError(
+                f"inputs: {described['dtype']!r} is no type of numbers; the file is damaged, save it again"
+            )
         if "values" in described:
             return torch.tensor(described["values"], dtype=dtype, device=device).reshape(shape)
         return torch.zeros(shape, dtype=dtype, device=device)

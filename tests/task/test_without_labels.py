@@ -58,7 +58,7 @@ def test_stand_ins_and_swaps_need_inputs_alone(case):
     model = build().eval()
     errors = {}
     for kind in ("delete", "constant", "affine", "refit"):
-        settings = Replacement(ridge=1e-9, held_out=0.0) if kind == "refit" else Replacement()
+        settings = Replacement(ridge=1e-9, held_out=0.0, clipped=False) if kind == "refit" else Replacement()
         reduced = replace_mechanisms(model, PLAN, batches, kind=kind, settings=settings)
         errors[kind] = reduced.report["layers"]["second"]["error"]
         assert reduced.report["images"] == 12 and reduced.model.first.out_channels == 4

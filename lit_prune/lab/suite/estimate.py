@@ -71,7 +71,7 @@ def training_step(
 ) -> Callable[[], None]:
     """A bare training step on one batch: forward, cross-entropy, backward, optimizer."""
     task = Classification()
-    optimizer = module.recipe.optimizer([p for p in module.parameters() if p.requires_grad])
+    optimizer = module.optimizer([p for p in module.parameters() if p.requires_grad])
 
     def step() -> None:
         optimizer.zero_grad()
