@@ -14,8 +14,9 @@ from lit_prune.errors import InputError
 from lit_prune.measurement import local_axis, target_axis
 from lit_prune.measurement.activations import record
 from lit_prune.measurement.layers import Batches, by_output, select_layers
-from lit_prune.measurement.moments import ActivationSums, LayerSums, Moments
+from lit_prune.measurement.moments import Moments
 from lit_prune.measurement.protocol import DEFAULT_PROTOCOL, Protocol
+from lit_prune.measurement.sums import ActivationSums, LayerSums
 from lit_prune.task import Task, peek, settle
 from lit_prune.task.running import undisturbed
 
