@@ -17,6 +17,7 @@ from lit_prune.lab.analyze.evidence import Analysis
 from lit_prune.measurement import local_axis
 from lit_prune.measurement.channel_table import NO_TARGET, channel_table, collect_sums
 from lit_prune.measurement.layers import following_norms, position_view, removing, select_layers, weight_rows
+from lit_prune.measurement.summaries import rank_correlation
 from lit_prune.structure.tracing import without_hooks
 from lit_prune.task import Task
 from lit_prune.task.running import undisturbed
@@ -82,9 +83,9 @@ def variants(analysis: Analysis) -> Frames:
     layers = []
     for layer in analysis.layers:
         rows = joined[(joined["layer"] == layer) & ~joined["dead"]]
-        ranks = rows[["folded_capture", "task_information"]].corr("spearman", min_periods=3).iloc[0, 1]
         tau = kendall(rows["input_capture"], rows["folded_capture"])
-        layers.append({"layer": layer, "folded_coupling": float(ranks), "tau_folded_capture": tau})
+        folded = rank_correlation(rows["folded_capture"], rows["task_information"])
+        layers.append({"layer": layer, "folded_coupling": folded, "tau_folded_capture": tau})
     return {"channels": columns, "layers": pd.DataFrame(layers)}
 
 
