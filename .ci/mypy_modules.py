@@ -1,4 +1,4 @@
-"""What mypy cannot know of torch: attributes of a module are whatever the module's class says, not a Tensor or a Module."""
+"""What mypy cannot know of torch: an attribute that no class declares may be anything, not a Tensor or a Module."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ MODULE = "torch.nn.modules.module.Module."
 
 
 class Modules(Plugin):
-    """`layer.weight` of an `nn.Module` is Any where no class declares it; torch says `Tensor | Module` for all of them."""
+    """`layer.weight` of an `nn.Module` is Any where no class declares it; torch says `Tensor | Module` for all."""
 
     def get_attribute_hook(self, fullname: str) -> Callable[[AttributeContext], Type] | None:
         """Called for attributes; those that only `Module.__getattr__` answers are changed."""
