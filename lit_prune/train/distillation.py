@@ -1,5 +1,6 @@
 """Staged distillation from the dense teacher, as a term of the training loss."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -42,11 +43,11 @@ class Repair:
         Raises:
             InputError: a negative weight, a temperature or a gradient norm that is not positive, an unknown form.
         """
-        if self.alpha < 0 or self.beta < 0:
-            raise InputError(f"repair weights must be >= 0, got alpha={self.alpha}, beta={self.beta}")
-        if self.temperature <= 0:
+        if not (0 <= self.alpha < math.inf and 0 <= self.beta < math.inf):
+            raise InputError(f"repair weights must be numbers >= 0, got alpha={self.alpha}, beta={self.beta}")
+        if not 0 < self.temperature < math.inf:
             raise InputError(f"repair temperature must be > 0, got temperature={self.temperature}")
-        if self.gradient_clip is not None and self.gradient_clip <= 0:
+        if self.gradient_clip is not None and not self.gradient_clip > 0:
             raise InputError(f"repair gradient_clip must be > 0, or None, got gradient_clip={self.gradient_clip}")
         if self.form not in FORMS:
             raise InputError(f"repair form={self.form!r} is none of {', '.join(FORMS)}")
@@ -89,6 +90,22 @@ def named_outputs(output: Any, name: str = "") -> dict[str, Tensor]:
     else:
         items = list(enumerate(output)) if isinstance(output, list | tuple) else []
     return {k: v for key, item in items for k, v in named_outputs(item, f"{name}.{key}").items()}
+
+
+def shared_outputs(student: Any, teacher: Any) -> list[tuple[Tensor, Tensor]]:
+    """The tensors of two outputs that lie at the same place and have the same shape.
+
+    Raises:
+        InputError: there are none.
+    """
+    own, wanted = named_outputs(student), named_outputs(teacher)
+    common = [name for name in own if name in wanted and own[name].shape == wanted[name].shape]
+    if not common:
+        raise InputError(
+            f"distillation: the network answers {describe(student)} in training and its teacher {describe(teacher)}, "
+            "with no tensor in common; set alpha=0 and beta=0 in repair"
+        )
+    return [(own[name], wanted[name]) for name in common]
 
 
 class Calls:
@@ -207,14 +224,7 @@ class Distillation:
         return features[..., self.columns] if linear else features[:, self.columns]
 
     def _compare(self, student: Any, teacher: Any) -> Tensor:
-        own, wanted = named_outputs(student), named_outputs(teacher)
-        common = [name for name in own if name in wanted and own[name].shape == wanted[name].shape]
-        if not common:
-            raise InputError(
-                f"distillation: the network answers {describe(student)} in training and {describe(teacher)} as its own "
-                "teacher, with no tensor in common; set alpha=0 and beta=0 in repair"
-            )
-        return torch.stack([self._distance(own[name], wanted[name]) for name in common]).mean()
+        return torch.stack([self._distance(own, wanted) for own, wanted in shared_outputs(student, teacher)]).mean()
 
     def _distance(self, student: Tensor, teacher: Tensor) -> Tensor:
         if self.repair.form == "mse":
