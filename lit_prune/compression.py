@@ -96,7 +96,7 @@ def compress(
         plan = plan_compression(model, batches, recipe.budget(budget, keep), task, recipe)
     example = task.inputs(task.to(task.take(batches[0], 1), model))
     with clock.step("stand_in"):
-        reduced = replace_mechanisms(model, plan, batches, example, recipe.kind, settings=recipe.replacement, task=task)
+        reduced = replace_mechanisms(model, plan, batches, recipe.kind, example, settings=recipe.replacement, task=task)
     repair = {}
     if seconds is not None:
         with clock.step("repair"):
