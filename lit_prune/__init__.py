@@ -15,6 +15,7 @@ _HOME = {  # public name -> module that defines it, imported at the first use
     "InputError": "lit_prune.errors",
     "LitClassifier": "lit_prune.train.classifier",
     "Plan": "lit_prune.structure",
+    "Preparation": "lit_prune.preparation",
     "Repair": "lit_prune.train.distillation",
     "Replacement": "lit_prune.replace",
     "StagedPruning": "lit_prune.train.staged_pruning",

@@ -4,7 +4,7 @@ import copy
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from lit_prune.cli.trainer import Trainer, last_checkpoint
 from lit_prune.cli.yaml_text import read_yaml
 from lit_prune.data import ImageData
 from lit_prune.errors import InputError
-from lit_prune.files import LOCK, alone, write_text
+from lit_prune.files import LOCK, alone, nothing_of_a_refused_run, write_text
 from lit_prune.lab.reduce.request import ReduceRequest
 from lit_prune.lab.reduce.run import Setup, reduce_run
 from lit_prune.progress import terminal
@@ -70,6 +70,12 @@ class PruneCLI(LightningCLI):
         parser.link_arguments("run_dir", "trainer.default_root_dir")
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
         parser.link_arguments("data.image_shape", "model.image_shape", apply_on="instantiate")
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Lightning's parser of a verb, whose help has the trainer's many options last."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser._action_groups.sort(key=lambda group: "lightning.pytorch.Trainer" in str(group.title))
+        return parser
 
     def _parse_ckpt_path(self) -> None:
         """The configuration says what is built; the checkpoint's structure is checked against it when it loads."""
@@ -123,8 +129,10 @@ class PruneCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Carries out the verb while no other process is at work in its run folder."""
-        with alone(self.run_dir) if self.trainer.is_global_zero else nullcontext():
-            super()._run_subcommand(subcommand)
+        if not self.trainer.is_global_zero:
+            return super()._run_subcommand(subcommand)
+        with alone(self.run_dir), nothing_of_a_refused_run(self.run_dir, WRITTEN_BEFORE):
+            return super()._run_subcommand(subcommand)
 
     def before_fit(self) -> None:
         """Enters the run folder: refuses another run's, resumes this run's."""
@@ -248,6 +256,7 @@ class PruneCLI(LightningCLI):
                 "seed": self.config_dump.get("seed_everything"),
                 "backbone": {"name": self.model.backbone_name, "arguments": self.model.arguments},
                 "data": self.datamodule.fingerprint(),
+                "validation": {"split": self.datamodule.validation_split, "images": self.datamodule.size("val")},
                 "calibration_indices": self.datamodule.calibration_indices,
             },
         )

@@ -160,7 +160,7 @@ class Trainer(pl.Trainer):
 
         Writes `reduction.json` in the run folder after every cell (method, width, calibration size, seed); a cell that
         is there already for the same network, images and settings is not computed again; each request keeps its own
-        tables. The most accurate of the narrowest networks goes to `compact/`. One process, first device.
+        tables. The narrowest network within a point of the dense accuracy (else the most accurate) goes to `compact/`.
 
         Args:
             model: the network; its weights come from `ckpt_path`, else from `--model.weights` or `--model.pretrained`,

@@ -15,8 +15,9 @@ from rich.table import Table
 from torch import nn
 
 from lit_prune.errors import InputError
+from lit_prune.preparation import Preparation
 from lit_prune.progress import terminal
-from lit_prune.report import result_table
+from lit_prune.report import result_table, terminal_verdict
 from lit_prune.structure.record import note_record, record_of
 from lit_prune.structure.tracing import copy_network
 from lit_prune.task import Task
@@ -263,6 +264,7 @@ class StagedPruning(Callback):
             run_dir = Path(trainer.default_root_dir)
             done = not self._trained and run_of(run_dir) == self.run  # a finished run was started again
             terminal().print(result_table(run_dir) if done else self._hand_over(trainer))
+            terminal().print(terminal_verdict(run_dir))
         trainer.strategy.barrier("compact")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -300,6 +302,9 @@ class StagedPruning(Callback):
             trainer.strategy.checkpoint_io.teardown()  # waits for checkpoints that are still being written
             held -= 1
             network = self._held_network(trainer, held)
+        preparation = getattr(trainer.datamodule, "preparation", None)
+        if isinstance(preparation, Preparation):
+            note_record(network, replace(record_of(network), preparation=preparation))
         dense = self.subject.before(self.dense["plans"])
         return write_compact(run_dir, network, dense, self.dense, self.records[:held], self.run)
 
