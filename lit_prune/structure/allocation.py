@@ -53,7 +53,7 @@ def make_plan(
         round_to: widths are multiples of it.
         normalisation: "none", "layer_mean", "layer_max", "rank", "z" or "isomorphic".
         cap: largest share of a group that may go.
-        only: "mid", "planes", group names, or None.
+        only: "mid", "planes", "heads", "width", a list of them and of group names, or None for all but "width".
         protect: names of groups that stay whole.
 
     Returns:
