@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lit_prune.cli.checks import as_input_errors, check_trainer
 from lit_prune.cli.compress import schedule_sweep
+from lit_prune.cli.console import LearningRate, shown
 from lit_prune.cli.narration import narrated_on_stdout
 from lit_prune.cli.parsing import OneLineErrors, changed_keys, import_paths
 from lit_prune.cli.ranks import RanksEndAtOnce
@@ -116,9 +117,15 @@ class PruneCLI(LightningCLI):
         if trains and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
             callbacks.append(last_checkpoint(self.run_dir))
         callbacks.append(RanksEndAtOnce())
+        if trains:
+            added, changed = shown(callbacks, settings)
+            callbacks = [*added, *callbacks]
+            kwargs |= changed
         logger = settings.get("logger")
         if logger in (None, True):
             logger = trains and TensorBoardLogger(self.run_dir, name="", version="tensorboard", default_hp_metric=False)
+        if trains and logger:
+            callbacks.append(LearningRate())
         given = settings.get("plugins") or []
         plugins = given if isinstance(given, list) else [given]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):

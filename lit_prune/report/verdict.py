@@ -1,6 +1,7 @@
 """The first screen of the page: is the compact network good, what went and why, can it be trusted, how is it used."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,9 +163,15 @@ def _trust(run: RunFolder) -> Iterator[tuple[str, str]]:
         "seed": record.get("seed"),
         "machine": ", ".join(f"{key} {value}" for key, value in machine.items()) or None,
         "torch": versions.get("torch"),
-        "lit_prune": " ".join(str(product[key]) for key in ("version", "commit") if product.get(key)) or None,
+        "lit_prune": " ".join(map(_short, (product.get(key) for key in ("version", "commit")))).strip() or None,
     }
     yield from ((name, str(value)) for name, value in facts.items() if value is not None)
+
+
+def _short(value: Any) -> str:
+    """A version as it is, a commit by its first letters, with its mark where files were changed."""
+    text = "" if value is None else str(value)
+    return re.sub(r"^([0-9a-f]{9})[0-9a-f]{31}(-dirty)?$", r"\1\2", text)
 
 
 def _images(validation: Mapping[str, Any]) -> str | None:

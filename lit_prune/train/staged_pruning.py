@@ -33,6 +33,7 @@ from lit_prune.train.hand_over import (
     write_compact,
 )
 from lit_prune.train.locate import check_replaceable, find_path
+from lit_prune.train.logged import log_compact, log_figures, log_stage
 from lit_prune.train.phase_optimizer import PhaseOptimizer
 from lit_prune.train.phases import Phases, check_epochs, total_epochs
 from lit_prune.train.rewire import check_supported
@@ -265,6 +266,8 @@ class StagedPruning(Callback):
             done = not self._trained and run_of(run_dir) == self.run  # a finished run was started again
             terminal().print(result_table(run_dir) if done else self._hand_over(trainer))
             terminal().print(terminal_verdict(run_dir))
+            if not done:
+                log_compact(trainer, pl_module)
         trainer.strategy.barrier("compact")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -284,6 +287,7 @@ class StagedPruning(Callback):
         if not self.records:
             return
         figures_of(self.records[-1])["after_repair"] = self._measure(trainer)
+        log_figures(trainer, {"after_repair": self._repaired}, "stage")
         if trainer.is_global_zero:
             write_stages(Path(trainer.default_root_dir), self.records)
 
@@ -345,6 +349,7 @@ class StagedPruning(Callback):
         record["distillation"] = self.teaching.describe()
         if trainer.is_global_zero:
             terminal().print(describe_record(record))
+        log_stage(trainer, record)
 
     def _teach(self, trainer: Trainer, module: LightningModule) -> None:
         """Puts the teacher into the module's loss."""
