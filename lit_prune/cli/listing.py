@@ -21,6 +21,7 @@ LIGHTNING = {
     "test": "The test figures of a run's last checkpoint.",
     "predict": "Lightning's predictions; with --compact DIR the classes of image files: predict --compact DIR a.jpg",
 }
+OURS = ("compress", "analyze", "sensitivity", "lesion", "sweep", "reduce")
 KINDS = {
     "delete": "nothing",
     "constant": "their means, folded into the readers",
@@ -48,11 +49,9 @@ def verb_list(functions: Mapping[str, Callable[..., Any]]) -> str:
     """
     from lit_prune.cli.trainer import Trainer
 
-    ours = {
-        verb: first_sentence(getattr(Trainer, verb)) for verb in ("compress", "analyze", "lesion", "sweep", "reduce")
-    }
+    ours = {verb: first_sentence(getattr(Trainer, verb)) for verb in OURS}
     said = LIGHTNING | ours | {name: first_sentence(function) for name, function in functions.items()}
-    lines = [f"  {verb:9} {shorten(text, 108, placeholder=' ...')}" for verb, text in said.items()]
+    lines = [f"  {verb:11} {shorten(text, 108, placeholder=' ...')}" for verb, text in said.items()]
     ends = "\n\nEvery verb has --help. `lit-prune choices` lists scores, budgets, stand-ins; `recipes` what -c takes."
     return USAGE + "\nverbs:\n" + "\n".join(lines) + ends
 

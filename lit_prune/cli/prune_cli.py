@@ -38,7 +38,7 @@ from lit_prune.train.run_record import write_run
 
 TRAINING_VERBS = ("fit", "compress")
 WRITTEN_BEFORE = ("config.yaml", "run.json", "tensorboard", LOCK)
-VERBS = ("analyze", "compress", "lesion", "reduce", "sweep")
+VERBS = ("analyze", "compress", "lesion", "reduce", "sensitivity", "sweep")
 DESCRIPTION = (
     "Train a vision network, watch its channels, prune it in stages, repair it, hand over a smaller dense one. "
     "Verbs of their own, each with --help: `demo`, `export`, `recipes`, `report`, `suite`."

@@ -20,6 +20,7 @@ INPUTS = (
     "channels.parquet",
     "layers.parquet",
     "lesions.parquet",
+    "sensitivity.parquet",
     "sweep.parquet",
     "reduction.json",
     "trace/*.parquet",
