@@ -277,8 +277,8 @@ def test_bad_arguments_are_named(tiny_net, arguments, message):
             tiny_net,
             plan,
             arguments.get("batches", images(1)),
-            IMAGE,
             arguments.get("kind", "refit"),
+            IMAGE,
             settings=settings,
         )
 
