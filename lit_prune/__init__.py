@@ -12,6 +12,7 @@ _HOME = {  # public name -> module that defines it, imported at the first use
     "ChannelStage": "lit_prune.train.stages",
     "Decorrelation": "lit_prune.train.decorrelation",
     "GradientTrace": "lit_prune.lab.trajectory.gradient_trace",
+    "HubNetwork": "lit_prune.hub",
     "InputError": "lit_prune.errors",
     "LitClassifier": "lit_prune.train.classifier",
     "Plan": "lit_prune.structure",

@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 import torch
-from torch.utils.benchmark import Measurement, TaskSpec
 
 NOISY = 0.2  # share of the median by which quartiles may lie apart before it is said
 ROUNDS, SECONDS, WARM_UP = 20, 0.5, 3
@@ -47,6 +46,8 @@ class Timing:
         >>> Timing.of([0.002, 0.002, 0.002, 0.002]).median
         2.0
         """
+        from torch.utils.benchmark import Measurement, TaskSpec  # it looks for compilers: not for whoever only loads
+
         measured = Measurement(1, list(seconds), TaskSpec("pass", "", num_threads=torch.get_num_threads()))
         median, spread = measured.median, measured.iqr
         return cls(1000 * median, 1000 * spread, len(seconds), spread > NOISY * median)

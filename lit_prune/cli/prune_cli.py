@@ -37,6 +37,7 @@ from lit_prune.train.execution import check_precision
 from lit_prune.train.run_record import write_run
 
 TRAINING_VERBS = ("fit", "compress")
+LAB_VERBS = ("analyze", "lesion", "reduce", "sensitivity", "sweep")
 WRITTEN_BEFORE = ("config.yaml", "run.json", "tensorboard", LOCK)
 VERBS = ("analyze", "compress", "lesion", "reduce", "sensitivity", "sweep")
 DESCRIPTION = (
@@ -139,7 +140,17 @@ class PruneCLI(LightningCLI):
         if not self.trainer.is_global_zero:
             return super()._run_subcommand(subcommand)
         with alone(self.run_dir), nothing_of_a_refused_run(self.run_dir, WRITTEN_BEFORE):
+            if subcommand in LAB_VERBS:
+                self._write_lab_config(subcommand)
             return super()._run_subcommand(subcommand)
+
+    def _write_lab_config(self, verb: str) -> None:
+        """The configuration of a verb of the lab: `config.yaml`, beside that of a fit `config-VERB.yaml`."""
+        self._dump_config()
+        text = yaml.safe_dump(self.config_dump, sort_keys=False)
+        own = self.run_dir / f"config-{verb}.yaml"
+        whole = self.run_dir / "config.yaml"
+        write_text(own if own.exists() or (whole.exists() and whole.read_text() != text) else whole, text)
 
     def before_fit(self) -> None:
         """Enters the run folder: refuses another run's, resumes this run's."""
