@@ -319,7 +319,7 @@ def cut(
     if isinstance(stage, BlockStage) or stage.replace == "delete":
         return apply_plan(model, plan, example_input), plan
     settings = Replacement(unsupported="delete", towards="weights")  # determined by however few samples
-    reduced = replace_mechanisms(model, plan, batches, example_input, stage.replace, settings=settings, task=task)
+    reduced = replace_mechanisms(model, plan, batches, stage.replace, example_input, settings=settings, task=task)
     return reduced.model, reduced.plan
 
 

@@ -55,7 +55,7 @@ class Surgeon:
         for name, buffer in subject.network.named_buffers():
             buffer.copy_(statistics[name])
         return {
-            "metric": {"name": self.figures.name, "mode": self.figures.mode},
+            "metric": {"name": self.figures.name, "mode": self.figures.mode, "images": self.figures.images},
             "value": value,
             "recalibrated": recalibrated,
             "macs": counted.macs,
