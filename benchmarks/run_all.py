@@ -35,6 +35,8 @@ NO_BENCHMARKS = (  # no times, or weights and images that are not here
     "tasks",
     "task_cases",
     "task_fit",
+    "tracing",
+    "vit_parts",
 )
 PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "torch-pruning")
 QUICK = {
