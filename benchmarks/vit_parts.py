@@ -3,8 +3,9 @@
     python benchmarks/vit_parts.py [--seeds N] [--epochs N]
 
 Real digits (scikit-learn, 8 × 8, 1,347 to train, 450 to test); a ViT of timm, 4 blocks of width 48 with 4 heads, is
-trained here. Every plan keeps 50 % of the multiply-adds by magnitude (global, isomorphic). Accuracy in per cent, the mean over
-the seeds: right after surgery with each stand-in (fitted on the training images, no labels), and after one epoch.
+trained here. Every plan keeps 50 % of the multiply-adds by magnitude (global, isomorphic). Accuracy in per cent, the
+mean over the seeds: right after surgery with each stand-in (fitted on the training images, no labels), and after an
+epoch.
 """
 
 import argparse
