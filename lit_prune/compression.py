@@ -100,7 +100,9 @@ def compress(
     repair = {}
     if seconds is not None:
         with clock.step("repair"):
-            repair["repair"] = distil(model, reduced.model, batches, task, Distilling(seconds, seed=recipe.seed))
+            repair["repair"] = distil(
+                model, reduced.model, batches, task, Distilling(seconds=seconds, seed=recipe.seed)
+            )
     with clock.step("verify"):
         report = verify(model, reduced, batches, example, task)
     return reduced.model, report | repair | {"seconds": clock.seconds}

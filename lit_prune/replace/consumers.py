@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lit_prune.replace.flow import Flow
+from lit_prune.replace.patches import SOLVABLE, is_solvable
 from lit_prune.structure import ChannelGraph, Plan, axes
 
 
@@ -67,8 +68,8 @@ def _obstacle(module: nn.Module, calls: int) -> str:
     """Why the input columns of `module` can neither be folded nor solved again, or ""."""
     if isinstance(module, axes.PaddedShortcut):
         return "it is a padded shortcut, which has no weights that could stand in for the channels it loses"
-    if not isinstance(module, nn.Conv2d | nn.Linear):
-        return f"a {type(module).__name__} is not supported, only Conv2d and Linear are"
-    if getattr(module, "groups", 1) > 1:
+    if not isinstance(module, SOLVABLE):
+        return f"a {type(module).__name__} is not supported, only {', '.join(kind.__name__ for kind in SOLVABLE)} are"
+    if not is_solvable(module):
         return "its convolution is grouped"
     return f"it runs {calls} times in a forward pass" if calls > 1 else ""

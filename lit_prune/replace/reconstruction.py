@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lit_prune.measurement.layers import Batches
 from lit_prune.replace.elimination import Elimination, elimination_costs
-from lit_prune.replace.patches import PositionSample, input_rows, output_rows
+from lit_prune.replace.patches import PositionSample, input_rows, is_solvable, output_rows
 from lit_prune.replace.regression import Covariance, PairSums
 from lit_prune.replace.slopes import gradient_samples
 from lit_prune.structure import ChannelGraph, CostModel, Group, trace_groups
@@ -87,8 +87,7 @@ def readers_of(model: nn.Module, graph: ChannelGraph) -> list[str]:
 
 def solvable_readers(model: nn.Module, group: Group) -> list[str]:
     """Layers that read the group and can be solved again."""
-    supported = (name for name in group.consumers if getattr(model.get_submodule(name), "groups", 1) == 1)
-    return [name for name in supported if isinstance(model.get_submodule(name), nn.Conv2d | nn.Linear)]
+    return [name for name in group.consumers if is_solvable(model.get_submodule(name))]
 
 
 def _unit_macs(cost_model: CostModel, group: Group) -> float:
@@ -124,7 +123,7 @@ def reader_moments(
 
     Args:
         model: the network.
-        layers: Conv2d without groups, or Linear.
+        layers: see `is_solvable`.
         batches: what the task reads; targets are not used.
         task: what a batch and an output mean; None recognises it.
         seed: of the positions, of which `POSITIONS` an image are used for the covariance, and of the projections.

@@ -156,7 +156,7 @@ def fold(module: nn.Module, reader: Reader, stand_in: StandIn, size: tuple[int, 
         module: the reader in the original network.
         reader: what goes.
         stand_in: for its removed columns.
-        size: height and width of the map it reads; () for a linear layer.
+        size: of the map it reads, such as height and width; () for a linear layer.
 
     Source: causal mechanism reduction, proposition 1.
     """
@@ -166,8 +166,8 @@ def fold(module: nn.Module, reader: Reader, stand_in: StandIn, size: tuple[int, 
     carried = torch.einsum("oj...,j->o...", lost, stand_in.offsets)[:, None]
     shift = carried.flatten(1).sum(1)
     border = 0.0
-    if isinstance(module, nn.Conv2d) and module.padding_mode == "zeros":
-        ones = carried.new_ones(1, 1, *size)
-        actual = F.conv2d(ones, carried, None, module.stride, module.padding, module.dilation)[0]  # [O, H, W]
-        border = float((actual - shift[:, None, None]).square().mean((1, 2)).sum())
+    if getattr(module, "padding_mode", "") == "zeros":
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(size) - 1]
+        actual = convolve(carried.new_ones(1, 1, *size), carried, None, module.stride, module.padding, module.dilation)
+        border = float((actual[0].flatten(1) - shift[:, None]).square().mean(1).sum())
     return Folded(rest, shift, border, carried)
