@@ -54,7 +54,8 @@ TIMM = {
     tresnet_m xcit_nano_12_p16_224 pit_ti_224 convit_tiny""".split(),
     96: "levit_128s caformer_s18 pvt_v2_b0 mvitv2_tiny hgnet_tiny".split(),
     128: "bat_resnext26ts inception_v3 inception_v4 xception41 nextvit_small".split(),
-    224: "efficientformer_l1 efficientformerv2_s0 coatnet_nano_rw_224 maxvit_rmlp_pico_rw_256 crossvit_tiny_240".split(),
+    224: """efficientformer_l1 efficientformerv2_s0 coatnet_nano_rw_224 maxvit_rmlp_pico_rw_256
+    crossvit_tiny_240""".split(),
 }
 """Image size -> architectures of timm."""
 
