@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_prune.errors import InputError
 from lit_prune.measurement.layers import Batches
 from lit_prune.replace.elimination import Elimination, elimination_costs
 from lit_prune.replace.patches import PositionSample, input_rows, output_rows
@@ -129,6 +130,11 @@ def reader_moments(
         task: what a batch and an output mean; None recognises it.
         seed: of the positions, of which `POSITIONS` an image are used for the covariance, and of the projections.
     """
+    if not layers:
+        raise InputError(
+            "model: no Conv2d or Linear reads a group that can be pruned, so nothing can be solved again; use another "
+            "score, such as cmr_logit"
+        )
     task, batches = settle(task, model, batches)
     sums: dict[str, PairSums] = {}
     metrics: dict[str, Tensor] = {}
