@@ -28,6 +28,8 @@ NO_BENCHMARKS = (  # no times, or weights and images that are not here
     "rows",
     "run_all",
     "replacement_kinds",
+    "silenced",
+    "architectures",
     "compression",
     "fuzz_files",
     "tasks",

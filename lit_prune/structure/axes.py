@@ -1,6 +1,6 @@
 """The channel axes of layers: what kind of layer it is, how wide each axis is."""
 
-from torch import nn
+from torch import Tensor, nn
 
 from lit_prune.models.cifar_resnet import PaddedShortcut
 
@@ -55,9 +55,26 @@ def is_boundary(module: object) -> bool:
 
 
 def is_channelwise(module: object) -> bool:
-    """Whether `module` has weights for each channel and mixes none: depthwise convolution, norm per channel, PReLU."""
-    channelwise = isinstance(module, (*BATCH_NORMS, *INSTANCE_NORMS, nn.PReLU))
+    """Whether `module` has weights for each channel and mixes none: depthwise convolution, norm, PReLU.
+
+    The statistics of a GroupNorm mix the channels of a group, so that whole groups of them go.
+    """
+    channelwise = isinstance(module, (*BATCH_NORMS, *INSTANCE_NORMS, nn.GroupNorm, nn.PReLU))
     return channelwise or is_depthwise(module) or is_frozen_norm(module)
+
+
+def goes_by_group(module: nn.Module) -> bool:
+    """Whether a grouped convolution loses whole groups (where they are many and narrow), or the same places of each."""
+    return module.groups >= module.in_channels // module.groups
+
+
+def channel_dim(module: nn.Module, values: Tensor) -> int:
+    """Channels are last for a linear layer, second otherwise (first for an unbatched map)."""
+    if isinstance(module, nn.Linear):
+        return values.dim() - 1
+    spatial = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+    dims = next((dims for kind, dims in spatial.items() if isinstance(module, kind)), None)
+    return 0 if dims is not None and values.dim() == dims + 1 else 1
 
 
 def is_frozen_norm(module: object) -> bool:
@@ -82,7 +99,7 @@ def width(module: nn.Module | nn.Parameter, axis: str) -> int:
         return getattr(module, stated(axis))
     if axis.startswith("dim:"):
         return module.shape[int(axis[4:])]
-    if isinstance(module, nn.Parameter):
+    if isinstance(module, Tensor):
         return module.numel()
     if isinstance(module, (*CONVOLUTIONS, PaddedShortcut)):
         return module.out_channels if axis == "out" else module.in_channels
@@ -90,6 +107,8 @@ def width(module: nn.Module | nn.Parameter, axis: str) -> int:
         return module.out_features if axis == "out" else module.in_features
     if is_frozen_norm(module):
         return len(module.weight)
+    if isinstance(module, nn.GroupNorm):
+        return module.num_channels
     return module.num_parameters if isinstance(module, nn.PReLU) else module.num_features
 
 

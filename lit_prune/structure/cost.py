@@ -314,9 +314,12 @@ def _heads_row(rows: dict, graph: ChannelGraph, name: str) -> np.ndarray:
 
 
 def _row(rows: dict, graph: ChannelGraph, module: nn.Module, name: str, axis: str) -> np.ndarray:
-    """Row of an axis; of a depthwise or grouped layer's input the constant 1, since its kernels read a fixed number."""
+    """Row of an axis; of a grouped layer's input what one kernel reads: a fixed number where whole groups go."""
     constant = np.zeros(len(graph.groups) + 1, dtype=np.int64)
-    fixed = axis == "in" and getattr(module, "groups", 1) > 1
+    grouped = axis == "in" and getattr(module, "groups", 1) > 1
+    if grouped and not axes.is_depthwise(module) and not axes.goes_by_group(module) and (name, axis) in rows:
+        return rows[name, axis] // module.groups
+    fixed = grouped
     constant[-1] = 1 if fixed else axes.width(module, axis)
     return constant if fixed else rows.get((name, axis), constant)
 

@@ -1,7 +1,7 @@
 """Groups of coupled channels as plain values: members, names, roles, and what removing units takes from each layer."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -63,13 +63,9 @@ def group_role(group: Group) -> str:
 
 @dataclass(frozen=True)
 class Draft:
-    """A proposed group, the operations its channels pass through, and whether an addition joins several producers.
-
-    `operations` holds autograd names, and "output", "untracked", "channel padding" where these apply.
-    """
+    """A proposed group, and whether an addition joins several producers."""
 
     group: Group
-    operations: frozenset[str]
     joined: bool
 
 
@@ -90,48 +86,23 @@ def lost_positions(groups: Mapping[str, Group], removed: Mapping[str, Sequence[i
     return {key: sorted(positions) for key, positions in lost.items()}
 
 
-def members_alike(rows: dict[axes.Axis, list[list[int]]], size: int) -> list[tuple[Member, ...]]:
-    """Members for each set of units that take the same number of positions everywhere.
-
-    A concatenation that is added to the output of one wide layer makes several such sets of the wide layer's units.
-
-    Args:
-        rows: (name, axis) -> for each unit its positions.
-        size: number of units.
-    """
-    kinds: dict[tuple[int, ...], list[int]] = {}
-    for unit in range(size):
-        kinds.setdefault(tuple(len(set(row[unit])) for row in rows.values()), []).append(unit)
-    return [
-        tuple(
-            Member(name, axis, tuple(tuple(sorted(set(row[unit]))) for unit in units))
-            for count, ((name, axis), row) in zip(counts, rows.items(), strict=True)
-            if count
-        )
-        for counts, units in kinds.items()
-    ]
-
-
-def assemble_group(
-    model: nn.Module, root: str, members: tuple[Member, ...], taken: set[str], operations: set[str]
-) -> Group:
+def assemble_group(model: nn.Module, members: tuple[Member, ...], taken: set[str], heard: Set[str]) -> Group:
     """A group with its name, its producers and consumers, and the reason if its layers forbid pruning.
 
     Args:
         model: the network.
-        root: the layer whose channels were asked for; names the group if nothing else does.
         members: its members.
         taken: names that other groups have.
-        operations: see `Draft`.
+        heard: reasons from the way of its channels through the network.
     """
     order = {name: position for position, (name, _) in enumerate(model.named_modules())}
     weighted = [m for m in members if m.module in order and axes.is_weighted(model.get_submodule(m.module))]
     mixing = [m for m in weighted if not axes.is_depthwise(model.get_submodule(m.module))]
     producers = sorted({m.module for m in mixing if m.axis == "out"}, key=order.__getitem__)
     consumers = sorted({m.module for m in mixing if m.axis == "in"}, key=order.__getitem__)
-    free = [name for name in (*producers, root) if name not in taken]
-    name = free[0] if free else f"{root}:{len(taken)}"
-    reason = protection.structural_reason(model, members, operations)
+    free = [name for name in producers if name not in taken]
+    name = free[0] if free else f"{producers[0]}:{len(taken)}"
+    reason = protection.structural_reason(model, members, heard)
     return Group(name, len(members[0].positions), members, reason, tuple(producers), tuple(consumers))
 
 

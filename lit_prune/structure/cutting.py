@@ -5,20 +5,18 @@ from torch import Tensor, nn
 
 from lit_prune.structure import axes
 from lit_prune.structure.opened import open_layer
+from lit_prune.structure.tracing import without
 
 
 def cut_layer(model: nn.Module, name: str, axis: str, positions: list[int]) -> None:
     """Removes positions from one axis of one layer or bare parameter; flags and memory format stay."""
-    from lit_prune.structure.pruners import CUTTERS, tp
+    from lit_prune.structure.pruners import CUTTERS
 
     target = axes.find(model, name)
     if axes.stated(axis):
         setattr(open_layer(target), axes.stated(axis), axes.width(target, axis) - len(positions))
         return
     holder = model.get_submodule(name.rpartition(".")[0]) if isinstance(target, Tensor) else target
-    if isinstance(target, Tensor) and not isinstance(target, nn.Parameter):
-        setattr(holder, name.rpartition(".")[2], _without(target, int(axis[4:]), positions))
-        return
     before = dict(holder.named_parameters(recurse=False))
     if holder is target:
         cutter = next(cutter for fits, cutter in CUTTERS if fits(target))
@@ -26,17 +24,11 @@ def cut_layer(model: nn.Module, name: str, axis: str, positions: list[int]) -> N
     else:
         longest = max(range(target.dim()), key=lambda d: target.shape[d])
         dim = int(axis[4:]) if axis.startswith("dim:") else longest
-        pruner = tp.pruner.function.ParameterPruner(pruning_dim=dim)
-        setattr(holder, name.rpartition(".")[2], pruner.prune_out_channels(target, positions))
+        setattr(holder, name.rpartition(".")[2], without(target, positions, dim))
     for key, parameter in holder.named_parameters(recurse=False):
         parameter.requires_grad_(before[key].requires_grad)
         if _is_channels_last(before[key]):
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-
-
-def _without(tensor: Tensor, dim: int, positions: list[int]) -> Tensor:
-    kept = sorted(set(range(tensor.shape[dim])) - set(positions))
-    return tensor.index_select(dim, torch.tensor(kept, device=tensor.device))
 
 
 def _is_channels_last(tensor: Tensor) -> bool:

@@ -1,8 +1,9 @@
 """Groups of coupled channels: which positions of which layers go together when one channel goes.
 
-Torch-Pruning's dependency graph proposes the groups (`proposals`) and its layer functions do the cutting (`cutting`);
-in between, every proposal is checked here, because the graph follows indices by rules of thumb: a group is kept for
-pruning only if marks put on its channels arrive where it says (`probe`). The others are listed too, with the reason.
+One pass through the network proposes the groups (`proposals`) and Torch-Pruning's layer functions do most of the
+cutting (`cutting`); in between, every proposal is checked: a group is kept for pruning only if marks put on its
+channels arrive where it says (`probe`) and a copy without half of it computes the right thing (`trial`). The others
+are listed too, with the reason.
 """
 
 from collections.abc import Mapping, Sequence
@@ -66,22 +67,28 @@ class ChannelGraph:
             InputError: as in `removed_positions`.
             RuntimeError: a layer has not the expected width afterwards; it is named.
         """
+        shared = protection.shared_parameters(model)
         for (name, axis), positions in self.removed_positions(removed).items():
             before = axes.width(axes.find(model, name), axis)
             cut_layer(model, name, axis, positions)
             after = axes.stored_width(axes.find(model, name), axis)
             if after != before - len(positions) or after != axes.width(axes.find(model, name), axis):
                 raise RuntimeError(f"{name} has {after} {axis} channels, expected {before - len(positions)}")
+        for (first, key), *others in shared:
+            for name, other in others:
+                setattr(model.get_submodule(name), other, getattr(model.get_submodule(first), key))
 
 
 def trace_groups(model: nn.Module, example_input: Any) -> ChannelGraph:
     """Traces `model` and finds its groups of coupled channels. The model is left as it was found.
 
-    Whole attention heads are groups too (see `heads`), named after the module that attends. Protected, with the reason:
-    the classifier's output; channels joined with the network's input; channels under a norm that mixes channels
-    (LayerNorm, GroupNorm); attention whose forward or norms do not let a head go; channels through a parameter-free
-    channel padding; grouped convolutions; layers with shared or reparametrised weights; and whatever else the check of
-    positions contradicts. `PaddedShortcut` is followed exactly.
+    Whole attention heads are groups too (see `heads`), named after the module that attends.
+    Protected, with the reason: the classifier's output; channels joined with the network's input; channels under
+    a norm that mixes all of them (LayerNorm, GroupNorm of one group) or under attention; zeros of a parameter-
+    free channel padding; parts of unequal length; layers with reparametrised weights; and whatever else the
+    checks contradict. Grouped convolutions lose whole groups (or the same places of each, where groups are few
+    and wide), GroupNorm whole groups, the parts of a split and the rows of a shuffle the same places, pixel
+    shuffles whole blocks; layers that share a weight are cut together.
     Layers that do not run in evaluation mode (auxiliary heads) are not followed.
 
     Args:
@@ -101,7 +108,7 @@ def trace_groups(model: nn.Module, example_input: Any) -> ChannelGraph:
         sample = one_sample(model, example_input)
         run(model, sample)
         sites = probe.find_sites(model)
-        drafts = propose_groups(model, sample, sites)
+        drafts = propose_groups(model, sample)
         reasons = _contradictions(model, sample, drafts, sites)
         heads = head_groups(model, sample)
         widths = sites.widths | axis_widths(model, heads)
@@ -114,5 +121,5 @@ def _contradictions(model: nn.Module, sample: Example, drafts: list[Draft], site
     free = [draft.group for draft in drafts if not draft.group.protected]
     reasons = dict.fromkeys(probe.find_fed_by_input(model, sample, free, sites), protection.INPUT)
     misled = probe.find_misled(model, sample, [group for group in free if group.name not in reasons], sites)
-    reasons |= {d.group.name: protection.suspicion(d.operations) for d in drafts if d.group.name in misled}
+    reasons |= dict.fromkeys(misled, protection.MISLED)
     return reasons | trial.find_impossible(model, sample, [group for group in free if group.name not in reasons], sites)

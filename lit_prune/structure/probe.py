@@ -62,7 +62,9 @@ def find_sites(model: nn.Module) -> Sites:
         elif axes.is_channelwise(module) and not axes.is_single_prelu(module):
             sites.passers[name] = module
             sites.widths[name, "out"] = axes.width(module, "out")
-    sites.widths |= {(name, "out"): parameter.numel() for name, parameter in model.named_parameters()}
+    sites.widths |= {
+        (name, "out"): tensor.numel() for name, tensor in (*model.named_parameters(), *model.named_buffers())
+    }
     return sites
 
 
@@ -70,7 +72,7 @@ def find_misled(model: nn.Module, sample: Example, groups: Sequence[_Group], sit
     """Names of the groups whose claimed positions the network contradicts.
 
     All groups are marked at once with random halves of their units and with the complements (four passes); only if
-    some mark is out of place is each group tested alone (two passes), so that the right one is blamed.
+    some mark is out of place are halves of them tested until the right ones are blamed.
 
     Args:
         model: network in evaluation mode.
@@ -82,8 +84,19 @@ def find_misled(model: nn.Module, sample: Example, groups: Sequence[_Group], sit
     codes = [_halves(groups, generator) for _ in range(2)]
     if all(_holds(model, sample, groups, code, sites) for pair in codes for code in pair):
         return set()
-    alone = ((group, _halves([group], generator)) for group in groups)
-    return {group.name for group, pair in alone if not all(_holds(model, sample, [group], c, sites) for c in pair)}
+    return _blame(model, sample, groups, sites)
+
+
+def _blame(model: nn.Module, sample: Example, groups: Sequence[_Group], sites: Sites) -> set[str]:
+    """The groups that fail, found by halves: a few wrong ones among many cost a few passes."""
+    pair = _halves(groups, np.random.default_rng(len(groups)))
+    if all(_holds(model, sample, groups, code, sites) for code in pair):
+        return set()
+    if len(groups) == 1:
+        return {groups[0].name}
+    half = len(groups) // 2
+    found = _blame(model, sample, groups[:half], sites) | _blame(model, sample, groups[half:], sites)
+    return found or {group.name for group in groups}
 
 
 def find_fed_by_input(model: nn.Module, sample: Example, groups: Sequence[_Group], sites: Sites) -> set[str]:
@@ -150,7 +163,7 @@ def _watching(sites: Sites, marks: _Marks) -> Iterator[dict[str, list[np.ndarray
     def note(name: str, cleans: bool):
         def hook(module: nn.Module, args: tuple) -> tuple | None:
             bad = args[0].isnan()
-            dim = channel_dim(module, args[0])
+            dim = axes.channel_dim(module, args[0])
             rows = bad.movedim(dim, -1).reshape(-1, bad.shape[dim]).any(0)  # [C]
             seen.setdefault(name, []).append(rows.cpu().numpy())
             return (args[0].masked_fill(bad, 0.0), *args[1:]) if cleans else None
@@ -160,7 +173,7 @@ def _watching(sites: Sites, marks: _Marks) -> Iterator[dict[str, list[np.ndarray
     def mark(row: np.ndarray):
         def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
             shape = [1] * output.dim()
-            shape[channel_dim(module, output)] = -1
+            shape[axes.channel_dim(module, output)] = -1
             return output.masked_fill(torch.from_numpy(row).to(output.device).view(shape), torch.nan)
 
         return hook
@@ -177,12 +190,3 @@ def _watching(sites: Sites, marks: _Marks) -> Iterator[dict[str, list[np.ndarray
     finally:
         for handle in handles:
             handle.remove()
-
-
-def channel_dim(module: nn.Module, values: Tensor) -> int:
-    """Channels are last for a linear layer, second otherwise (first for an unbatched map)."""
-    if isinstance(module, nn.Linear):
-        return values.dim() - 1
-    spatial = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
-    dims = next((count for kind, count in spatial.items() if isinstance(module, kind)), None)
-    return 0 if dims is not None and values.dim() == dims + 1 else 1

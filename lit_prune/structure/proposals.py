@@ -1,219 +1,105 @@
-"""Groups of coupled channels as Torch-Pruning's dependency graph proposes them, within bounds of time."""
+"""Groups of coupled channels: what goes together according to one pass through the network, see `following`."""
 
-import math
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import replace
-from unittest.mock import patch
+from collections.abc import Iterator, Mapping
+from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lit_prune.structure import axes, probe, protection
-from lit_prune.structure.axes import PaddedShortcut
-from lit_prune.structure.coupling import Draft, assemble_group, members_alike
+from lit_prune.structure import axes, protection
+from lit_prune.structure.coupling import Draft, Member, assemble_group
 from lit_prune.structure.example import Example
-from lit_prune.structure.pruners import FrozenNormPruner, ShortcutPruner
+from lit_prune.structure.following import Follower
+from lit_prune.structure.labels import Labels
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import torch_pruning as tp
-
-_TYPES = tp.ops.OPTYPE
-_FORBIDDEN = (_TYPES.LN, _TYPES.GN, _TYPES.MHA)
-_LAYERS = (
-    *_FORBIDDEN,
-    *(_TYPES.CONV, _TYPES.DEPTHWISE_CONV, _TYPES.LINEAR, _TYPES.BN, _TYPES.IN, _TYPES.PRELU),
-    *(_TYPES.EMBED, _TYPES.LSTM, _TYPES.PARAMETER, _TYPES.CUSTOMIZED),
-)
-_ENOUGH = 50_000  # channels claimed by a group that cannot be pruned anyway: a fraction of a second's work
-_TOO_MANY = 1_000_000  # channels claimed by any group: ten times those of a wide ResNet's trunk
+_Unit = dict[axes.Axis, list[int]]
 
 
-def propose_groups(model: nn.Module, sample: Example, sites: probe.Sites) -> list[Draft]:
-    """Groups as Torch-Pruning's dependency graph sees them, with what the layers forbid, in module order."""
-    inside: set = set()  # operations inside padded shortcuts, which are followed as one
-    graph = tp.DependencyGraph()
-    with warnings.catch_warnings(), _bounded(max(sites.widths.values(), default=1)) as latest:
-        warnings.simplefilter("ignore")
-        graph.build_dependency(
-            model,
-            sample,
-            forward_fn=lambda network, sample: _forward(network, sample, inside),
-            customized_pruners={PaddedShortcut: ShortcutPruner(), **_frozen_norms(model)},
-            verbose=False,
-        )
-        drafts = list(_drafts(model, graph, inside, latest, sites.widths))
-    shared = protection.shared_axes(model)
-    overlaps = protection.overlapping([draft.group.members for draft in drafts])
-    for position, (draft, overlap) in enumerate(zip(drafts, overlaps, strict=True)):
-        reason = draft.group.protected or (protection.OVERLAP if overlap else "")
-        if not reason and any((m.module, m.axis) in shared for m in draft.group.members):
-            reason = "its layers share weights"
-        drafts[position] = replace(draft, group=replace(draft.group, protected=reason))
-    return drafts
+def propose_groups(model: nn.Module, sample: Example) -> list[Draft]:
+    """Groups of units that lose the same numbers of positions of the same axes, in module order.
 
-
-@contextmanager
-def _bounded(widest: int) -> Iterator[list]:
-    """Keeps Torch-Pruning within bounds of time while its graph is built and asked for groups.
-
-    It maps indices once when it builds the graph, and not again for every group: nothing is cut in between. It infers
-    the channels of a node once, not on every path to it, of which there are 2^L in a network of L residual adds. A
-    reshape that it cannot map (division by zero on a channel shuffle) stays unmapped; the check of positions then
-    rejects the group. A group that claims more channels than the widest layer has, or meets more edges than there are
-    (an endless round between reshapes; real groups meet a quarter of them), is given up with a LookupError, and so is a
-    large one that has met a layer which forbids pruning.
-
-    Yields:
-        A list with the latest group, complete or not.
+    Args:
+        model: network in evaluation mode, without hooks.
+        sample: what it is called with.
     """
-    mapping, shapes, group = tp.dependency.index_mapping, tp.dependency.shape_infer, tp.dependency.Group
-    update, reshape, add = mapping.update_index_mapping, mapping.update_reshape_index_mapping, group.add_dep
-    edges: list[int] = []
-    latest: list[tp.dependency.Group] = []
-
-    def update_once(graph: tp.DependencyGraph) -> None:
-        if not edges:
-            edges.append(sum(len(node.dependencies) for node in graph.module2node.values()))
-            update(graph)
-
-    def reshape_or_leave(graph: tp.DependencyGraph, node: tp.dependency.Node) -> None:
-        with suppress(ZeroDivisionError):
-            reshape(graph, node)
-
-    def add_or_give_up(self: tp.dependency.Group, dep: tp.dependency.Dependency, idxs: list) -> None:
-        add(self, dep, idxs)
-        latest[:] = [self]
-        self.claims = getattr(self, "claims", 0) + len(idxs)
-        self.forbidden = getattr(self, "forbidden", False) or dep.target.type in _FORBIDDEN
-        limit = _ENOUGH if self.forbidden else _TOO_MANY
-        if len(idxs) > widest or len(self) > edges[0] or self.claims > limit:
-            raise LookupError("a group without end")
-
-    inferences = ("infer_out_channels_recursively", "infer_in_channels_recursively")
-    with (
-        patch.multiple(mapping, update_index_mapping=update_once, update_reshape_index_mapping=reshape_or_leave),
-        patch.multiple(shapes, **{name: _remembered(getattr(shapes, name)) for name in inferences}),
-        patch.object(group, "add_dep", add_or_give_up),
-    ):
-        yield latest
+    follower = Follower(model)
+    for tensor in sample.tensors:
+        if tensor.is_floating_point():
+            follower.put_input(tensor)
+    with torch.no_grad(), follower.watching(model), follower:
+        output = model(*sample.args, **sample.kwargs)
+    labels = follower.labels
+    labels.keep([found for t in _results(output) if (found := follower.of(t)) is not None], protection.OUTPUT)
+    _tie_shared(model, labels)
+    return list(_drafts(model, labels))
 
 
-def _frozen_norms(model: nn.Module) -> dict[type, FrozenNormPruner]:
-    """How Torch-Pruning is to treat the norms of this network that keep everything in buffers."""
-    return {type(module): FrozenNormPruner() for module in model.modules() if axes.is_frozen_norm(module)}
+def _results(output: Any) -> list[Tensor]:
+    """Tensors of an output, also those that an object of the network's own holds."""
+    held = list(vars(output).values()) if hasattr(output, "__dict__") and not isinstance(output, Tensor) else output
+    return [leaf for leaf in tree_leaves([output, held]) if isinstance(leaf, Tensor)]
 
 
-def _remembered(infer: Callable) -> Callable:
-    """`infer(graph, node, recursive_depth)`, asked once for each node."""
-    known: dict[tp.dependency.Node, int | None] = {}
-
-    def infer_once(graph: tp.DependencyGraph, node: tp.dependency.Node, recursive_depth: list) -> int | None:
-        if node not in known:
-            known[node] = infer(graph, node, recursive_depth)
-        return known[node]
-
-    return infer_once
-
-
-def _forward(model: nn.Module, sample: Example, inside: set) -> list[Tensor]:
-    """Outputs of the network that depend on its parameters; notes the operations inside padded shortcuts."""
-
-    def note(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
-        pending = [output.grad_fn]
-        while pending:
-            operation = pending.pop()
-            if operation is not None and operation is not args[0].grad_fn and operation not in inside:
-                inside.add(operation)
-                pending.extend(before for before, _ in operation.next_functions)
-
-    handles = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, PaddedShortcut)]
-    output = model(*sample.args, **sample.kwargs)
-    for handle in handles:
-        handle.remove()
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
-
-
-def _drafts(
-    model: nn.Module, graph: tp.DependencyGraph, inside: set, latest: list, widths: Mapping[axes.Axis, int]
-) -> Iterator[Draft]:
-    """Asks for the group of every output channel that no earlier group has claimed."""
-    covered: dict[str, set[int]] = {}
-    names: set[str] = set()
-    for name, module in model.named_modules():
-        if not axes.is_weighted(module) or module not in graph.module2node:
-            continue
-        claimed = covered.get(name, set())
-        rest = [channel for channel in range(axes.width(module, "out")) if channel not in claimed]
-        if not rest:
-            continue
-        prune = graph.get_pruner_of_module(module).prune_out_channels
-        failed = False
-        try:
-            proposal = graph.get_pruning_group(module, prune, rest)
-        except (ArithmeticError, LookupError):  # its maps of splits and reshapes can be wrong
-            failed, proposal = True, latest[0].items
-        operations, joined = _operations(proposal, inside)
-        rows = _rows(graph, proposal, rest, operations, widths) or {(name, "out"): [[channel] for channel in rest]}
-        if failed:
-            operations.add("untracked")
-        for (member, axis), positions in rows.items():
-            if axis == "out":
-                covered.setdefault(member, set()).update(position for unit in positions for position in unit)
-        for members in members_alike(rows, len(rest)):
-            group = assemble_group(model, name, members, names, operations)
-            names.add(group.name)
-            yield Draft(group, frozenset(operations), joined)
-
-
-def _operations(proposal: tp.dependency.Group, inside: set) -> tuple[set[str], bool]:
-    """Names of the operations between the layers of a proposal, and whether an addition joins several branches."""
-    operations, joined = set(), False
-    for item in proposal:
-        node = item.dep.target
-        operation = node.grad_fn
-        if node.type == _TYPES.OUTPUT:
-            operations.add("output")
-        if (node.name and node.type in _LAYERS) or operation in inside or not hasattr(operation, "name"):
-            continue
-        operations.add(operation.name())
-        if "constantpad" in operation.name().lower() and any(operation._saved_pad[4:]):  # noqa: SLF001  (autograd's name)
-            operations.add("channel padding")
-        branches = {id(before) for before in node.inputs if before.type != _TYPES.PARAMETER}
-        joined |= len(branches) > 1 and operation.name().startswith(("AddBackward", "SubBackward"))
-    return operations, joined
-
-
-def _rows(
-    graph: tp.DependencyGraph,
-    proposal: tp.dependency.Group,
-    units: list[int],
-    operations: set[str],
-    widths: Mapping[axes.Axis, int],
-) -> dict:
-    """(name, axis) -> for each unit the list of its positions, in the order of the proposal.
-
-    A position that the layer does not have (Torch-Pruning's maps of splits and pixel shuffles can be wrong) is left out
-    and noted as "untracked".
-    """
-    order = {unit: row for row, unit in enumerate(units)}
-    rows: dict[axes.Axis, list[list[int]]] = {}
-    for item in proposal:
-        node = item.dep.target
-        if node.type not in _LAYERS or axes.is_single_prelu(node.module):
-            continue
-        names = graph._param_to_name if node.type == _TYPES.PARAMETER else graph._module2name  # noqa: SLF001
-        axis = "out" if graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
-        name = names[node.module]
-        row = rows.setdefault((name, axis), [[] for _ in units])
-        width = widths.get((name, axis), math.inf)
-        for position, root in zip(item.idxs, item.root_idxs or item.idxs, strict=True):
-            if item.root_idxs is None:  # given up before Torch-Pruning took the pairs apart
-                position, root = root
-            if root not in order or position >= width:
-                operations.add("untracked")
+def _tie_shared(model: nn.Module, labels: Labels) -> None:
+    """Layers that hold one weight lose the same positions; channels of one that is no such layer stay."""
+    for holders in protection.shared_parameters(model):
+        layers = [model.get_submodule(name) for name, _ in holders]
+        plain = all(axes.is_weighted(m) and getattr(m, "groups", 1) == 1 for m in layers)
+        weight = all(key == "weight" for _, key in holders)
+        for axis in ("out", "in") if weight else ("out",):
+            found = [
+                labels.axis(name, axis, axes.width(layer, axis))
+                for (name, _), layer in zip(holders, layers, strict=True)
+                if axes.is_weighted(layer) or (axis == "out" and axes.is_channelwise(layer))
+            ]
+            if plain and len({len(positions) for positions in found}) == 1:
+                for positions in found[1:]:
+                    labels.tie(found[0], positions)
             else:
-                row[order[root]].append(position)
-    return rows
+                labels.keep(found, protection.SHARED)
+
+
+def _drafts(model: nn.Module, labels: Labels) -> Iterator[Draft]:
+    """Units in the order of the first layer that writes them, those alike in one group."""
+    component = labels.components()
+    units = _units(labels, component)
+    reasons: dict[int, set[str]] = {}
+    for label, reason in labels.reasons.items():
+        reasons.setdefault(int(component[label]), set()).add(reason)
+    joined = set(np.concatenate([component[found] for found in labels.joined]).tolist()) if labels.joined else set()
+    kinds: dict[tuple, list[int]] = {}
+    for number in _in_order(model, labels, component):
+        unit = units[number]
+        counts = tuple((axis, len(positions)) for axis, positions in unit.items())
+        kinds.setdefault((counts, frozenset(reasons.get(number, ()))), []).append(number)
+    names: set[str] = set()
+    for (counts, why), numbers in kinds.items():
+        members = tuple(
+            Member(name, axis, tuple(tuple(units[number][name, axis]) for number in numbers))
+            for (name, axis), _ in counts
+        )
+        group = assemble_group(model, members, names, why)
+        names.add(group.name)
+        yield Draft(group, bool(joined.intersection(numbers)))
+
+
+def _units(labels: Labels, component: np.ndarray) -> Mapping[int, _Unit]:
+    """Component -> the positions of each axis that belong to it."""
+    units: dict[int, _Unit] = {}
+    for (name, axis), first in labels.axes.items():
+        if name:
+            for position, number in enumerate(component[first : first + labels.widths[name, axis]].tolist()):
+                units.setdefault(number, {}).setdefault((name, axis), []).append(position)
+    return units
+
+
+def _in_order(model: nn.Module, labels: Labels, component: np.ndarray) -> list[int]:
+    """Components that a layer writes, each once, in module order."""
+    found: dict[int, None] = {}
+    for name, module in model.named_modules():
+        if axes.is_weighted(module) and not axes.is_depthwise(module) and (name, "out") in labels.axes:
+            first = labels.axes[name, "out"]
+            found |= dict.fromkeys(component[first : first + labels.widths[name, "out"]].tolist())
+    return list(found)

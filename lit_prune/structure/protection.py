@@ -1,10 +1,9 @@
 """Why a group of channels may not be pruned, and whether it is trunk or inside of a block."""
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Protocol
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lit_prune.structure import axes
@@ -14,8 +13,23 @@ INPUT = "it is joined with the network's input"
 ATTENTION = "its channels take part in attention"
 PADDING = "its channels pass through a parameter-free channel padding, which shifts their positions"
 UNTRACKED = "its channels cannot be followed through a split, reshape or unknown operation"
-OVERLAP = "it claims positions that another group claims too"
-_ATTENTION_OPERATIONS = ("scaleddotproduct", "bmm")
+MIXES = "it mixes places, and channels pass through it one by one"
+FIXED_PARTS = "its channels are cut into unequal parts or at a fixed position"
+SPREAD = "it is spread over several channels"
+SHARED = "it shares weights with a layer of another kind"
+TOGETHER = "its channels could only go all at once, since each is tied to the others"
+MISLED = "its channels do not keep their positions (shuffle, reshape, mixing or an operation that is not known)"
+_ORDER = (ATTENTION, INPUT, SHARED, FIXED_PARTS, UNTRACKED, SPREAD, MIXES, OUTPUT, PADDING)
+
+
+def operation(name: str) -> str:
+    """The reason where an operation is not known to treat channels one by one."""
+    return f"its channels do not keep their positions through the operation {name}"
+
+
+def statistics(name: str, module: nn.Module) -> str:
+    """The reason where a norm takes statistics over channels."""
+    return f"they pass through {name} ({type(module).__name__}), whose statistics would change"
 
 
 class _Member(Protocol):
@@ -30,36 +44,37 @@ class _Group(Protocol):
     consumers: tuple[str, ...]
 
 
-def structural_reason(model: nn.Module, members: Sequence[_Member], operations: Iterable[str]) -> str:
+def structural_reason(model: nn.Module, members: Sequence[_Member], heard: Set[str]) -> str:
     """Why a group may not be pruned as far as its layers tell; "" where they allow it.
 
     Args:
         model: the network.
         members: the members of the group.
-        operations: names of the operations between them: autograd names, "output", "untracked", "channel padding".
+        heard: reasons from the way of its channels through the network.
     """
-    if any(word in operation.lower() for operation in operations for word in _ATTENTION_OPERATIONS):
+    if ATTENTION in heard:
         return ATTENTION
-    parts = sorted(
-        ((m.module, axes.find(model, m.module)) for m in members), key=lambda p: isinstance(p[1], nn.Parameter)
-    )
+    parts = sorted(((m.module, axes.find(model, m.module)) for m in members), key=lambda p: isinstance(p[1], Tensor))
     reason = next((reason for name, module in parts if (reason := _layer_reason(name, module))), "")
-    if reason or "untracked" in operations:
-        return reason or (PADDING if "channel padding" in operations else UNTRACKED)
-    if "output" in operations or not any(member.axis == "in" for member in members):
+    if reason or heard:
+        named = [reason, *sorted(heard - set(_ORDER)), *(known for known in _ORDER if known in heard)]
+        return next(filter(None, named))
+    if not any(member.axis == "in" for member in members):
         return OUTPUT
-    return PADDING if "channel padding" in operations else ""
+    alone = len(members[0].positions) == 1 and any(len(m.positions[0]) > 1 for m in members if m.axis == "out")
+    return TOGETHER if alone else ""
 
 
-def _layer_reason(name: str, module: nn.Module | nn.Parameter) -> str:
+def _layer_reason(name: str, module: nn.Module | Tensor) -> str:
     """Why the channels of one member may not be removed, or ""."""
     if isinstance(module, nn.MultiheadAttention):
         return ATTENTION
-    if isinstance(module, nn.LayerNorm | nn.GroupNorm):
-        return f"they pass through {name} ({type(module).__name__}), whose statistics would change"
-    if isinstance(module, nn.Parameter):
+    if isinstance(module, nn.LayerNorm):
+        return statistics(name, module)
+    if isinstance(module, Tensor):
         vector = sum(size > 1 for size in module.shape) == 1
-        return "" if vector else f"parameter {name} {list(module.shape)} has no axis known to be the channels"
+        kind = "parameter" if isinstance(module, nn.Parameter) else "buffer"
+        return "" if vector else f"{kind} {name} {list(module.shape)} has no axis known to be the channels"
     if not axes.is_boundary(module) and not axes.is_channelwise(module):
         return f"they pass through {name} ({type(module).__name__}), which cannot be cut"
     return _weight_reason(name, module)
@@ -67,8 +82,8 @@ def _layer_reason(name: str, module: nn.Module | nn.Parameter) -> str:
 
 def _weight_reason(name: str, module: nn.Module) -> str:
     """Why the tensors of a cuttable layer forbid it, or ""."""
-    if isinstance(module, axes.CONVOLUTIONS) and module.groups > 1 and not axes.is_depthwise(module):
-        return f"{name} is a grouped convolution"
+    if isinstance(module, axes.CONVOLUTIONS) and module.transposed and module.groups > 1:
+        return f"{name} is a grouped transposed convolution"
     if isinstance(module, axes.INSTANCE_NORMS) and module.track_running_stats:
         return f"{name} is an InstanceNorm with running statistics"
     extra = {key for key, _ in module.named_parameters(recurse=False)} - {"weight", "bias"}
@@ -77,36 +92,13 @@ def _weight_reason(name: str, module: nn.Module) -> str:
     return ""
 
 
-def shared_axes(model: nn.Module) -> set[axes.Axis]:
-    """Axes of layers that cannot lose positions because another module holds the same parameter.
-
-    A shared weight forbids both axes, any other shared parameter (a bias) the output.
-    """
+def shared_parameters(model: nn.Module) -> list[list[tuple[str, str]]]:
+    """For each parameter that several modules hold: (module, name there) of all of them."""
     holders: dict[int, list[tuple[str, str]]] = {}
     for name, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
             holders.setdefault(id(parameter), []).append((name, key))
-    shared = [site for sites in holders.values() if len(sites) > 1 for site in sites]
-    return {(name, "out") for name, _ in shared} | {(name, "in") for name, key in shared if key == "weight"}
-
-
-def overlapping(groups: Sequence[tuple[_Member, ...]]) -> list[bool]:
-    """For each group (given by its members) whether it claims a position that another one claims too."""
-    claims = [
-        {(m.module, m.axis, position) for m in members for unit in m.positions for position in unit}
-        for members in groups
-    ]
-    counts = Counter(claim for group in claims for claim in group)
-    return [any(counts[claim] > 1 for claim in group) for group in claims]
-
-
-def suspicion(operations: Iterable[str]) -> str:
-    """The likely reason why the check of positions failed for a group with these operations."""
-    if any("softmax" in operation.lower() for operation in operations):
-        return ATTENTION
-    if any("constantpad" in operation.lower() for operation in operations):
-        return PADDING
-    return "its channels do not keep their positions (shuffle, reshape, mixing or an operation that is not known)"
+    return [sites for sites in holders.values() if len(sites) > 1]
 
 
 def has_depthwise(model: nn.Module, members: Iterable[_Member]) -> bool:

@@ -1,7 +1,7 @@
 """Running somebody's network once without leaving a mark on it."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -111,6 +111,20 @@ def run(model: nn.Module, sample: Example) -> Any:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         message = f"the network does not take example_input of shape {sample.shapes}: {reason}"
         raise InputError(message) from error
+
+
+def without(tensor: Tensor, idxs: Sequence[int], dim: int) -> Tensor:
+    """A tensor without some positions along a dimension; a parameter stays one, and keeps its gradient."""
+    left = torch.ones(tensor.shape[dim], dtype=torch.bool)
+    left[list(idxs)] = False
+    kept = left.nonzero().flatten().to(tensor.device)
+    cut = tensor.detach().index_select(dim, kept)
+    if not isinstance(tensor, nn.Parameter):
+        return cut
+    parameter = nn.Parameter(cut, requires_grad=tensor.requires_grad)
+    if tensor.grad is not None:
+        parameter.grad = tensor.grad.index_select(dim, kept)
+    return parameter
 
 
 def copy_network(model: nn.Module) -> nn.Module:

@@ -138,10 +138,10 @@ def _silenced(model: nn.Module, lost: Mapping[axes.Axis, Sequence[int]], sites: 
 
     def zeros(positions: Sequence[int]):
         def hook(module: nn.Module, args: tuple) -> tuple:
-            keep = torch.ones(args[0].shape[probe.channel_dim(module, args[0])], dtype=torch.bool)
+            keep = torch.ones(args[0].shape[axes.channel_dim(module, args[0])], dtype=torch.bool)
             keep[list(positions)] = False
             shape = [1] * args[0].dim()
-            shape[probe.channel_dim(module, args[0])] = -1
+            shape[axes.channel_dim(module, args[0])] = -1
             return (args[0].masked_fill(~keep.view(shape).to(args[0].device), 0.0), *args[1:])
 
         return hook

@@ -124,24 +124,29 @@ def test_every_channel_that_is_not_output_or_input_is_prunable(build, name: str)
     assert {(n, p) for n, m in layers.items() for p in range(len(m.weight))} <= written
 
 
-def test_functional_channel_padding_protects_the_trunk_and_leaves_the_mids() -> None:
+def test_zeros_of_a_functional_channel_padding_stay_and_what_is_beside_them_goes() -> None:
     torch.manual_seed(0)
-    for before in (2, 0):  # with no zeros in front the positions are right, but the pad would not shrink
+    for before in (2, 0):
         model, images = FunctionalPadNet(before).eval(), torch.randn(2, 3, 8, 8)
         graph = trace_groups(model, images)
-        assert {group.name for group in graph.prunable} == {"inner1", "down1"}
-        trunk = [group for group in graph.groups if {"conv1", "inner2", "down2"} & set(group.producers)]
-        assert all("padding" in group.protected for group in trunk)
+        assert {group.name for group in graph.prunable} == {"conv1", "inner1", "down1"}
+        assert [group.size for group in graph.groups if "padding" in group.protected] == [4]
         removed = random_removal(graph)
         expected = zeroed_output(model, images, graph, removed)
         graph.remove(model, removed)
         torch.testing.assert_close(model(images), expected, atol=1e-5, rtol=0)
 
 
-def test_shuffled_channels_are_protected_and_the_others_are_not() -> None:
+def test_shuffled_channels_go_with_their_place_in_every_row() -> None:
     torch.manual_seed(0)
-    graph = trace_groups(ShuffleNet(), torch.randn(1, 3, 8, 8))
-    assert {group.name for group in graph.prunable} == {"conv2", "conv3"}
+    model, images = ShuffleNet().eval(), torch.randn(2, 3, 8, 8)
+    graph = trace_groups(model, images)
+    assert {group.name: group.size for group in graph.prunable} == {"conv1": 4, "conv2": 6, "conv3": 5}
+    assert graph.by_name["conv1"].members[0].positions == ((0, 4), (1, 5), (2, 6), (3, 7))
+    removed = random_removal(graph)
+    expected = zeroed_output(model, images, graph, removed)
+    graph.remove(model, removed)
+    torch.testing.assert_close(model(images), expected, atol=1e-5, rtol=0)
 
 
 def test_channels_joined_with_the_input_are_protected() -> None:
@@ -158,8 +163,8 @@ def test_channels_joined_with_the_input_are_protected() -> None:
 @pytest.mark.parametrize(
     ("module", "word"),
     [
-        (nn.GroupNorm(2, 8), "GroupNorm"),
-        (nn.Conv2d(8, 8, 3, groups=2), "grouped"),
+        (nn.GroupNorm(1, 8), "GroupNorm"),
+        (nn.ConvTranspose2d(8, 8, 3, groups=2), "grouped"),
         (nn.LocalResponseNorm(3), "positions"),
         (nn.InstanceNorm2d(8, track_running_stats=True), "statistics"),
         (nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 1)), "reparametrised"),
@@ -174,11 +179,25 @@ def test_layers_that_mix_or_cannot_be_cut_protect_their_channels(module: nn.Modu
     assert graph.by_name["3"].protected == ""
 
 
-def test_shared_weights_protect_their_layers() -> None:
+def test_layers_that_share_their_weight_are_cut_together_and_go_on_sharing_it() -> None:
+    torch.manual_seed(0)
+    hidden = [nn.Linear(6, 6, bias=False) for _ in range(2)]
+    hidden[1].weight = hidden[0].weight
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), hidden[0], nn.Tanh(), hidden[1], nn.Tanh(), nn.Linear(6, 2))
+    inputs = torch.randn(4, 5)
+    graph = trace_groups(model, inputs)
+    assert [(group.name, group.size) for group in graph.prunable] == [("0", 6)]
+    expected = zeroed_output(model, inputs, graph, {"0": [1, 4]})
+    graph.remove(model, {"0": [1, 4]})
+    torch.testing.assert_close(model(inputs), expected)
+    assert model[2].weight is model[4].weight and model[2].weight.shape == (4, 4)
+
+
+def test_a_shared_weight_that_reads_the_input_stays() -> None:
     model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
     model[2].weight = model[0].weight
     graph = trace_groups(model, torch.randn(1, 6))
-    assert "share" in graph.by_name["0"].protected and "share" in graph.by_name["2"].protected
+    assert not graph.prunable and "input" in graph.by_name["0"].protected
 
 
 @pytest.mark.parametrize("name", ["vit", "deit", "convnext"])

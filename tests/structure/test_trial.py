@@ -44,6 +44,17 @@ def gate(net: nn.Module, values: Tensor) -> Tensor:
     return left * right
 
 
+class Steps(nn.Module):
+    """A buffer with one value for each channel, as observers and normalisations keep them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.rand(16) + 0.5)
+
+    def forward(self, values: Tensor) -> Tensor:
+        return values * self.scale.view(1, -1, 1, 1)
+
+
 def sliced(net: nn.Module, values: Tensor) -> Tensor:
     return torch.cat([values[:, :5], 2 * values[:, 5:]], 1)
 
@@ -59,11 +70,11 @@ def kept(net: nn.Module, values: Tensor) -> Tensor:
 
 
 JOINS = {
-    "halves multiplied": (lambda: Net(gate, 8), {"first"}),
-    "pixel shuffle": (lambda: Net(lambda net, values: F.pixel_shuffle(values, 2), 4), {"first"}),
+    "halves multiplied": (lambda: Net(gate, 8), set()),
+    "pixel shuffle": (lambda: Net(lambda net, values: F.pixel_shuffle(values, 2), 4), set()),
     "slices by position": (lambda: Net(sliced), {"first"}),
     "view to a number": (lambda: Net(lambda net, values: values.view(len(values), 16, 8, 8)), {"first"}),
-    "glu": (lambda: Net(lambda net, values: F.glu(values, 1), 8), {"first"}),
+    "glu": (lambda: Net(lambda net, values: F.glu(values, 1), 8), set()),
     "weight standardisation": (lambda: Net(lambda net, v: v, second=Standardised(16, 12, 3, padding=1)), {"first"}),
     "head in training alone": (lambda: Net(helped, helper=nn.Linear(16, 4)), {"first"}),
     "kept activation": (lambda: Net(kept), set()),
@@ -71,8 +82,16 @@ JOINS = {
     "frozen norm": (lambda: Net(lambda net, v: net.norm(v), norm=FrozenBatchNorm2d(16)), set()),
     "grouped": (
         lambda: Net(lambda net, v: net.mix(v), mix=nn.Conv2d(16, 16, 3, padding=1, groups=4)),
-        {"first", "mix"},
+        set(),
     ),
+    "few wide groups": (lambda: Net(lambda net, v: net.mix(v), mix=nn.Conv2d(16, 16, 3, padding=1, groups=2)), set()),
+    "group norm": (lambda: Net(lambda net, values: net.norm(values), norm=nn.GroupNorm(8, 16)), set()),
+    "norm over all channels": (lambda: Net(lambda net, values: net.norm(values), norm=nn.GroupNorm(1, 16)), {"first"}),
+    "pixel unshuffle": (lambda: Net(lambda net, values: F.pixel_unshuffle(values, 2), 64), set()),
+    "channel shuffle": (lambda: Net(lambda net, values: F.channel_shuffle(values, 4)), set()),
+    "one of several channels": (lambda: Net(lambda net, values: values * values[:, :1]), {"first"}),
+    "sum over channels": (lambda: Net(lambda net, values: values * values.sum(1, keepdim=True)), {"first"}),
+    "a buffer of their width": (lambda: Net(lambda net, v: net.steps(v), steps=Steps()), set()),
 }  # name -> network, groups that must be protected (None: not asked)
 
 

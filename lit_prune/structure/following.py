@@ -1,0 +1,294 @@
+"""Follows channels through one pass: every operation says what happens to the labels of its tensors.
+
+Operations that move values (reshape, permute, slice, concatenate, shuffle, pixel shuffle, roll, ...) are applied to
+the labels themselves, so positions are right whatever the shapes. Where an operation is the same function of fewer
+channels only if certain ones go together (the parts of a split, the groups of a grouped layer), they are tied. Where it
+is not, or where it is not known, the channels are kept, with the reason. Nothing is guessed.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lit_prune.structure import layer_rules, operations, protection
+from lit_prune.structure.labels import FIXED, NOBODY, Labels, compact, varies
+
+_BARE = 1 << 20  # values of a bare parameter or buffer that is followed; a larger one is a matrix of weights
+
+
+class Follower(TorchDispatchMode):
+    """Carries labels along while a network runs; see the module."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.labels = Labels()
+        self.fixed = self.labels.axis("", "fixed", FIXED)  # the network's input, zeros of a padding, the unknown
+        self.labels.keep([self.fixed[:1]], protection.INPUT)
+        self.labels.keep([self.fixed[1:2]], protection.PADDING)
+        self.labels.keep([self.fixed[2:]], protection.UNTRACKED)
+        self._shadows: dict[tuple, tuple[Tensor, Tensor]] = {}
+        self._inside = 0
+        self._bare = {_key(t): (name, t) for name, t in _bare_tensors(model)}
+
+    def of(self, tensor: Tensor) -> Tensor | None:
+        """Labels of a tensor, or None where it belongs to nobody."""
+        found = self._shadows.get(_key(tensor))
+        if found is not None:
+            return found[1]
+        if _key(tensor) in self._bare and 1 < tensor.numel() <= _BARE:
+            name = self._bare[_key(tensor)][0]
+            return self.put(tensor, self.labels.axis(name, "out", tensor.numel()).view(tensor.shape))
+        return None
+
+    def put(self, tensor: Tensor, labels: Tensor) -> Tensor:
+        """Remembers the labels of a tensor (and the tensor, so that its memory is not given to another)."""
+        self._shadows[_key(tensor)] = (tensor, labels)
+        return labels
+
+    def put_input(self, tensor: Tensor) -> None:
+        """Marks a tensor as the network's input."""
+        self.put(tensor, self.fixed[0].expand(tensor.shape))
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Layers that are cut as a whole are followed as a whole, inside."""
+
+        def enter(*_: object) -> None:
+            self._inside += 1
+
+        def leave(name: str, rule: Callable) -> Callable:
+            def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+                self._inside -= 1
+                if not self._inside:
+                    with _disable_current_modes():
+                        rule(self, name, module, tuple(_tensors((args, kwargs))), output)
+
+            return hook
+
+        rules = {name: rule for name, module in model.named_modules() if (rule := layer_rules.rule_for(module))}
+        handles = [model.get_submodule(name).register_forward_pre_hook(enter) for name in rules]
+        handles += [
+            model.get_submodule(name).register_forward_hook(leave(name, rule), with_kwargs=True)
+            for name, rule in rules.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Runs an operation, then says what happens to the labels."""
+        kwargs = kwargs or {}
+        name = function.overloadpacket.__name__
+        if not self._inside and name not in operations.KNOWN and not operations.is_pointwise(function):
+            with self:
+                output = function.decompose(*args, **kwargs)
+            if output is not NotImplemented:
+                return output
+        before = None if self._inside else [self.of(t) for t in _tensors((args, kwargs))]
+        output = function(*args, **kwargs)
+        if before is not None and any(labels is not None for labels in before):
+            self._follow(name, function, args, kwargs, output)
+        return output
+
+    def _follow(self, name: str, function: Any, args: tuple, kwargs: dict, output: Any) -> None:
+        if name in operations.NOTHING:
+            return
+        if operations.is_pointwise(function):
+            self._pointwise(name, args, kwargs, output)
+        elif name in operations.MOVES:
+            self._move(name, function, args, kwargs, output)
+        elif name in operations.REDUCTIONS | operations.ALONG:
+            self._along(name, args, kwargs, output)
+        elif (rule := self._rule(name)) is not None:
+            rule(args, output)
+        else:
+            products = name in operations.PRODUCTS and self._two(args)
+            self._keep(args, kwargs, protection.ATTENTION if products else protection.operation(name))
+            for tensor in _tensors(output):
+                self.put(tensor, self.fixed[2].expand(tensor.shape))
+
+    def _two(self, args: tuple) -> bool:
+        """Whether two tensors that depend on the input are multiplied."""
+        return sum(self.of(t) is not None and _key(t) not in self._bare for t in _tensors(args)) > 1
+
+    def _rule(self, name: str) -> Callable | None:
+        """What an operation with a rule of its own does, given its arguments and output."""
+        if name in operations.SAME:
+            return lambda args, output: self.put(output, self.of(args[0]))
+        if name in operations.SPATIAL:
+            return lambda args, output: self._merge(operations.spatial_dims(name), args, _tensors(output)[0])
+        if name in operations.BATCH_NORM:
+            return self._batch_norm
+        shuffles = dict.fromkeys(("channel_shuffle", "native_channel_shuffle"), self._shuffle)
+        return {"constant_pad_nd": self._pad, "glu": self._glu, **shuffles}.get(name)
+
+    def _keep(self, args: tuple, kwargs: dict, reason: str) -> None:
+        self.labels.keep([labels for t in _tensors((args, kwargs)) if (labels := self.of(t)) is not None], reason)
+
+    def _pointwise(self, name: str, args: tuple, kwargs: dict, output: Any) -> None:
+        """Values at the same place go together; one value that is spread over several channels must stay."""
+        result = _tensors(output)[0]
+        found = [(t, labels) for t in _tensors((args, kwargs)) if (labels := self.of(t)) is not None]
+        found = [(t, labels.expand(result.shape)) for t, labels in found if operations.fits(labels, result.shape)]
+        changing = [{dim for dim in range(result.dim()) if varies(labels, dim)} for _, labels in found]
+        together = []
+        for place, (tensor, labels) in enumerate(found):
+            others = set().union(*(dims for other, dims in enumerate(changing) if other != place))
+            if any(operations.is_spread(tensor, dim, result.dim()) for dim in others):
+                self.labels.keep([labels], protection.SPREAD)
+            else:
+                together.append((tensor, labels))
+        whole = torch.zeros((), dtype=torch.float64).expand(result.shape)
+        for _, labels in together:
+            self.labels.tie(whole, labels)
+            whole = labels if bool((compact(whole) == NOBODY).all()) else torch.where(whole == NOBODY, labels, whole)
+        if name in operations.ADDITIONS and sum(_key(t) not in self._bare for t, _ in together) > 1:
+            self.labels.join([labels for _, labels in together])
+        self.put(result, whole)
+
+    def _move(self, name: str, function: Any, args: tuple, kwargs: dict, output: Any) -> None:
+        """The operation itself moves the labels; first what must go together so that fewer channels move alike."""
+        source = args[0] if isinstance(args[0], Tensor) else args[0][0]
+        labels = self.of(source)
+        if labels is not None and isinstance(args[0], Tensor):
+            self._hold_together(name, labels, args, output)
+        shadow = lambda t: _shadow(self, t) if t.is_floating_point() or self.of(t) is not None else t  # noqa: E731
+        if name in operations.VIEWS:
+            self.put(output, labels.reshape(output.shape))
+            return
+        moved = function(*tree_map(lambda leaf: shadow(leaf) if isinstance(leaf, Tensor) else leaf, args), **kwargs)
+        for tensor, moved_labels in zip(_tensors(output), _tensors(moved), strict=True):
+            self.put(tensor, moved_labels)
+
+    def _hold_together(self, name: str, labels: Tensor, args: tuple, output: Any) -> None:
+        if name in operations.VIEWS:
+            self._split_dims(labels, tuple(output.shape))
+        dim = operations.dim_along(name, args, labels.dim())
+        if dim is None or not varies(labels, dim):
+            return
+        size = labels.shape[dim]
+        if name in operations.SPLITS:
+            parts = {part.shape[dim] for part in output}
+            self._tie_parts(labels, dim, parts.pop()) if len(parts) == 1 else self._unequal(labels)
+        elif name == "slice":
+            start, length = operations.start_of(args, size), output.shape[dim]
+            plain = len(args) < 5 or args[4] == 1
+            if length == size:
+                return
+            fits = plain and length and not size % length and not start % length
+            self._tie_parts(labels, dim, length) if fits else self._unequal(labels)
+        elif name != "unbind":
+            self.labels.keep([labels], protection.operation(name))
+
+    def _unequal(self, labels: Tensor) -> None:
+        self.labels.keep([labels], protection.FIXED_PARTS)
+
+    def _tie_parts(self, labels: Tensor, dim: int, length: int) -> None:
+        """Parts of equal length lose the same positions."""
+        first = labels.narrow(dim, 0, length)
+        for start in range(length, labels.shape[dim], length):
+            self.labels.tie(first, labels.narrow(dim, start, length))
+
+    def _split_dims(self, labels: Tensor, shape: tuple[int, ...]) -> None:
+        """A dimension of channels that is seen as rows and columns loses the same columns of every row."""
+        was = sum(varies(labels, dim) for dim in range(labels.dim()))
+        values = labels.reshape(shape)
+        changing = [dim for dim in range(len(shape)) if varies(values, dim)]
+        if was and len(changing) > was:
+            self.labels.tie(values.narrow(changing[0], 0, 1).expand(shape), values)
+
+    def _glu(self, args: tuple, output: Tensor) -> None:
+        """The two halves go together."""
+        labels = self.of(args[0])
+        dim = (args[1] if len(args) > 1 else -1) % labels.dim()
+        self._tie_parts(labels, dim, output.shape[dim])
+        self.put(output, labels.narrow(dim, 0, output.shape[dim]))
+
+    def _shuffle(self, args: tuple, output: Tensor) -> None:
+        """Rows of channels become columns; the same places of every row go together."""
+        labels, rows = self.of(args[0]), args[1]
+        seen = (len(labels), rows, -1, *labels.shape[2:])
+        table = labels.reshape(seen)
+        self._split_dims(labels, tuple(table.shape))
+        self.put(output, table.transpose(1, 2).reshape(labels.shape))
+
+    def _pad(self, args: tuple, output: Tensor) -> None:
+        """Around a map the border belongs to its channel; zeros beside channels stay where they are."""
+        labels, pads = self.of(args[0]), list(args[1])
+        for place in range(len(pads) // 2):
+            dim, (before, after) = labels.dim() - 1 - place, pads[2 * place : 2 * place + 2]
+            if not varies(labels, dim):
+                shape = list(labels.shape)
+                shape[dim] += before + after
+                labels = labels.narrow(dim, 0, 1).expand(shape)
+            elif before or after:
+                labels = torch.constant_pad_nd(labels, [0, 0] * place + [before, after], float(self.fixed[1]))
+        self.put(output, labels)
+
+    def _merge(self, spatial: int, args: tuple, output: Tensor) -> None:
+        """Pooling and interpolation mix the places of each map, the last `spatial` dimensions."""
+        labels = self.of(args[0])
+        if labels is None:
+            return
+        one = labels[(..., *[slice(0, 1)] * spatial)]
+        self.labels.tie(one.expand(labels.shape), labels)
+        self.put(output, one.expand(output.shape))
+
+    def _along(self, name: str, args: tuple, kwargs: dict, output: Any) -> None:
+        """Statistics of one channel's values are the channel's; those over several channels keep them all."""
+        labels = self.of(args[0])
+        dims = args[1] if len(args) > 1 else kwargs.get("dim")
+        if name in ("linalg_vector_norm", "norm"):
+            dims = args[2] if len(args) > 2 else kwargs.get("dim")
+        dims = range(labels.dim()) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
+        dims = [dim % max(labels.dim(), 1) for dim in dims]
+        if any(varies(labels, dim) for dim in dims):
+            self.labels.keep([labels], protection.operation(name))
+            return
+        for tensor in _tensors(output):
+            left = labels
+            if tensor.dim() == labels.dim():
+                for dim in dims:
+                    left = left.narrow(dim, 0, 1)
+            else:
+                left = labels[tuple(0 if dim in dims else slice(None) for dim in range(labels.dim()))]
+            self.put(tensor, left.expand(tensor.shape))
+
+    def _batch_norm(self, args: tuple, output: Any) -> None:
+        labels = self.of(args[0])
+        shape = [1, -1] + [1] * (labels.dim() - 2) if labels is not None else []
+        for tensor in args[1:5]:
+            other = self.of(tensor) if isinstance(tensor, Tensor) else None
+            if labels is not None and other is not None:
+                self.labels.tie(labels, other.view(shape).expand(labels.shape))
+        if labels is not None:
+            self.put(_tensors(output)[0], labels)
+
+
+def _key(tensor: Tensor) -> tuple:
+    return (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def _shadow(follower: Follower, tensor: Tensor) -> Tensor:
+    labels = follower.of(tensor)
+    return torch.zeros((), dtype=torch.float64).expand(tensor.shape) if labels is None else labels
+
+
+def _bare_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers that no layer with a rule of its own holds."""
+    for prefix, module in model.named_modules():
+        if layer_rules.rule_for(module) is None:
+            for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+                if tensor.is_floating_point():
+                    yield f"{prefix}.{name}" if prefix else name, tensor
