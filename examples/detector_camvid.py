@@ -20,19 +20,17 @@ from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 from lit_prune import ChannelStage, StagedPruning
 
 CLASSES = (8, 9, 10)  # labels of cars, pedestrians, cyclists
-SMALLEST = 80  # pixels of an object that counts
 
 
 def boxes_of(labels: np.ndarray) -> dict[str, torch.Tensor]:
-    """A box around each connected region of a class."""
-    boxes, kinds = [], []
+    """A box around each connected region of a class that is 8 pixels wide and high."""
+    found = []
     for kind, label in enumerate(CLASSES, 1):
-        regions, _ = ndimage.label(labels == label)
-        for place, (rows, columns) in enumerate(ndimage.find_objects(regions), 1):
-            if (regions == place).sum() >= SMALLEST:
-                boxes.append([columns.start, rows.start, columns.stop, rows.stop])
-                kinds.append(kind)
-    return {"boxes": torch.tensor(boxes).float().reshape(-1, 4), "labels": torch.tensor(kinds, dtype=torch.int64)}
+        for rows, columns in ndimage.find_objects(ndimage.label(labels == label)[0]):
+            if min(rows.stop - rows.start, columns.stop - columns.start) >= 8:
+                found.append([columns.start, rows.start, columns.stop, rows.stop, kind])
+    table = torch.tensor(found).reshape(-1, 5)
+    return {"boxes": table[:, :4].float(), "labels": table[:, 4].long()}
 
 
 def street_scene(file: Path) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -41,21 +39,22 @@ def street_scene(file: Path) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 
 
 def lists(pairs: list[tuple]) -> tuple[list, list]:
-    """A batch by torchvision's protocol."""
     return tuple(map(list, zip(*pairs, strict=True)))
 
 
 class Detector(LightningModule):
     def __init__(self):
         super().__init__()
-        self.net = ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=len(CLASSES) + 1)
-        self.losses: dict[int, list[float]] = {}
+        self.net, self.losses = ssdlite320_mobilenet_v3_large(weights_backbone=None, num_classes=len(CLASSES) + 1), {}
 
     def training_step(self, batch, _):
         loss = sum(self.net(*batch).values())
-        self.losses.setdefault(self.current_epoch, []).append(float(loss))
-        self.log("train/loss", loss, prog_bar=True)
+        self.losses.setdefault(self.current_epoch, []).append(loss.item())
         return loss
+
+    def validation_step(self, batch, _):
+        best = [found["scores"].max() for found in self.net(batch[0]) if len(found["scores"])]
+        self.log("val/surest_box", torch.stack(best).mean() if best else 0.0, prog_bar=True, batch_size=len(batch[0]))
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
@@ -67,7 +66,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
     parser.add_argument("--folder", default="runs/detector_camvid")
     parser.add_argument("--keep", type=float, default=0.5)
     parser.add_argument("--epochs", type=int, default=9)
-    parser.add_argument("--images", type=int, default=62)
+    parser.add_argument("--images", type=int, default=62, help="at most, of each split")
     given = parser.parse_args(arguments)
     torch.manual_seed(0)
     files = [given.samples / "data/camvid" / split / "images" for split in ("train", "test")]

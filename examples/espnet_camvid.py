@@ -42,19 +42,12 @@ class StreetScenes(LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=self.lr)
 
 
-class CamVid(torch.utils.data.Dataset):
-    def __init__(self, files: list[Path], every: int, prepare):
-        self.files, self.every, self.prepare = files, every, prepare
-
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, place: int):
-        file = self.files[place]
-        image, labels = Image.open(file).convert("RGB"), Image.open(file.parents[1] / "labels" / f"{file.stem}.png")
-        rows = image.height // (8 * self.every) * 8 * self.every
-        image, labels = (np.asarray(x)[: rows : self.every, :: self.every] for x in (image, labels))
-        return self.prepare(image), torch.from_numpy(labels.astype("int64"))
+def street_scene(file: Path, every: int, prepare) -> tuple[torch.Tensor, torch.Tensor]:
+    """An image and its label map, every so many pixels, of a height that the network takes."""
+    image, labels = Image.open(file).convert("RGB"), Image.open(file.parents[1] / "labels" / f"{file.stem}.png")
+    rows = slice(None, image.height // (8 * every) * 8 * every, every)
+    image, labels = (np.asarray(x)[rows, ::every] for x in (image, labels))
+    return prepare(image), torch.from_numpy(labels.astype("int64"))
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
@@ -71,16 +64,13 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
     torch.manual_seed(0)
     folders = [given.samples / "data" / "camvid" / split / "images" for split in ("train", "test")]
-    train, test = (CamVid(sorted(f.glob("*.webp"))[: given.images], given.every, camvid_input) for f in folders)
+    files = [sorted(folder.glob("*.webp"))[: given.images] for folder in folders]
+    train, test = ([street_scene(file, given.every, camvid_input) for file in split] for split in files)
     measured = {"task": Segmentation(VOID), "calibration": DataLoader(train, batch_size=4)}
-    pruning = StagedPruning(
-        [ChannelStage(given.keep, score="reconstruction", allocation="measured", replace="refit")],
-        monitor="val/miou",
-        repair=Repair(alpha=0.1, beta=0.1, form="kl"),
-        **measured,
-    )
-    trace = AxisTrace(plane=False, **measured)
-    trainer = Trainer(max_epochs=given.epochs, default_root_dir=given.folder, callbacks=[trace, pruning])
+    stage = ChannelStage(given.keep, score="reconstruction", allocation="measured", replace="refit")
+    pruning = StagedPruning([stage], monitor="val/miou", repair=Repair(form="kl"), **measured)
+    callbacks = [AxisTrace(**measured), pruning]
+    trainer = Trainer(max_epochs=given.epochs, default_root_dir=given.folder, callbacks=callbacks)
     loaders = DataLoader(train, batch_size=4, shuffle=True), DataLoader(test, batch_size=4)
     trainer.fit(StreetScenes(espnet_camvid(), lr=5e-4), *loaders)
     return pruning.records[-1]["val/miou"]

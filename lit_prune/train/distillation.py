@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lit_prune.errors import InputError
 from lit_prune.task.batches import describe
+from lit_prune.task.detection import detector_heads
 
 FORMS = ("cosine", "kl", "mse")
 
@@ -92,7 +93,7 @@ def named_outputs(output: Any, name: str = "") -> dict[str, Tensor]:
 
 
 class Calls:
-    """The calls of a network while it trains, and what its last layer read in them; until `remove`.
+    """The calls of a network while it trains, what its last layer read and a detector's heads gave; until `remove`.
 
     Args:
         network: the student, or the teacher.
@@ -101,10 +102,11 @@ class Calls:
     """
 
     def __init__(self, network: nn.Module, layer: str | None, student: bool = True) -> None:
-        self._student = student
+        self.network, self._student = network, student
         self.calls: list[tuple[tuple, dict, Any]] = []
         self.features: list[Tensor] = []
-        self._handles = []
+        self._heads: list[Tensor] = []
+        self._handles = [head.register_forward_hook(self._keep_head) for head in detector_heads(network)]
         if student:
             self._handles.append(network.register_forward_hook(self._keep_call, with_kwargs=True))
         if layer is not None:
@@ -112,7 +114,16 @@ class Calls:
 
     def _keep_call(self, network: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if network.training and torch.is_grad_enabled():
-            self.calls.append((args, kwargs, output))
+            self.calls.append((args, kwargs, (output, self.take_heads())))
+
+    def _keep_head(self, head: nn.Module, args: tuple, output: Any) -> None:
+        if not self._student or (head.training and torch.is_grad_enabled()):
+            self._heads.append(output)
+
+    def take_heads(self) -> list[Any]:
+        """What the heads gave since the last time."""
+        found, self._heads = self._heads, []
+        return found
 
     def _keep_features(self, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
         if not self._student or (layer.training and torch.is_grad_enabled()):
@@ -133,9 +144,9 @@ class Calls:
 class Distillation:
     """Loss term `alpha_t · d(z_s, z_t) + beta_t · (1 - cos(φ_s, φ_t))`, averaged over the step's calls of the network.
 
-    z are the outputs that student and teacher share (by their place in tuples and dicts; a mean over them), φ the
-    inputs of the last layer. The teacher gets the arguments that the student just got. It is no submodule of the
-    student: it is in no optimizer, no checkpoint and no DDP bucket.
+    z are the outputs that student and teacher share (by their place in tuples and dicts; a mean over them; of a
+    detector what its heads give), φ the inputs of the last layer. The teacher gets the arguments that the student just
+    got. It is no submodule of the student: it is in no optimizer, no checkpoint and no DDP bucket.
 
     Attributes:
         evaluations: steps in which the teacher was asked.
@@ -181,7 +192,7 @@ class Distillation:
                 "submodule that it calls by network=, or set the weights of repair to 0"
             )
         if alpha == beta == 0:
-            return next(iter(named_outputs(calls[0][2]).values())).new_zeros(())
+            return next(self._student.network.parameters()).new_zeros(())
         if beta and len(features) != len(calls):
             raise InputError(
                 f"distillation: {self.layer} is called {len(features)} times in {len(calls)} calls of the network, so "
@@ -191,7 +202,7 @@ class Distillation:
         terms = []
         for place, (args, kwargs, output) in enumerate(calls):
             with torch.no_grad():
-                target = self.teacher(*args, **kwargs)
+                target = (self.teacher(*args, **kwargs), self._teacher.take_heads())
             wanted = self._teacher.take()[1]
             terms.append(alpha * self._compare(output, target))
             if beta:
@@ -206,15 +217,16 @@ class Distillation:
         linear = isinstance(self.teacher.get_submodule(self.layer), nn.Linear)
         return features[..., self.columns] if linear else features[:, self.columns]
 
-    def _compare(self, student: Any, teacher: Any) -> Tensor:
-        own, wanted = named_outputs(student), named_outputs(teacher)
-        common = [name for name in own if name in wanted and own[name].shape == wanted[name].shape]
-        if not common:
-            raise InputError(
-                f"distillation: the network answers {describe(student)} in training and {describe(teacher)} as its own "
-                "teacher, with no tensor in common; set alpha=0 and beta=0 in repair"
-            )
-        return torch.stack([self._distance(own[name], wanted[name]) for name in common]).mean()
+    def _compare(self, student: tuple[Any, list], teacher: tuple[Any, list]) -> Tensor:
+        """Mean distance over the tensors that both answer; of a detector, which answers losses, over its heads'."""
+        for own, wanted in zip(map(named_outputs, student), map(named_outputs, teacher), strict=True):
+            common = [name for name in own if name in wanted and own[name].shape == wanted[name].shape]
+            if common:
+                return torch.stack([self._distance(own[name], wanted[name]) for name in common]).mean()
+        raise InputError(
+            f"distillation: the network answers {describe(student[0])} in training and {describe(teacher[0])} as its "
+            "own teacher, with no tensor in common; set alpha=0 and beta=0 in repair"
+        )
 
     def _distance(self, student: Tensor, teacher: Tensor) -> Tensor:
         if self.repair.form == "mse":

@@ -53,6 +53,14 @@ class SeenTask(_OnSeen):
         self.name, self.needs_target, self.scalar_loss = inner.name, inner.needs_target, inner.scalar_loss
         self.metric_name, self.higher_is_better = inner.metric_name, inner.higher_is_better
 
+    def inputs(self, batch: Seen) -> Example:
+        """What of the network's call it answers to."""
+        return self.inner.asked(super().inputs(batch))
+
+    def run(self, model: nn.Module, batch: Seen) -> Any:
+        """The network's output."""
+        return self.inner.respond(model, super().inputs(batch), batch.batch)
+
     def target(self, batch: Seen) -> Any:
         """The inner task's."""
         return self.inner.target(batch.batch)

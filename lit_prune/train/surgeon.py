@@ -43,7 +43,8 @@ class Surgeon:
 
     def meet_dense(self, trainer: Trainer, subject: Subject) -> dict[str, Any]:
         """Figures of the dense network, as it is and recalibrated, as plain values; it is left as found."""
-        subject.meet_inputs(self._samples(trainer, subject).first())
+        seen = self._samples(trainer, subject).first()
+        subject.meet_inputs(task_in(trainer, subject.path, seen, self.figures.task).inputs(seen.first(1)))
         counted = cost(subject.network, subject.example)
         value = self.figures.measure(trainer, subject.path)
         statistics = {name: buffer.clone() for name, buffer in subject.network.named_buffers()}

@@ -232,6 +232,9 @@ def test_checkpoints_carry_the_structure_to_test_and_to_a_new_process(tmp_path):
     assert load_pruned(modules.Classifier, tmp_path / "epoch=0.ckpt").net[0].out_channels == 8
     with pytest.raises(InputError, match="no such file"):
         load_pruned(modules.Classifier, tmp_path / "none.ckpt")
+    assert modules.Classifier.load_from_checkpoint(tmp_path / "epoch=0.ckpt").net[0].out_channels == 8
+    with pytest.raises(RuntimeError, match=r"open this checkpoint with lit_prune\.load_pruned\(Class, path\)"):
+        modules.Classifier.load_from_checkpoint(tmp_path / "epoch=2.ckpt")
 
 
 @pytest.mark.parametrize("optimizer", [None, "anew"])
