@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lit_prune.errors import InputError
 from lit_prune.models.families import FAMILIES, Block
+from lit_prune.models.residual import Skip, residual_blocks
 
 
 def find_blocks(model: nn.Module, example_input: Tensor) -> tuple[Block, ...]:
@@ -25,13 +26,14 @@ def find_blocks(model: nn.Module, example_input: Tensor) -> tuple[Block, ...]:
     than its input is protected, as is one that holds its own shortcut layers or has no residual connection in a
     residual family. Known families: ResNets (torchvision, timm, CIFAR), inverted residuals (torchvision MobileNets),
     plain convolutions in one `features` (VGG, AlexNet), and any Sequential of like modules (ConvNeXt, ViT, DeiT,
-    EfficientNet, ...).
+    EfficientNet, ...). Beside them every module that computes `x + f(x)` is a block, wherever it stands (see
+    `residual`); leaving it out leaves the x.
 
     Args:
         model: The backbone, dense or already pruned.
         example_input: Images [N, C, H, W] that the model accepts, on its device; N = 1 suffices.
     """
-    blocks = _measured(model, _candidates(model), example_input)
+    blocks = _measured(model, _all_blocks(model, example_input), example_input)
     return blocks if any(not block.protected for block in blocks) else ()
 
 
@@ -47,9 +49,10 @@ def drop_blocks(model: nn.Module, names: Iterable[str], example_input: Tensor | 
     Raises:
         InputError: A name that is no block, a protected block, or a stage left without a block; nothing is removed.
     """
-    blocks = _candidates(model)
-    if example_input is not None:
-        blocks = _measured(model, blocks, example_input)
+    if example_input is None:
+        blocks = _candidates(model)
+    else:
+        blocks = _measured(model, _all_blocks(model, example_input), example_input)
     dropped = set(names)
     _check_removable(blocks, dropped)
     for block in blocks:
@@ -99,6 +102,13 @@ def find_head(model: nn.Module) -> str:
 def _candidates(model: nn.Module) -> tuple[Block, ...]:
     """Blocks by structure alone, of the first family that has any."""
     return next((blocks for family in FAMILIES if (blocks := tuple(family(model)))), ())
+
+
+def _all_blocks(model: nn.Module, example_input: Tensor) -> tuple[Block, ...]:
+    """Blocks by structure, and residual blocks anywhere else."""
+    blocks = _candidates(model)
+    with _undisturbed(model, example_input):
+        return blocks + tuple(residual_blocks(model, example_input, [name for b in blocks for name in b.members]))
 
 
 @dataclass
@@ -195,7 +205,14 @@ def _check_removable(blocks: Sequence[Block], dropped: set[str]) -> None:
 
 
 def _delete_members(model: nn.Module, block: Block) -> None:
-    """Deletes by attribute, since `del sequential[i]` would renumber the children that stay."""
+    """Deletes by attribute, since `del sequential[i]` would renumber the children that stay.
+
+    Outside a sequence something has to run in the block's place.
+    """
     for member in block.members:
         parent, _, child = member.rpartition(".")
-        delattr(model.get_submodule(parent), child)
+        holder = model.get_submodule(parent)
+        if isinstance(holder, nn.Sequential):
+            delattr(holder, child)
+        else:
+            setattr(holder, child, Skip())

@@ -51,7 +51,7 @@ def make_plan(
         keep: share kept of the present network, in (0, 1], or a dict for "layerwise".
         allocation: "global", "uniform" or "layerwise".
         round_to: widths are multiples of it.
-        normalisation: "none", "layer_mean", "layer_max", "rank" or "z".
+        normalisation: "none", "layer_mean", "layer_max", "rank", "z" or "isomorphic".
         cap: largest share of a group that may go.
         only: "mid", "planes", group names, or None.
         protect: names of groups that stay whole.

@@ -75,8 +75,10 @@ class _Read:
     dim: int
 
 
-def find_attention(model: nn.Module, sample: Example) -> list[Attention]:
+def find_attention(model: nn.Module, sample: Example) -> tuple[list[Attention], dict[str, tuple[tuple, dict]]]:
     """The attentions of `model` in order of use; it is run once, in the state it is in.
+
+    Beside them what each module was called with first: name -> (args, kwargs).
 
     Args:
         model: network in evaluation mode whose parameters require gradients, its attention layers open (`opened`).
@@ -86,16 +88,23 @@ def find_attention(model: nn.Module, sample: Example) -> list[Attention]:
         model(*sample.args, **sample.kwargs)
     reads = [read for read in watch.reads if read.inputs.requires_grad]
     columns = _columns(watch.calls, reads)
-    return [_attention(model, call, reads, found) for call, found in zip(watch.calls, columns, strict=True)]
+    attentions = [_attention(model, call, reads, found) for call, found in zip(watch.calls, columns, strict=True)]
+    return attentions, watch.calls_of
 
 
 class Stack(TorchFunctionMode):
-    """Knows which module's forward runs."""
+    """Knows which module's forward runs, and what each was called with first: name -> (args, kwargs)."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.running: list[str] = []
+        self.calls_of: dict[str, tuple[tuple, dict]] = {}
+
+    def enter(self, name: str, args: tuple, kwargs: dict) -> None:
+        """A module begins."""
+        self.running.append(name)
+        self.calls_of.setdefault(name, (args, kwargs))
 
 
 @contextmanager
@@ -103,7 +112,8 @@ def watching(model: nn.Module, stack: Stack) -> Iterator[Stack]:
     """The mode switched on, with hooks that keep `running`."""
     handles = []
     for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(lambda *_, name=name: stack.running.append(name)))
+        enter = lambda _, args, kwargs, name=name: stack.enter(name, args, kwargs)  # noqa: E731
+        handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
         handles.append(module.register_forward_hook(lambda *_: (stack.running.pop(), None)[1]))
     try:
         with stack:

@@ -44,6 +44,11 @@ def is_depthwise(module: object) -> bool:
     return isinstance(module, CONVOLUTIONS) and 1 < module.groups == module.out_channels == module.in_channels
 
 
+def is_grouped(module: object) -> bool:
+    """Whether `module` is a convolution in groups that may lose channels (a transposed one may not)."""
+    return isinstance(module, CONVOLUTIONS) and module.groups > 1 and not module.transposed
+
+
 def is_weighted(module: object) -> bool:
     """Whether `module` is a convolution or a linear layer."""
     return isinstance(module, (*CONVOLUTIONS, nn.Linear))

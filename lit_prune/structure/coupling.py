@@ -37,6 +37,7 @@ class Group:
         producers: convolutions and linear layers (depthwise ones left out) that write the channels.
         consumers: convolutions and linear layers that read them.
         role: "planes" (trunk, see `group_role`), "mid" or "heads".
+        kind: role and types of layers; groups of one kind are built alike and their scores compare.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Group:
     producers: tuple[str, ...] = ()
     consumers: tuple[str, ...] = ()
     role: str = "mid"
+    kind: str = ""
 
 
 def group_role(group: Group) -> str:
@@ -119,6 +121,16 @@ def assign_roles(model: nn.Module, groups: Sequence[Group], drafts: Sequence[Dra
         for group, trunk in zip(groups, sure, strict=True)
     ]
     return tuple(replace(group, role=role) for group, role in zip(groups, roles, strict=True))
+
+
+def with_kind(model: nn.Module, group: Group) -> Group:
+    """The group with its kind: its role, and which types of layers lose outputs and inputs.
+
+    Source: isomorphic pruning (Fang et al. 2024), whose graphs of like topology these stand for.
+    """
+    parts = [(type(axes.find(model, m.module)).__name__, m.axis.partition(":")[0]) for m in group.members]
+    layers = sorted({f"{layer} {axis}" for layer, axis in parts if axis in ("in", "out")})
+    return replace(group, kind=f"{group.role}: {', '.join(layers)}")
 
 
 def _checked(groups: Mapping[str, Group], name: str, units: Sequence[int]) -> Group:

@@ -1,9 +1,8 @@
 """Groups of coupled channels: which positions of which layers go together when one channel goes.
 
-One pass through the network proposes the groups (`proposals`) and Torch-Pruning's layer functions do most of the
-cutting (`cutting`); in between, every proposal is checked: a group is kept for pruning only if marks put on its
-channels arrive where it says (`probe`) and a copy without half of it computes the right thing (`trial`). The others
-are listed too, with the reason.
+One pass through the network proposes the groups (`proposals`), and every proposal is checked: a group is kept for
+pruning only if marks put on its channels arrive where it says (`probe`) and a copy without half of it (`cutting`)
+computes the right thing (`trial`). The others are listed too, with the reason.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,10 +13,11 @@ from typing import Any
 from torch import nn
 
 from lit_prune.structure import axes, probe, protection, trial
-from lit_prune.structure.coupling import Draft, Group, Member, assign_roles, group_role, lost_positions
+from lit_prune.structure.coupling import Draft, Group, Member, assign_roles, group_role, lost_positions, with_kind
 from lit_prune.structure.cutting import cut_layer
 from lit_prune.structure.example import Example
 from lit_prune.structure.heads import axis_widths, head_groups, with_heads
+from lit_prune.structure.proposals import propose_groups
 from lit_prune.structure.tracing import one_sample, run, undisturbed
 
 __all__ = ["ChannelGraph", "Group", "Member", "group_role", "trace_groups"]
@@ -102,18 +102,20 @@ def trace_groups(model: nn.Module, example_input: Any) -> ChannelGraph:
     Raises:
         InputError: the network does not run on `example_input`.
     """
-    from lit_prune.structure.proposals import propose_groups  # Torch-Pruning imports timm: seconds
-
     with undisturbed(model):
         sample = one_sample(model, example_input)
-        run(model, sample)
         sites = probe.find_sites(model)
-        drafts = propose_groups(model, sample)
+        try:
+            drafts = propose_groups(model, sample)
+        except Exception:
+            run(model, sample)  # says so if it is the network that fails
+            raise
         reasons = _contradictions(model, sample, drafts, sites)
         heads = head_groups(model, sample)
         widths = sites.widths | axis_widths(model, heads)
     protected = [replace(d.group, protected=d.group.protected or reasons.get(d.group.name, "")) for d in drafts]
-    return ChannelGraph(with_heads(assign_roles(model, protected, drafts), heads), widths)
+    groups = with_heads(assign_roles(model, protected, drafts), heads)
+    return ChannelGraph(tuple(with_kind(model, group) for group in groups), widths)
 
 
 def _contradictions(model: nn.Module, sample: Example, drafts: list[Draft], sites: probe.Sites) -> dict[str, str]:

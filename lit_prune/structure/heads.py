@@ -14,7 +14,7 @@ from lit_prune.structure.coupling import Group, Member
 from lit_prune.structure.cutting import cut_layer
 from lit_prune.structure.example import Example
 from lit_prune.structure.opened import opened
-from lit_prune.structure.tracing import copy_network
+from lit_prune.structure.tracing import sketch_network
 
 ROLE = "heads"
 _CLOSE = 1e-4  # of the largest value: rounding of products that are summed over fewer heads
@@ -32,12 +32,11 @@ def head_groups(model: nn.Module, sample: Example) -> list[Group]:
         sample: one sample.
     """
     with opened(model):
-        found = find_attention(model, sample)
+        found, calls = find_attention(model, sample)
         counts = {name: sum(other.name == name for other in found) for name in {a.name for a in found}}
         drafts = [_draft(model, attention, counts[attention.name]) for attention in found]
         pairs = zip(drafts, found, strict=True)
         scopes = {group.name: _scope(attention.name, group) for group, attention in pairs if not group.protected}
-        calls = _calls(model, sample, set(scopes.values()))
         return [
             group if group.protected else _tried(model, group, attention, scopes[group.name], calls)
             for group, attention in zip(drafts, found, strict=True)
@@ -87,23 +86,6 @@ def _scope(name: str, group: Group) -> str:
             break
         common.append(level[0])
     return ".".join(common)
-
-
-def _calls(model: nn.Module, sample: Example, scopes: set[str]) -> dict[str, _Call]:
-    """What the modules are called with in one pass, the first call of each."""
-    calls: dict[str, _Call] = {}
-
-    def note(name: str):
-        return lambda module, args, kwargs: calls.setdefault(name, (args, kwargs)) and None
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(note(name), with_kwargs=True) for name in scopes]
-    try:
-        with torch.no_grad():
-            model(*sample.args, **sample.kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
 
 
 def _tried(model: nn.Module, group: Group, attention: Attention, scope: str, calls: Mapping[str, _Call]) -> Group:
@@ -159,7 +141,7 @@ def _between(scope: str, name: str) -> list[str]:
 def _without(whole: nn.Module, scope: str, members: Sequence[Member], removed: list[int]) -> nn.Module:
     """A copy of the module `scope` without the heads `removed`."""
     holder = nn.Module()
-    holder.scope = copy_network(whole)
+    holder.scope = sketch_network(whole)
     for member in members:
         inner = f"scope.{member.module[len(scope) :].lstrip('.')}".rstrip(".")
         cut_layer(holder, inner, member.axis, [place for unit in removed for place in member.positions[unit]])
@@ -186,7 +168,7 @@ def _silenced(model: nn.Module, attention: Attention, removed: list[int]) -> Ite
 
 
 def _output(module: nn.Module, call: _Call) -> list[Tensor]:
-    args, kwargs = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, call)
+    args, kwargs = tree_map(lambda value: value.detach().clone() if isinstance(value, Tensor) else value, call)
     return [leaf for leaf in tree_leaves(module(*args, **kwargs)) if isinstance(leaf, Tensor)]
 
 

@@ -44,7 +44,8 @@ class Labels:
         differ = (left != right) & (left != NOBODY) & (right != NOBODY)
         if not bool(differ.any()):
             return False
-        pairs = np.unique(torch.stack([left[differ], right[differ]], 1).long().numpy(), axis=0)
+        codes = np.unique((left[differ] * self.count + right[differ]).long().numpy())  # below 2^53: exact
+        pairs = np.stack(np.divmod(codes, self.count), 1)
         stays = pairs.min(1) <= FIXED
         for fixed, label in np.sort(pairs[stays], axis=1).tolist():
             self.reasons.setdefault(label, self.reasons[fixed])

@@ -17,7 +17,7 @@ from lit_prune.errors import InputError
 from lit_prune.structure import axes
 from lit_prune.structure.cost import Cost
 from lit_prune.structure.groups import ChannelGraph, Group
-from lit_prune.structure.ranking import Budget, Ranks, normalise, selected_groups
+from lit_prune.structure.ranking import ISOMORPHIC, Budget, Ranks, normalise, selected_groups
 from lit_prune.structure.widths import Steps, global_widths, uniform_widths
 
 
@@ -91,12 +91,15 @@ def plan_masks(graph: ChannelGraph, counted: Cost, ranks: Ranks, request: Budget
     Raises:
         InputError: another kind of budget or allocation, or nothing to mask.
     """
+    if request.normalisation == ISOMORPHIC:
+        raise InputError("normalisation='isomorphic': masks lie on single layers, which have no kind; use 'rank'")
     if request.kind not in ("macs", "channels") or request.allocation == "layerwise":
         raise InputError(
             f"budget={request.kind!r}, allocation={request.allocation!r}: masks take a budget of macs or channels, "
             "shared out global or uniform"
         )
-    layers = [name for group in selected_groups(graph, request) for name in group.producers if name in ranks]
+    groups = [group for group in selected_groups(graph, request) if group.role != "heads"]  # channels alone are masked
+    layers = [name for group in groups for name in group.producers if name in ranks]
     if not layers:
         raise InputError(f"nothing to mask: no layer of the selected groups has scores (only={request.only!r})")
     scores = [normalise(ranks[name].double().cpu().numpy(), request.normalisation) for name in layers]

@@ -34,6 +34,7 @@ NORMALISATIONS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {  #
     "rank": _quantiles,
     "z": _centred,
 }
+ISOMORPHIC = "isomorphic"
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class Budget:
             or "measured" (what each group's width does to the prediction; needs data: only `plan_method` can).
         round_to: widths are multiples of it (a group that loses nothing keeps its width).
         normalisation: of the scores inside each group before the global threshold: "none", "layer_mean" and
-            "layer_max" (of absolute values), "rank" (to quantiles), "z".
+            "layer_max" (of absolute values), "rank" (to quantiles), "z"; or "isomorphic": to quantiles over all groups
+            of one kind (heads with heads, MLP widths with MLP widths), so that each kind loses the same share.
         cap: largest share of a group that may go.
         only: "mid", "planes", "heads" (see `group_role`), group names, or None for all.
         protect: names of groups that stay whole.
@@ -72,7 +74,7 @@ class Budget:
         find_budget(self.kind)
         for name, value, allowed in (
             ("allocation", self.allocation, ALLOCATIONS),
-            ("normalisation", self.normalisation, tuple(NORMALISATIONS)),
+            ("normalisation", self.normalisation, (*NORMALISATIONS, ISOMORPHIC)),
         ):
             if value not in allowed:
                 raise InputError(f"{name}={value!r} is unknown; use one of {', '.join(allowed)}")
@@ -110,7 +112,11 @@ def group_scores(graph: ChannelGraph, ranks: Ranks, request: Budget) -> tuple[di
     """
     groups = selected_groups(graph, request)
     raw = {group.name: unit_scores(graph, group, ranks) for group in groups}
-    scores = {name: normalise(values, request.normalisation) for name, values in raw.items() if values is not None}
+    known = {name: values for name, values in raw.items() if values is not None}
+    if request.normalisation == ISOMORPHIC:
+        scores = _quantiles_by_kind(graph, known)
+    else:
+        scores = {name: normalise(values, request.normalisation) for name, values in known.items()}
     if not scores:
         raise InputError(
             f"nothing to prune: {len(graph.prunable)} of {len(graph.groups)} groups are prunable, {len(groups)} of "
@@ -124,6 +130,19 @@ def group_scores(graph: ChannelGraph, ranks: Ranks, request: Budget) -> tuple[di
         "without_scores": [name for name, values in raw.items() if values is None],
     }
     return scores, notes
+
+
+def _quantiles_by_kind(graph: ChannelGraph, scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Quantile of each unit among all units of groups of its kind, float64 [size], in (0, 1)."""
+    kinds: dict[str, list[str]] = {}
+    for name in scores:
+        kinds.setdefault(graph.by_name[name].kind, []).append(name)
+    found = {}
+    for names in kinds.values():
+        pooled = np.concatenate([scores[name] for name in names])
+        ends = np.cumsum([len(scores[name]) for name in names])[:-1]
+        found |= dict(zip(names, np.split(NORMALISATIONS["rank"](pooled, pooled), ends), strict=True))
+    return {name: found[name] for name in scores}
 
 
 def normalise(scores: np.ndarray, how: str) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Running somebody's network once without leaving a mark on it."""
 
 import copy
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +22,9 @@ _HOOK_TABLES = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
+
+_TABLES = frozenset(vars(nn.Module())) - {"_buffers"}
+_PLAIN = frozenset({bool, int, float, str, type(None)})
 
 
 @contextmanager
@@ -133,15 +137,46 @@ def copy_network(model: nn.Module) -> nn.Module:
     Tensors that a module keeps and that autograd made (weights derived by a hook, activations kept by the forward pass)
     are copied by value: torch refuses to copy them deeply.
     """
-    derived = (
-        leaf
-        for module in model.modules()
-        for leaf in tree_leaves(list(module.__dict__.values()))
-        if isinstance(leaf, Tensor) and leaf.grad_fn is not None
-    )
-    memo = {id(tensor): tensor.detach().clone() for tensor in derived}
+    return _copied(model, {})
+
+
+def sketch_network(model: nn.Module) -> nn.Module:
+    """As `copy_network`, but the copy holds the very parameters of `model`: for trials that replace tensors."""
+    return _copied(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """Deep copy, module by module: most of what a module holds are empty tables."""
+    modules = list(model.modules())
+    if any(hasattr(type(module), "__deepcopy__") or "__getstate__" in vars(type(module)) for module in modules):
+        memo |= {id(tensor): tensor.detach().clone() for tensor in _derived(modules)}
+        with without_hooks(model):
+            return copy.deepcopy(model, memo)
+    memo |= {id(module): object.__new__(type(module)) for module in modules}
+    memo |= {id(tensor): tensor.detach().clone() for tensor in _derived(modules)}
     with without_hooks(model):
-        return copy.deepcopy(model, memo)
+        for module in modules:
+            held = vars(module).items()
+            vars(memo[id(module)]).update({key: _value(value, memo) for key, value in held})
+    return memo[id(model)]
+
+
+def _value(value: Any, memo: dict[int, Any]) -> Any:
+    """A deep copy of what a module holds."""
+    if type(value) in _PLAIN:
+        return value
+    if type(value) in (dict, set, OrderedDict) and not value:
+        return type(value)()
+    return copy.deepcopy(value, memo)
+
+
+def _derived(modules: Sequence[nn.Module]) -> Iterator[Tensor]:
+    """Tensors with a history that modules keep."""
+    for module in modules:
+        own = [value for key, value in vars(module).items() if key not in _TABLES and type(value) not in _PLAIN]
+        for leaf in tree_leaves(own):
+            if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
+                yield leaf
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -9,6 +9,7 @@ zeros in their place. If it does not, the groups are halved until the wrong ones
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from lit_prune.structure import axes, probe
 from lit_prune.structure.coupling import Group, lost_positions
 from lit_prune.structure.cutting import cut_layer
 from lit_prune.structure.example import Example
-from lit_prune.structure.tracing import copy_network
+from lit_prune.structure.tracing import sketch_network
 
 TOLERANCE = 1e-3  # of the largest output; rounding of float32 stays a hundred times below
 FAILS = "the network does not run without some of its channels"
@@ -65,14 +66,13 @@ class _Trial:
         self._model, self._sites = model, sites
         self._sample = _noisy(sample)
         self._pair = self._sample.map(lambda tensor: torch.cat([tensor, tensor.flip(0)]))
-        self._trains = self._runs_in_training(model)
 
     def fault(self, groups: Sequence[Group]) -> str:
         """Why half of the units of these groups cannot go; "" where they can."""
         generator = np.random.default_rng(len(groups))
         removed = {g.name: sorted(generator.permutation(g.size)[: g.size // 2].tolist()) for g in groups}
         lost = lost_positions({group.name: group for group in groups}, removed)
-        small = copy_network(self._model)
+        small = sketch_network(self._model)
         try:
             for (name, axis), positions in lost.items():
                 cut_layer(small, name, axis, positions)
@@ -83,11 +83,15 @@ class _Trial:
             expected = _call(self._model, self._sample)
         if not _equal(output, expected):
             return DIFFERS
-        return TRAINING if self._trains and not self._runs_in_training(small) else ""
+        return "" if self._runs_in_training(small) or not self._dense_trains else TRAINING
+
+    @cached_property
+    def _dense_trains(self) -> bool:
+        return self._runs_in_training(self._model)
 
     def _runs_in_training(self, model: nn.Module) -> bool:
         """Whether two samples go through a copy in training mode (statistics and kept activations change there)."""
-        trained = copy_network(model).train()
+        trained = sketch_network(model).train()
         try:
             _call(trained, self._pair)
         except _ERRORS:

@@ -13,7 +13,7 @@ from lit_prune.files import json_text, read_json, write_json, write_text
 from lit_prune.structure.networks import Network
 from lit_prune.version import commit
 
-PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "numpy", "scipy", "timm", "torch-pruning")
+PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "numpy", "scipy", "timm")
 
 
 def write_run(run_dir: Path, protocol: dict[str, Any]) -> None:

@@ -110,7 +110,7 @@ class ChannelStage(Stage):
     budget: Literal["macs", "params", "latency", "channels"] = "macs"
     score: str = "proxy"
     allocation: Literal["global", "uniform", "measured"] = "uniform"
-    normalisation: Literal["none", "layer_mean", "layer_max", "rank", "z"] | None = None
+    normalisation: Literal["none", "layer_mean", "layer_max", "rank", "z", "isomorphic"] | None = None
     round_to: int = 1
     cap: float = 0.95
     protect: tuple[str, ...] = ()

@@ -188,3 +188,17 @@ def test_a_forward_with_a_fixed_number_of_heads_is_protected() -> None:
     model.forward = lambda x, whole=model.forward: setattr(model, "n_heads", 3) or whole(x)
     found = next(group for group in trace_groups(model, images).groups if group.role == "heads")
     assert found.protected
+
+
+def test_isomorphic_scores_take_the_same_share_of_heads_and_of_widths() -> None:
+    model, images = _network("deit")
+    groups = trace_groups(model, images).prunable
+    assert len({group.kind for group in groups}) == 2
+    scores = {g.name: torch.rand(g.size) for g in groups if g.role == "heads"}
+    scores |= {g.producers[0]: 1e6 * torch.rand(g.size) for g in groups if g.role == "mid"}
+    plan = make_plan(model, scores, images, "channels", 0.5, normalisation="isomorphic")
+    for role in ("heads", "mid"):
+        names = [group.name for group in groups if group.role == role]
+        total = sum(group.size for group in groups if group.role == role)
+        gone = sum(len(plan.removed(name)) for name in names)
+        assert abs(gone / total - 0.5) <= 1 / total
