@@ -1,10 +1,13 @@
 """Rows of a regression at a layer: its input patches, and what its output is to be there."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lit_prune.replace.kernels import spread, steps
 
 
 class PositionSample:
@@ -30,34 +33,35 @@ def input_rows(module: nn.Module, inputs: Tensor, chosen: Tensor | None) -> Tens
     """Patches that a layer reads, [rows, C·taps] in the order of its flattened kernels, zero padding included.
 
     Args:
-        module: Conv2d without groups, or Linear.
-        inputs: [B, C, H, W], or [B, ..., C] of a Linear.
+        module: a convolution of any kind without groups (see `kernel_of`), or Linear.
+        inputs: [B, C, *map], or [B, ..., C] of a Linear.
         chosen: positions [B, n] or None for all.
     """
     if isinstance(module, nn.Linear):
         return _pick(inputs.reshape(len(inputs), -1, inputs.shape[-1]), chosen)  # [B, P, C]
-    padding = module._reversed_padding_repeated_twice
-    if any(padding):
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        inputs = F.pad(inputs, padding, mode=mode)
-    if chosen is None:
-        patches = F.unfold(inputs, module.kernel_size, module.dilation, 0, module.stride)  # [B, C·taps, P]
+    wide = spread(module, inputs)
+    if chosen is None and inputs.dim() == 4:
+        patches = F.unfold(wide, module.kernel_size, module.dilation, 0, steps(module))  # [B, C·taps, P]
         return patches.transpose(1, 2).flatten(0, 1)
-    images, channels = inputs.shape[:2]
-    index = _places(module, inputs, chosen.to(inputs.device)).flatten(1)[:, None]  # [B, 1, n·taps]
-    values = inputs.flatten(2).gather(2, index.expand(-1, channels, -1))
-    return values.unflatten(2, (chosen.shape[1], -1)).transpose(1, 2).reshape(images * chosen.shape[1], -1)
+    index = _places(module, wide, chosen)  # [B or 1, n, taps]
+    count, taps = index.shape[1:]
+    index = index.flatten(1)[:, None].expand(len(wide), wide.shape[1], -1)
+    values = wide.flatten(2).gather(2, index)  # [B, C, n·taps]
+    return values.unflatten(2, (count, taps)).transpose(1, 2).reshape(len(wide) * count, -1)
 
 
-def _places(module: nn.Conv2d, padded: Tensor, chosen: Tensor) -> Tensor:
-    """Where the patches of the chosen positions lie in a padded, flattened map, int64 [B, n, taps]."""
-    width = padded.shape[3]
-    (rows, columns), (down, right), (tall, wide) = module.kernel_size, module.stride, module.dilation
-    across = (width - wide * (columns - 1) - 1) // right + 1  # positions in one row of the output
-    corner = (chosen // across) * down * width + (chosen % across) * right
-    vertical = torch.arange(rows, device=chosen.device) * tall * width
-    horizontal = torch.arange(columns, device=chosen.device) * wide
-    return corner[..., None] + (vertical[:, None] + horizontal).flatten()
+def _places(module: nn.Module, wide: Tensor, chosen: Tensor | None) -> Tensor:
+    """Where the patches of the chosen positions lie in a padded, flattened map, int64 [B, n, taps]; all: B is 1."""
+    corner, offset = torch.zeros((), dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    sides = list(zip(wide.shape[2:], module.kernel_size, module.dilation, steps(module), strict=True))
+    counts = [(size - far * (taps - 1) - 1) // step + 1 for size, taps, far, step in sides]
+    left = torch.arange(math.prod(counts))[None] if chosen is None else chosen.cpu()  # [B, n], to be taken apart
+    stride = 1
+    for (size, taps, far, step), count in zip(reversed(sides), reversed(counts), strict=True):
+        corner = corner + left % count * step * stride
+        offset = ((torch.arange(taps) * far * stride)[:, None] + offset).flatten()
+        left, stride = left // count, stride * size
+    return (corner[..., None] + offset).to(wide.device)
 
 
 def output_rows(module: nn.Module, outputs: Tensor, chosen: Tensor | None) -> Tensor:

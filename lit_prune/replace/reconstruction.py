@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from lit_prune.errors import InputError
 from lit_prune.measurement.layers import Batches
 from lit_prune.replace.elimination import Elimination, elimination_costs
+from lit_prune.replace.kernels import is_solvable, kernel_of
 from lit_prune.replace.patches import PositionSample, input_rows, output_rows
 from lit_prune.replace.regression import Covariance, PairSums
 from lit_prune.replace.slopes import gradient_samples
-from lit_prune.structure import ChannelGraph, CostModel, Group, trace_groups
+from lit_prune.structure import ChannelGraph, CostModel, Group, axes, trace_groups
 from lit_prune.task import Task, settle
 
 RIDGE = 1e-4
@@ -88,8 +89,7 @@ def readers_of(model: nn.Module, graph: ChannelGraph) -> list[str]:
 
 def solvable_readers(model: nn.Module, group: Group) -> list[str]:
     """Layers that read the group and can be solved again."""
-    supported = (name for name in group.consumers if getattr(model.get_submodule(name), "groups", 1) == 1)
-    return [name for name in supported if isinstance(model.get_submodule(name), nn.Conv2d | nn.Linear)]
+    return [name for name in group.consumers if is_solvable(model.get_submodule(name))]
 
 
 def _unit_macs(cost_model: CostModel, group: Group) -> float:
@@ -102,7 +102,7 @@ def _unit_macs(cost_model: CostModel, group: Group) -> float:
 def _group_costs(model: nn.Module, group: Group, moments: Mapping[str, ReaderMoments]) -> Tensor:
     readers = []
     for name, columns in reader_columns(model, group, moments).items():
-        weight = model.get_submodule(name).weight.detach().cpu().double()
+        weight = kernel_of(model.get_submodule(name)).cpu().double()
         found = moments[name]
         readers.append(Elimination.build(found.covariance.inputs, weight.flatten(1), found.metric, columns, RIDGE))
     return elimination_costs(readers, group.size)
@@ -125,15 +125,15 @@ def reader_moments(
 
     Args:
         model: the network.
-        layers: Conv2d without groups, or Linear.
+        layers: convolutions without groups, or Linear.
         batches: what the task reads; targets are not used.
         task: what a batch and an output mean; None recognises it.
         seed: of the positions, of which `POSITIONS` an image are used for the covariance, and of the projections.
     """
     if not layers:
         raise InputError(
-            "model: no Conv2d or Linear reads a group that can be pruned, so nothing can be solved again; use another "
-            "score, such as cmr_logit"
+            "model: no layer without groups reads channels that can be pruned, so nothing can be solved again; use "
+            "another score, such as cmr_logit"
         )
     task, batches = settle(task, model, batches)
     sums: dict[str, PairSums] = {}
@@ -155,7 +155,7 @@ def _add_inputs(
     sums: dict[str, PairSums], name: str, module: nn.Module, inputs: Tensor, output: Tensor, sample: PositionSample
 ) -> None:
     """Adds the patches that a layer reads at sampled positions of its output."""
-    chosen = sample.draw(len(output), output[0].numel() // len(module.weight))
+    chosen = sample.draw(len(output), output[0].numel() // axes.width(module, "out"))
     for start in range(0, len(output), PIECE):
         part = slice(start, start + PIECE)
         rows = input_rows(module, inputs[part], None if chosen is None else chosen[part])
