@@ -38,10 +38,6 @@ def street_scene(file: Path) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     return image, boxes_of(np.asarray(Image.open(file.parents[1] / "labels" / f"{file.stem}.png")))
 
 
-def lists(pairs: list[tuple]) -> tuple[list, list]:
-    return tuple(map(list, zip(*pairs, strict=True)))
-
-
 class Detector(LightningModule):
     def __init__(self):
         super().__init__()
@@ -71,8 +67,8 @@ def main(arguments: list[str] | None = None) -> list[float]:
     torch.manual_seed(0)
     files = [given.samples / "data/camvid" / split / "images" for split in ("train", "test")]
     scenes = [[street_scene(file) for file in sorted(folder.glob("*.webp"))[: given.images]] for folder in files]
-    train = DataLoader(scenes[0], batch_size=4, shuffle=True, drop_last=True, collate_fn=lists)
-    test = DataLoader(scenes[1], batch_size=4, collate_fn=lists)
+    options = {"batch_size": 4, "collate_fn": lambda pairs: tuple(map(list, zip(*pairs, strict=True)))}
+    train, test = DataLoader(scenes[0], shuffle=True, drop_last=True, **options), DataLoader(scenes[1], **options)
     module = Detector()
     pruning = StagedPruning([ChannelStage(given.keep, epoch=given.epochs // 2, score="cmr_logit", allocation="global")])
     Trainer(max_epochs=given.epochs, default_root_dir=given.folder, callbacks=[pruning]).fit(module, train, test)
