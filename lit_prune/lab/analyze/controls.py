@@ -132,7 +132,7 @@ def label_permutation(analysis: Analysis) -> Frames:
             recording.add_target(torch.cat([from_labels, mixed[place, None].to(from_labels)], 1))
             seen = place.stop
             if running.images in evidence.prefixes:
-                _ = recording.sums  # added up where the first pass was, and so the same to the last bit
+                recording.sums.copy()  # settled where the first pass was, and so the same to the last bit
     rows = []
     for place, control in enumerate(("labels", "pairing")):
         sums = target_columns(recording.sums, slice(place, place + 1))

@@ -15,9 +15,8 @@ from lit_prune.errors import InputError
 from lit_prune.lab.analyze.controls import by_layer, kendall
 from lit_prune.lab.analyze.evidence import Analysis
 from lit_prune.measurement import local_axis
-from lit_prune.measurement.activations import position_view
 from lit_prune.measurement.channel_table import NO_TARGET, channel_table, collect_sums
-from lit_prune.measurement.layers import following_norms, removing, select_layers, weight_rows
+from lit_prune.measurement.layers import following_norms, position_view, removing, select_layers, weight_rows
 from lit_prune.structure.tracing import without_hooks
 from lit_prune.task import Task
 from lit_prune.task.running import undisturbed
@@ -196,12 +195,12 @@ def exact(analysis: Analysis) -> Frames:
     rows = []
     for name in names:
         sums = streamed.layers[name].to("cpu")
-        first, second = local_axis.signal_power(sums), exact_power(every[name], patches[name])
+        first, second = local_axis.signal_power(sums.outputs), exact_power(every[name], patches[name])
         live = ~local_axis.dead_channels(first)
         rows.append(
             {
                 "layer": name,
-                "images": int(sums.images),
+                "images": sums.pooled.count,
                 "tau_input_capture": kendall(local_axis.input_capture(first), local_axis.input_capture(second)),
                 "largest_difference": float(((first - second).abs() / first)[live].max())
                 if live.any()
@@ -213,7 +212,7 @@ def exact(analysis: Analysis) -> Frames:
 
 def _unfolds(layer: nn.Module) -> bool:
     """Whether the layer's patches can be unfolded here, within the memory that is meant for it."""
-    if layer.weight[0].numel() > EXACT_INPUTS:
+    if not isinstance(layer, nn.Conv2d | nn.Linear) or layer.weight[0].numel() > EXACT_INPUTS:
         return False
     return isinstance(layer, nn.Linear) or (layer.padding_mode == "zeros" and not isinstance(layer.padding, str))
 
