@@ -219,10 +219,18 @@ class Distillation:
 
     def _compare(self, student: tuple[Any, list], teacher: tuple[Any, list]) -> Tensor:
         """Mean distance over the tensors that both answer; of a detector, which answers losses, over its heads'."""
+        single = False
         for own, wanted in zip(map(named_outputs, student), map(named_outputs, teacher), strict=True):
             common = [name for name in own if name in wanted and own[name].shape == wanted[name].shape]
-            if common:
-                return torch.stack([self._distance(own[name], wanted[name]) for name in common]).mean()
+            telling = [name for name in common if self.repair.form == "mse" or own[name][0].numel() > 1]
+            if telling:
+                return torch.stack([self._distance(own[name], wanted[name]) for name in telling]).mean()
+            single = single or bool(common)
+        if single:
+            raise InputError(
+                f"repair form={self.repair.form}: the network's output has one value a sample, which has no direction; "
+                "use form=mse"
+            )
         raise InputError(
             f"distillation: the network answers {describe(student[0])} in training and {describe(teacher[0])} as its "
             "own teacher, with no tensor in common; set alpha=0 and beta=0 in repair"
@@ -231,12 +239,6 @@ class Distillation:
     def _distance(self, student: Tensor, teacher: Tensor) -> Tensor:
         if self.repair.form == "mse":
             return F.mse_loss(student.float(), teacher.float())
-        values = student[0].numel()
-        if values < 2:
-            raise InputError(
-                f"repair form={self.repair.form}: the network's output has one value a sample, which has no direction; "
-                "use form=mse"
-            )
         if self.repair.form == "kl":
             return divergence(student, teacher, self.repair.temperature)
         return cosine_distance(student, teacher)

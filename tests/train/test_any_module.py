@@ -28,6 +28,7 @@ from lit_prune import (
     Repair,
     StagedPruning,
     cost,
+    load_compact,
     load_pruned,
     measure,
 )
@@ -192,6 +193,8 @@ def test_a_run_that_ends_early_hands_over_what_it_has(tmp_path, options):
     (record,) = records(tmp_path)
     after = fit.validate(module, loaders()[1], verbose=False)[0]["val/acc"]
     assert record["val/acc"]["after_repair"] == pytest.approx(after)
+    small = load_compact(tmp_path / "compact", model=modules.network())
+    assert all(torch.equal(value, module.net.state_dict()[name]) for name, value in small.state_dict().items())
 
 
 def test_stages_that_were_not_reached_are_said(tmp_path):
