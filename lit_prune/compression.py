@@ -26,7 +26,7 @@ class Recipe:
     Attributes:
         score: in which order units of a group go.
         allocation: how the budget is shared out, see `Budget`.
-        only: "mid", "planes", names of groups, or None for all groups.
+        only: "mid", "planes", "heads", "width", several of them and of group names, or None for all but "width".
         protect: names of groups that stay whole.
         round_to: widths are multiples of it.
         cap: largest share of a group that may go.
@@ -100,7 +100,9 @@ def compress(
     repair = {}
     if seconds is not None:
         with clock.step("repair"):
-            repair["repair"] = distil(model, reduced.model, batches, task, Distilling(seconds, seed=recipe.seed))
+            repair["repair"] = distil(
+                model, reduced.model, batches, task, Distilling(seconds=seconds, seed=recipe.seed)
+            )
     with clock.step("verify"):
         report = verify(model, reduced, batches, example, task)
     return reduced.model, report | repair | {"seconds": clock.seconds}

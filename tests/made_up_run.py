@@ -143,7 +143,7 @@ def write_analysis(folder: Path) -> None:
     dynamics = dynamics_table(trace)
     dynamics.to_parquet(folder / "trace" / "dynamics.parquet")
     cosines = dynamics[["epoch", "layer", "depth"]].copy()
-    for name in ("capture_task", "update_capture", "update_task"):
+    for name in ("capture_task", "update_capture", "update_task", "capture_correlation", "update_correlation"):
         cosines[name] = 0.1 * random.normal(size=len(cosines))
     cosines.to_parquet(folder / "trace" / "gradients.parquet")
 

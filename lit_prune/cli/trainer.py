@@ -66,7 +66,7 @@ class Trainer(pl.Trainer):
         staged = [callback for callback in self.callbacks if isinstance(callback, StagedCallback)]
         if len(staged) != 1:
             raise InputError(
-                f"compress needs one StagedPruning callback, found {len(staged)}: add -c configs/prune/two_scale.yaml"
+                f"compress needs one StagedPruning callback, found {len(staged)}: add -c configs/prune/refit.yaml"
             )
         if not model.is_trained:
             raise InputError("compress needs a trained network: give --model.weights FILE or --model.pretrained true")

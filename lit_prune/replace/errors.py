@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lit_prune.measurement.layers import removing
 from lit_prune.replace.consumers import Reader
 from lit_prune.replace.patches import channel_dim
+from lit_prune.replace.slopes import pieces
 from lit_prune.task import Task
 from lit_prune.task.running import undisturbed
 
@@ -72,7 +73,7 @@ def output_errors(
     """
     errors = {reader.name: OutputError() for reader in readers}
     seen = 0
-    for batch in batches:
+    for batch in pieces(batches, task):
         if seen >= MOST_IMAGES:
             break
         before, after = (_outputs(network, task, batch, list(errors)) for network in (original, reduced))

@@ -1,6 +1,5 @@
 """Rows of a regression at a layer: its input patches, and what its output is to be there."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -34,34 +33,47 @@ def input_rows(module: nn.Module, inputs: Tensor, chosen: Tensor | None) -> Tens
 
     Args:
         module: a convolution of any kind without groups (see `kernel_of`), or Linear.
-        inputs: [B, C, *map], or [B, ..., C] of a Linear.
+        inputs: [B, C, ...], or [B, ..., C] of a Linear.
         chosen: positions [B, n] or None for all.
     """
     if isinstance(module, nn.Linear):
         return _pick(inputs.reshape(len(inputs), -1, inputs.shape[-1]), chosen)  # [B, P, C]
     wide = spread(module, inputs)
-    if chosen is None and inputs.dim() == 4:
+    if chosen is None:
+        return _all_patches(module, wide)
+    images, channels = wide.shape[:2]
+    index = _places(module, wide, chosen.to(wide.device)).flatten(1)[:, None]  # [B, 1, n·taps]
+    values = wide.flatten(2).gather(2, index.expand(-1, channels, -1))
+    return values.unflatten(2, (chosen.shape[1], -1)).transpose(1, 2).reshape(images * chosen.shape[1], -1)
+
+
+def _all_patches(module: nn.Module, wide: Tensor) -> Tensor:
+    """Patches at all positions, [B·P, C·taps]."""
+    if wide.dim() == 4:
         patches = F.unfold(wide, module.kernel_size, module.dilation, 0, steps(module))  # [B, C·taps, P]
         return patches.transpose(1, 2).flatten(0, 1)
-    index = _places(module, wide, chosen)  # [B or 1, n, taps]
-    count, taps = index.shape[1:]
-    index = index.flatten(1)[:, None].expand(len(wide), wide.shape[1], -1)
-    values = wide.flatten(2).gather(2, index)  # [B, C, n·taps]
-    return values.unflatten(2, (count, taps)).transpose(1, 2).reshape(len(wide) * count, -1)
+    for axis, (taps, step, apart) in enumerate(_geometry(module)):
+        wide = wide.unfold(axis + 2, apart * (taps - 1) + 1, step)[..., ::apart]
+    axes = len(module.kernel_size)
+    return wide.movedim(1, axes + 1).flatten(0, axes).flatten(1)  # [B, *positions, C, *taps] before
 
 
-def _places(module: nn.Module, wide: Tensor, chosen: Tensor | None) -> Tensor:
-    """Where the patches of the chosen positions lie in a padded, flattened map, int64 [B, n, taps]; all: B is 1."""
-    corner, offset = torch.zeros((), dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-    sides = list(zip(wide.shape[2:], module.kernel_size, module.dilation, steps(module), strict=True))
-    counts = [(size - far * (taps - 1) - 1) // step + 1 for size, taps, far, step in sides]
-    left = torch.arange(math.prod(counts))[None] if chosen is None else chosen.cpu()  # [B, n], to be taken apart
-    stride = 1
-    for (size, taps, far, step), count in zip(reversed(sides), reversed(counts), strict=True):
-        corner = corner + left % count * step * stride
-        offset = ((torch.arange(taps) * far * stride)[:, None] + offset).flatten()
-        left, stride = left // count, stride * size
-    return (corner[..., None] + offset).to(wide.device)
+def _geometry(module: nn.Module) -> list[tuple[int, int, int]]:
+    """Taps, stride and dilation of each axis."""
+    return list(zip(module.kernel_size, steps(module), module.dilation, strict=True))
+
+
+def _places(module: nn.Module, wide: Tensor, chosen: Tensor) -> Tensor:
+    """Where the patches of the chosen positions lie in a padded, flattened map, int64 [B, n, taps]."""
+    place = torch.zeros((*chosen.shape, 1), dtype=torch.int64, device=chosen.device)
+    left, apart_in_memory = chosen, 1
+    for (taps, step, apart), length in reversed(list(zip(_geometry(module), wide.shape[2:], strict=True))):
+        count = (length - apart * (taps - 1) - 1) // step + 1  # positions along this axis
+        first = (left % count * step * apart_in_memory)[..., None, None]
+        offsets = torch.arange(taps, device=chosen.device)[:, None] * apart * apart_in_memory
+        place = (first + offsets + place[..., None, :]).flatten(2)  # the last axis runs fastest
+        left, apart_in_memory = left // count, apart_in_memory * length
+    return place
 
 
 def output_rows(module: nn.Module, outputs: Tensor, chosen: Tensor | None) -> Tensor:

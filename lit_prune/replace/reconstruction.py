@@ -125,7 +125,7 @@ def reader_moments(
 
     Args:
         model: the network.
-        layers: convolutions without groups, or Linear.
+        layers: see `is_solvable`.
         batches: what the task reads; targets are not used.
         task: what a batch and an output mean; None recognises it.
         seed: of the positions, of which `POSITIONS` an image are used for the covariance, and of the projections.

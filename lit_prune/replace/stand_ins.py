@@ -151,7 +151,7 @@ def fold(module: nn.Module, reader: Reader, stand_in: StandIn, size: tuple[int, 
         module: the reader in the original network.
         reader: what goes.
         stand_in: for its removed columns.
-        size: height and width of the map it reads; () for a linear layer.
+        size: of the map it reads, such as height and width; () for a linear layer.
 
     Source: causal mechanism reduction, proposition 1.
     """

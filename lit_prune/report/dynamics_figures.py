@@ -13,9 +13,12 @@ from lit_prune.report.run_folder import AbsentInput, RunFolder, stages_if_any
 from lit_prune.report.sections import register_section
 
 COSINES = {
-    "capture_task": (r"$\nabla I_X$, $\nabla I_T$", drawing.BLUE),
-    "update_capture": (r"$-\nabla L$, $\nabla I_X$", drawing.GREEN),
-    "update_task": (r"$-\nabla L$, $\nabla I_T$", drawing.ORANGE),
+    f"task direction: {title}": {
+        f"capture_{name}": (rf"$\nabla I_X$, $\nabla {symbol}$", drawing.BLUE),
+        "update_capture": (r"$-\nabla L$, $\nabla I_X$", drawing.GREEN),
+        f"update_{name}": (rf"$-\nabla L$, $\nabla {symbol}$", drawing.ORANGE),
+    }
+    for name, title, symbol in (("task", "of the information", "I_T"), ("correlation", "of the correlation", r"\rho"))
 }
 DYNAMICS = {
     "coupling": ("ρ($I_X$, $I_T$)", {"coupling": ("coupling", drawing.BLUE)}),
@@ -50,18 +53,20 @@ def draw_dynamics(run: RunFolder) -> Picture:
 
 @register_section("gradients", "Directions of change", place=90)
 def draw_gradients(run: RunFolder) -> Picture:
-    """Draws the three cosines between information gradients and the direction of descent over epochs."""
-    table = run.table("trace/gradients.parquet", ["epoch", *COSINES])
+    """Draws the cosines between information gradients and descent over epochs, one panel a task direction."""
+    columns = dict.fromkeys(column for lines in COSINES.values() for column in lines)
+    table = run.table("trace/gradients.parquet", ["epoch", *columns])
     figure = new_figure(3.4)
-    axes = figure.subplots()
-    _draw_bands(axes, table, COSINES, named=True)
-    axes.set(xlabel="epochs finished", ylabel="cosine, mean over channels")
-    drawing.mark_stages(axes, stages_if_any(run))
+    for axes, (title, lines) in zip(figure.subplots(1, 2, sharey=True), COSINES.items(), strict=True):
+        _draw_bands(axes, table, lines, named=True)
+        axes.set(title=title, xlabel="epochs finished", ylabel="cosine, mean over channels")
+        drawing.mark_stages(axes, stages_if_any(run))
     return Picture(
         figure,
         "Cosines in the space of a channel's weights, mean over channels and layers, band from the first to the third "
         "quartile of the layers. Near zero: raising one quantity leaves the other as it is, and descent on the loss "
-        "serves neither directly.",
+        "serves neither directly. The information does not know whether T rises or falls with a channel; the "
+        "correlation does, and its direction turns round where T falls.",
     )
 
 

@@ -31,7 +31,7 @@ def to_layers(evidence: Evidence, units: Mapping[str, Tensor]) -> dict[str, Tens
     """The units' values [size] at every coupled layer's channels [N]; NaN at channels of groups that are not given."""
     found: dict[str, Tensor] = {}
     for group, values in units.items():
-        for layer, positions in evidence.couplings[group]:
+        for layer, positions in evidence.couplings.get(group, ()):
             channels = out_channels(evidence.layers[layer])
             vector = found.setdefault(layer, torch.full((channels,), torch.nan, dtype=torch.float64))
             vector[positions] = values[:, None]

@@ -53,7 +53,7 @@ def make_plan(
         round_to: widths are multiples of it.
         normalisation: "none", "layer_mean", "layer_max", "rank", "z" or "isomorphic".
         cap: largest share of a group that may go.
-        only: "mid", "planes", group names, or None.
+        only: "mid", "planes", "heads", "width", a list of them and of group names, or None for all but "width".
         protect: names of groups that stay whole.
 
     Returns:
@@ -106,7 +106,10 @@ def plan_ladders(graph: ChannelGraph, cost_model: CostModel, ranks: Ranks, measu
     left_out = [name for name in scores if name not in measured]
     scores = {name: values for name, values in scores.items() if name in measured}
     if not scores:
-        raise InputError(f"nothing to prune: no damage was measured for {', '.join(left_out[:6])}")
+        raise InputError(
+            f"nothing to prune: {', '.join(left_out[:6])} are read by layers that cannot be solved again; give "
+            "allocation='global' or 'uniform' and a score that needs no solve, such as 'magnitude'"
+        )
 
     def choose(steps: Steps, price: Price, target: float) -> np.ndarray:
         allowed = [allowed_widths(len(values), request.round_to, request.cap) for values in scores.values()]

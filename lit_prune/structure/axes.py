@@ -68,14 +68,29 @@ def is_channelwise(module: object) -> bool:
     return channelwise or is_depthwise(module) or is_frozen_norm(module)
 
 
+def is_layer_norm(module: object) -> bool:
+    """Whether `module` takes statistics over all channels and has a scale for each: LayerNorm, RMSNorm, timm's GRN."""
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        return len(module.normalized_shape) == 1
+    return is_response_norm(module)
+
+
+def is_response_norm(module: object) -> bool:
+    """Whether `module` is the global response norm of ConvNeXt v2 (timm)."""
+    return type(module).__name__ == "GlobalResponseNorm"
+
+
 def goes_by_group(module: nn.Module) -> bool:
     """Whether a grouped convolution loses whole groups (where they are many and narrow), or the same places of each."""
     return module.groups >= module.in_channels // module.groups
 
 
 def channel_dim(module: nn.Module, values: Tensor) -> int:
-    """Channels are last for a linear layer, second otherwise (first for an unbatched map)."""
-    if isinstance(module, nn.Linear):
+    """Channels are last for linear layers, attentions and LayerNorms, else second (first for an unbatched map)."""
+    if is_response_norm(module):
+        return module.channel_dim % values.dim()
+    maps = "2d" in type(module).__name__  # the LayerNorm2d of torchvision and timm
+    if isinstance(module, (nn.Linear, nn.MultiheadAttention)) or (is_layer_norm(module) and not maps):
         return values.dim() - 1
     spatial = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
     dims = next((dims for kind, dims in spatial.items() if isinstance(module, kind)), None)
@@ -114,6 +129,8 @@ def width(module: nn.Module | nn.Parameter, axis: str) -> int:
         return len(module.weight)
     if isinstance(module, nn.GroupNorm):
         return module.num_channels
+    if is_layer_norm(module):
+        return len(module.weight) if is_response_norm(module) else module.normalized_shape[0]
     return module.num_parameters if isinstance(module, nn.PReLU) else module.num_features
 
 

@@ -19,6 +19,7 @@ from lit_prune.arguments import checked
 from lit_prune.errors import InputError
 from lit_prune.structure import axes
 from lit_prune.structure.groups import ChannelGraph
+from lit_prune.structure.opened import open_copy
 from lit_prune.structure.tracing import one_sample, run, undisturbed
 
 
@@ -250,7 +251,7 @@ class CostModel:
     @classmethod
     def build(cls, model: nn.Module, graph: ChannelGraph, example_input: Any) -> "CostModel":
         """Counts `model` once and relates the layers to the groups of `graph`, which was traced on it."""
-        counted = cost(model, example_input)
+        counted = cost(open_copy(model), example_input)  # there the projections of every attention are layers
         sizes = np.array([group.size for group in graph.groups], dtype=np.int64)
         macs, params = (np.zeros((len(sizes) + 1,) * 2, dtype=np.int64) for _ in range(2))
         rows = _axis_rows(graph)
@@ -258,7 +259,11 @@ class CostModel:
             module = model.get_submodule(name)
             if layer.kind == "attention" or not axes.is_weighted(module):
                 heads = _heads_row(rows, graph, name)
-                macs[-1] += layer.macs // int(heads @ np.append(sizes, 1)) * heads
+                inner = rows.get((f"{name}.in_proj_weight", "dim:1"))
+                projections = 0 if inner is None else _projections(module, layer)
+                macs[-1] += (layer.macs - projections) // int(heads @ np.append(sizes, 1)) * heads
+                if projections:
+                    macs += projections // _dense(heads, inner, sizes) * np.outer(heads, inner)
                 continue
             out, inner = _row(rows, graph, module, name, "out"), _row(rows, graph, module, name, "in")
             macs += layer.macs // _dense(out, inner, sizes) * np.outer(out, inner)
@@ -278,6 +283,13 @@ class CostModel:
         """Widths after a plan that keeps these units, int64 [G]."""
         kept = [len(keep_channels.get(name, range(size))) for name, size in zip(self.names, self.sizes, strict=True)]
         return np.array(kept, dtype=np.int64)
+
+
+def _projections(module: nn.MultiheadAttention, layer: LayerCost) -> int:
+    """What the four projections take of `h·(2LE + 2SE + 2LS)` multiply-adds; h = heads · their width, L = queries."""
+    inner, width, queries = module.num_heads * module.head_dim, module.embed_dim, layer.positions
+    keys = (layer.macs // inner - 2 * queries * width) // (2 * (width + queries))
+    return 2 * inner * width * (queries + keys)
 
 
 def _form(matrix: np.ndarray, widths: np.ndarray) -> int:
@@ -334,7 +346,7 @@ def _parameter_terms(model: nn.Module, name: str, parameter: Tensor, rows: dict,
     if axes.is_weighted(module) and key == "weight":
         out, inner = _row(rows, graph, module, owner, "out"), _row(rows, graph, module, owner, "in")
     else:
-        cuttable = axes.is_weighted(module) or axes.is_channelwise(module)
+        cuttable = axes.is_weighted(module) or axes.is_channelwise(module) or axes.is_layer_norm(module)
         places = [(owner if cuttable else name, "out"), *((name, f"dim:{dim}") for dim in range(parameter.dim()))]
-        out, inner = next((rows[place] for place in places if place in rows), unit), unit
+        out, inner = ([rows[place] for place in places if place in rows] + [unit, unit])[:2]
     return parameter.numel() // _dense(out, inner, sizes) * np.outer(out, inner)

@@ -36,7 +36,7 @@ class Group:
         protected: "" or the reason why no unit may be removed.
         producers: convolutions and linear layers (depthwise ones left out) that write the channels.
         consumers: convolutions and linear layers that read them.
-        role: "planes" (trunk, see `group_role`), "mid" or "heads".
+        role: "planes" (trunk, see `group_role`), "mid", "heads" or "width".
         kind: role and types of layers; groups of one kind are built alike and their scores compare.
     """
 
@@ -51,7 +51,11 @@ class Group:
 
 
 def group_role(group: Group) -> str:
-    """Role of a group in a network of blocks: "planes", "mid" or "heads" (whole heads of an attention).
+    """Role of a group in a network of blocks: "planes", "mid", "heads" (whole heads of an attention) or "width".
+
+    "width" is every width that a LayerNorm or RMSNorm takes its statistics over, such as the embedding of a
+    transformer or ConvNeXt: what is left is the same architecture built narrower, not the network with those channels
+    silenced, so it goes only where it is asked for.
 
     "planes" is the trunk: channels that a residual add joins from several producers (the stem too where its output
     feeds the first add), channels that pass through a padded shortcut, a stem that both the first block and its
@@ -117,7 +121,11 @@ def assign_roles(model: nn.Module, groups: Sequence[Group], drafts: Sequence[Dra
         if not trunk and protection.has_depthwise(model, group.members):
             read |= dict.fromkeys(group.consumers, group.producers)
     roles = [
-        "planes" if trunk or protection.is_projection(model, group, read) else "mid"
+        "width"
+        if protection.has_layer_norm(model, group.members)
+        else "planes"
+        if trunk or protection.is_projection(model, group, read)
+        else "mid"
         for group, trunk in zip(groups, sure, strict=True)
     ]
     return tuple(replace(group, role=role) for group, role in zip(groups, roles, strict=True))

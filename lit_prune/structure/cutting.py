@@ -18,7 +18,10 @@ def cut_layer(model: nn.Module, name: str, axis: str, positions: list[int]) -> N
     if axes.stated(axis):
         setattr(open_layer(target), axes.stated(axis), axes.width(target, axis) - len(positions))
         return
-    holder = model.get_submodule(name.rpartition(".")[0]) if isinstance(target, Tensor) else target
+    around = model.get_submodule(name.rpartition(".")[0])
+    if around is not model:
+        open_layer(around)  # an attention whose width changes
+    holder = around if isinstance(target, Tensor) else target
     before = dict(holder.named_parameters(recurse=False))
     if holder is target:
         next(cut for fits, cut in _CUTS if fits(target))(target, axis, positions)
@@ -91,6 +94,12 @@ def _group_norm(layer: nn.GroupNorm, axis: str, positions: Sequence[int]) -> Non
     layer.num_groups = layer.num_channels // width
 
 
+def _layer_norm(layer: nn.Module, axis: str, positions: Sequence[int]) -> None:
+    _drop(layer, _NORM, positions)
+    if not axes.is_response_norm(layer):
+        layer.normalized_shape = (layer.normalized_shape[0] - len(positions),)
+
+
 def _prelu(layer: nn.PReLU, axis: str, positions: Sequence[int]) -> None:
     _drop(layer, ("weight",), positions)
     layer.num_parameters -= len(positions)
@@ -107,6 +116,7 @@ _CUTS = (  # (whether it fits a layer, what cuts it)
     (lambda module: isinstance(module, axes.CONVOLUTIONS), _convolution),
     (lambda module: isinstance(module, nn.Linear), _linear),
     (lambda module: isinstance(module, nn.GroupNorm), _group_norm),
+    (axes.is_layer_norm, _layer_norm),
     (lambda module: isinstance(module, nn.PReLU), _prelu),
     (lambda module: isinstance(module, axes.PaddedShortcut), _shortcut),
     (lambda module: True, _norm),

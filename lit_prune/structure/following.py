@@ -92,9 +92,13 @@ class Follower(TorchDispatchMode):
             if output is not NotImplemented:
                 return output
         before = None if self._inside else [self.of(t) for t in _tensors((args, kwargs))]
+        strides = args[0].stride() if name in operations.RESTRIDES else ()
         output = function(*args, **kwargs)
         if before is not None and any(labels is not None for labels in before):
-            self._follow(name, function, args, kwargs, output)
+            if strides and operations.same_places(before[0].shape, strides, output):
+                self.put(output, before[0])
+            else:
+                self._follow(name, function, args, kwargs, output)
         return output
 
     def _follow(self, name: str, function: Any, args: tuple, kwargs: dict, output: Any) -> None:
@@ -148,7 +152,9 @@ class Follower(TorchDispatchMode):
         whole = torch.zeros((), dtype=torch.float64).expand(result.shape)
         for _, labels in together:
             self.labels.tie(whole, labels)
-            whole = labels if bool((compact(whole) == NOBODY).all()) else torch.where(whole == NOBODY, labels, whole)
+            nobody = compact(whole) == NOBODY
+            if bool(nobody.any()):
+                whole = labels if bool(nobody.all()) else torch.where(whole == NOBODY, labels, whole)
         if name in operations.ADDITIONS and sum(_key(t) not in self._bare for t, _ in together) > 1:
             self.labels.join([labels for _, labels in together])
         self.put(result, whole)
@@ -247,16 +253,19 @@ class Follower(TorchDispatchMode):
         self.put(output, one.expand(output.shape))
 
     def _along(self, name: str, args: tuple, kwargs: dict, output: Any) -> None:
-        """Statistics of one channel's values are the channel's; those over several channels keep them all."""
+        """Statistics of one channel's values are the channel's; those over several tie them, or keep them all."""
         labels = self.of(args[0])
         dims = args[1] if len(args) > 1 else kwargs.get("dim")
         if name in ("linalg_vector_norm", "norm"):
             dims = args[2] if len(args) > 2 else kwargs.get("dim")
         dims = range(labels.dim()) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
         dims = [dim % max(labels.dim(), 1) for dim in dims]
-        if any(varies(labels, dim) for dim in dims):
+        mixed = [dim for dim in dims if varies(labels, dim)]
+        if mixed and not any(varies(labels, dim) for dim in range(labels.dim()) if dim not in mixed):
             self.labels.keep([labels], protection.operation(name))
             return
+        for dim in mixed:
+            self.labels.tie(labels.narrow(dim, 0, 1).expand(labels.shape), labels)
         for tensor in _tensors(output):
             left = labels
             if tensor.dim() == labels.dim():

@@ -17,6 +17,7 @@ from lit_prune.structure.coupling import Draft, Group, Member, assign_roles, gro
 from lit_prune.structure.cutting import cut_layer
 from lit_prune.structure.example import Example
 from lit_prune.structure.heads import axis_widths, head_groups, with_heads
+from lit_prune.structure.opened import opened
 from lit_prune.structure.proposals import propose_groups
 from lit_prune.structure.tracing import one_sample, run, undisturbed
 
@@ -102,7 +103,7 @@ def trace_groups(model: nn.Module, example_input: Any) -> ChannelGraph:
     Raises:
         InputError: the network does not run on `example_input`.
     """
-    with undisturbed(model):
+    with undisturbed(model), opened(model):
         sample = one_sample(model, example_input)
         sites = probe.find_sites(model)
         try:
@@ -112,7 +113,7 @@ def trace_groups(model: nn.Module, example_input: Any) -> ChannelGraph:
             raise
         reasons = _contradictions(model, sample, drafts, sites)
         heads = head_groups(model, sample)
-        widths = sites.widths | axis_widths(model, heads)
+        widths = sites.widths | axis_widths(model, [*heads, *(draft.group for draft in drafts)])
     protected = [replace(d.group, protected=d.group.protected or reasons.get(d.group.name, "")) for d in drafts]
     groups = with_heads(assign_roles(model, protected, drafts), heads)
     return ChannelGraph(tuple(with_kind(model, group) for group in groups), widths)

@@ -29,7 +29,7 @@ def rule_for(module: nn.Module) -> Rule | None:
         return _group_norm
     if axes.is_channelwise(module) and not axes.is_single_prelu(module):
         return _channelwise
-    return _layer_norm if isinstance(module, nn.LayerNorm) else None
+    return _layer_norm if axes.is_layer_norm(module) or isinstance(module, (nn.LayerNorm, nn.RMSNorm)) else None
 
 
 def _rows(module: nn.Module, labels: Tensor) -> Tensor:
@@ -107,6 +107,9 @@ def _channelwise(follower: Follower, name: str, module: nn.Module, args: tuple, 
     own = follower.labels.axis(name, "out", axes.width(module, "out"))
     if _read(follower, module, args[0], own):
         _write(follower, module, output, own)
+    elif axes.is_layer_norm(module):
+        follower.labels.keep([follower.of(args[0])], protection.statistics(name, module))
+        follower.put(output, follower.of(args[0]))
     else:
         _pass(follower, module, args[0], output)
 
@@ -123,13 +126,25 @@ def _group_norm(follower: Follower, name: str, module: nn.GroupNorm, args: tuple
 
 
 def _layer_norm(follower: Follower, name: str, module: nn.LayerNorm, args: tuple, output: Any) -> None:
-    labels = follower.of(args[0])
-    if labels is not None:
+    """Channels pass one by one, though the statistics are those of the ones that are left (role "width")."""
+    if axes.is_layer_norm(module):
+        _channelwise(follower, name, module, args, output)
+    elif (labels := follower.of(args[0])) is not None:
         follower.labels.keep([labels], protection.statistics(name, module))
         follower.put(output, labels)
 
 
 def _attention(follower: Follower, name: str, module: nn.MultiheadAttention, args: tuple, output: Any) -> None:
+    """Queries, keys and values are read alike and the projection writes; its heads are found by `heads`."""
+    if module.in_proj_weight is not None:
+        parts = ((f"{name}.in_proj_weight", "dim:1"), (f"{name}.out_proj", "out"), (name, "attribute:embed_dim"))
+        own, out, stated = (follower.labels.axis(*part, module.embed_dim) for part in parts)
+        follower.labels.tie(own, out)
+        follower.labels.tie(own, stated)
+        for tensor in args[:3]:
+            _read(follower, module, tensor, own)
+        _write(follower, module, output[0], out)
+        return
     found = [labels for t in tree_leaves(args) if isinstance(t, Tensor) and (labels := follower.of(t)) is not None]
     follower.labels.keep(found, protection.ATTENTION)
     for tensor in tree_leaves(output):

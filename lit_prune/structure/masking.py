@@ -98,8 +98,8 @@ def plan_masks(graph: ChannelGraph, counted: Cost, ranks: Ranks, request: Budget
             f"budget={request.kind!r}, allocation={request.allocation!r}: masks take a budget of macs or channels, "
             "shared out global or uniform"
         )
-    groups = [group for group in selected_groups(graph, request) if group.role != "heads"]  # channels alone are masked
-    layers = [name for group in groups for name in group.producers if name in ranks]
+    silent = [group for group in selected_groups(graph, request) if group.role in ("mid", "planes")]
+    layers = [name for group in silent for name in group.producers if name in ranks]
     if not layers:
         raise InputError(f"nothing to mask: no layer of the selected groups has scores (only={request.only!r})")
     scores = [normalise(ranks[name].double().cpu().numpy(), request.normalisation) for name in layers]

@@ -6,6 +6,7 @@ from timm.layers import apply_rot_embed_cat
 from timm.models.beit import Attention as BeitAttention
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from lit_prune.structure.open_attention import join_heads, split_heads
 from lit_prune.structure.opened import opens
@@ -27,7 +28,7 @@ class _OpenTokens:
             parts = self.qkv(x).chunk(3, -1)
         else:
             bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-            parts = F.linear(x, self.qkv.weight, bias).chunk(3, -1)
+            parts = functional_call(self.qkv, {"bias": bias}, x).chunk(3, -1)
         return tuple(split_heads(part, self.num_heads) for part in parts)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool = False) -> Tensor:

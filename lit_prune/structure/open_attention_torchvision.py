@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.func import functional_call
 from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
 
 from lit_prune.structure.open_attention import join_heads, split_heads
@@ -63,7 +64,7 @@ class OpenShiftedWindowAttentionV2(_OpenWindows, ShiftedWindowAttentionV2):
         if bias is None:
             return self.qkv(x)
         q, k, v = bias.chunk(3)
-        return F.linear(x, self.qkv.weight, torch.cat([q, torch.zeros_like(k), v]))
+        return functional_call(self.qkv, {"bias": torch.cat([q, torch.zeros_like(k), v])}, x)
 
     def _scores(self, q: Tensor, k: Tensor) -> Tensor:
         cosines = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)

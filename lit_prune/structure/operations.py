@@ -40,7 +40,19 @@ VIEWS = frozenset("view _unsafe_view reshape _reshape_alias".split())
 SPLITS = frozenset("split split_with_sizes unsafe_split unsafe_chunk unsafe_split_with_sizes".split())
 BATCH_NORM = frozenset("native_batch_norm _native_batch_norm_legit_no_training cudnn_batch_norm batch_norm".split())
 ADDITIONS = frozenset("add add_ sub sub_".split())
-KNOWN = MOVES | SPATIAL | REDUCTIONS | ALONG | PRODUCTS | SAME | NOTHING | BATCH_NORM | {"constant_pad_nd", "glu"}
+RESTRIDES = frozenset("as_strided as_strided_".split())
+KNOWN = (
+    RESTRIDES
+    | MOVES
+    | SPATIAL
+    | REDUCTIONS
+    | ALONG
+    | PRODUCTS
+    | SAME
+    | NOTHING
+    | BATCH_NORM
+    | {"constant_pad_nd", "glu"}
+)
 KNOWN |= {"channel_shuffle", "native_channel_shuffle"}
 
 
@@ -54,6 +66,12 @@ def is_spread(tensor: Tensor, dim: int, dims: int) -> bool:
     """Whether the value of a tensor is the same all along a dimension of an output with so many dimensions."""
     own = dim - (dims - tensor.dim())
     return own < 0 or tensor.shape[own] == 1
+
+
+def same_places(shape: torch.Size, strides: tuple[int, ...], output: Tensor) -> bool:
+    """Whether other strides leave every value at its place: as before wherever there is a step to take."""
+    steps = zip(strides, output.stride(), output.shape, strict=False)
+    return shape == output.shape and all(a == b or size == 1 for a, b, size in steps)
 
 
 def spatial_dims(name: str) -> int:

@@ -7,10 +7,10 @@ cleans them, and a group is right exactly if the marks are at the positions that
 A shifted padding, a channel shuffle, a norm over channels, attention or an unknown operation all fail the check.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -43,12 +43,14 @@ class Sites:
         writers: modules whose output channels can be marked (convolution, linear layer, padded shortcut).
         readers: modules that end a group: the marks on their input are noted and cleaned.
         passers: channel-wise layers (norm, depthwise convolution, PReLU): the marks on their input are noted.
+        norms: those of them whose statistics mix channels (LayerNorm): the marks are put behind them again.
         widths: (module, axis) -> number of channels.
     """
 
     writers: dict[str, nn.Module] = field(default_factory=dict)
     readers: dict[str, nn.Module] = field(default_factory=dict)
     passers: dict[str, nn.Module] = field(default_factory=dict)
+    norms: dict[str, nn.Module] = field(default_factory=dict)
     widths: dict[tuple[str, str], int] = field(default_factory=dict)
 
 
@@ -62,6 +64,13 @@ def find_sites(model: nn.Module) -> Sites:
         elif axes.is_channelwise(module) and not axes.is_single_prelu(module):
             sites.passers[name] = module
             sites.widths[name, "out"] = axes.width(module, "out")
+        elif axes.is_layer_norm(module):
+            sites.passers[name] = sites.norms[name] = module
+            sites.widths[name, "out"] = axes.width(module, "out")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
+            sites.readers[f"{name}.in_proj_weight"] = sites.writers[f"{name}.out_proj"] = module
+            sites.widths[f"{name}.in_proj_weight", "dim:1"] = module.embed_dim
     sites.widths |= {
         (name, "out"): tensor.numel() for name, tensor in (*model.named_parameters(), *model.named_buffers())
     }
@@ -113,7 +122,7 @@ def find_fed_by_input(model: nn.Module, sample: Example, groups: Sequence[_Group
 
 def _entrance(sites: Sites, name: str, axis: str) -> bool:
     """Whether the marks of this axis arrive at the input of the module."""
-    return (axis == "in" and name in sites.readers) or name in sites.passers
+    return (axis in ("in", "dim:1") and name in sites.readers) or name in sites.passers
 
 
 def _halves(groups: Iterable[_Group], generator: np.random.Generator) -> tuple[dict[str, np.ndarray], ...]:
@@ -151,31 +160,56 @@ def _holds(model: nn.Module, sample: Example, groups: Sequence[_Group], chosen: 
     return all(np.array_equal(row, claim) for row, claim in calls)
 
 
+def inputs(module: nn.Module) -> int:
+    """Number of arguments that a reader reads: queries, keys and values of an attention, else one."""
+    return 3 if isinstance(module, nn.MultiheadAttention) else 1
+
+
+def with_inputs(module: nn.Module, args: tuple, change: Callable[[Tensor], Tensor]) -> tuple:
+    """The arguments of a reader, each of what it reads changed; one tensor that comes several times stays one."""
+    changed: dict[int, Tensor] = {}
+    for values in args[: inputs(module)]:
+        if id(values) not in changed:
+            changed[id(values)] = change(values)
+    return tuple(changed[id(v)] for v in args[: inputs(module)]) + args[inputs(module) :]
+
+
 @contextmanager
 def _watching(sites: Sites, marks: _Marks) -> Iterator[dict[str, list[np.ndarray]]]:
     """Hooks that mark, note and clean; yields name -> marks found on each call, bool [channels]."""
     seen: dict[str, list[np.ndarray]] = {}
+    held: dict[str, Tensor] = {}
 
     def note(name: str, cleans: bool):
         def hook(module: nn.Module, args: tuple) -> tuple | None:
-            bad = args[0].isnan()
-            dim = axes.channel_dim(module, args[0])
-            rows = bad.movedim(dim, -1).reshape(-1, bad.shape[dim]).any(0)  # [C]
-            seen.setdefault(name, []).append(rows.cpu().numpy())
-            return (args[0].masked_fill(bad, 0.0), *args[1:]) if cleans else None
+            for values in args[: inputs(module)]:
+                bad = values.isnan()
+                dim = axes.channel_dim(module, values)
+                rows = bad.movedim(dim, -1).reshape(-1, bad.shape[dim]).any(0)  # [C]
+                seen.setdefault(name, []).append(rows.cpu().numpy())
+                held.update({name: bad} if name in sites.norms else {})
+            return with_inputs(module, args, lambda v: v.masked_fill(v.isnan(), 0.0)) if cleans else None
 
         return hook
 
     def mark(row: np.ndarray):
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-            shape = [1] * output.dim()
-            shape[axes.channel_dim(module, output)] = -1
-            return output.masked_fill(torch.from_numpy(row).to(output.device).view(shape), torch.nan)
+        def hook(module: nn.Module, args: tuple, output: Any) -> Any:
+            first, *others = output if isinstance(output, tuple) else (output,)  # an attention gives its weights too
+            shape = [1] * first.dim()
+            shape[axes.channel_dim(module, first)] = -1
+            marked = first.masked_fill(torch.from_numpy(row).to(first.device).view(shape), torch.nan)
+            return (marked, *others) if isinstance(output, tuple) else marked
 
         return hook
 
+    def again(name: str):
+        return lambda module, args, output: output.masked_fill(held.pop(name), torch.nan)
+
     handles = [module.register_forward_pre_hook(note(name, True)) for name, module in sites.readers.items()]
-    handles += [module.register_forward_pre_hook(note(name, False)) for name, module in sites.passers.items()]
+    handles += [
+        module.register_forward_pre_hook(note(name, name in sites.norms)) for name, module in sites.passers.items()
+    ]
+    handles += [module.register_forward_hook(again(name)) for name, module in sites.norms.items()]
     handles += [
         module.register_forward_hook(mark(marks[name, "out"]))
         for name, module in sites.writers.items()

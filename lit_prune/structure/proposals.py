@@ -1,6 +1,7 @@
 """Groups of coupled channels: what goes together according to one pass through the network, see `following`."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from lit_prune.structure.following import Follower
 from lit_prune.structure.labels import Labels
 
 _Unit = dict[axes.Axis, list[int]]
+_STATED = ("hidden_dim", "embed_dim", "num_features", "head_hidden_size")
+"""Attributes in which a network states the width of its embedding."""
 
 
 def propose_groups(model: nn.Module, sample: Example) -> list[Draft]:
@@ -33,7 +36,21 @@ def propose_groups(model: nn.Module, sample: Example) -> list[Draft]:
     labels = follower.labels
     labels.keep([found for t in _results(output) if (found := follower.of(t)) is not None], protection.OUTPUT)
     _tie_shared(model, labels)
-    return list(_drafts(model, labels))
+    return _with_attributes(model, list(_drafts(model, labels)))
+
+
+def _with_attributes(model: nn.Module, drafts: list[Draft]) -> list[Draft]:
+    """The drafts; the width that norms read takes the attributes of the network along that state it."""
+    wide = [draft.group.size for draft in drafts if protection.has_layer_norm(model, draft.group.members)]
+    found = []
+    for draft in drafts:
+        group = draft.group
+        keys = [key for key in _STATED if getattr(model, key, None) == group.size]
+        if wide.count(group.size) == 1 and protection.has_layer_norm(model, group.members):
+            units = tuple((unit,) for unit in range(group.size))
+            group = replace(group, members=group.members + tuple(Member("", f"attribute:{key}", units) for key in keys))
+        found.append(Draft(group, draft.joined))
+    return found
 
 
 def _results(output: Any) -> list[Tensor]:
@@ -77,12 +94,22 @@ def _drafts(model: nn.Module, labels: Labels) -> Iterator[Draft]:
     names: set[str] = set()
     for (counts, why), numbers in kinds.items():
         members = tuple(
-            Member(name, axis, tuple(tuple(units[number][name, axis]) for number in numbers))
-            for (name, axis), _ in counts
+            _member(model, name, axis, [units[number][name, axis] for number in numbers]) for (name, axis), _ in counts
         )
         group = assemble_group(model, members, names, why)
         names.add(group.name)
         yield Draft(group, bool(joined.intersection(numbers)))
+
+
+def _member(model: nn.Module, name: str, axis: str, positions: list[list[int]]) -> Member:
+    """The member of a group; slices of a bare tensor with several axes lie along the one that is the channels."""
+    tensor = axes.find(model, name)
+    if isinstance(tensor, Tensor) and sum(size > 1 for size in tensor.shape) > 1:
+        for dim, size in enumerate(tensor.shape):
+            where = np.unravel_index(np.array(positions), tensor.shape)[dim]  # [units, values of one]
+            if where.shape[1] * size == tensor.numel() and (where == where[:, :1]).all():
+                return Member(name, f"dim:{dim}", tuple((int(place),) for place in where[:, 0]))
+    return Member(name, axis, tuple(map(tuple, positions)))
 
 
 def _units(labels: Labels, component: np.ndarray) -> Mapping[int, _Unit]:

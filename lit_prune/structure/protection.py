@@ -54,7 +54,8 @@ def structural_reason(model: nn.Module, members: Sequence[_Member], heard: Set[s
     """
     if ATTENTION in heard:
         return ATTENTION
-    parts = sorted(((m.module, axes.find(model, m.module)) for m in members), key=lambda p: isinstance(p[1], Tensor))
+    layers = [m for m in members if ":" not in m.axis]
+    parts = sorted(((m.module, axes.find(model, m.module)) for m in layers), key=lambda p: isinstance(p[1], Tensor))
     reason = next((reason for name, module in parts if (reason := _layer_reason(name, module))), "")
     if reason or heard:
         named = [reason, *sorted(heard - set(_ORDER)), *(known for known in _ORDER if known in heard)]
@@ -69,13 +70,13 @@ def _layer_reason(name: str, module: nn.Module | Tensor) -> str:
     """Why the channels of one member may not be removed, or ""."""
     if isinstance(module, nn.MultiheadAttention):
         return ATTENTION
-    if isinstance(module, nn.LayerNorm):
+    if isinstance(module, nn.LayerNorm) and not axes.is_layer_norm(module):
         return statistics(name, module)
     if isinstance(module, Tensor):
         vector = sum(size > 1 for size in module.shape) == 1
         kind = "parameter" if isinstance(module, nn.Parameter) else "buffer"
         return "" if vector else f"{kind} {name} {list(module.shape)} has no axis known to be the channels"
-    if not axes.is_boundary(module) and not axes.is_channelwise(module):
+    if not axes.is_boundary(module) and not axes.is_channelwise(module) and not axes.is_layer_norm(module):
         return f"they pass through {name} ({type(module).__name__}), which cannot be cut"
     return _weight_reason(name, module)
 
@@ -104,6 +105,11 @@ def shared_parameters(model: nn.Module) -> list[list[tuple[str, str]]]:
 def has_depthwise(model: nn.Module, members: Iterable[_Member]) -> bool:
     """Whether a depthwise convolution follows the channels."""
     return any(axes.is_depthwise(axes.find(model, member.module)) for member in members)
+
+
+def has_layer_norm(model: nn.Module, members: Iterable[_Member]) -> bool:
+    """Whether a norm takes its statistics over the channels."""
+    return any(axes.is_layer_norm(axes.find(model, member.module)) for member in members)
 
 
 def is_trunk(model: nn.Module, group: _Group, joined: set[str]) -> bool:

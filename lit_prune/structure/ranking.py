@@ -13,7 +13,7 @@ from lit_prune.structure.groups import ChannelGraph, Group
 
 Ranks = Mapping[str, Tensor]
 
-ROLES = ("mid", "planes", "heads")
+ROLES = ("mid", "planes", "heads", "width")
 ALLOCATIONS = ("global", "uniform", "layerwise", "measured")
 
 
@@ -52,7 +52,8 @@ class Budget:
             "layer_max" (of absolute values), "rank" (to quantiles), "z"; or "isomorphic": to quantiles over all groups
             of one kind (heads with heads, MLP widths with MLP widths), so that each kind loses the same share.
         cap: largest share of a group that may go.
-        only: "mid", "planes", "heads" (see `group_role`), group names, or None for all.
+        only: "mid", "planes", "heads", "width" (see `group_role`), a list of them and of group names, or None for all
+            but "width", which changes the statistics of norms.
         protect: names of groups that stay whole.
     """
 
@@ -162,7 +163,7 @@ def _names(argument: str, value: str | Iterable[str]) -> tuple[str, ...]:
 
 def selected_groups(graph: ChannelGraph, request: Budget) -> list[Group]:
     """The prunable groups that the request names."""
-    only = request.only if isinstance(request.only, tuple) else ()
+    only = tuple(name for name in request.only if name not in ROLES) if isinstance(request.only, tuple) else ()
     for argument, names in (("only", only), ("protect", request.protect)):
         for name in names:
             if name not in graph.by_name:
@@ -172,9 +173,11 @@ def selected_groups(graph: ChannelGraph, request: Budget) -> list[Group]:
         if graph.by_name[name].protected:
             raise InputError(f"only: group {name!r} is protected ({graph.by_name[name].protected}); leave it out")
     wanted = [group for group in graph.prunable if group.name not in request.protect]
-    if isinstance(request.only, str):
-        return [group for group in wanted if group.role == request.only]
-    return wanted if request.only is None else [group for group in wanted if group.name in only]
+    if request.only is None:
+        named = request.keep if isinstance(request.keep, Mapping) else ()
+        return [group for group in wanted if group.role != "width" or group.name in named]
+    roles = (request.only,) if isinstance(request.only, str) else request.only
+    return [group for group in wanted if group.role in roles or group.name in only]
 
 
 def unit_scores(graph: ChannelGraph, group: Group, ranks: Ranks) -> np.ndarray | None:

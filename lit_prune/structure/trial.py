@@ -4,7 +4,8 @@ The positions of a group may be right (`probe`) and the cut still fail or comput
 width from an attribute, reshapes to a number, slices by position, multiplies two halves, standardises weights over
 channels, or has a head that runs in training alone. So half of the units of all groups are removed from a copy, which
 must run in both modes and give what the dense network gives with those units silenced: every reader of the group sees
-zeros in their place. If it does not, the groups are halved until the wrong ones are found.
+zeros in their place, and a LayerNorm takes its statistics over the others. If it does not, the groups are halved until
+the wrong ones are found.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -138,7 +139,7 @@ def _equal(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
 
 @contextmanager
 def _silenced(model: nn.Module, lost: Mapping[axes.Axis, Sequence[int]], sites: probe.Sites) -> Iterator[None]:
-    """Zeros, inside, at the input positions that the readers lose."""
+    """Inside, zeros at the input positions that the readers lose, and norms over the channels that they keep."""
 
     def zeros(positions: Sequence[int]):
         def hook(module: nn.Module, args: tuple) -> tuple:
@@ -146,12 +147,33 @@ def _silenced(model: nn.Module, lost: Mapping[axes.Axis, Sequence[int]], sites: 
             keep[list(positions)] = False
             shape = [1] * args[0].dim()
             shape[axes.channel_dim(module, args[0])] = -1
-            return (args[0].masked_fill(~keep.view(shape).to(args[0].device), 0.0), *args[1:])
+            mask = ~keep.view(shape).to(args[0].device)
+            return probe.with_inputs(module, args, lambda values: values.masked_fill(mask, 0.0))
 
         return hook
 
-    readers = {name: positions for (name, axis), positions in lost.items() if axis == "in" and name in sites.readers}
+    def over_the_rest(name: str, positions: list[int]):
+        small = nn.Module()
+        small.norm = sketch_network(sites.norms[name])
+        cut_layer(small, "norm", "out", positions)
+
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            dim = axes.channel_dim(module, args[0])
+            kept = [place for place in range(args[0].shape[dim]) if place not in set(positions)]
+            index = torch.tensor(kept, device=output.device)
+            return torch.zeros_like(output).index_copy(dim, index, small.norm(args[0].index_select(dim, index)))
+
+        return hook
+
+    norms = {name: list(positions) for (name, _), positions in lost.items() if name in sites.norms}
+    readers = {
+        name: positions for (name, axis), positions in lost.items() if axis in ("in", "dim:1") and name in sites.readers
+    }
     handles = [sites.readers[name].register_forward_pre_hook(zeros(positions)) for name, positions in readers.items()]
+    handles += [
+        sites.norms[name].register_forward_hook(over_the_rest(name, list(positions)))
+        for name, positions in norms.items()
+    ]
     try:
         yield
     finally:

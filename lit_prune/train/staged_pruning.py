@@ -79,7 +79,9 @@ class StagedPruning(Callback):
         scheduler: of the repair phases; None keeps the learning rate constant. Only with an `optimizer`.
         teacher: folder of a saved network (`save_compact`) to learn from; None: this run's own dense network.
         probe_limit: samples at the most that block information is measured on.
-        recalibration_batches: training batches for BatchNorm recalibration; 0 leaves the statistics alone.
+        recalibration_batches: training batches for BatchNorm recalibration; 0 leaves the statistics alone. None: 50,
+            but none after a stage whose layers were solved again (`refit`): they are right already, and new ones cost
+            about a point.
         tolerance: a repair that ends more than this worse than the dense network has failed: the run stops, the network
             of the last stage that held is handed over (the frontier experiment). None: never.
     """
@@ -97,13 +99,13 @@ class StagedPruning(Callback):
         scheduler: LRSchedulerCallable | None = None,
         teacher: str | None = None,
         probe_limit: int = 5000,
-        recalibration_batches: int = 50,
+        recalibration_batches: int | None = None,
         tolerance: float | None = None,
     ) -> None:
         super().__init__()
         if not stages or not all(isinstance(stage, BlockStage | ChannelStage) for stage in stages):
             raise InputError(f"StagedPruning needs BlockStage and ChannelStage objects as stages, got stages={stages}")
-        if probe_limit < 1 or recalibration_batches < 0:
+        if probe_limit < 1 or (recalibration_batches or 0) < 0:
             raise InputError(
                 f"probe_limit={probe_limit} is below 1 or recalibration_batches={recalibration_batches} below 0"
             )

@@ -86,35 +86,36 @@ PARTS = {"channels": None, "planes": "planes", "mid": "mid"}
 
 @dataclass(frozen=True)
 class ChannelStage(Stage):
-    """Slices channels.
+    """Slices channels; the defaults are the strongest recipe that was measured, that of `lit_prune.compress`.
 
     Args:
         keep: share of the *dense* network's `budget` left after this stage, in (0, 1].
         epoch: epoch (from 0) at whose start it happens; `compress` fills it in.
         part: `planes` slices the residual trunk, `mid` the channels inside the blocks, `channels` both.
         budget: what `keep` counts: `macs`, `params`, `latency`, or `channels` (the share of this stage's channels).
-        score: name of the method that ranks the channels (`lit_prune.scores.SCORES`), such as `hybrid`.
-        allocation: `global` (one threshold), `uniform` (the same share everywhere), or `measured` (by what the width of
-            each group does to the prediction).
+        score: name of the method that ranks the channels (`lit_prune.scores.SCORES`), such as `proxy` (the paper's).
+        allocation: `measured` (by what the width of each group does to the prediction), `global` (one threshold), or
+            `uniform` (the same share everywhere).
         normalisation: of the scores before a global threshold: none, layer_mean, layer_max, rank or z. None is none.
         round_to: widths are multiples of it.
         cap: largest share of one group that may go.
         protect: names of groups that stay whole.
-        replace: what stands in for removed channels (`lit_prune.replace_mechanisms`): nothing (`delete`), their means
-            (`constant`), combinations of kept channels (`affine`), or the readers solved again (`refit`).
+        replace: what stands in for removed channels (`lit_prune.replace_mechanisms`): `refit` (every layer from the
+            first cut on is solved again), combinations of kept channels (`affine`), their means (`constant`), or
+            nothing (`delete`).
     """
 
     keep: float
     epoch: int = 0
     part: Literal["channels", "planes", "mid"] = "channels"
     budget: Literal["macs", "params", "latency", "channels"] = "macs"
-    score: str = "proxy"
-    allocation: Literal["global", "uniform", "measured"] = "uniform"
+    score: str = "reconstruction"
+    allocation: Literal["global", "uniform", "measured"] = "measured"
     normalisation: Literal["none", "layer_mean", "layer_max", "rank", "z", "isomorphic"] | None = None
     round_to: int = 1
     cap: float = 0.95
     protect: tuple[str, ...] = ()
-    replace: Literal["delete", "constant", "affine", "refit"] = "delete"
+    replace: Literal["delete", "constant", "affine", "refit"] = "refit"
 
     @property
     def name(self) -> str:
@@ -294,7 +295,7 @@ def cut(
     """
     if isinstance(stage, BlockStage) or stage.replace == "delete":
         return apply_plan(model, plan, example_input), plan
-    settings = Replacement(unsupported="delete")
+    settings = Replacement(unsupported="delete", towards="weights")  # determined by however few samples
     reduced = replace_mechanisms(model, plan, batches, example_input, stage.replace, settings=settings, task=task)
     return reduced.model, reduced.plan
 

@@ -225,6 +225,19 @@ def test_sampled_rows_are_the_patches_that_the_convolution_reads(options):
         torch.testing.assert_close(rows @ layer.weight.flatten(1).T, output_rows(layer, outputs, positions))
 
 
+@pytest.mark.parametrize(("kind", "size"), [(nn.Conv1d, (11,)), (nn.Conv3d, (4, 5, 6))])
+@pytest.mark.parametrize("options", [{}, {"padding": 1, "stride": 2}, {"dilation": 2, "padding": 2}])
+def test_sampled_rows_of_one_and_three_dimensions(kind, size, options):
+    torch.manual_seed(0)
+    layer = kind(3, 4, 2, bias=False, **options).double()
+    inputs = torch.randn(2, 3, *size, dtype=torch.float64)
+    outputs = layer(inputs)
+    chosen = PositionSample(4, seed=1).draw(2, outputs[0, 0].numel())
+    for positions in (None, chosen):
+        rows = input_rows(layer, inputs, positions)
+        torch.testing.assert_close(rows @ layer.weight.flatten(1).T, output_rows(layer, outputs, positions))
+
+
 def test_sampled_positions_are_seeded_distinct_and_in_range():
     draws = [PositionSample(5, seed=1).draw(4, 30) for _ in range(2)]
     assert torch.equal(*draws)

@@ -83,6 +83,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int]]] = {
         lambda: timm.create_model("deit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, num_classes=10),
         (3, 32, 32),
     ),
+    "swin": (lambda: models.SwinTransformer([4, 4], 12, [2], [2], [4, 4], num_classes=5), (3, 32, 32)),
     "convnext": (_small_convnext, (3, 32, 32)),
 }
 

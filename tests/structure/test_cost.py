@@ -83,7 +83,10 @@ def test_batch_mode_and_training_flag_do_not_matter(build) -> None:
     assert model.training
 
 
-@pytest.mark.parametrize("name", ["cifar_resnet20", "wide_stem", "mobilenet_v2", "densenet", "mixed", "deit"])
+NAMES = ("cifar_resnet20", "wide_stem", "mobilenet_v2", "densenet", "mixed", "deit", "vit", "swin")
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_arithmetic_on_widths_equals_the_counter_after_surgery(build, random_ranks, name: str) -> None:
     model, images = build(name)
     graph = trace_groups(model, images)
@@ -93,7 +96,8 @@ def test_arithmetic_on_widths_equals_the_counter_after_surgery(build, random_ran
     draw = np.random.default_rng(0)
     for trial in range(2):
         keep = {group.name: float(draw.uniform(0.2, 1.0)) for group in graph.prunable}
-        plan = plan_channels(graph, cost_model, random_ranks(model, trial), Budget(keep=keep, allocation="layerwise"))
+        ranks = random_ranks(model, trial) | {g.name: torch.rand(g.size) for g in graph.prunable if g.role == "heads"}
+        plan = plan_channels(graph, cost_model, ranks, Budget(keep=keep, allocation="layerwise"))
         widths = cost_model.widths(plan.keep_channels)
         small = cost(apply_plan(model, plan, images), images)
         assert (cost_model.macs(widths), cost_model.params(widths)) == (small.macs, small.params)

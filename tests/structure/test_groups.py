@@ -68,7 +68,7 @@ class InputNet(nn.Module):
 def random_removal(graph: ChannelGraph, share: float = 0.4) -> dict[str, list[int]]:
     """A random part of the units of every prunable group that has two at least."""
     draw = np.random.default_rng(0)
-    channels = [group for group in graph.prunable if group.role != "heads"]
+    channels = [group for group in graph.prunable if group.role in ("mid", "planes")]
     counts = {group.name: min(max(1, int(share * group.size)), group.size - 1) for group in channels}
     sizes = {group.name: group.size for group in graph.groups}
     return {name: sorted(draw.choice(sizes[name], n, replace=False).tolist()) for name, n in counts.items() if n}
@@ -206,7 +206,8 @@ def test_transformers_and_convnext_lose_mlp_width_and_heads(build, name: str) ->
     graph = trace_groups(model, images)
     assert graph.prunable
     assert any(group.role == "heads" for group in graph.prunable) == (name != "convnext")
-    for group in (group for group in graph.prunable if group.role != "heads"):
+    assert [group for group in graph.prunable if group.role == "width"]
+    for group in (group for group in graph.prunable if group.role == "mid"):
         (producer,), (consumer,) = group.producers, group.consumers
         assert isinstance(model.get_submodule(producer), nn.Linear)
         assert group.size == model.get_submodule(consumer).in_features == model.get_submodule(producer).out_features

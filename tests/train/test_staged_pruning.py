@@ -165,3 +165,13 @@ def test_frontier_hands_over_the_last_stage_whose_repair_held(tmp_path, make_run
     held = torch.load(tmp_path / "checkpoints" / "1-blocks.ckpt", weights_only=True)["state_dict"]
     compact = load_compact(tmp_path / "compact").state_dict()
     assert all(torch.equal(value, held[f"backbone.{name}"]) for name, value in compact.items())
+
+
+def test_statistics_are_measured_anew_only_where_nothing_has_solved_them(tmp_path, make_run):
+    trainer, module, data = make_run(
+        tmp_path, stages=[("blocks", 0), ("mid", 1)], max_epochs=2, recalibration_batches=None
+    )
+    trainer.fit(module, datamodule=data)
+    blocks, channels = (json.loads(line) for line in (tmp_path / "stages.jsonl").read_text().splitlines())
+    assert blocks["protocol"]["recalibration_batches"] == 50 and channels["protocol"]["recalibration_batches"] == 0
+    assert channels["accuracy"]["after_recalibration"] == channels["accuracy"]["after_surgery"]

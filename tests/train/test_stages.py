@@ -2,9 +2,10 @@ import pytest
 import torch
 
 from lit_prune import apply_plan, cost
+from lit_prune.compression import Recipe
 from lit_prune.errors import InputError
 from lit_prune.models import Block, build_backbone
-from lit_prune.train.stages import BlockStage, ChannelStage, DenseCost, Probe, plan_stage, removable_in_order
+from lit_prune.train.stages import BlockStage, ChannelStage, DenseCost, Probe, cut, plan_stage, removable_in_order
 
 
 def block(name: str, protected: str = "") -> Block:
@@ -104,7 +105,7 @@ def test_a_budget_already_met_is_an_error_that_says_what_the_network_costs(resne
         (
             ChannelStage,
             {"keep": 0.5, "normalisation": "rank"},
-            "normalisation=rank has no effect with allocation=uniform",
+            "normalisation=rank has no effect with allocation=measured",
         ),
         (ChannelStage, {"keep": 0.5, "replace": "means"}, "replace='means' is none of"),
         (ChannelStage, {"keep": 0.5, "cap": 1.5}, "cap=1.5 within"),
@@ -114,3 +115,17 @@ def test_a_budget_already_met_is_an_error_that_says_what_the_network_costs(resne
 def test_settings_of_stages_are_checked_when_they_are_made(kind, options, message):
     with pytest.raises(InputError, match=message):
         kind(**options)
+
+
+def test_the_defaults_of_a_channel_stage_are_the_strongest_recipe():
+    stage, strongest = ChannelStage(0.5), Recipe()
+    assert (stage.score, stage.allocation, stage.replace) == (strongest.score, strongest.allocation, strongest.kind)
+    assert stage.request(0.5) == strongest.budget("macs", 0.5)
+
+
+def test_a_handful_of_samples_is_enough_for_the_default_stage(resnet):
+    model, _, example, dense = resnet
+    few = [(torch.randn(4, 3, 16, 16), torch.arange(4))]
+    plan = plan_stage(model, ChannelStage(0.6), few, dense, Probe(example))
+    reduced, plan = cut(model, plan, ChannelStage(0.6), few, example)
+    assert reduced(few[0][0]).isfinite().all() and cost(reduced, example).macs <= 0.6 * dense.macs

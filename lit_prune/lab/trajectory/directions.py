@@ -147,7 +147,9 @@ def direction_table(model: nn.Module, sums: DirectionSums) -> pd.DataFrame:
     """Cosines between the directions in weight space, one row a layer.
 
     Columns: layer, depth (in forward order), channels, capture_task = cos(∇I_X, ∇I_T), update_capture = cos(-∇L, ∇I_X),
-    update_task = cos(-∇L, ∇I_T), each the mean over the channels where it is defined, in [-1, 1].
+    update_task = cos(-∇L, ∇I_T), and capture_correlation, update_correlation with ∇ρ, the gradient of the signed
+    correlation with T, in the place of ∇I_T; each the mean over the channels where it is defined, in [-1, 1]. The
+    figures that the paper prints are those of the correlation (docs/fidelity.md).
 
     Args:
         model: the network that the sums are of.

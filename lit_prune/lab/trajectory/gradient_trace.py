@@ -12,12 +12,12 @@ from lit_prune.lab.trajectory.directions import collect_directions, direction_ta
 from lit_prune.task import TARGETS, Task
 from lit_prune.train.tracing import Trace, Traced, trace_folder
 
-COSINES = ("capture_task", "update_capture", "update_task")
+COSINES = ("capture_task", "update_capture", "update_task", "capture_correlation", "update_correlation")
 SINGLE_TARGETS = tuple(name for name in TARGETS if name != "one_vs_rest")
 
 
 class GradientTrace(Trace):
-    """Writes the cosines of ∇I_X, ∇I_T and the direction of descent -∇L, layer by layer, over training.
+    """Writes the cosines of ∇I_X, ∇I_T, ∇ρ and the direction of descent -∇L, layer by layer, over training.
 
     Hooks: `on_train_start` (initialisation, skipped on resume) and `on_train_epoch_end`. Nothing is kept in the
     callback's state. The first `limit` calibration samples go twice through the network in evaluation mode, as it gets

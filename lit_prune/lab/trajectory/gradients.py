@@ -167,13 +167,15 @@ class Directions:
 
     Attributes:
         capture: ∇I_X ∝ u_i, [N, d].
-        task: ∇I_T ∝ b·(c - (b/D)·u_i), [N, d]; its sign says whether T falls or rises along the kernel.
+        task: ∇I_T ∝ b·(c - (b/D)·u_i), [N, d]: of the information, the same for T and -T.
+        correlation: ∇ρ ∝ c - (b/D)·u_i, [N, d]: of the signed correlation with T.
         signal_power: s_i = w_iᵀ u_i, [N].
         covariance: b_i = w_iᵀ c, [N].
     """
 
     capture: Tensor
     task: Tensor
+    correlation: Tensor
     signal_power: Tensor
     covariance: Tensor
 
@@ -182,7 +184,9 @@ def information_directions(weight: Tensor, sums: GradientSums) -> Directions:
     """Directions in which each kernel gains input capture and task information, T held fixed.
 
     ∂I_X/∂w = u/D and ∂I_T/∂w = b/(D·σ_T²·(1-ρ²))·(c - (b/D)·u), D = σ0² + s, ρ² = b²/(D·σ_T²), without the positive
-    factors. T is spread over positions, so that Y_i here is the channel at a position, not its pooled value.
+    factors. The same without b is the gradient of the correlation ρ itself, ∂ρ/∂w ∝ c - (b/D)·u: it turns round where a
+    channel falls as T rises, so that averages over channels differ in value and sign. T is spread over positions, so
+    that Y_i here is the channel at a position, not its pooled value.
 
     Args:
         weight: the layer's weight, [N, ...].
@@ -192,8 +196,8 @@ def information_directions(weight: Tensor, sums: GradientSums) -> Directions:
     rows = weight.detach().to(capture).flatten(1)
     power, covariance = (rows * capture).sum(1), (rows * with_target).sum(1)
     total = noise_floor(power) + power
-    task = covariance[:, None] * (with_target - (covariance / total)[:, None] * capture)
-    return Directions(capture, task, power, covariance)
+    correlation = with_target - (covariance / total)[:, None] * capture
+    return Directions(capture, covariance[:, None] * correlation, correlation, power, covariance)
 
 
 def cosines(first: Tensor, second: Tensor) -> Tensor:
@@ -211,11 +215,13 @@ def direction_cosines(directions: Directions, loss_gradient: Tensor | None = Non
         loss_gradient: ∂L/∂W, of the weight's shape; the update is minus this.
 
     Returns:
-        capture_task: ∇I_X with ∇I_T; with a gradient also update_capture and update_task, -∇L with each.
+        capture_task and capture_correlation: ∇I_X with ∇I_T and with ∇ρ; with a gradient also update_capture,
+        update_task and update_correlation, -∇L with each.
     """
-    means = {"capture_task": cosines(directions.capture, directions.task)}
+    towards = {"task": directions.task, "correlation": directions.correlation}
+    means = {f"capture_{name}": cosines(directions.capture, direction) for name, direction in towards.items()}
     if loss_gradient is not None:
         update = -loss_gradient.detach().to(directions.capture).flatten(1)
         means["update_capture"] = cosines(update, directions.capture)
-        means["update_task"] = cosines(update, directions.task)
+        means |= {f"update_{name}": cosines(update, direction) for name, direction in towards.items()}
     return {name: float(values.nanmean()) for name, values in means.items()}

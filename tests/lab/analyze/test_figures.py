@@ -57,7 +57,11 @@ def test_propagation_matrix_is_the_mean_over_pairs(full_run: Path):
 def test_dynamics_and_cosines_are_means_over_layers(full_run: Path):
     for draw, file, columns in (
         (draw_dynamics, "dynamics", [["coupling"], ["velocity"], ["persistence_capture", "persistence_task"]]),
-        (draw_gradients, "gradients", [["capture_task", "update_capture", "update_task"]]),
+        (
+            draw_gradients,
+            "gradients",
+            [[f"capture_{task}", "update_capture", f"update_{task}"] for task in ("task", "correlation")],
+        ),
     ):
         table = pd.read_parquet(full_run / "trace" / f"{file}.parquet")
         for axes, names in zip(draw(RunFolder(full_run)).figure.axes, columns, strict=True):

@@ -90,7 +90,12 @@ def test_directions_are_the_gradients_of_the_two_informations(name):
     noise = noise_floor(power.detach())
     squared = (weight * with_target).sum(1).square() / ((noise + power) * target.var(correction=0))
     capture, task = 0.5 * torch.log1p(power / noise).sum(), -0.5 * torch.log1p(-squared).sum()
-    for value, direction in [(capture, directions.capture), (task, directions.task)]:
+    correlation = ((weight * with_target).sum(1) / (noise + power).sqrt()).sum()
+    for value, direction in [
+        (capture, directions.capture),
+        (task, directions.task),
+        (correlation, directions.correlation),
+    ]:
         gradient = torch.autograd.grad(value, weight, retain_graph=True)[0]
         torch.testing.assert_close(cosines(gradient, direction), torch.ones(len(weight)).double(), atol=1e-9, rtol=0)
 
@@ -119,6 +124,7 @@ def test_bias_and_scale_of_the_target_do_not_turn_a_direction():
     other = information_directions(layer.weight, gradient_sums(layer, inputs, outputs + 50, 3 - 2 * target))
     torch.testing.assert_close(cosines(one.task, other.task), torch.ones(6).double(), atol=1e-9, rtol=0)
     torch.testing.assert_close(one.capture, other.capture, atol=1e-10, rtol=1e-8)
+    torch.testing.assert_close(cosines(one.correlation, other.correlation), -torch.ones(6).double(), atol=1e-9, rtol=0)
 
 
 def test_cosines_are_averaged_over_channels_and_the_update_is_minus_the_gradient():
