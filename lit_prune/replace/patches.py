@@ -91,11 +91,6 @@ def output_rows(module: nn.Module, outputs: Tensor, chosen: Tensor | None) -> Te
     return _pick(outputs.flatten(2).transpose(1, 2), chosen)
 
 
-def picked(values: Tensor, chosen: Tensor | None) -> Tensor:
-    """One value a position, [B, positions], at the same positions as `input_rows`, [rows]."""
-    return (values if chosen is None else values.gather(1, chosen.to(values.device))).flatten()
-
-
 def channel_dim(module: nn.Module) -> int:
     """Dimension of the channels in a layer's input and output."""
     return -1 if isinstance(module, nn.Linear) else 1

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from lit_prune.errors import InputError
 from lit_prune.replace.consumers import Reader
 from lit_prune.replace.folding import add_to_output, set_weight
-from lit_prune.replace.patches import PositionSample, channel_dim, input_rows, output_rows, picked, taken
+from lit_prune.replace.patches import PositionSample, channel_dim, input_rows, output_rows, taken
 from lit_prune.replace.regression import RIDGES, CrossSums, Fit, PairSums, solve, solve_held_out
 from lit_prune.replace.settings import ROWS_A_WEIGHT, Replacement
-from lit_prune.replace.slopes import pieces, position_weights
+from lit_prune.replace.slopes import pieces
 from lit_prune.replace.walk import Seen, Stop, Walk, watching
 from lit_prune.task import Task
 from lit_prune.task.running import undisturbed
@@ -54,8 +54,6 @@ def refit(
         Report by layer, and the layers that gained a bias.
     """
     table = {stop.layer: stop for stop in stops}
-    parts = list(pieces(batches, pair.task))  # each has its own thread and pool of memory: small ones waste less
-    weights = position_weights(pair.original, parts, list(table), pair.task, settings.seed) if settings.weighted else {}
     report, gained = {}, []
     with (
         undisturbed(pair.original),
@@ -63,14 +61,13 @@ def refit(
         watching(pair.original, pair.task, table, before=False) as start_original,
         watching(pair.reduced, pair.task, table, before=True) as start_reduced,
     ):
+        parts = list(pieces(batches, pair.task))  # each has its own thread and pool of memory: small ones waste less
         walks = [(start_original(part), start_reduced(part)) for part in parts]
-        sizes = list(map(pair.task.size, parts))
+        images = sum(map(pair.task.size, parts))
         for stop in stops:
-            solver = _Solver(pair, stop, readers[stop.layer], settings, sum(sizes))
-            weight = weights[stop.layer].split(sizes) if weights else [None] * len(sizes)
-            for index, (walk, values) in enumerate(zip(walks, weight, strict=True)):
-                seen = (_advanced(w, stop) for w in walk)
-                solver.add(*seen, values, held_out=settings.holds_out(index, len(walks)))
+            solver = _Solver(pair, stop, readers[stop.layer], settings, images)
+            for index, walk in enumerate(walks):
+                solver.add(*(_advanced(w, stop) for w in walk), held_out=settings.holds_out(index, len(walks)))
             report[stop.layer], created = solver.finish()
             gained += [stop.layer] if created else []
     return report, gained
@@ -92,8 +89,8 @@ class _Solver:
         self.seen: list[_Piece] = []
         self.kept = 0
 
-    def add(self, original: Seen, reduced: Seen, weights: Tensor | None, held_out: bool) -> None:
-        """Adds one batch, with a weight for each position of each image."""
+    def add(self, original: Seen, reduced: Seen, held_out: bool) -> None:
+        """Adds one batch."""
         dim = channel_dim(self.module)
         output = taken(original.output, self.reader.outputs, dim)
         chosen = self.positions.draw(len(output), output[0].numel() // output.shape[dim])
@@ -104,13 +101,12 @@ class _Solver:
                 output_rows(self.module, output[part], at),
                 None if reduced.other is None else output_rows(self.module, reduced.other[part], at),
             )
-            heavy = None if weights is None else picked(weights[part], at)
-            piece = _Piece(reduced.inputs[part], at, wanted, heavy)
+            piece = _Piece(reduced.inputs[part], at, wanted)
             rows = input_rows(self.module, piece.inputs, at)
             if not self.sums:
                 first = PairSums.zeros(rows, wanted.target)
                 self.sums = {False: first, True: first.empty()}
-            self.sums[held_out].add(rows, wanted.target, heavy)
+            self.sums[held_out].add(rows, wanted.target)
             if self.stop.clip is not None and self.settings.clipped:
                 self.kept += rows.numel()
                 self.seen.append(replace(piece, rows=rows) if self.kept <= KEPT else piece)
@@ -186,7 +182,7 @@ class _Solver:
             for piece in self.seen:
                 rows = input_rows(self.module, piece.inputs, piece.chosen) if piece.rows is None else piece.rows
                 present = rows @ fit.weight.T.to(rows) + fit.bias.to(rows)
-                targets.add(rows, present.clamp(piece.wanted.low, piece.wanted.high), piece.weights)
+                targets.add(rows, present.clamp(piece.wanted.low, piece.wanted.high))
             fit = solve(targets.covariance(sums), fit.ridge, prior)
         return fit
 
@@ -202,12 +198,11 @@ class _Wanted:
 
 @dataclass(frozen=True)
 class _Piece:
-    """A few images at a layer: what it reads, at which positions, what is wanted there, how much it counts; patches."""
+    """A few images at a layer: what it reads, at which positions, what is wanted there; its patches, where kept."""
 
     inputs: Tensor
     chosen: Tensor | None
     wanted: _Wanted
-    weights: Tensor | None = None
     rows: Tensor | None = None
 
 

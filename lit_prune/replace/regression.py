@@ -42,19 +42,17 @@ class PairSums:
         shapes = [(), (wide + narrow,), (wide, wide), (wide, narrow), (narrow,)]
         return cls(shift, *(shift.new_zeros(shape) for shape in shapes))
 
-    def add(self, inputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> None:
-        """Adds rows: inputs [S, D] and targets [S, O], float32 (float32 products) or float64, with weights [S] or 1."""
+    def add(self, inputs: Tensor, targets: Tensor) -> None:
+        """Adds rows: inputs [S, D] and targets [S, O], float32 (float32 products) or float64."""
         wide = inputs.shape[1]
         shift = self.shift.to(inputs.dtype)
-        weights = inputs.new_ones(len(inputs)) if weights is None else weights.to(inputs)
-        self.rows += weights.sum(dtype=torch.float64)
-        for u, z, w in zip(inputs.split(CHUNK), targets.split(CHUNK), weights.split(CHUNK), strict=True):
+        self.rows += len(inputs)
+        for u, z in zip(inputs.split(CHUNK), targets.split(CHUNK), strict=True):
             u, z = u - shift[:wide], z - shift[wide:]
-            heavy_u, heavy_z = u * w[:, None], z * w[:, None]
-            self.first += torch.cat([heavy_u.sum(0), heavy_z.sum(0)])
-            self.inputs += u.T @ heavy_u
-            self.cross += u.T @ heavy_z
-            self.targets += (z * heavy_z).sum(0)
+            self.first += torch.cat([u.sum(0), z.sum(0)])
+            self.inputs += u.T @ u
+            self.cross += u.T @ z
+            self.targets += z.square().sum(0)
 
     def __add__(self, other: PairSums) -> PairSums:
         """Sums of both data sets; they must have one shift."""
@@ -102,15 +100,13 @@ class CrossSums:
         outputs = torch.zeros_like(sums.targets)
         return cls(sums.shift[: len(sums.inputs)], torch.zeros_like(sums.cross), outputs, outputs.clone())
 
-    def add(self, inputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> None:
-        """Adds rows: inputs [S, D] and targets [S, O], with the weights [S] that they had before."""
+    def add(self, inputs: Tensor, targets: Tensor) -> None:
+        """Adds rows: inputs [S, D] and targets [S, O]."""
         shift = self.shift.to(inputs.dtype)
-        weights = inputs.new_ones(len(inputs)) if weights is None else weights.to(inputs)
-        for u, z, w in zip(inputs.split(CHUNK), targets.split(CHUNK), weights.split(CHUNK), strict=True):
-            heavy = z * w[:, None]
-            self.cross += (u - shift).T @ heavy
-            self.first += heavy.sum(0)
-            self.second += (z * heavy).sum(0)
+        for u, z in zip(inputs.split(CHUNK), targets.split(CHUNK), strict=True):
+            self.cross += (u - shift).T @ z
+            self.first += z.sum(0)
+            self.second += z.square().sum(0)
 
     def covariance(self, sums: PairSums) -> Covariance:
         """Population means and covariances of the inputs of `sums` and the new targets, which came for all rows."""

@@ -30,7 +30,6 @@ class Replacement:
         scope: refit: "all" (every layer from the first change on) or "consumers" (layers that lose input channels).
         towards: refit: where the ridge pulls the weights, "zero" or the "weights" the layer has.
         clipped: refit: where a ReLU or ReLU6 reads the result, fit what it lets through; off: the value in front of it.
-        weighted: refit: a position counts as much as the prediction depends on it (`position_weights`); off: all alike.
         images: most calibration images used.
         rows: refit: most positions (over all images) in one regression, but at least `ROWS_A_WEIGHT` times the length
             of a patch; where there are more, equally many of each image are sampled, seeded.
@@ -48,7 +47,6 @@ class Replacement:
     scope: Literal["all", "consumers"] = "all"
     towards: Literal["zero", "weights"] = "zero"
     clipped: bool = True
-    weighted: bool = True
     images: int = 4096
     rows: int = 100_000
     held_out: float = 0.2

@@ -8,13 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.measurement.layers import removing
-from lit_prune.replace.patches import output_rows
 from lit_prune.task import Task
 from lit_prune.task.running import undisturbed
 
 MOST_SAMPLES = 32
-FLOOR = 0.2
-CEILING = 20.0
 MOST_VALUES = 1 << 21  # of the inputs, in one pass with gradients
 
 
@@ -79,31 +76,3 @@ def pieces(batches: Iterable[Any], task: Task) -> Iterator[Any]:
         one = sum(value.numel() for value in task.inputs(task.take(batch, 1)).args if isinstance(value, Tensor))
         piece = min(MOST_SAMPLES, max(1, MOST_VALUES // max(1, one)))
         yield from (task.take(batch, slice(start, start + piece)) for start in range(0, size, piece))
-
-
-def position_weights(
-    model: nn.Module, batches: Iterable[Any], layers: Sequence[str], task: Task, seed: int
-) -> dict[str, Tensor]:
-    """How much the prediction depends on what each layer writes at each position, [images, positions], mean 1.
-
-    The mean over channels of the squared gradient, see `gradient_samples`; `FLOOR` of the weight is the same at all
-    positions, the rest is cut off at `CEILING` times its mean.
-
-    Args:
-        model: any network; left as found.
-        batches: what the task reads.
-        layers: that run once in a pass.
-        task: see `gradient_samples`.
-        seed: see there.
-    """
-    found: dict[str, list[Tensor]] = {name: [] for name in layers}
-    for sample in gradient_samples(model, batches, layers, task, seed):
-        for name, calls in sample.at.items():
-            slopes = output_rows(model.get_submodule(name), calls[0][1], None)
-            found[name].append(slopes.square().mean(1).view(sample.size, -1).cpu())
-    weights = {name: torch.cat(parts) for name, parts in found.items()}
-    for name, values in weights.items():
-        values /= values.mean().clamp_min(torch.finfo(values.dtype).tiny)
-        values.clamp_(max=CEILING)
-        weights[name] = FLOOR + (1 - FLOOR) * values / values.mean().clamp_min(1e-6)
-    return weights

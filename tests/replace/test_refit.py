@@ -8,8 +8,7 @@ from torch import nn
 from lit_prune.replace import Replacement, replace_mechanisms
 from lit_prune.replace.flow import observe
 from lit_prune.replace.patches import PositionSample, input_rows, output_rows
-from lit_prune.replace.regression import CrossSums, PairSums, solve, solve_held_out
-from lit_prune.replace.slopes import FLOOR, position_weights
+from lit_prune.replace.regression import PairSums, solve, solve_held_out
 from lit_prune.replace.walk import watching
 from lit_prune.structure import Plan, apply_plan
 from lit_prune.task import Unlabelled
@@ -97,7 +96,7 @@ def test_of_two_layers_that_one_addition_reads_only_the_last_waits_there():
 
 def test_one_waiting_pass_solves_what_layer_by_layer_passes_solve(trunk, batches):
     images = torch.cat([batch for batch, _ in batches])
-    settings = Replacement(ridge=1e-9, clipped=False, weighted=False, scope="consumers")
+    settings = Replacement(ridge=1e-9, clipped=False, scope="consumers")
     reduced = replace_mechanisms(trunk, PLAN, batches, IMAGE, "refit", settings=settings).model
     naive = apply_plan(trunk, PLAN, IMAGE)
     seen = {}
@@ -134,7 +133,7 @@ def test_a_reader_of_512_maps_is_solved_as_least_squares_on_all_rows_at_once_sol
     batches = [(torch.randn(5, 3, 8, 8, dtype=torch.float64), torch.zeros(5)) for _ in range(5)]
     kept = tuple(range(0, 512, 4))  # 1,152 columns against 1,600 rows, streamed in five parts
     plan = Plan(keep_channels={"0": kept}, sizes={"0": 512})
-    settings = Replacement(ridge=1e-12, held_out=0.0, clipped=False, weighted=False)
+    settings = Replacement(ridge=1e-12, held_out=0.0, clipped=False)
     found = replace_mechanisms(net, plan, batches, torch.zeros(1, 3, 8, 8).double(), "refit", settings=settings).model
     with torch.no_grad():
         maps = net[:2](torch.cat([images for images, _ in batches]))
@@ -183,34 +182,6 @@ def test_streamed_sums_solve_the_ridge_problem():
     torch.testing.assert_close(fit.weight, expected, rtol=0, atol=1e-10)
     residual = inputs @ fit.weight.T + fit.bias - targets
     assert data.error(fit) == pytest.approx(float(residual.square().sum() / z.square().sum()), rel=1e-9)
-
-
-def test_a_row_of_weight_three_counts_as_three_rows():
-    generator = torch.Generator().manual_seed(0)
-    inputs, targets = (torch.randn(200, wide, generator=generator, dtype=torch.float64) for wide in (5, 2))
-    weights = torch.randint(0, 4, (200,), generator=generator)
-    weighted, repeated = PairSums.zeros(inputs, targets), PairSums.zeros(inputs, targets)
-    weighted.add(inputs, targets, weights)
-    repeated.add(inputs.repeat_interleave(weights, 0), targets.repeat_interleave(weights, 0))
-    torch.testing.assert_close(vars(weighted), vars(repeated))
-    again = [CrossSums.like(repeated) for _ in range(2)]
-    again[0].add(inputs, 2 * targets, weights)
-    again[1].add(inputs.repeat_interleave(weights, 0), 2 * targets.repeat_interleave(weights, 0))
-    torch.testing.assert_close(vars(again[0]), vars(again[1]))
-
-
-def test_positions_that_the_prediction_does_not_read_count_least():
-    class LeftHalf(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(3, 4, 1)
-
-        def forward(self, images):
-            return self.conv(images)[..., :4].mean((2, 3))
-
-    images = torch.randn(10, 3, 8, 8)
-    found = position_weights(LeftHalf().eval(), [images], ["conv"], Unlabelled(), seed=0)["conv"].view(10, 8, 8)
-    assert found.mean() == pytest.approx(1) and (found[..., 4:] == FLOOR).all() and (found[..., :4] > FLOOR).all()
 
 
 def test_float32_rows_agree_with_float64_sums():
@@ -310,9 +281,7 @@ def test_behind_a_clip_only_what_it_lets_through_is_fitted(clip, joined):
     net.norm.running_var.fill_(0.02)
     batches = [(torch.randn(60, 3, 4, 4, dtype=torch.float64), None) for _ in range(4)]
     plan = Plan(keep_channels={"first": (0, 2, 3)}, sizes={"first": 6})
-    settings = [
-        Replacement(rows=10**6, clipped=clipped, weighted=False, scope="consumers") for clipped in (True, False)
-    ]
+    settings = [Replacement(rows=10**6, clipped=clipped, scope="consumers") for clipped in (True, False)]
     models = [replace_mechanisms(net, plan, batches, IMAGE, "refit", settings=given).model for given in settings]
     images = torch.cat([images for images, _ in batches])
     flow = observe(net, IMAGE)
