@@ -1,6 +1,7 @@
 """What a run's stages ask of the network, compared with the network before anything is trained."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -104,7 +105,7 @@ def _check_channels(
         )
     if stage.budget == "latency" and not isinstance(example, torch.Tensor):
         raise InputError("budget=latency: the network reads more than one tensor; use macs or params")
-    if first and stage.budget in BY_ARITHMETIC and stage.allocation != "measured":
+    if first and stage.budget in BY_ARITHMETIC:
         _check_amount(network, stage, graph, groups, example)
     return groups
 
@@ -115,7 +116,10 @@ def _check_amount(
     """A budget can be met whatever the scores, or not at all: widths alone decide."""
     scores = {name: torch.zeros(graph.widths[name, "out"]) for group in groups for name in group.producers}
     scores |= {group.name: torch.zeros(group.size) for group in groups if group.role == "heads"}
-    plan = plan_channels(graph, CostModel.build(network, graph, example), scores, stage.request(stage.keep))
+    request = stage.request(stage.keep)
+    if request.allocation == "measured":  # the same widths are within reach, found without a measurement
+        request = replace(request, allocation="uniform")
+    plan = plan_channels(graph, CostModel.build(network, graph, example), scores, request)
     if plan.removes_nothing or plan.notes["achieved"] > stage.keep:
         reason = plan.notes["reason"] or "every width stays as it is"
         raise InputError(f"stage {stage.name} cannot reach keep={stage.keep} of {stage.budget}: {reason}")
