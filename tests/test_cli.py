@@ -45,6 +45,10 @@ def test_a_run_writes_its_folder_and_a_second_start_changes_nothing(tmp_path, ca
         assert (run_dir / name).exists(), name
     record = json.loads((run_dir / "run.json").read_text())
     assert record["seed"] == 7 and record["versions"]["torch"] and len(record["calibration_indices"]) == 64
+    assert record["validation"] == {"split": "test", "images": 360}
+    assert "!!python" not in (run_dir / "tensorboard" / "hparams.yaml").read_text()
+    said = capsys.readouterr().out
+    assert "validation reads the test split" in said and "fewer multiply-adds" in said
     before = {path: path.read_bytes() for path in (run_dir / "compact").iterdir()}
     main([*TINY, "--run_dir", str(run_dir)])
     assert {path: path.read_bytes() for path in (run_dir / "compact").iterdir()} == before
@@ -58,8 +62,24 @@ def test_a_refused_command_does_not_take_the_folder(tmp_path, capsys):
     command = ["compress", *TINY[1:], "--run_dir", str(tmp_path)]
     assert "needs a trained network" in refused(capsys, *command)
     assert "needs a trained network" in refused(capsys, *command, "--data.batch_size", "16")
-    (tmp_path / "stages.jsonl").touch()
-    assert "another configuration" in refused(capsys, *command)
+    assert not tmp_path.exists() or not list(tmp_path.iterdir())
+
+
+def test_a_refused_first_fit_leaves_nothing_behind_and_the_corrected_command_runs(tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    wrong = [*TINY, "--run_dir", str(run_dir), "--trainer.max_epochs", "1"]  # refused in setup: no epoch for repair
+    refused(capsys, *wrong)
+    assert not run_dir.exists()
+    main([*TINY, "--run_dir", str(run_dir), "--trainer.fast_dev_run", "true"])
+
+
+@pytest.mark.parametrize("wrong", ["magnitud", "l1"])
+def test_a_misspelt_score_is_refused_before_anything_is_trained_or_written(tmp_path, capsys, wrong):
+    text = (ROOT / "tests" / "tiny_run.yaml").read_text()
+    config = tmp_path / "run.yaml"
+    config.write_text(text.replace("keep: 0.5", f"keep: 0.5, score: {wrong}"))
+    line = refused(capsys, "fit", "-c", str(config), "--run_dir", str(tmp_path / "run"))
+    assert wrong in line and "magnitude" in line and not (tmp_path / "run").exists()
 
 
 CORRECTED = "[{class_path: lit_prune.BlockStage, init_args: {epoch: 1, remove_ratio: 0.3}},"

@@ -75,9 +75,9 @@ def test_every_stand_in(device, kind):
     for place in (device, "cpu"):
         model = network(place)
         plan = plan_of(model, place)
-        reduced = lit_prune.replace_mechanisms(model, plan, batches(), example(place), kind=kind)
+        reduced = lit_prune.replace_mechanisms(model, plan, batches(), kind, example_input=example(place))
         found.append(outputs(reduced.model, place))
-        agreement = lit_prune.interchange(model, reduced, batches(), example(place))
+        agreement = lit_prune.interchange(model, reduced, batches(), example_input=example(place))
         assert 0 <= agreement.iia <= 1
     torch.testing.assert_close(*found, rtol=1e-2, atol=1e-2)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
+from lit_prune.preparation import Preparation
 from lit_prune.structure.example import Example
 from lit_prune.structure.plan import Plan
 
@@ -24,12 +25,14 @@ class Record:
         arguments: the builder's arguments.
         plans: applied since it was built, in order.
         inputs: what it is called with, see `describe_inputs`; None where that is not known.
+        preparation: how images are prepared for it; None where that is not known.
     """
 
     backbone: str | None = None
     arguments: dict[str, Any] | None = None
     plans: tuple[Plan, ...] = ()
     inputs: dict[str, Any] | None = None
+    preparation: Preparation | None = None
 
     @property
     def image_shape(self) -> tuple[int, ...] | None:

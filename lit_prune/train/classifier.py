@@ -56,11 +56,12 @@ class LitClassifier(LightningModule):
         compile: bool | str = False,
     ) -> None:
         super().__init__()
+        image_shape = [int(n) for n in image_shape]  # type: ignore[assignment]  # hparams.yaml is to be plain YAML
         self.save_hyperparameters(
             ignore=["optimizer", "scheduler", "weights", "pretrained", "channels_last", "compile"]
         )
         self.backbone_name = backbone
-        self.image_shape = tuple(int(size) for size in image_shape)
+        self.image_shape = tuple(image_shape)
         self.arguments = {"num_classes": num_classes, "in_channels": self.image_shape[0], **(arguments or {})}
         self.backbone = build_network(backbone, self.arguments, pretrained=pretrained, trust=(backbone,))
         note_record(self.backbone, Record(backbone, self.arguments))

@@ -20,6 +20,8 @@ from lit_prune.tensor_files import read_torch
 from lit_prune.train.locate import find_path, network_at, put_network
 
 Module = TypeVar("Module", bound=LightningModule)
+ADVICE = "removed channels: open this checkpoint with lit_prune.load_pruned(Class, path)"
+"""Key of an empty tensor among the weights, which torch and Lightning show where those are loaded without the plans."""
 
 
 def save_structure(module: LightningModule, path: str, checkpoint: dict[str, Any]) -> None:
@@ -48,6 +50,7 @@ def restore_structure(module: LightningModule, checkpoint: dict[str, Any], dense
     Raises:
         InputError: the checkpoint is from before a cut that the module's network has had.
     """
+    checkpoint.get("state_dict", {}).pop(ADVICE, None)
     saved = structure_of(checkpoint)
     if not saved:
         return
@@ -157,6 +160,8 @@ class StructureHooks:
 
     def _save(self, checkpoint: dict[str, Any]) -> None:
         save_structure(self.module, self.path, checkpoint)
+        if checkpoint[STRUCTURE_KEY]["plans"]:
+            checkpoint["state_dict"][ADVICE] = torch.zeros(0)
 
     def _load(self, checkpoint: dict[str, Any]) -> None:
         before = network_at(self.module, self.path)

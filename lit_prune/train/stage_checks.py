@@ -13,8 +13,9 @@ from lit_prune.structure import CostModel
 from lit_prune.structure.allocation import plan_channels
 from lit_prune.structure.groups import ChannelGraph, Group, trace_groups
 from lit_prune.structure.ranking import selected_groups
-from lit_prune.structure.tracing import one_sample, run, undisturbed
-from lit_prune.train.distillation import Repair, shared_outputs
+from lit_prune.structure.tracing import one_sample, run, traceable
+from lit_prune.task.detection import detector_heads
+from lit_prune.train.distillation import Repair, nothing_shared, shared_outputs
 from lit_prune.train.features import input_width, last_layer
 from lit_prune.train.stages import BlockStage, ChannelStage, DenseCost, Stage, choose_blocks
 
@@ -135,13 +136,15 @@ def check_teacher(repair: Repair, teacher: nn.Module, network: nn.Module, exampl
         InputError: it does not take the network's inputs, answers something else, or has other features.
     """
     sample = one_sample(network, example)
-    with undisturbed(network), torch.no_grad():
+    with traceable(network), torch.no_grad():
         answer = run(network, sample)
-    with undisturbed(teacher), torch.no_grad():
+    with traceable(teacher), torch.no_grad():
         try:
-            shared_outputs(answer, run(teacher, sample))
+            wanted = run(teacher, sample)
         except InputError as error:
             raise InputError(f"teacher: {error}") from error
+    if not detector_heads(network) and not shared_outputs(answer, wanted):  # what a detector finds is compared at heads
+        raise InputError(f"teacher: {nothing_shared(answer, wanted)}")
     if not repair.beta:
         return
     name = last_layer(teacher)

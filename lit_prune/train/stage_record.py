@@ -18,7 +18,7 @@ def open_record(index: int, stage: Stage, dense: dict[str, Any], figure_before: 
     Args:
         index: number of the stage, from 0.
         stage: what it removes, and when.
-        dense: figures of the dense network: metric (name and mode), value, recalibrated, macs, params.
+        dense: figures of the dense network: metric (name, mode, number of images), value, recalibrated, macs, params.
         figure_before: of the network as it comes into the stage.
     """
     return {

@@ -15,8 +15,9 @@ from rich.table import Table
 from torch import nn
 
 from lit_prune.errors import InputError
+from lit_prune.preparation import Preparation
 from lit_prune.progress import terminal
-from lit_prune.report import result_table
+from lit_prune.report import result_table, terminal_verdict
 from lit_prune.structure.record import note_record, record_of
 from lit_prune.structure.tracing import copy_network
 from lit_prune.task import Task
@@ -32,6 +33,7 @@ from lit_prune.train.hand_over import (
     write_compact,
 )
 from lit_prune.train.locate import check_replaceable, find_path
+from lit_prune.train.logged import log_compact, log_figures, log_stage
 from lit_prune.train.phase_optimizer import PhaseOptimizer
 from lit_prune.train.phases import Phases, check_epochs, total_epochs
 from lit_prune.train.rewire import check_supported
@@ -285,6 +287,9 @@ class StagedPruning(Callback):
             run_dir = Path(trainer.default_root_dir)
             done = not self._trained and run_of(run_dir) == self.run  # a finished run was started again
             terminal().print(result_table(run_dir) if done else self._hand_over(trainer))
+            terminal().print(terminal_verdict(run_dir))
+            if not done:
+                log_compact(trainer, pl_module)
         trainer.strategy.barrier("compact")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -304,6 +309,7 @@ class StagedPruning(Callback):
         if not self.records:
             return
         figures_of(self.records[-1])["after_repair"] = self._measure(trainer)
+        log_figures(trainer, {"after_repair": self._repaired}, "stage")
         if trainer.is_global_zero:
             write_stages(Path(trainer.default_root_dir), self.records)
 
@@ -322,6 +328,9 @@ class StagedPruning(Callback):
             trainer.strategy.checkpoint_io.teardown()  # waits for checkpoints that are still being written
             held -= 1
             network = self._held_network(trainer, held)
+        preparation = getattr(trainer.datamodule, "preparation", None)
+        if isinstance(preparation, Preparation):
+            note_record(network, replace(record_of(network), preparation=preparation))
         dense = self.subject.before(self.dense["plans"])
         return write_compact(run_dir, network, dense, self.dense, self.records[:held], self.run)
 
@@ -362,6 +371,7 @@ class StagedPruning(Callback):
         record["distillation"] = self.teaching.describe()
         if trainer.is_global_zero:
             terminal().print(describe_record(record))
+        log_stage(trainer, record)
 
     def _teach(self, trainer: Trainer, module: LightningModule) -> None:
         """Puts the teacher into the module's loss."""

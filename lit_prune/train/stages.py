@@ -84,7 +84,7 @@ class BlockStage(Stage):
             raise InputError(f"stage blocks: budget={self.budget} has no effect without keep; leave it out")
 
 
-PARTS = {"channels": None, "planes": "planes", "mid": "mid"}
+PARTS = {"channels": None, "planes": "planes", "mid": "mid", "heads": "heads", "width": "width"}
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,8 @@ class ChannelStage(Stage):
     Args:
         keep: share of the *dense* network's `budget` left after this stage, in (0, 1].
         epoch: epoch (from 0) at whose start it happens; `compress` fills it in.
-        part: `planes` slices the residual trunk, `mid` the channels inside the blocks, `channels` both.
+        part: `planes` slices the residual trunk, `mid` the channels inside the blocks, `heads` whole heads, `width`
+            what norms read (see `group_role`), `channels` all but the last.
         budget: what `keep` counts: `macs`, `params`, `latency`, or `channels` (the share of this stage's channels).
         score: name of the method that ranks the channels (`lit_prune.scores.SCORES`), such as `proxy` (the paper's).
         allocation: `measured` (by what the width of each group does to the prediction), `global` (one threshold), or
@@ -110,7 +111,7 @@ class ChannelStage(Stage):
 
     keep: float
     epoch: int = 0
-    part: Literal["channels", "planes", "mid"] = "channels"
+    part: Literal["channels", "planes", "mid", "heads", "width"] = "channels"
     budget: Literal["macs", "params", "latency", "channels"] = "macs"
     score: str = "reconstruction"
     allocation: Literal["global", "uniform", "measured"] = "measured"
@@ -319,7 +320,7 @@ def cut(
     if isinstance(stage, BlockStage) or stage.replace == "delete":
         return apply_plan(model, plan, example_input), plan
     settings = Replacement(unsupported="delete", towards="weights")  # determined by however few samples
-    reduced = replace_mechanisms(model, plan, batches, example_input, stage.replace, settings=settings, task=task)
+    reduced = replace_mechanisms(model, plan, batches, stage.replace, example_input, settings=settings, task=task)
     return reduced.model, reduced.plan
 
 

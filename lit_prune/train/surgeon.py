@@ -55,7 +55,7 @@ class Surgeon:
         for name, buffer in subject.network.named_buffers():
             buffer.copy_(statistics[name])
         return {
-            "metric": {"name": self.figures.name, "mode": self.figures.mode},
+            "metric": {"name": self.figures.name, "mode": self.figures.mode, "images": self.figures.images},
             "value": value,
             "recalibrated": recalibrated,
             "macs": counted.macs,
@@ -66,7 +66,8 @@ class Surgeon:
     def meet(self, trainer: Trainer, subject: Subject) -> None:
         """Notes what the network is called with, where that is not known yet."""
         if subject.inputs is None:
-            subject.meet_inputs(self._samples(trainer, subject).first())
+            seen = self._samples(trainer, subject).first()
+            subject.meet_inputs(task_in(trainer, subject.path, seen, self.figures.task).inputs(seen.first(1)))
 
     def carry_out(self, trainer: Trainer, subject: Subject, stage: Stage, record: dict[str, Any]) -> None:
         """Plans and cuts on every rank, and completes the record."""

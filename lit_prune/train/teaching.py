@@ -125,14 +125,17 @@ class Teaching:
         """Logs the epoch's mean and adds the evaluations to the record of the stage.
 
         Raises:
-            InputError: the module optimizes by itself, and its loss never took the term.
+            InputError: no step of the epoch took the term.
         """
         if self._term is None:
             return
         if self._added.steps and not self._added.evaluations.get(TERM):
+            step = f"training_step of {type(module).__name__}"
+            if module.automatic_optimization:
+                raise InputError(f"distillation: {step} returned None in every step of the epoch; return the loss")
             raise InputError(
-                f"distillation: training_step of {type(module).__name__} took no term in the whole epoch; with manual "
-                "optimization add lit_prune.added_loss(self) to its loss, or set the weights of repair to 0"
+                f"distillation: {step} took no term in the whole epoch; with manual optimization add "
+                "lit_prune.added_loss(self) to its loss, or set the weights of repair to 0"
             )
         record["distillation"]["evaluations"] += self._term.evaluations
         mean = self._added.mean(TERM)

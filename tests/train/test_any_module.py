@@ -29,6 +29,7 @@ from lit_prune import (
     Repair,
     StagedPruning,
     cost,
+    load_compact,
     load_pruned,
     measure,
 )
@@ -220,6 +221,8 @@ def test_a_run_that_ends_early_hands_over_what_it_has(tmp_path, options):
     (record,) = records(tmp_path)
     after = fit.validate(module, loaders()[1], verbose=False)[0]["val/acc"]
     assert record["val/acc"]["after_repair"] == pytest.approx(after)
+    small = load_compact(tmp_path / "compact", model=modules.network())
+    assert all(torch.equal(value, module.net.state_dict()[name]) for name, value in small.state_dict().items())
 
 
 def test_stages_that_were_not_reached_are_said(tmp_path):
@@ -260,6 +263,9 @@ def test_checkpoints_carry_the_structure_to_test_and_to_a_new_process(tmp_path):
     assert load_pruned(modules.Classifier, tmp_path / "epoch=0.ckpt").net[0].out_channels == 8
     with pytest.raises(InputError, match="no such file"):
         load_pruned(modules.Classifier, tmp_path / "none.ckpt")
+    assert modules.Classifier.load_from_checkpoint(tmp_path / "epoch=0.ckpt").net[0].out_channels == 8
+    with pytest.raises(RuntimeError, match=r"open this checkpoint with lit_prune\.load_pruned\(Class, path\)"):
+        modules.Classifier.load_from_checkpoint(tmp_path / "epoch=2.ckpt")
 
 
 @pytest.mark.parametrize("optimizer", [None, "anew"])
