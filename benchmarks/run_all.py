@@ -37,6 +37,7 @@ NO_BENCHMARKS = (  # no times, or weights and images that are not here
     "task_fit",
     "tracing",
     "vit_parts",
+    "trained",
 )
 PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "torch-pruning")
 QUICK = {

@@ -1,7 +1,6 @@
 """The base of all data modules: splits, loaders, the calibration subset, the fingerprint."""
 
 import copy
-import hashlib
 import math
 from functools import cached_property
 from typing import Any, Literal, Self
@@ -16,12 +15,11 @@ from lit_prune.data.calibration import stratified_order
 from lit_prune.data.resident import ResidentLoader, choose_place
 from lit_prune.data.sampling import EpochSampler, Shard
 from lit_prune.data.seeding import seeded_generator
-from lit_prune.data.sources import FileImages, ImageSource, MemoryImages
+from lit_prune.data.sources import FileImages, ImageSource, MemoryImages, check_label_range, checksums
 from lit_prune.data.workers import BatchDataset, WorkerLoader
 from lit_prune.errors import InputError
 
 Loader = ResidentLoader | WorkerLoader
-FINGERPRINT_IMAGES = 64  # of each split
 LARGEST_SIDE = 8192
 STAGE_SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
 
@@ -144,8 +142,6 @@ class ImageData(LightningDataModule):
         for split in STAGE_SPLITS.get(str(stage), self.available_splits):
             self._source(split)
 
-    # --- splits
-
     def _stored_as(self, split: str) -> str:
         return "test" if split == "val" and not self.val_size and not self.has_validation else split
 
@@ -161,11 +157,7 @@ class ImageData(LightningDataModule):
     def _checked(self, split: str) -> ImageSource:
         self._check_shape()
         source = self.load_split(split)
-        if len(source.labels) and not 0 <= int(source.labels.min()) <= int(source.labels.max()) < self.num_classes:
-            raise InputError(
-                f"labels of the {split} split in {self.root} run from {int(source.labels.min())} to"
-                f" {int(source.labels.max())}, but the data set has {self.num_classes} classes; replace the files"
-            )
+        check_label_range(source.labels, self.num_classes, f"the {split} split in {self.root}")
         return source
 
     def _check_shape(self) -> None:
@@ -194,8 +186,6 @@ class ImageData(LightningDataModule):
         self.train_positions = rest[: self.train_size].sort().values  # in the official training split, int64 [N]
         whole = len(self.train_positions) == total
         self._sources["train"] = source if whole else source.subset(self.train_positions)
-
-    # --- loaders
 
     def _shard(self) -> Shard:
         return Shard(self.trainer.global_rank, self.trainer.world_size) if self.trainer else Shard()
@@ -272,8 +262,6 @@ class ImageData(LightningDataModule):
         other.__dict__.pop("_calibration_order", None)
         return other
 
-    # --- calibration
-
     @cached_property
     def _calibration_order(self) -> Tensor:
         order = stratified_order(self._source("train").labels, seeded_generator(self.seed, "calibration"))
@@ -300,21 +288,13 @@ class ImageData(LightningDataModule):
         sampler = EpochSampler(indices, batch_size, shuffle=True, seed=self.seed, stream="recalibration")
         return self._loader("train", sampler, self.augmentation("recalibration"))
 
-    # --- fingerprint
-
     def fingerprint(self) -> dict[str, Any]:
         """What identifies the data: name, sizes, sha256 of labels and of a fixed sample of pixels, normalisation."""
         sources = {split: self._source(split) for split in self.available_splits}
-        labels, pixels = hashlib.sha256(), hashlib.sha256()
-        for source in sources.values():
-            labels.update(source.labels.numpy().tobytes())
-            for index in torch.linspace(0, len(source.labels) - 1, FINGERPRINT_IMAGES).long().tolist():
-                pixels.update(source.image(index).numpy().tobytes())
         return {
             "name": type(self).__name__,
             "sizes": {split: len(source.labels) for split, source in sources.items()},
-            "labels_sha256": labels.hexdigest(),
-            "pixels_sha256": pixels.hexdigest(),
+            **checksums(sources.values()),
             "image_shape": list(self.image_shape),
             "normalisation": {"mean": list(self.mean), "std": list(self.std)},
         }
