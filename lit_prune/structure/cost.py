@@ -44,13 +44,17 @@ class LayerCost:
     kind: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Cost:
     """Cost of a network for one image: `macs`, exact `params`, and `layers` by qualified name in order of use."""
 
     macs: int
     params: int
     layers: dict[str, LayerCost]
+
+    def __repr__(self) -> str:
+        """The sums, in a line; `layers` has the rest."""
+        return f"Cost({self.macs / 1e6:,.2f} M MACs, {self.params / 1e6:,.3f} M parameters, {len(self.layers)} layers)"
 
 
 @checked

@@ -88,7 +88,7 @@ class GroupSite:
         """One more `replace_mechanisms`."""
         places = tuple(place for place, unit in enumerate(state.kept) if unit in set(kept))
         plan = Plan((), {self.group.name: places}, {self.group.name: len(state.kept)})
-        found = replace_mechanisms(state.model, plan, state.batches, self.example, kind, settings=settings)
+        found = replace_mechanisms(state.model, plan, state.batches, kind, self.example, settings=settings)
         biases = tuple(dict.fromkeys((*state.added_biases, *found.plan.added_biases)))
         return NetworkState(state.batches, found.model, tuple(sorted(kept)), _said(found.report), biases)
 
