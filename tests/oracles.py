@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lit_prune.measurement.moments import LayerSums
+from lit_prune.measurement.sums import LayerSums
 
 
 def largest_error(found: Tensor, expected: Tensor) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 
 from lit_prune.errors import InputError
 from lit_prune.measurement.layers import (
-    Batches,
     following_norms,
     other_weights,
     position_view,
@@ -21,50 +19,16 @@ from lit_prune.measurement.layers import (
     select_layers,
     without_gradients,
 )
-from lit_prune.measurement.moments import ActivationSums, LayerSums, Moments, picked
+from lit_prune.measurement.moments import Moments, picked
+from lit_prune.measurement.pointwise import Source, pointwise_input, weight_state
 from lit_prune.measurement.protocol import DEFAULT_PROTOCOL, Protocol
+from lit_prune.measurement.sums import ActivationSums, LayerSums
 from lit_prune.structure.example import Example
-from lit_prune.task import Task, settle
-from lit_prune.task.running import undisturbed
 
 BACKENDS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # that may multiply in less than float32
 PRECISION, EXACT = (  # name of their setting, its values that mean float32; the first of them is the one to set
     ("fp32_precision", ("ieee", "none")) if hasattr(BACKENDS[1], "fp32_precision") else ("allow_tf32", (False,))
 )
-WIDER = 2  # outputs per input from which a layer y = W·x + b is read at its input
-
-
-@dataclass
-class Source:
-    """A layer y = W·x + b, the same at every position, that is read at its input: Σ_y = W·Σ_x·Wᵀ.
-
-    Products then cost (C/N)² of the layer's own, and in float64 they are exact however much W cancels.
-
-    Attributes:
-        weight: W, float64 [N, C].
-        bias: b, float64 [N].
-        state: of the parameters that they were copied from, see `weight_state`.
-        inputs: moments of x.
-        pooled: moments of its means over positions, one sample an image, around the same shift.
-    """
-
-    weight: Tensor
-    bias: Tensor
-    state: tuple[int, ...]
-    inputs: Moments
-    pooled: Moments
-
-    @classmethod
-    def of(cls, module: nn.Module, values: Tensor) -> Source:
-        """Of the layer as it is now, around its first inputs [B, P, C]."""
-        weight = module.weight.detach().flatten(1).to(torch.float64, copy=True)
-        bias = weight.new_zeros(len(weight)) if module.bias is None else module.bias.detach().to(weight, copy=True)
-        inputs = Moments.around(values, torch.float64)
-        return cls(weight, bias, weight_state(module), inputs, inputs.empty())
-
-    def outputs(self, means: Tensor, shift: Tensor) -> Tensor:
-        """Means of the outputs around `shift` [N] from those of the inputs around theirs, [B, N]."""
-        return means @ self.weight.T + (self.weight @ self.inputs.shift + self.bias - shift)
 
 
 class Recording:
@@ -220,37 +184,6 @@ def images_in(values: Sequence[Any]) -> int | None:
     return None
 
 
-def pointwise_input(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
-    """The layer's input, at the places of its output, if W·x + b of it is the output exactly; None where it is not.
-
-    So it is for an unpadded 1×1 convolution without groups and for a Linear, in full precision and as PyTorch has them,
-    with no other hook that may have changed the output. None as well where the outputs are less than twice the inputs.
-
-    Args:
-        module: the layer.
-        inputs: positional arguments of its forward.
-        output: what that returned.
-    """
-    if type(module) not in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d) or len(inputs) != 1:
-        return None
-    source, weight = inputs[0], module.weight
-    full = source.dtype == weight.dtype == output.dtype and weight.dtype in (torch.float32, torch.float64)
-    if not full or len(weight) < WIDER * weight.shape[1] or len(module._forward_hooks) > 1:
-        return None
-    if isinstance(module, nn.Linear):
-        return source
-    one = weight[0, 0].numel() == 1 and module.groups == 1
-    if not one or (module.padding not in ("valid", "same") and any(module.padding)):
-        return None
-    return source[(..., *(slice(None, None, step) for step in module.stride))]
-
-
-def weight_state(module: nn.Module) -> tuple[int, ...]:
-    """What changes when the layer's parameters are replaced or written to."""
-    own = [parameter for parameter in (module.weight, module.bias) if parameter is not None]
-    return tuple(number for p in own for number in (p.data_ptr(), 0 if p.is_inference() else p._version))
-
-
 @contextmanager
 def exact_sums(device_type: str) -> Iterator[None]:
     """Neither gradients nor inference mode inside, no autocast, and products of float32 in float32.
@@ -310,52 +243,3 @@ def record(
     if layers is None:
         sums.left_out |= {name: f"is a {kind}" for name, kind in other_weights(model).items()}
     say_left_out(sums.left_out)
-
-
-def pooled_outputs(
-    model: nn.Module,
-    modules: Sequence[str],
-    batches: Batches,
-    limit: int = 5000,
-    token: int | None = None,
-    task: Task | str | None = None,
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Outputs of the named modules averaged over positions, image by image, with what says which kind an image is.
-
-    Feature maps [B, C, H, W] are averaged over H and W, tokens [B, T, C] over T unless `token` picks one.
-
-    Args:
-        model: any network; left as found.
-        modules: qualified names, of any module type that returns one tensor.
-        batches: read until `limit` images are there.
-        limit: most images to keep.
-        token: index of the token, or None for the mean.
-        task: what a batch and an output mean; None recognises it.
-
-    Returns:
-        Name to float32 [n, C] on the CPU (modules that never ran are absent), and the task's `kinds` [n].
-    """
-    kept: dict[str, list[Tensor]] = {}
-    kinds: list[Tensor] = []
-    task, batches = settle(task, model, batches)
-
-    def keeper(name: str):
-        def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-            values = position_view(module, output, token).mean(1, dtype=torch.float32)
-            kept.setdefault(name, []).append(values.cpu())
-
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_hook(keeper(name)) for name in modules]
-    seen = 0
-    with removing(handles), undisturbed(model):
-        for batch in batches:
-            for piece in task.pieces(batch):
-                piece = task.to(piece, model)
-                kinds.append(task.kinds(task.run(model, piece), piece).cpu())
-                seen += len(kinds[-1])
-            if seen >= limit:
-                break
-    if not seen:
-        raise InputError("batches: there is no batch in it; give at least one")
-    return {name: torch.cat(parts)[:limit] for name, parts in kept.items()}, torch.cat(kinds)[:limit]

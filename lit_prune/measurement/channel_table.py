@@ -14,8 +14,10 @@ from lit_prune.errors import InputError
 from lit_prune.measurement import local_axis, target_axis
 from lit_prune.measurement.activations import record
 from lit_prune.measurement.layers import Batches, by_output, select_layers
-from lit_prune.measurement.moments import ActivationSums, LayerSums, Moments
+from lit_prune.measurement.moments import Moments
 from lit_prune.measurement.protocol import DEFAULT_PROTOCOL, Protocol
+from lit_prune.measurement.summaries import coupling, live_rows
+from lit_prune.measurement.sums import ActivationSums, LayerSums
 from lit_prune.task import Task, peek, settle
 from lit_prune.task.running import undisturbed
 
@@ -239,17 +241,8 @@ def layer_table(channels: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for (name, depth), frame in channels.groupby(["layer", "depth"], sort=False):
-        live = frame[~frame["dead"]]
+        live = live_rows(frame)
         row = {"layer": name, "depth": depth, "channels": len(frame), "dead": int(frame["dead"].sum())}
-        row["coupling"] = coupling(live["input_capture"], live["task_information"])
+        row["coupling"] = coupling(frame)
         rows.append(row | {f"mean_{column}": live[column].mean() for column in COLUMNS})
     return pd.DataFrame(rows)
-
-
-def coupling(one: pd.Series, other: pd.Series) -> float:
-    """Spearman rank correlation over the channels where both are defined; NaN if it is not defined."""
-    both = one.notna() & other.notna()
-    one, other = one[both].rank(), other[both].rank()
-    if len(one) < 3 or one.nunique() < 2 or other.nunique() < 2:
-        return float("nan")
-    return float(np.corrcoef(one, other)[0, 1])

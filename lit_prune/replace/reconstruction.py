@@ -76,7 +76,7 @@ def costs_by_group(
     per_mac: float = 1.0,
 ) -> dict[str, Tensor]:
     """As `reconstruction_costs`, from what has been measured already."""
-    groups = [group for group in graph.prunable if any(name in moments for name in group.consumers)]
+    groups = [group for group in _silent(graph) if any(name in moments for name in group.consumers)]
     return {
         group.name: _group_costs(model, group, moments) / _unit_macs(cost_model, group) ** per_mac for group in groups
     }
@@ -84,7 +84,12 @@ def costs_by_group(
 
 def readers_of(model: nn.Module, graph: ChannelGraph) -> list[str]:
     """All layers that read a prunable group and can be solved again."""
-    return sorted({name for group in graph.prunable for name in solvable_readers(model, group)})
+    return sorted({name for group in _silent(graph) for name in solvable_readers(model, group)})
+
+
+def _silent(graph: ChannelGraph) -> list[Group]:
+    """The groups whose removed units are zeros to their readers; behind a norm the others change too."""
+    return [group for group in graph.prunable if group.role != "width"]
 
 
 def solvable_readers(model: nn.Module, group: Group) -> list[str]:

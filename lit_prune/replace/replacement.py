@@ -53,8 +53,8 @@ def replace_mechanisms(
     model: nn.Module,
     plan: Plan,
     batches: Batches,
-    example_input: Any = None,
     kind: str = "delete",
+    example_input: Any = None,
     *,
     settings: Replacement = DEFAULT_REPLACEMENT,
     task: Task | str | None = None,
@@ -71,8 +71,8 @@ def replace_mechanisms(
         model: the original network.
         plan: what to keep; its blocks are dropped first.
         batches: unaugmented; targets are read only where `settings.objective` is a loss.
-        example_input: what the network is called with, for tracing; None takes the first batch.
         kind: "delete", "constant", "affine" or "refit".
+        example_input: what the network is called with, for tracing; None takes the first batch.
         settings: see `Replacement`.
         task: what a batch and an output mean; None recognises it.
 

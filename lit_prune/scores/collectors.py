@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from lit_prune.measurement.activations import Recording, record
 from lit_prune.measurement.channel_table import NO_TARGET, task_values, variable_name
 from lit_prune.measurement.layers import out_channels, position_view, removing, select_layers
-from lit_prune.measurement.moments import ActivationSums
 from lit_prune.measurement.protocol import DEFAULT_PROTOCOL
+from lit_prune.measurement.sums import ActivationSums
 from lit_prune.task import Task
 
 POOLED_IMAGES = 5000

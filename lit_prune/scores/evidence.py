@@ -13,8 +13,8 @@ from lit_prune.measurement import local_axis
 from lit_prune.measurement.channel_table import NO_TARGET, TARGET_COLUMNS, channel_table
 from lit_prune.measurement.inputs import InputMoments
 from lit_prune.measurement.layers import Batches, following_norms, out_channels, select_layers
-from lit_prune.measurement.moments import ActivationSums
 from lit_prune.measurement.passes import Collector, run_pass
+from lit_prune.measurement.sums import ActivationSums
 from lit_prune.replace.curvature import CurvatureSums
 from lit_prune.replace.risk_samples import RiskSamples
 from lit_prune.scores import independence, inputs

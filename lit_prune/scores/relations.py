@@ -5,7 +5,7 @@ from torch import Tensor
 
 from lit_prune.measurement import local_axis
 from lit_prune.measurement.channel_table import target_correlations, target_deviation
-from lit_prune.measurement.moments import LayerSums
+from lit_prune.measurement.sums import LayerSums
 from lit_prune.scores.evidence import Evidence
 from lit_prune.scores.graphs import excess_graph, redundancy_graph
 

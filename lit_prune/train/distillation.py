@@ -1,5 +1,6 @@
 """Staged distillation from the dense teacher, as a term of the training loss."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -43,11 +44,11 @@ class Repair:
         Raises:
             InputError: a negative weight, a temperature or a gradient norm that is not positive, an unknown form.
         """
-        if self.alpha < 0 or self.beta < 0:
-            raise InputError(f"repair weights must be >= 0, got alpha={self.alpha}, beta={self.beta}")
-        if self.temperature <= 0:
+        if not (0 <= self.alpha < math.inf and 0 <= self.beta < math.inf):
+            raise InputError(f"repair weights must be numbers >= 0, got alpha={self.alpha}, beta={self.beta}")
+        if not 0 < self.temperature < math.inf:
             raise InputError(f"repair temperature must be > 0, got temperature={self.temperature}")
-        if self.gradient_clip is not None and self.gradient_clip <= 0:
+        if self.gradient_clip is not None and not self.gradient_clip > 0:
             raise InputError(f"repair gradient_clip must be > 0, or None, got gradient_clip={self.gradient_clip}")
         if self.form not in FORMS:
             raise InputError(f"repair form={self.form!r} is none of {', '.join(FORMS)}")
@@ -90,6 +91,20 @@ def named_outputs(output: Any, name: str = "") -> dict[str, Tensor]:
     else:
         items = list(enumerate(output)) if isinstance(output, list | tuple) else []
     return {k: v for key, item in items for k, v in named_outputs(item, f"{name}.{key}").items()}
+
+
+def shared_outputs(student: Any, teacher: Any) -> list[tuple[Tensor, Tensor]]:
+    """The tensors of two outputs that lie at the same place and have the same shape; none where there are none."""
+    own, wanted = named_outputs(student), named_outputs(teacher)
+    return [(own[name], wanted[name]) for name in own if name in wanted and own[name].shape == wanted[name].shape]
+
+
+def nothing_shared(student: Any, teacher: Any) -> InputError:
+    """The refusal of two outputs that have no tensor in common."""
+    return InputError(
+        f"distillation: the network answers {describe(student)} in training and its teacher {describe(teacher)}, "
+        "with no tensor in common; set alpha=0 and beta=0 in repair"
+    )
 
 
 class Calls:
@@ -220,21 +235,18 @@ class Distillation:
     def _compare(self, student: tuple[Any, list], teacher: tuple[Any, list]) -> Tensor:
         """Mean distance over the tensors that both answer; of a detector, which answers losses, over its heads'."""
         single = False
-        for own, wanted in zip(map(named_outputs, student), map(named_outputs, teacher), strict=True):
-            common = [name for name in own if name in wanted and own[name].shape == wanted[name].shape]
-            telling = [name for name in common if self.repair.form == "mse" or own[name][0].numel() > 1]
+        for own, wanted in zip(student, teacher, strict=True):
+            pairs = shared_outputs(own, wanted)
+            telling = [pair for pair in pairs if self.repair.form == "mse" or pair[0][0].numel() > 1]
             if telling:
-                return torch.stack([self._distance(own[name], wanted[name]) for name in telling]).mean()
-            single = single or bool(common)
+                return torch.stack([self._distance(*pair) for pair in telling]).mean()
+            single = single or bool(pairs)
         if single:
             raise InputError(
                 f"repair form={self.repair.form}: the network's output has one value a sample, which has no direction; "
                 "use form=mse"
             )
-        raise InputError(
-            f"distillation: the network answers {describe(student[0])} in training and {describe(teacher[0])} as its "
-            "own teacher, with no tensor in common; set alpha=0 and beta=0 in repair"
-        )
+        raise nothing_shared(student[0], teacher[0])
 
     def _distance(self, student: Tensor, teacher: Tensor) -> Tensor:
         if self.repair.form == "mse":

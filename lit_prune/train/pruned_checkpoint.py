@@ -52,9 +52,9 @@ def restore_structure(module: LightningModule, checkpoint: dict[str, Any], dense
     """
     checkpoint.get("state_dict", {}).pop(ADVICE, None)
     saved = structure_of(checkpoint)
-    if not saved or "network" not in saved:
+    if not saved:
         return
-    path = find_path(module, saved["network"])
+    path = find_path(module, saved.get("network"))
     network = network_at(module, path)
     plans = [Plan.from_dict(plan, "plan of the checkpoint") for plan in saved["plans"]]
     if _begins(plans, network) and len(plans) == len(record_of(network).plans):
@@ -66,7 +66,7 @@ def restore_structure(module: LightningModule, checkpoint: dict[str, Any], dense
                 f"({len(record_of(network).plans)} cuts); build the module anew and load into that"
             )
         network = copy_network(dense).to(next(network.parameters()).device)
-    put_network(module, path, replay(network, plans[len(record_of(network).plans) :], saved["inputs"]))
+    put_network(module, path, replay(network, plans[len(record_of(network).plans) :], saved.get("inputs")))
 
 
 def _begins(plans: list[Plan], network: nn.Module) -> bool:

@@ -6,7 +6,8 @@ from oracles import assert_moments
 from torch import nn
 
 from lit_prune.measurement import local_axis
-from lit_prune.measurement.activations import pointwise_input, record
+from lit_prune.measurement.activations import record
+from lit_prune.measurement.pointwise import pointwise_input
 from lit_prune.measurement.protocol import Protocol
 
 

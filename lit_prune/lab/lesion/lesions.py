@@ -16,7 +16,7 @@ from lit_prune.lab.lesion.request import LesionRequest
 from lit_prune.lab.lesion.variants import Variants, variant_losses
 from lit_prune.measurement import local_axis
 from lit_prune.measurement.layers import Batches
-from lit_prune.measurement.moments import LayerSums
+from lit_prune.measurement.sums import LayerSums
 from lit_prune.scores.hulls import greedy_hulls
 
 SMALLEST_DAMAGE = 0.0  # a recovery is a share of the damage: there has to be one

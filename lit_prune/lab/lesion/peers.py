@@ -13,7 +13,7 @@ from torch import Tensor
 from lit_prune.errors import InputError
 from lit_prune.lab.lesion.variants import Variants
 from lit_prune.measurement import local_axis
-from lit_prune.measurement.moments import LayerSums
+from lit_prune.measurement.sums import LayerSums
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from lit_prune.measurement.layers import Batches, removing
 from lit_prune.measurement.moments import Moments
 from lit_prune.replace.consumers import Reader
 from lit_prune.replace.fitting import InputEvidence, check_objective, fit_stand_in
-from lit_prune.replace.interchange import Interchange, Swaps, draw_pairs
+from lit_prune.replace.interchange import Interchange
+from lit_prune.replace.pairs import Swaps, draw_pairs
 from lit_prune.replace.regression import RIDGES, PairSums, solve_held_out
 from lit_prune.replace.risk import SoftmaxHead
 from lit_prune.replace.settings import Replacement
