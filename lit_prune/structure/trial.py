@@ -74,8 +74,8 @@ class _Trial:
         Boxes that are chosen by their scores may be others after rounding alone, so what differs is computed again in
         double precision.
         """
-        reason = self._fault(groups)
-        return self._precise._fault(groups) if reason == DIFFERS and self._precise is not None else reason
+        reason = self.fault_here(groups)
+        return self._precise.fault_here(groups) if reason == DIFFERS and self._precise is not None else reason
 
     @cached_property
     def _precise(self) -> "_Trial | None":
@@ -90,7 +90,8 @@ class _Trial:
             return None
         return _Trial(model, sample, probe.find_sites(model))
 
-    def _fault(self, groups: Sequence[Group]) -> str:
+    def fault_here(self, groups: Sequence[Group]) -> str:
+        """The same in the precision that the network has."""
         generator = np.random.default_rng(len(groups))
         removed = {g.name: sorted(generator.permutation(g.size)[: g.size // 2].tolist()) for g in groups}
         lost = lost_positions({group.name: group for group in groups}, removed)
