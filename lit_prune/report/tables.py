@@ -13,7 +13,7 @@ from rich.text import Text as RichText
 from lit_prune.errors import InputError
 from lit_prune.report.run_folder import AbsentInput, RunFolder, stages_if_any
 from lit_prune.report.sections import register_section
-from lit_prune.timing import busy
+from lit_prune.report.times import times_are_unsure, times_hold_for
 
 ABSENT = "–"
 MINUS = "−"
@@ -164,23 +164,6 @@ def _changed(entry: Mapping[str, Any], dense: Mapping[str, Any], quantity: Quant
     return (
         replace(cell, note="noisy") if unsure and cell.note and quantity.key in ("latency_ms", "throughput") else cell
     )
-
-
-def times_are_unsure(result: Mapping[str, Any]) -> bool:
-    """Whether times spread widely, or the machine was busy with something else."""
-    return busy(result.get("timing") or {}) or any(result[name].get("noisy") for name in ("dense", "compact"))
-
-
-def times_hold_for(result: Mapping[str, Any]) -> str:
-    """Sentences on what the times hold for, and a warning where they are worth little; "" where it is not known."""
-    said = result.get("timing") or {}
-    if not said:
-        return ""
-    spread = result["compact"].get("latency_spread_ms")
-    quartiles = f", quartiles {spread:.2g} ms apart" if is_number(spread) else ""
-    text = f"Times: eager PyTorch, {said.get('device')}, {said.get('threads')} threads, {said.get('date')}{quartiles}."
-    warning = " The machine was busy or the times spread widely: `lit-prune latency` measures again."
-    return text + (warning if times_are_unsure(result) else "")
 
 
 def result_table(run: str | Path | Mapping[str, Any]) -> RichTable:
