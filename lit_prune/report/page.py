@@ -15,7 +15,7 @@ from lit_prune.report import axes_figures, dynamics_figures, figures, tables  # 
 from lit_prune.report.drawing import render_png, styled
 from lit_prune.report.run_folder import AbsentInput, RunFolder
 from lit_prune.report.sections import Section, question_of, register_section, sections
-from lit_prune.report.tables import Table, Text
+from lit_prune.report.tables import Cell, Table, Text, format_bytes
 from lit_prune.report.verdict import find_verdict
 
 LOGGER = logging.getLogger(__name__)
@@ -24,6 +24,15 @@ LOGGER = logging.getLogger(__name__)
 @register_section("config", "Configuration", place=330)
 def _show_config(run: RunFolder) -> Text:
     return Text(run.config, "config.yaml")
+
+
+@register_section("files", "Files", place=340)
+def list_files(run: RunFolder) -> Table:
+    """Returns the files of the run folder with their sizes."""
+    files = run.files
+    rows = tuple((Cell(name), Cell(format_bytes(size), exact=f"{size} bytes")) for name, size in files)
+    total = format_bytes(sum(size for _, size in files))
+    return Table(("file", "size"), rows, "Paths relative to the run folder.", folded=f"{len(rows)} files, {total}")
 
 
 @dataclass(frozen=True)

@@ -298,12 +298,3 @@ def _shorten(value: object, limit: int = 8) -> str:
     if isinstance(value, list | tuple) and len(value) > limit:
         return f"{', '.join(map(str, value[:limit]))}, … ({len(value)} values)"
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
-@register_section("files", "Files", place=340)
-def list_files(run: RunFolder) -> Table:
-    """Returns the files of the run folder with their sizes."""
-    files = run.files
-    rows = tuple((Cell(name), Cell(format_bytes(size), exact=f"{size} bytes")) for name, size in files)
-    total = format_bytes(sum(size for _, size in files))
-    return Table(("file", "size"), rows, "Paths relative to the run folder.", folded=f"{len(rows)} files, {total}")
