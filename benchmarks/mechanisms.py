@@ -23,7 +23,6 @@ from lit_prune.lab.reduce.classifier_head import (
 )
 from lit_prune.models import build_backbone
 from lit_prune.replace import Replacement, Swaps, replace_mechanisms
-from lit_prune.replace.stand_ins import input_moments
 from lit_prune.structure import Plan
 
 IMAGES, UNITS, KEPT = 2000, 512, tuple(range(0, 512, 2))
@@ -73,7 +72,7 @@ def fresh(head: Head, features: Features) -> HeadEvidence:
 def _score(model: nn.Module, batches: list) -> torch.Tensor:
     features = read_features(model, "layers.4", batches)
     evidence = HeadEvidence(Head.of(model, "layers.4"), features)
-    return input_moments(evidence.sums)[1].diagonal() * evidence.head.weight.square().sum(0)
+    return evidence.moments.variances() * evidence.head.weight.square().sum(0)
 
 
 def refit_rows() -> list[Row]:

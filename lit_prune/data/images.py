@@ -1,7 +1,6 @@
 """The base of all data modules: splits, loaders, the calibration subset, the fingerprint."""
 
 import copy
-import hashlib
 import math
 from functools import cached_property
 from typing import Any, Literal, Self
@@ -16,13 +15,12 @@ from lit_prune.data.calibration import stratified_order
 from lit_prune.data.resident import ResidentLoader, choose_place
 from lit_prune.data.sampling import EpochSampler, Shard
 from lit_prune.data.seeding import seeded_generator
-from lit_prune.data.sources import FileImages, ImageSource, MemoryImages
+from lit_prune.data.sources import FileImages, ImageSource, MemoryImages, check_label_range, checksums
 from lit_prune.data.workers import BatchDataset, WorkerLoader
 from lit_prune.errors import InputError
 from lit_prune.preparation import Preparation
 
 Loader = ResidentLoader | WorkerLoader
-FINGERPRINT_IMAGES = 64  # of each split
 LARGEST_SIDE = 8192
 STAGE_SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
 
@@ -146,8 +144,6 @@ class ImageData(LightningDataModule):
         for split in STAGE_SPLITS.get(str(stage), self.available_splits):
             self._source(split)
 
-    # --- splits
-
     def _stored_as(self, split: str) -> str:
         return "test" if split == "val" and not self.val_size and not self.has_validation else split
 
@@ -163,11 +159,7 @@ class ImageData(LightningDataModule):
     def _checked(self, split: str) -> ImageSource:
         self._check_shape()
         source = self.load_split(split)
-        if len(source.labels) and not 0 <= int(source.labels.min()) <= int(source.labels.max()) < self.num_classes:
-            raise InputError(
-                f"labels of the {split} split in {self.root} run from {int(source.labels.min())} to"
-                f" {int(source.labels.max())}, but the data set has {self.num_classes} classes; replace the files"
-            )
+        check_label_range(source.labels, self.num_classes, f"the {split} split in {self.root}")
         return source
 
     def _check_shape(self) -> None:
@@ -205,8 +197,6 @@ class ImageData(LightningDataModule):
     def validation_split(self) -> str:
         """The split that validation really reads: `val`, or `test` where there is neither `val_size` nor `val`."""
         return self._stored_as("val")
-
-    # --- loaders
 
     def _shard(self) -> Shard:
         return Shard(self.trainer.global_rank, self.trainer.world_size) if self.trainer else Shard()
@@ -292,8 +282,6 @@ class ImageData(LightningDataModule):
         other.__dict__.pop("_calibration_order", None)
         return other
 
-    # --- calibration
-
     @cached_property
     def _calibration_order(self) -> Tensor:
         order = stratified_order(self._source("train").labels, seeded_generator(self.seed, "calibration"))
@@ -320,8 +308,6 @@ class ImageData(LightningDataModule):
         sampler = EpochSampler(indices, batch_size, shuffle=True, seed=self.seed, stream="recalibration")
         return self._loader("train", sampler, self.augmentation("recalibration"))
 
-    # --- what goes with a trained network
-
     @property
     def short_side(self) -> int:
         """Length to which the short side of an image is resized before the centre is cut out."""
@@ -333,21 +319,13 @@ class ImageData(LightningDataModule):
         order = "grey" if len(set(self.mean)) == 1 else "RGB"
         return Preparation(self.mean, self.std, self.image_shape[1:], self.short_side, order, classes=self.classes)
 
-    # --- fingerprint
-
     def fingerprint(self) -> dict[str, Any]:
         """What identifies the data: name, sizes, sha256 of labels and of a fixed sample of pixels, normalisation."""
         sources = {split: self._source(split) for split in self.available_splits}
-        labels, pixels = hashlib.sha256(), hashlib.sha256()
-        for source in sources.values():
-            labels.update(source.labels.numpy().tobytes())
-            for index in torch.linspace(0, len(source.labels) - 1, FINGERPRINT_IMAGES).long().tolist():
-                pixels.update(source.image(index).numpy().tobytes())
         return {
             "name": type(self).__name__,
             "sizes": {split: len(source.labels) for split, source in sources.items()},
-            "labels_sha256": labels.hexdigest(),
-            "pixels_sha256": pixels.hexdigest(),
+            **checksums(sources.values()),
             "image_shape": list(self.image_shape),
             "normalisation": {"mean": list(self.mean), "std": list(self.std)},
         }

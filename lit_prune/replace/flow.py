@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from lit_prune.measurement.layers import removing
 from lit_prune.replace.walk import ADDITIONS, Stop
 from lit_prune.structure import axes
-from lit_prune.structure.tracing import one_sample, run, undisturbed
+from lit_prune.structure.tracing import one_sample, run, traceable
 
 Clip = tuple[float, float]
 _RELU = (torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.relu, F.relu_)
@@ -74,7 +74,7 @@ def observe(model: nn.Module, example_input: Tensor) -> Flow:
         example_input: [B, C, H, W].
     """
     watch = _Watch()
-    with undisturbed(model), torch.no_grad():
+    with traceable(model), torch.no_grad():
         handles = [handle for name, module in model.named_modules() for handle in watch.hooks(name, module)]
         with removing(handles), watch:
             run(model, one_sample(model, example_input))

@@ -151,7 +151,7 @@ def _folded(job: Job, batches: Sequence[Any], kind: str, settings: Replacement) 
         folded = fold(module, reader, stand_in, found.size)
         border, created = _write(job, reader, folded, job.task.take(batches[0], 2))
         gained += [reader.name] if created else []
-        report[reader.name] = {"rows": int(found.sums.samples), "unexplained": stand_in.unexplained, "border": border}
+        report[reader.name] = {"rows": found.inputs.count, "unexplained": stand_in.unexplained, "border": border}
         report[reader.name] |= said
     light_carriers(job.reduced, job.graph, job.plan, job.carriers, job.flow)  # a reader may write carriers itself
     return report, gained

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
-from lit_prune.measurement.moments import LayerSums
+from lit_prune.measurement.moments import Moments
 from lit_prune.replace.consumers import Reader
 from lit_prune.replace.risk import solve_ridged
 from lit_prune.replace.settings import Replacement
@@ -34,21 +34,21 @@ class StandIn:
     singular: int = 0
 
 
-def constants(sums: LayerSums, reader: Reader) -> StandIn:
+def constants(inputs: Moments, reader: Reader) -> StandIn:
     """Each removed channel's mean: the constant that distorts an affine reader's output least.
 
     Source: causal mechanism reduction, proof of the CMR-Logit score.
     """
     removed = list(reader.removed)
-    mean = sums.shift + sums.first / sums.samples
+    mean = inputs.mean()
     return StandIn(mean[removed], mean.new_zeros(len(removed), len(reader.kept)), 1.0)
 
 
-def affine(sums: LayerSums, reader: Reader, parents: Tensor, ridge: float) -> StandIn:
+def affine(inputs: Moments, reader: Reader, parents: Tensor, ridge: float) -> StandIn:
     """Ridge regression of each removed channel on kept channels of the same layer.
 
     Args:
-        sums: of the layer's input channels.
+        inputs: moments of the layer's input channels.
         reader: which go and which stay.
         parents: places within `reader.kept`, int64 [removed, r], see `choose_parents`.
         ridge: relative to each parent's own variance, above 0.
@@ -56,7 +56,7 @@ def affine(sums: LayerSums, reader: Reader, parents: Tensor, ridge: float) -> St
     Source: causal mechanism reduction, affine case of theorem 1 with uniform curvature and no gradient.
     """
     removed, kept = list(reader.removed), list(reader.kept)
-    mean, covariance = input_moments(sums)
+    mean, covariance = inputs.mean(), inputs.covariance()
     inner, cross = covariance[kept][:, kept], covariance[kept][:, removed]  # [K, K], [K, R]
     if parents.shape[1] == len(kept):  # all of them: one system for all removed channels
         parents = torch.arange(len(kept)).expand(len(removed), -1)
@@ -73,19 +73,13 @@ def affine(sums: LayerSums, reader: Reader, parents: Tensor, ridge: float) -> St
     return StandIn(mean[removed] - coefficients @ mean[kept], coefficients, unexplained, singular)
 
 
-def input_moments(sums: LayerSums) -> tuple[Tensor, Tensor]:
-    """Mean [C] and population covariance [C, C], float64."""
-    mean = sums.first / sums.samples
-    return mean + sums.shift, sums.second / sums.samples - torch.outer(mean, mean)
-
-
 def choose_parents(
-    sums: LayerSums, reader: Reader, weight: Tensor, settings: Replacement = DEFAULT_REPLACEMENT
+    inputs: Moments, reader: Reader, weight: Tensor, settings: Replacement = DEFAULT_REPLACEMENT
 ) -> Tensor:
     """Places within `reader.kept` of the channels that stand in for each removed one, int64 [removed, r], ascending.
 
     Args:
-        sums: of the layer's input channels.
+        inputs: moments of the layer's input channels.
         reader: which go and which stay.
         weight: of the reader, [O, C, *taps].
         settings: how many parents (all of them where there are fewer), by which rule, which seed.
@@ -95,12 +89,12 @@ def choose_parents(
     """
     removed, kept = list(reader.removed), list(reader.kept)
     count = len(kept) if settings.parents is None else min(settings.parents, len(kept))
-    if settings.parents is not None and count >= int(sums.samples):
+    if settings.parents is not None and count >= inputs.count:
         raise InputError(
-            f"parents={settings.parents}: {int(sums.samples)} calibration samples are too few for layer "
+            f"parents={settings.parents}: {inputs.count} calibration samples are too few for layer "
             f"{reader.name!r}; use more images or fewer parents"
         )
-    strength = parent_strength(input_moments(sums)[1], weight, settings.parent_rule, settings.seed)
+    strength = parent_strength(inputs.covariance(), weight, settings.parent_rule, settings.seed)
     return strength[removed][:, kept].topk(count, dim=1).indices.sort(1).values
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from lit_prune.measurement.layers import out_channels
 from lit_prune.scores.evidence import Evidence
 
 
@@ -31,7 +32,7 @@ def to_layers(evidence: Evidence, units: Mapping[str, Tensor]) -> dict[str, Tens
     found: dict[str, Tensor] = {}
     for group, values in units.items():
         for layer, positions in evidence.couplings.get(group, ()):
-            channels = len(evidence.layers[layer].weight)
+            channels = out_channels(evidence.layers[layer])
             vector = found.setdefault(layer, torch.full((channels,), torch.nan, dtype=torch.float64))
             vector[positions] = values[:, None]
     return {layer: found[layer] for layer in evidence.layers if layer in found}

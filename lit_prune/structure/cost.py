@@ -20,7 +20,7 @@ from lit_prune.errors import InputError
 from lit_prune.structure import axes
 from lit_prune.structure.groups import ChannelGraph
 from lit_prune.structure.opened import open_copy
-from lit_prune.structure.tracing import one_sample, run, undisturbed
+from lit_prune.structure.tracing import one_sample, run, traceable
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def cost(model: nn.Module, example_input: Any) -> Cost:
         InputError: the network does not run on `example_input`.
     """
     counter = _Counter()
-    with undisturbed(model):
+    with traceable(model):
         sample = one_sample(model, example_input)
         handles = [handle for name, module in model.named_modules() for handle in counter.watch(name, module)]
         try:

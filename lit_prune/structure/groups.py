@@ -19,7 +19,7 @@ from lit_prune.structure.example import Example
 from lit_prune.structure.heads import axis_widths, head_groups, with_heads
 from lit_prune.structure.opened import opened
 from lit_prune.structure.proposals import propose_groups
-from lit_prune.structure.tracing import one_sample, run, undisturbed
+from lit_prune.structure.tracing import one_sample, run, traceable
 
 __all__ = ["ChannelGraph", "Group", "Member", "group_role", "trace_groups"]
 
@@ -103,7 +103,7 @@ def trace_groups(model: nn.Module, example_input: Any) -> ChannelGraph:
     Raises:
         InputError: the network does not run on `example_input`.
     """
-    with undisturbed(model), opened(model):
+    with traceable(model), opened(model):
         sample = one_sample(model, example_input)
         sites = probe.find_sites(model)
         try:

@@ -13,7 +13,7 @@ from lit_prune.structure import axes
 from lit_prune.structure.attributes import follow_widths
 from lit_prune.structure.groups import ChannelGraph, trace_groups
 from lit_prune.structure.plan import Plan
-from lit_prune.structure.tracing import copy_network, one_sample, run, undisturbed
+from lit_prune.structure.tracing import copy_network, one_sample, run, traceable
 
 
 @checked
@@ -162,7 +162,7 @@ def _remove(model: nn.Module, graph: ChannelGraph, plan: Plan, example_input: An
     if removed:
         graph.remove(model, removed)
         check_invariants(model, graph)
-        with undisturbed(model):
+        with traceable(model):
             try:
                 run(model, one_sample(model, example_input))
             except InputError as error:

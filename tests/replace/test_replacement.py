@@ -6,12 +6,12 @@ import torch
 from torch import nn
 
 from lit_prune.errors import InputError
+from lit_prune.measurement.inputs import InputMoments
 from lit_prune.measurement.passes import collect
 from lit_prune.models import build_backbone
 from lit_prune.replace import Replacement, replace_mechanisms
 from lit_prune.replace.consumers import find_readers
 from lit_prune.replace.flow import observe
-from lit_prune.replace.inputs import InputMoments
 from lit_prune.replace.stand_ins import affine, choose_parents, constants
 from lit_prune.structure import Plan, apply_plan, load_compact, save_compact, trace_groups
 from lit_prune.task import Unlabelled
@@ -73,7 +73,7 @@ def intervened(net: nn.Module, batches, parents):
     readers = [r for r in find_readers(net, PLAN, trace_groups(net, IMAGE), observe(net, IMAGE)).values() if r.removed]
     sums = collect(net, batches, InputMoments(net, [reader.name for reader in readers]), Unlabelled())
     for reader in readers:
-        found = sums[reader.name].sums
+        found = sums[reader.name].moments
         weight, settings = net.get_submodule(reader.name).weight, Replacement(parents=parents)
         chosen = choose_parents(found, reader, weight, settings)
         stand_in = constants(found, reader) if parents == 0 else affine(found, reader, chosen, 1e-6)
