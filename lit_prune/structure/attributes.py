@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lit_prune.structure import axes
-from lit_prune.structure.tracing import one_sample, undisturbed
+from lit_prune.structure.tracing import one_sample, traceable
 
 WIDTHS = ("num_features", "head_hidden_size")
 
@@ -56,7 +56,7 @@ def _outputs(model: nn.Module, example_input: Any, named: Iterable[str]) -> Mapp
     def note(name: str) -> Any:
         return lambda module, args, output: found.update({name: output} if isinstance(output, Tensor) else {})
 
-    with undisturbed(model):
+    with traceable(model):
         sample = one_sample(model, example_input)
         present = dict(model.named_modules())
         handles = [present[name].register_forward_hook(note(name)) for name in named if name in present]
