@@ -148,8 +148,8 @@ def verify(model: nn.Module, reduced: Reduced, batches: Iterable[Any], example: 
         raise RuntimeError("the plan does not rebuild the compact network: their tensors have other shapes")
     comparison = Comparison()
     with undisturbed(model), undisturbed(reduced.model):
-        for batch in batches:
-            comparison.add(task, *(task.run(net, task.to(batch, net)) for net in (model, reduced.model)), batch)
+        for piece in (piece for batch in batches for piece in task.pieces(batch)):
+            comparison.add(task, *(task.run(net, task.to(piece, net)) for net in (model, reduced.model)), piece)
     figures = comparison.figures(task)
     report = {"plan": reduced.plan.to_dict(), "layers": reduced.report["layers"], "images": comparison.count}
     for name, net in (("dense", model), ("compact", reduced.model)):
@@ -171,7 +171,8 @@ class Comparison:
 
     def add(self, task: Task, original: Any, other: Any, batch: Any) -> None:
         """Adds one batch."""
-        before, after = (task.prediction(output).double().flatten(1) for output in (original, other))
+        values = (task.prediction(output).double() for output in (original, other))
+        before, after = (value.reshape(len(value), -1) for value in values)
         self.count += len(before)
         self.agreed += float(task.agreement(task.prediction(original), task.prediction(other)).sum())
         self.squared += float((after - before).square().sum())

@@ -11,7 +11,9 @@ import pytest
 import lit_prune
 from lit_prune.cli.main import main
 from lit_prune.cli.prune_cli import build_cli
+from lit_prune.errors import InputError
 from lit_prune.train.classifier import LitClassifier
+from lit_prune.train.surgeon import Surgeon
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["fit", "-c", str(ROOT / "tests" / "tiny_run.yaml")]
@@ -78,6 +80,41 @@ def test_a_misspelt_score_is_refused_before_anything_is_trained_or_written(tmp_p
     config.write_text(text.replace("keep: 0.5", f"keep: 0.5, score: {wrong}"))
     line = refused(capsys, "fit", "-c", str(config), "--run_dir", str(tmp_path / "run"))
     assert wrong in line and "magnitude" in line and not (tmp_path / "run").exists()
+
+
+CORRECTED = "[{class_path: lit_prune.BlockStage, init_args: {epoch: 1, remove_ratio: 0.3}},"
+CORRECTED += " {class_path: lit_prune.ChannelStage, init_args: {epoch: 2, keep: 0.6}}]"
+
+
+def test_a_folder_in_which_nothing_was_trained_takes_another_configuration(tmp_path):
+    (tmp_path / "trace").mkdir()
+    (tmp_path / "trace" / "epoch=000.parquet").touch()
+    (tmp_path / "config.yaml").write_text("model: {backbone: cifar_resnet56}\n")
+    main([*TINY, "--run_dir", str(tmp_path), "--trainer.max_epochs", "1", "--trainer.callbacks", "[]"])
+    assert (tmp_path / "checkpoints" / "last.ckpt").exists()
+
+
+def test_stages_that_are_not_done_are_corrected_in_place_with_one_option(tmp_path, capsys, monkeypatch):
+    carry_out = Surgeon.carry_out
+
+    def fail(surgeon, trainer, subject, stage, record):
+        if stage.epoch == 2:
+            raise InputError("stage channels cannot be done")
+        carry_out(surgeon, trainer, subject, stage, record)
+
+    command = [*TINY, "--run_dir", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(Surgeon, "carry_out", fail)
+        assert "cannot be done" in refused(capsys, *command)
+    other = [*command, "--trainer.callbacks.stages", CORRECTED]
+    assert "give --correct_stages true to go on with these stages" in refused(capsys, *other)
+    assert "correct_stages" not in refused(capsys, *other, "--data.batch_size", "16", "--correct_stages", "true")
+    done = ["--trainer.callbacks.stages", CORRECTED.replace("0.3", "0.5"), "--correct_stages", "true"]
+    assert "stage blocks at epoch 1 is done" in refused(capsys, *command, *done)
+    main([*other, "--correct_stages", "true"])
+    records = [json.loads(line) for line in (tmp_path / "stages.jsonl").read_text().splitlines()]
+    assert [record["protocol"]["stage"].get("keep") for record in records] == [None, 0.6]
+    main(other)  # the folder is that of the corrected run now
 
 
 def older(settings: dict, *options: tuple) -> dict:

@@ -20,7 +20,7 @@ from lit_prune.cli.checks import as_input_errors, check_trainer
 from lit_prune.cli.compress import schedule_sweep
 from lit_prune.cli.console import LearningRate, shown
 from lit_prune.cli.narration import narrated_on_stdout
-from lit_prune.cli.parsing import OneLineErrors, changed_keys, import_paths
+from lit_prune.cli.parsing import OneLineErrors, changed_keys, differ_in_stages, import_paths
 from lit_prune.cli.ranks import RanksEndAtOnce
 from lit_prune.cli.recipes import with_recipes
 from lit_prune.cli.trainer import Trainer, last_checkpoint
@@ -38,7 +38,7 @@ from lit_prune.train.run_record import write_run
 
 TRAINING_VERBS = ("fit", "compress")
 LAB_VERBS = ("analyze", "lesion", "reduce", "sensitivity", "sweep")
-WRITTEN_BEFORE = ("config.yaml", "run.json", "tensorboard", LOCK)
+WRITTEN_BEFORE = ("config.yaml", "run.json", "tensorboard", "trace", LOCK)
 VERBS = ("analyze", "compress", "lesion", "reduce", "sensitivity", "sweep")
 DESCRIPTION = (
     "Train a vision network, watch its channels, prune it in stages, repair it, hand over a smaller dense one. "
@@ -68,6 +68,12 @@ class PruneCLI(LightningCLI):
         """Adds the run folder and takes the classifier's sizes from the data."""
         parser.add_argument(
             "--run_dir", type=str, default="runs/run", help="Folder for everything that the run writes."
+        )
+        parser.add_argument(
+            "--correct_stages",
+            type=bool,
+            default=False,
+            help="Go on in a run folder with other stages of StagedPruning than before, where they are not done yet.",
         )
         parser.link_arguments("run_dir", "trainer.default_root_dir")
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
@@ -230,12 +236,7 @@ class PruneCLI(LightningCLI):
             return
         written = self.run_dir / "config.yaml"
         if int(os.environ.get("LOCAL_RANK", "0")) == 0 and written.exists() and self._has_begun():
-            changed = self.changed_since(read_yaml(written))
-            if changed:
-                raise InputError(
-                    f"run folder {self.run_dir} holds a run with another configuration ({', '.join(changed[:4])}); "
-                    "give another --run_dir, or delete the folder"
-                )
+            self._refuse_other_run(read_yaml(written))
         last = self.run_dir / "checkpoints" / "last.ckpt"
         if settings.get("ckpt_path") is None and last.exists():
             settings["ckpt_path"] = str(last)
@@ -243,8 +244,19 @@ class PruneCLI(LightningCLI):
             settings["weights_only"] = True  # a checkpoint holds plain values and tensors; nothing in it is executed
         self._write_record(written)
 
+    def _refuse_other_run(self, old: dict[str, Any]) -> None:
+        changed = self.changed_since(old)
+        stages = changed == ["trainer.callbacks"] and differ_in_stages(old, self.config_dump)
+        if not changed or (stages and self.config[self.subcommand]["correct_stages"]):
+            return
+        remedy = "give --correct_stages true to go on with these stages, " if stages else "give "
+        raise InputError(
+            f"run folder {self.run_dir} holds a run with another configuration ({', '.join(changed[:4])}); "
+            f"{remedy}another --run_dir, or delete the folder"
+        )
+
     def _has_begun(self) -> bool:
-        """Whether the run folder holds more than what is written before a run; a refused command leaves no more."""
+        """Whether the run folder holds more than what is written before the first epoch: nothing is lost by another."""
         return any(entry.name not in WRITTEN_BEFORE for entry in self.run_dir.iterdir())
 
     def changed_since(self, old: dict[str, Any]) -> list[str]:

@@ -193,7 +193,7 @@ class LitClassifier(LightningModule):
         """Rebuilds the structure before the weights load.
 
         Raises:
-            InputError: the checkpoint holds another network.
+            InputError: the checkpoint holds another network, or a run is to go on from weights alone.
         """
         saved = structure_of(checkpoint)
         if saved is None:
@@ -205,6 +205,11 @@ class LitClassifier(LightningModule):
                 f"this run is configured for {self.backbone_name} {self.arguments}"
             )
         backbone_weights(checkpoint, "checkpoint")
+        if self._trainer is not None and self._trainer.state.fn == "fit" and not checkpoint.get("optimizer_states"):
+            raise InputError(
+                "checkpoint: it holds no state of an optimizer, so that no run can go on from it; give its file to "
+                "--model.weights to begin with its weights"
+            )
         restore_structure(self, checkpoint)
 
     @classmethod

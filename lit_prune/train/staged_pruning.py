@@ -38,7 +38,9 @@ from lit_prune.train.phase_optimizer import PhaseOptimizer
 from lit_prune.train.phases import Phases, check_epochs, total_epochs
 from lit_prune.train.rewire import check_supported
 from lit_prune.train.run_record import write_stages
+from lit_prune.train.stage_checks import check_stages, check_teacher
 from lit_prune.train.stage_record import (
+    check_done,
     check_metric_name,
     describe_record,
     figures_of,
@@ -131,7 +133,7 @@ class StagedPruning(Callback):
         self.run = uuid.uuid4().hex[:12]
         self._epoch_began = 0.0
         self._measured = -1
-        self._trained = False
+        self._trained = self._checked = False
 
     def state_dict(self) -> dict[str, Any]:
         """Figures of the dense network, one record a stage done, the phase's start: plain values."""
@@ -160,6 +162,20 @@ class StagedPruning(Callback):
         self.phases.boundaries = tuple(stage.epoch for stage in self.stages)
         check_epochs(self.stages, None if trainer.fast_dev_run else total_epochs(trainer))
         self.phase_optimizer.attach(trainer, pl_module, lambda: self._phase(trainer))
+        self._checked = bool(trainer.fast_dev_run)
+        if self.subject.inputs is not None:
+            self._check_stages()
+
+    def _check_stages(self) -> None:
+        """Refuses what the stages to come, and the teacher, cannot do with the network."""
+        network, example, done = self.subject.network, self.subject.example, len(self.records)
+        if self._checked:
+            return
+        self._checked = True
+        cut = check_stages(network, self.stages[done:], example, is_dense=not done)
+        teacher = self.teaching.load_given() if self.teaching.wanted else None
+        if teacher is not None:
+            check_teacher(self.repair, teacher.to(next(network.parameters()).device), network, example, cut)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leaves the module's methods as they were."""
@@ -212,6 +228,10 @@ class StagedPruning(Callback):
                 "staged pruning needs max_epochs, or max_steps and loaders of known length: phases have ends"
             )
         check_epochs(self.stages, None if trainer.fast_dev_run else total)
+        check_done(self.records, self.stages)
+        if not self._checked:
+            self.surgeon.meet(trainer, self.subject)
+            self._check_stages()
         late = [s for s in self.stages[len(self.records) :] if s.epoch < trainer.current_epoch]
         if late:
             raise InputError(
