@@ -75,7 +75,7 @@ def test_every_stand_in(device, kind):
     for place in (device, "cpu"):
         model = network(place)
         plan = plan_of(model, place)
-        reduced = lit_prune.replace_mechanisms(model, plan, batches(), example(place), kind=kind)
+        reduced = lit_prune.replace_mechanisms(model, plan, batches(), kind, example(place))
         found.append(outputs(reduced.model, place))
         agreement = lit_prune.interchange(model, reduced, batches(), example(place))
         assert 0 <= agreement.iia <= 1
