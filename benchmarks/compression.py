@@ -1,111 +1,121 @@
-"""Accuracy after compression without training: each part of the recipe added in turn, Torch-Pruning beside it.
+"""Accuracy after compression without training, and after a short repair; parts of the recipe, Torch-Pruning beside it.
 
-    python benchmarks/compression.py BACKBONE WEIGHTS IMAGES.npz --out FILE.jsonl [--keep 0.5 0.3] [--seeds 0 1 2]
+    python benchmarks/compression.py NETWORK SAMPLES --out FILE.jsonl [--keep 0.5 0.3] [--seeds 0 1 2] [--epochs 0 2]
 
-IMAGES.npz holds `train` and `test`, uint8 [N, H, W, 3], `train_labels` and `test_labels`. Calibration images are drawn
-from `train` by the seed. One JSON line a cell (method, share of the MACs kept, seed); cells that FILE has are not run
-again. Torch-Pruning cuts channels inside blocks, iteratively, until the MACs are met; its accuracy is also given after
-BatchNorm recalibration on the calibration images, moved and mirrored. At the end a Markdown table.
+NETWORK is one of `compression_cases.CASES`, SAMPLES the folder that it reads. One JSON line a cell (network, method,
+share of the MACs kept, images, repair epochs, seed), one process a cell; cells that FILE has are not run again, so that
+a run that was stopped goes on. Calibration images are drawn from the training part by the seed. `figure` is the task's
+on the test part, `agreement` with the dense network there. Torch-Pruning cuts channels inside blocks, iteratively,
+until the MACs are met; then BatchNorm is recalibrated on the calibration images, moved and mirrored where the network
+was trained so. Repair is `distil` on the first `--repair-images` training images. At the end a Markdown table and, with
+`--draw`, the curve of the figure against seconds.
 """
 
 import argparse
 import copy
 import json
+import resource
+import subprocess
+import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torch_pruning
-from torch import Tensor, nn
+from compression_cases import CASES, Bench, moved, split
+from torch import nn
 
 from lit_prune import recalibrate_batchnorm
-from lit_prune.compression import Recipe, compress
-from lit_prune.models import build_backbone, load_weights
+from lit_prune.compression import Comparison, Recipe, compress
 from lit_prune.replace import Replacement
+from lit_prune.replace.distil import Distilling, distil
 from lit_prune.structure import cost, trace_groups
-from lit_prune.train.evaluation import evaluate
+from lit_prune.task import settle
+from lit_prune.task.running import undisturbed
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-Batches = list[tuple[Tensor, Tensor]]
 _GREEDY = Replacement(scope="consumers", clipped=False, unsupported="delete")
 _ALL = Replacement(clipped=False, unsupported="delete")
 RECIPES = {
+    "strongest": Recipe(),
     "greedy": Recipe(allocation="global", only="mid", replacement=_GREEDY),
     "+ all layers": Recipe(allocation="global", only="mid", replacement=_ALL),
     "+ clips": Recipe(allocation="global", only="mid"),
     "+ measured widths": Recipe(only="mid"),
-    "+ trunk": Recipe(),
+    "+ trunk": Recipe(only=None),
 }
 IMPORTANCES = {
-    "torch-pruning group norm": torch_pruning.importance.GroupMagnitudeImportance,
-    "torch-pruning taylor": torch_pruning.importance.GroupTaylorImportance,
+    "torch-pruning group norm": "GroupMagnitudeImportance",
+    "torch-pruning taylor": "GroupTaylorImportance",
 }
 STEPS = 100
+MEGA = 1 << 10  # kB in a MB
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One line of the file."""
+    """What one process does."""
 
+    network: str
     method: str
     keep: float
-    seed: int
-    macs: float
-    accuracy: float
-    recalibrated: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Bench:
-    """The network and its images, normalised."""
-
-    model: nn.Module
-    train: tuple[Tensor, Tensor]
-    test: Batches
     images: int
-
-    def calibration(self, seed: int) -> Batches:
-        """Batches drawn from the training part."""
-        order = torch.randperm(len(self.train[1]), generator=torch.Generator().manual_seed(seed))[: self.images]
-        return [tuple(values[part] for values in self.train) for part in order.split(125)]
-
-    def cell(self, method: str, keep: float, seed: int) -> Cell:
-        """Compresses and measures."""
-        batches, start = self.calibration(seed), time.perf_counter()
-        reduced = self.reduced(method, keep, batches, seed)
-        seconds = time.perf_counter() - start
-        accuracy = evaluate(reduced, self.test).figure
-        example = self.test[0][0][:1]
-        macs = cost(reduced, example).macs / cost(self.model, example).macs
-        recalibrate_batchnorm(reduced, moved(batches, seed))
-        return Cell(method, keep, seed, macs, accuracy, evaluate(reduced, self.test).figure, seconds)
-
-    def reduced(self, method: str, keep: float, batches: Batches, seed: int) -> nn.Module:
-        """The network of one method."""
-        if method == "dense":
-            return copy.deepcopy(self.model)
-        if method in RECIPES:
-            recipe = Recipe(**{**vars(RECIPES[method]), "seed": seed})
-            return compress(self.model, batches, keep, recipe=recipe)[0]
-        return torch_pruned(self.model, keep, batches, IMPORTANCES[method])
+    epochs: float
+    seed: int
 
 
-def torch_pruned(model: nn.Module, keep: float, batches: Batches, importance: Callable) -> nn.Module:
+def run_cell(cell: Cell, samples: Path, repair_images: int) -> dict:
+    """Compresses, repairs and measures; the line of the cell."""
+    bench = CASES[cell.network](samples)
+    generator = torch.Generator().manual_seed(cell.seed)
+    order = torch.randperm(len(bench.train[1]), generator=generator)[: cell.images]
+    calibration = split(bench.train, bench.batch, order)
+    before = peak()
+    small, seconds = compressed(bench, cell, calibration)
+    found = {"peak_mb": peak() - before, "seconds": seconds}
+    example = bench.test[0][:1]
+    found["macs"] = cost(small, example).macs / cost(bench.model, example).macs
+    if cell.epochs:
+        found["before_repair"] = compared(bench, small)
+        found["repair"] = repaired(bench, small, cell, repair_images)
+    return asdict(cell) | found | compared(bench, small)
+
+
+def peak() -> int:
+    """Most memory that the process has held, MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // MEGA
+
+
+def compressed(bench: Bench, cell: Cell, calibration: list) -> tuple[nn.Module, dict[str, float]]:
+    """The network of one method, and the seconds that it took."""
+    start = time.perf_counter()
+    if cell.method == "dense":
+        return copy.deepcopy(bench.model), {}
+    if cell.method in RECIPES:
+        recipe = replace(RECIPES[cell.method], seed=cell.seed)
+        small, report = compress(bench.model, calibration, cell.keep, task=bench.task, recipe=recipe)
+        return small, {name: round(value, 1) for name, value in report["seconds"].items()}
+    small = torch_pruned(bench, cell.keep, calibration, IMPORTANCES[cell.method])
+    generator = torch.Generator().manual_seed(cell.seed)
+    images = [(moved(x, generator) if bench.moves else x, y) for x, y in calibration]
+    recalibrate_batchnorm(small, images, limit=len(images))
+    return small, {"all": round(time.perf_counter() - start, 1)}
+
+
+def torch_pruned(bench: Bench, keep: float, batches: list, name: str) -> nn.Module:
     """Torch-Pruning's global plan on the channels inside blocks."""
-    model, example = copy.deepcopy(model), batches[0][0][:1]
+    import torch_pruning
+
+    model, example = copy.deepcopy(bench.model), batches[0][0][:1]
     outside = {name for group in trace_groups(model, example).groups if group.role != "mid" for name in group.producers}
     ignored = [model.get_submodule(name) for name in outside]
     ignored += [module for module in model.modules() if isinstance(module, nn.Linear)]
-    pruner = torch_pruning.pruner.MetaPruner(
-        model, example, importance(), True, iterative_steps=STEPS, pruning_ratio=0.98, ignored_layers=ignored
-    )
+    importance = getattr(torch_pruning.importance, name)()
+    options = {"iterative_steps": STEPS, "pruning_ratio": 0.98, "ignored_layers": ignored}
+    pruner = torch_pruning.pruner.MetaPruner(model, example, importance, True, **options)
     dense = cost(model, example).macs
-    if "Taylor" in importance.__name__:
+    if "Taylor" in name:
         sum(F.cross_entropy(model(images), labels) for images, labels in batches[:4]).backward()
     for _ in range(STEPS):
         pruner.step()
@@ -114,84 +124,123 @@ def torch_pruned(model: nn.Module, keep: float, batches: Batches, importance: Ca
     return model.eval()
 
 
-def moved(batches: Batches, seed: int) -> Batches:
-    """The images mirrored at random and shifted by up to four pixels, as in training."""
-    generator = torch.Generator().manual_seed(seed)
-    found = []
-    for images, labels in batches:
-        down, right, mirror = (torch.randint(0, high, (len(images),), generator=generator) for high in (9, 9, 2))
-        padded, (height, width) = F.pad(images, (4, 4, 4, 4)), images.shape[2:]
-        parts = [
-            (image.flip(2) if m else image)[:, d : d + height, r : r + width]
-            for image, d, r, m in zip(padded, down, right, mirror, strict=True)
-        ]
-        found.append((torch.stack(parts), labels))
-    return found
+def repaired(bench: Bench, small: nn.Module, cell: Cell, images: int) -> dict:
+    """Repairs in place."""
+    part = tuple(values[:images] for values in bench.train)
+    order = torch.randperm(len(part[1]), generator=torch.Generator().manual_seed(cell.seed))
+    batches = split(part, bench.batch, order)
+    task, batches = settle(bench.task, bench.model, batches)
+    move = moved_batch if bench.moves else None
+    start = time.perf_counter()
+    said = distil(bench.model, small, batches, task, Distilling(epochs=cell.epochs, seed=cell.seed), augment=move)
+    return said | {"seconds": round(time.perf_counter() - start, 1)}
 
 
-def load(arguments: argparse.Namespace) -> Bench:
-    """The network with its weights, and the images."""
-    stored = np.load(arguments.images)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (arguments.mean, arguments.std))
-    parts = {}
-    for name in ("train", "test"):
-        labels = torch.from_numpy(stored[f"{name}_labels"]).long()
-        parts[name] = ((torch.from_numpy(stored[name]).permute(0, 3, 1, 2).float() / 255 - mean) / std, labels)
-    model = build_backbone(arguments.backbone, num_classes=int(parts["train"][1].max()) + 1)
-    load_weights(model, arguments.weights)
-    order = torch.randperm(len(parts["test"][1]), generator=torch.Generator().manual_seed(0))[: arguments.test_images]
-    test = [tuple(values[part] for values in parts["test"]) for part in order.split(250)]
-    return Bench(model.eval(), parts["train"], test, arguments.calibration_images)
+def moved_batch(batch: tuple, generator: torch.Generator) -> tuple:
+    """A training batch, moved and mirrored."""
+    return (moved(batch[0], generator), *batch[1:])
 
 
-def table(cells: list[Cell]) -> str:
+def compared(bench: Bench, small: nn.Module) -> dict[str, float]:
+    """Figure and agreement on the test part."""
+    task, batches = settle(bench.task, bench.model, split(bench.test, bench.batch))
+    comparison = Comparison()
+    with undisturbed(bench.model), undisturbed(small):
+        for batch in batches:
+            comparison.add(task, *(task.run(net, batch) for net in (bench.model, small)), batch)
+    figures = {name: found[task.metric_name] for name, found in comparison.figures(task).items()}
+    return {"figure": figures["compact"], "dense": figures["dense"], **comparison.distances()}
+
+
+def table(rows: list[dict]) -> str:
     """Mean and standard deviation over seeds, in percent."""
-    lines = ["| method | MACs | accuracy | recalibrated | seconds |", "| --- | ---: | ---: | ---: | ---: |"]
-    for key in dict.fromkeys((cell.method, cell.keep) for cell in cells):
-        found = [cell for cell in cells if (cell.method, cell.keep) == key]
-        values = np.array([[100 * c.accuracy, 100 * c.recalibrated] for c in found])
-        shown = [f"{m:.2f} ± {s:.2f}" for m, s in zip(values.mean(0), values.std(0), strict=True)]
-        seconds = np.mean([cell.seconds for cell in found])
-        lines.append(f"| {key[0]} | {key[1]:.0%} | {shown[0]} | {shown[1]} | {seconds:.0f} |")
+    lines = ["| network | method | images | epochs | MACs | figure | agreement | seeds | seconds | MB |"]
+    lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    keys = ("network", "method", "images", "epochs", "keep")
+    for key in dict.fromkeys(tuple(row[k] for k in keys) for row in rows):
+        found = [row for row in rows if tuple(row[k] for k in keys) == key]
+        shown = []
+        for name in ("figure", "agreement"):
+            values = 100 * np.array([row[name] for row in found])
+            shown.append(f"{values.mean():.2f} ± {values.std():.2f}")
+        seconds = np.mean([sum(row["seconds"].values()) for row in found])
+        memory = max(row["peak_mb"] for row in found)
+        parts = (*key[:4], f"{key[4]:.0%}", *shown, len(found), f"{seconds:.0f}", memory)
+        lines.append(f"| {' | '.join(map(str, parts))} |")
     return "\n".join(lines)
+
+
+def draw(rows: list[dict], to: Path) -> None:
+    """The curve of the figure against seconds, all compression and repair included, and the dense network's line."""
+    from matplotlib.figure import Figure
+
+    axes = (figure := Figure((6, 4), layout="constrained")).subplots()
+    for key in dict.fromkeys((row["network"], row["method"], row["keep"]) for row in rows):
+        found = [row for row in rows if (row["network"], row["method"], row["keep"]) == key]
+        points = {}
+        for row in found:
+            spent = sum(row["seconds"].values()) + row.get("repair", {}).get("seconds", 0)
+            points.setdefault(row["epochs"], []).append((spent, row["figure"]))
+        means = sorted(tuple(np.mean(values, 0)) for values in points.values())
+        axes.plot(*zip(*means, strict=True), "o-", label=f"{key[0]}, {key[1]}, {key[2]:.0%} of the MACs")
+    for network in dict.fromkeys(row["network"] for row in rows):
+        dense = next(row["dense"] for row in rows if row["network"] == network)
+        axes.axhline(dense, linestyle="--", color="grey", label=f"{network}, dense")
+    axes.set(xlabel="seconds", ylabel="figure on the test images", xscale="log")
+    axes.legend(fontsize="small")
+    figure.savefig(to)
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("backbone")
-    parser.add_argument("weights")
-    parser.add_argument("images")
+    parser.add_argument("network", choices=CASES)
+    parser.add_argument("samples", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--keep", nargs="+", type=float, default=(0.5, 0.3))
     parser.add_argument("--seeds", nargs="+", type=int, default=(0,))
-    parser.add_argument("--methods", nargs="+", default=("dense", *RECIPES, *IMPORTANCES))
-    parser.add_argument("--calibration-images", type=int, default=1000)
-    parser.add_argument("--test-images", type=int, default=10_000)
-    parser.add_argument("--mean", nargs=3, type=float, default=MEAN)
-    parser.add_argument("--std", nargs=3, type=float, default=STD)
+    parser.add_argument("--epochs", nargs="+", type=float, default=(0.0,))
+    parser.add_argument("--methods", nargs="+", default=("strongest", *IMPORTANCES), help=", ".join(RECIPES))
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--repair-images", type=int, default=10_000)
+    parser.add_argument("--draw", type=Path, help="file for the curve of the figure against seconds")
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def main() -> None:
-    """Runs the cells that are missing and prints the table."""
-    arguments = parse()
-    cells = (
-        [Cell(**json.loads(line)) for line in arguments.out.read_text().splitlines()] if arguments.out.exists() else []
-    )
-    done, bench = {(cell.method, cell.keep, cell.seed) for cell in cells}, load(arguments)
-    wanted = [
-        (m, k, s)
-        for s in arguments.seeds
-        for m in arguments.methods
-        for k in ((1.0,) if m == "dense" else arguments.keep)
+def cells_of(arguments: argparse.Namespace) -> list[Cell]:
+    """All cells that are asked for."""
+    name, images = arguments.network, arguments.images
+    return [
+        Cell(name, method, keep, images, epochs, seed)
+        for seed in arguments.seeds
+        for method in arguments.methods
+        for keep in arguments.keep
+        for epochs in arguments.epochs
     ]
-    for key in wanted:
-        if key not in done:
-            cells.append(bench.cell(*key))
-            with arguments.out.open("a") as file:
-                file.write(json.dumps(asdict(cells[-1])) + "\n")
-    print(table(cells))
+
+
+def read(file: Path) -> list[dict]:
+    """The lines that are there."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def main() -> None:
+    """Runs the cells that are missing, each in a process of its own, and prints the table."""
+    arguments = parse()
+    if arguments.cell:
+        row = run_cell(Cell(**json.loads(arguments.cell)), arguments.samples, arguments.repair_images)
+        with arguments.out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        return
+    for cell in cells_of(arguments):
+        done = [{key: row[key] for key in asdict(cell)} for row in read(arguments.out)]
+        if asdict(cell) not in done:
+            command = [sys.executable, *sys.argv, "--cell", json.dumps(asdict(cell))]
+            subprocess.run(command, check=True)
+    print(table(read(arguments.out)))
+    if arguments.draw:
+        draw(read(arguments.out), arguments.draw)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from torch.nn import functional
 from lit_prune.cli.memory import keep_freed_memory
 from lit_prune.lab.analyze.analysis import analyze
 from lit_prune.lab.analyze.request import AnalyzeRequest
-from lit_prune.measurement import channel_table as measure
+from lit_prune.measurement.channel_table import measure
 from lit_prune.measurement.layers import removing
 from lit_prune.measurement.protocol import DEFAULT_PROTOCOL, Protocol
 from lit_prune.measurement.target_axis import find_partners, target_excess

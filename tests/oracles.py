@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from lit_prune.measurement import local_axis
-from lit_prune.measurement.moments import LayerSums
+from lit_prune.measurement.sums import LayerSums
 
 
 def largest_error(found: Tensor, expected: Tensor) -> float:
@@ -15,11 +14,8 @@ def largest_error(found: Tensor, expected: Tensor) -> float:
 
 def assert_moments(sums: LayerSums, samples: Tensor, pooled: Tensor, tolerance: float = 1e-6) -> None:
     """The sums hold means and covariances of samples [S, N] and of pooled outputs [B, N], both float64."""
-    joint = sums.samples, sums.first, sums.second
-    means = sums.images, sums.pooled_first, sums.pooled_second
-    for (count, first, second), values in [(joint, samples), (means, pooled)]:
-        expected = torch.cov(values.T, correction=0)
-        assert int(count) == len(values)
-        assert largest_error(local_axis.covariance(count, first, second), expected) < tolerance
-        distance = sums.shift + first / count - values.mean(0)
+    for moments, values in [(sums.outputs, samples), (sums.pooled, pooled)]:
+        assert moments.count == len(values)
+        assert largest_error(moments.covariance(), torch.cov(values.T, correction=0)) < tolerance
+        distance = moments.mean() - values.mean(0)
         assert float((distance.abs() / samples.std(0)).max()) < tolerance

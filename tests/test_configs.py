@@ -74,3 +74,11 @@ def test_a_misspelt_key_is_refused(tmp_path):
     file.write_text("model: {backbon: cifar_resnet20}\n")
     with pytest.raises(InputError, match="backbon"):
         build_cli(["fit", "-c", str(ROOT / "configs/base.yaml"), "-c", str(file)], run=False)
+
+
+@pytest.mark.parametrize("name", ["two_scale", "channels"])
+def test_recipes_of_the_papers_say_what_they_choose(name):
+    """They must not move with the defaults."""
+    callback = yaml.safe_load((ROOT / f"configs/prune/{name}.yaml").read_text())["trainer"]["callbacks+"][0]
+    stages = [stage["init_args"] for stage in callback["init_args"]["stages"] if "ChannelStage" in stage["class_path"]]
+    assert stages and all({"score", "allocation", "replace"} <= set(stage) for stage in stages)

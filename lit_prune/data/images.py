@@ -1,7 +1,6 @@
 """The base of all data modules: splits, loaders, the calibration subset, the fingerprint."""
 
 import copy
-import hashlib
 import math
 from functools import cached_property
 from typing import Any, Literal, Self
@@ -16,12 +15,12 @@ from lit_prune.data.calibration import stratified_order
 from lit_prune.data.resident import ResidentLoader, choose_place
 from lit_prune.data.sampling import EpochSampler, Shard
 from lit_prune.data.seeding import seeded_generator
-from lit_prune.data.sources import FileImages, ImageSource, MemoryImages
+from lit_prune.data.sources import FileImages, ImageSource, MemoryImages, check_label_range, checksums
 from lit_prune.data.workers import BatchDataset, WorkerLoader
 from lit_prune.errors import InputError
+from lit_prune.preparation import Preparation
 
 Loader = ResidentLoader | WorkerLoader
-FINGERPRINT_IMAGES = 64  # of each split
 LARGEST_SIDE = 8192
 STAGE_SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
 
@@ -96,6 +95,7 @@ class ImageData(LightningDataModule):
         self.num_classes = self.CLASSES
         self._sources: dict[str, ImageSource] = {}
         self._placed: dict[tuple[str, str], MemoryImages] = {}
+        self._said = False
         self._check_arguments()
 
     def _check_arguments(self) -> None:
@@ -144,8 +144,6 @@ class ImageData(LightningDataModule):
         for split in STAGE_SPLITS.get(str(stage), self.available_splits):
             self._source(split)
 
-    # --- splits
-
     def _stored_as(self, split: str) -> str:
         return "test" if split == "val" and not self.val_size and not self.has_validation else split
 
@@ -161,11 +159,7 @@ class ImageData(LightningDataModule):
     def _checked(self, split: str) -> ImageSource:
         self._check_shape()
         source = self.load_split(split)
-        if len(source.labels) and not 0 <= int(source.labels.min()) <= int(source.labels.max()) < self.num_classes:
-            raise InputError(
-                f"labels of the {split} split in {self.root} run from {int(source.labels.min())} to"
-                f" {int(source.labels.max())}, but the data set has {self.num_classes} classes; replace the files"
-            )
+        check_label_range(source.labels, self.num_classes, f"the {split} split in {self.root}")
         return source
 
     def _check_shape(self) -> None:
@@ -195,7 +189,14 @@ class ImageData(LightningDataModule):
         whole = len(self.train_positions) == total
         self._sources["train"] = source if whole else source.subset(self.train_positions)
 
-    # --- loaders
+    def size(self, split: str) -> int:
+        """Number of images that a split of `available_splits` has."""
+        return len(self._source(split).labels)
+
+    @property
+    def validation_split(self) -> str:
+        """The split that validation really reads: `val`, or `test` where there is neither `val_size` nor `val`."""
+        return self._stored_as("val")
 
     def _shard(self) -> Shard:
         return Shard(self.trainer.global_rank, self.trainer.world_size) if self.trainer else Shard()
@@ -243,7 +244,16 @@ class ImageData(LightningDataModule):
         return self._loader(split, EpochSampler(indices, self.eval_batch_size, shuffle=False, shard=self._shard()))
 
     def val_dataloader(self) -> Loader:
-        """Validation batches of this rank; over all ranks every image comes exactly once."""
+        """Validation batches of this rank; over all ranks every image comes exactly once.
+
+        Says so where they are those of the test split.
+        """
+        if self.validation_split == "test" and not self._said:
+            self._said = True
+            rank_zero_info(
+                "validation reads the test split: figures that something was chosen by (a tolerance, a best checkpoint)"
+                " are too good; --data.val_size N holds out training images"
+            )
         return self._exact_loader("val")
 
     def test_dataloader(self) -> Loader:
@@ -272,8 +282,6 @@ class ImageData(LightningDataModule):
         other.__dict__.pop("_calibration_order", None)
         return other
 
-    # --- calibration
-
     @cached_property
     def _calibration_order(self) -> Tensor:
         order = stratified_order(self._source("train").labels, seeded_generator(self.seed, "calibration"))
@@ -300,21 +308,24 @@ class ImageData(LightningDataModule):
         sampler = EpochSampler(indices, batch_size, shuffle=True, seed=self.seed, stream="recalibration")
         return self._loader("train", sampler, self.augmentation("recalibration"))
 
-    # --- fingerprint
+    @property
+    def short_side(self) -> int:
+        """Length to which the short side of an image is resized before the centre is cut out."""
+        return min(self.image_shape[1:])
+
+    @property
+    def preparation(self) -> Preparation | None:
+        """How an image file becomes what the network reads, and the names of the classes; known after `setup`."""
+        order = "grey" if len(set(self.mean)) == 1 else "RGB"
+        return Preparation(self.mean, self.std, self.image_shape[1:], self.short_side, order, classes=self.classes)
 
     def fingerprint(self) -> dict[str, Any]:
         """What identifies the data: name, sizes, sha256 of labels and of a fixed sample of pixels, normalisation."""
         sources = {split: self._source(split) for split in self.available_splits}
-        labels, pixels = hashlib.sha256(), hashlib.sha256()
-        for source in sources.values():
-            labels.update(source.labels.numpy().tobytes())
-            for index in torch.linspace(0, len(source.labels) - 1, FINGERPRINT_IMAGES).long().tolist():
-                pixels.update(source.image(index).numpy().tobytes())
         return {
             "name": type(self).__name__,
             "sizes": {split: len(source.labels) for split, source in sources.items()},
-            "labels_sha256": labels.hexdigest(),
-            "pixels_sha256": pixels.hexdigest(),
+            **checksums(sources.values()),
             "image_shape": list(self.image_shape),
             "normalisation": {"mean": list(self.mean), "std": list(self.std)},
         }

@@ -1,7 +1,8 @@
 """Images of one split, in memory or in files, before augmentation and normalisation."""
 
+import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from lit_prune.errors import InputError
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
 SHOW_PROGRESS_FROM = 3000  # files; fewer are decoded within about a second
 DECODING_THREADS = 8
+FINGERPRINT_IMAGES = 64  # of each split
 BROKEN_IMAGE = (OSError, SyntaxError, ValueError, MemoryError, Image.DecompressionBombError)
 """What Pillow raises for files that are no whole images, SyntaxError for a broken PNG."""
 
@@ -235,3 +237,22 @@ def list_class_folders(folder: str | Path, classes: tuple[str, ...]) -> tuple[li
     if not files:
         raise InputError(f"no class folder with images in {folder}; expected {folder}/<class>/<image>")
     return files, labels
+
+
+def checksums(sources: Iterable[ImageSource]) -> dict[str, str]:
+    """sha256 of all labels (`labels_sha256`) and of a fixed sample of pixels (`pixels_sha256`)."""
+    labels, pixels = hashlib.sha256(), hashlib.sha256()
+    for source in sources:
+        labels.update(source.labels.numpy().tobytes())
+        for index in torch.linspace(0, len(source.labels) - 1, FINGERPRINT_IMAGES).long().tolist():
+            pixels.update(source.image(index).numpy().tobytes())
+    return {"labels_sha256": labels.hexdigest(), "pixels_sha256": pixels.hexdigest()}
+
+
+def check_label_range(labels: Tensor, classes: int, where: str) -> None:
+    """Raises InputError unless labels int64 [N] lie within 0 to classes-1."""
+    low, high = (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
+    if not 0 <= low <= high < classes:
+        raise InputError(
+            f"labels of {where} run from {low} to {high}, but the data set has {classes} classes; replace the files"
+        )

@@ -1,26 +1,29 @@
 """Activations of named layers as streaming sums: `with record(model) as recording`, then one forward pass."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
 from lit_prune.measurement.layers import (
-    Batches,
     following_norms,
+    other_weights,
+    position_view,
     removing,
+    say_left_out,
     select_layers,
     without_gradients,
 )
-from lit_prune.measurement.moments import ActivationSums
-from lit_prune.measurement.pointwise import affine_map, loses_digits, pointwise_input, weight_state
+from lit_prune.measurement.moments import Moments, picked
+from lit_prune.measurement.pointwise import Source, pointwise_input, weight_state
 from lit_prune.measurement.protocol import DEFAULT_PROTOCOL, Protocol
-from lit_prune.measurement.streaming import Blocks, LayerStream
+from lit_prune.measurement.sums import ActivationSums, LayerSums
 from lit_prune.structure.example import Example
-from lit_prune.task import Task, settle
-from lit_prune.task.running import undisturbed
 
 BACKENDS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # that may multiply in less than float32
 PRECISION, EXACT = (  # name of their setting, its values that mean float32; the first of them is the one to set
@@ -29,90 +32,123 @@ PRECISION, EXACT = (  # name of their setting, its values that mean float32; the
 
 
 class Recording:
-    """What `record` yields: `sums` so far, and `add_target` to call after each forward pass."""
+    """What `record` yields: `sums` so far, and `add_target` to call after each forward pass.
+
+    A layer that runs more than once in a pass adds a sample of each image every time, with the same T. Calls on more
+    samples than there are images (windows, frames) are averaged over those of an image for the target axis.
+    """
 
     def __init__(self, protocol: Protocol) -> None:
         self._sums = ActivationSums()
-        self._streams: dict[str, LayerStream] = {}
         self._protocol = protocol
-        self._blocks = Blocks()
-        self._pooled: dict[str, Tensor] = {}  # of the batch that is running, [B, N]
-        self._weights: dict[str, tuple[int, ...]] = {}  # of the layers that are read at their inputs
+        self._sources: dict[str, Source] = {}
+        self._pooled: dict[str, list[Tensor]] = {}  # of the batch that is running, [B, N] of each call
+        self._images: int | None = None  # of the batch that is running
         self._generator = torch.Generator().manual_seed(protocol.seed)
         self._batch = -1
-        self._drawn: dict[int, Tensor] = {}  # of the batch that is running
-        self._lowered: dict[object, str | bool] = {}  # while it runs
+        self._drawn: dict[tuple[int, int], Tensor] = {}  # of the batch that is running
 
     @property
     def sums(self) -> ActivationSums:
         """The sums so far; layers appear in the order in which they first ran. Read seldom: it adds what is pending."""
         self._check_finite()
-        lowered = lowered_precision()
-        for stream in self._streams.values():
-            with exact_sums(lowered, stream.shift.device.type):
-                stream.flush()
+        for name in list(self._sources):
+            self._take_source(name)
         return self._sums
 
     def add_target(self, target: Tensor) -> None:
         """Adds the task variables [B, V] of the batch that has just run."""
         self._check_finite()
         with without_gradients():
-            for name, pooled in self._pooled.items():
-                self._sums.layers[name].add_target(pooled, target)
+            for name, calls in self._pooled.items():
+                for pooled in calls:
+                    if len(pooled) == len(target):
+                        self._sums.layers[name].add_target(pooled, target)
+                    else:
+                        self._sums.left_out.setdefault(name, "does not have one sample an image: no target axis")
             self._sums.add_target(target)
         self._pooled = {}
 
-    def start_batch(self, *_: object) -> None:
+    def start_batch(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the whole model."""
         self._check_finite()
         self._pooled, self._drawn = {}, {}
-        self._lowered = lowered_precision()
+        self._images = images_in((*args, *kwargs.values()))
         self._batch += 1
+        if self._images == 0:
+            raise InputError(f"batches: batch {self._batch} holds no images; leave it out")
 
-    def observe(self, name: str, module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        """Adds one output of the layer `name`, by way of its input where that is exact and cheaper."""
-        if name in self._pooled:
-            raise InputError(f"layers: {name!r} runs more than once in a forward pass; leave it out with layers=")
-        with exact_sums(self._lowered, output.device.type):
-            outputs = position_view(module, output.detach(), self._protocol.token)
-            source = self._source(name, module, inputs, output)
-            stream = self._stream(name, module, source, outputs)
-            values = outputs if stream.affine is None else source
-            places = self._places(*values.shape[:2])
-            places = None if places is None else places.to(values.device)
-            self._pooled[name] = stream.add(values, places, self._protocol.target_pooling == "match", outputs)
+    def observe(self, name: str, layer: nn.Module, inputs: tuple | None, output: Tensor) -> None:
+        """Adds one output of the layer `name`, by way of its input where that is cheaper.
 
-    def _source(self, name: str, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
-        """The layer's input as [B, P, C] if its moments give the output's exactly and its weights are as they were."""
-        known = self._weights.get(name)
-        if self._protocol.hook_point != "pre_bn" or (known and known != weight_state(module)):
-            return None
-        source = pointwise_input(module, inputs, output)
-        return None if source is None else position_view(module, source.detach(), self._protocol.token)
-
-    def _stream(self, name: str, module: nn.Module, source: Tensor | None, outputs: Tensor) -> LayerStream:
-        """The layer's stream; one that was fed inputs goes over to outputs, for good, where those no longer do."""
-        stream = self._streams.get(name)
-        if stream is None:
-            if not len(outputs):
-                raise InputError(f"batches: batch {self._batch} holds no images; leave it out")
-            if source is None:
-                stream = LayerStream.start(outputs, self._blocks)
+        Args:
+            name: of the layer.
+            layer: it.
+            inputs: what it was called with; None where `output` is that of the norm that follows it.
+            output: [B, ...].
+        """
+        with exact_sums(output.device.type):
+            values = position_view(layer, output.detach(), self._protocol.token)
+            narrow = None if inputs is None or values.shape[1] == 1 else pointwise_input(layer, inputs, output)
+            sums = self._layer(name, values)
+            if narrow is None:
+                pooled = self._add(sums.outputs, sums.pooled, values)
             else:
-                dtype = torch.float64 if loses_digits(module, source, outputs) else source.dtype
-                stream = LayerStream.start(source, self._blocks, affine_map(module, dtype))
-                self._weights[name] = weight_state(module)
-        elif stream.affine is not None and source is None:
-            stream.flush()
-            shift = stream.sums.shift.to(torch.promote_types(outputs.dtype, torch.float32))
-            stream = LayerStream(stream.sums.reshift(shift), shift, self._blocks)
-        self._streams[name], self._sums.layers[name] = stream, stream.sums
-        return stream
+                narrow = position_view(layer, narrow.detach(), self._protocol.token)
+                source = self._source(name, layer, narrow)
+                pooled = source.outputs(self._add(source.inputs, source.pooled, narrow), sums.pooled.shift)
+            self._pooled.setdefault(name, []).append(pooled)
+
+    def _add(self, moments: Moments, means: Moments, values: Tensor) -> Tensor:
+        """Adds values [B, P, n] at the positions that the protocol asks for, and their means to `means`.
+
+        Returns:
+            Shifted means, one sample an image, [B, n].
+        """
+        places = self._places(*values.shape[:2])
+        if places is not None:
+            places = places.to(values.device)
+            if self._protocol.target_pooling == "match":
+                values, places = picked(values, places), None
+        pooled = moments.add(values, places).unflatten(0, (-1, self._windows(values))).mean(1)
+        if means is not moments:
+            means.add_shifted(pooled)
+        return pooled
+
+    def _layer(self, name: str, values: Tensor) -> LayerSums:
+        """The layer's sums, begun around its first outputs where there are none yet."""
+        one_position = values.shape[1] == self._windows(values) == 1
+        if name not in self._sums.layers:
+            self._sums.layers[name] = LayerSums.around(values, one_position)
+        sums = self._sums.layers[name]
+        if sums.pooled is sums.outputs and not one_position:
+            sums.pooled = sums.outputs.copy()
+        return sums
+
+    def _source(self, name: str, layer: nn.Module, values: Tensor) -> Source:
+        """What the layer's inputs [B, P, C] are added to; begun anew where its weights have changed."""
+        if name in self._sources and self._sources[name].state != weight_state(layer):
+            self._take_source(name)
+        if name not in self._sources:
+            self._sources[name] = Source.of(layer, values)
+        return self._sources[name]
+
+    def _take_source(self, name: str) -> None:
+        """Adds the outputs that a layer's inputs stand for to its sums."""
+        source, sums = self._sources.pop(name), self._sums.layers[name]
+        with exact_sums(source.weight.device.type):
+            sums.outputs = sums.outputs + source.inputs.mapped(source.weight, source.bias)
+            sums.pooled = sums.pooled + source.pooled.mapped(source.weight, source.bias)
+
+    def _windows(self, values: Tensor) -> int:
+        """Samples of an image in values [B, P, N]; 1 where they are not equally many of each."""
+        images = self._images or len(values)
+        return len(values) // images if len(values) % images == 0 else 1
 
     def _check_finite(self) -> None:
         """Raises if the batch that is running has met a value that is not a number; asks the device once."""
         if self._pooled:
-            totals = torch.stack([self._sums.layers[name].pooled_first.sum() for name in self._pooled])
+            totals = torch.stack([torch.stack([p.sum() for p in calls]).sum() for calls in self._pooled.values()])
             for name, finite in zip(self._pooled, totals.isfinite().tolist(), strict=True):
                 if not finite:
                     self._pooled = {}
@@ -123,56 +159,44 @@ class Recording:
         wanted = self._protocol.positions
         if wanted == "all" or wanted >= positions:
             return None
-        if positions not in self._drawn:
+        if (images, positions) not in self._drawn:
             keys = torch.rand(images, positions, generator=self._generator)
             smallest = keys.topk(wanted, 1, largest=False, sorted=False).indices
-            self._drawn[positions] = smallest.sort(1).values  # the order of memory
-        return self._drawn[positions]
+            self._drawn[images, positions] = smallest.sort(1).values  # the order of memory
+        return self._drawn[images, positions]
 
 
-def position_view(module: nn.Module, output: Tensor, token: int | None) -> Tensor:
-    """A layer's output as [B, P, N] (images, positions, channels), without a copy.
+def images_in(values: Sequence[Any]) -> int | None:
+    """Number of images in the arguments of a network; None where there is no tensor.
 
-    Conv2d: P = H·W. Linear on [B, N]: P = 1; on tokens [B, T, N]: the chosen token alone (P = 1), or all of them with
-    `token=None`; on [B, H, W, N]: P = H·W.
-
-    Raises:
-        InputError: not a tensor of 2 to 4 dimensions, or no such token.
+    It is the length of the first tensor, or of a list of images [C, H, W].
     """
-    if not isinstance(output, Tensor) or not 2 <= output.ndim <= 4:
-        raise InputError(f"model: the output of a {type(module).__name__} is not one tensor of 2 to 4 dimensions")
-    if output.ndim == 2:
-        return output[:, None]
-    if output.ndim == 3:
-        if token is None:
-            return output
-        if not -output.shape[1] <= token < output.shape[1]:
-            raise InputError(f"token: {token} is not one of the {output.shape[1]} tokens; give a smaller index or None")
-        return output[:, token][:, None]
-    if isinstance(module, nn.Linear):
-        return output.flatten(1, 2)
-    return output.flatten(2).transpose(1, 2)
-
-
-def lowered_precision() -> dict[object, str | bool]:
-    """Backends that may multiply float32 matrices in less than float32, as TF32 or bfloat16, and their settings."""
-    found = {backend: getattr(backend, PRECISION, EXACT[0]) for backend in BACKENDS}
-    return {backend: value for backend, value in found.items() if value not in EXACT}
+    for value in values:
+        if isinstance(value, Mapping):
+            value = list(value.values())
+        elif isinstance(value, list | tuple) and value and all(isinstance(v, Tensor) and v.ndim == 3 for v in value):
+            return len(value)
+        found = images_in(value) if isinstance(value, list | tuple) else None
+        if isinstance(value, Tensor) and value.ndim:
+            found = len(value)
+        if found is not None:
+            return found
+    return None
 
 
 @contextmanager
-def exact_sums(lowered: dict[object, str | bool], device_type: str) -> Iterator[None]:
+def exact_sums(device_type: str) -> Iterator[None]:
     """Neither gradients nor inference mode inside, no autocast, and products of float32 in float32.
 
     Args:
-        lowered: backends whose precision was lowered, from `lowered_precision`.
         device_type: the device whose autocast is switched off.
     """
-    cast = torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+    found = {backend: getattr(backend, PRECISION, EXACT[0]) for backend in BACKENDS}
+    lowered = {backend: value for backend, value in found.items() if value not in EXACT}
     try:
         for backend in lowered:
             setattr(backend, PRECISION, EXACT[0])
-        with without_gradients(), cast:
+        with without_gradients(), torch.autocast(device_type, enabled=False):
             yield
     finally:
         for backend, value in lowered.items():
@@ -188,75 +212,34 @@ def record(
 ) -> Iterator[Recording]:
     """Hooks at the named layers; each forward pass of `model` inside adds to `recording.sums`. Hooks vanish on exit.
 
+    What has weights and is not recorded is in `recording.sums.left_out`, and is said in one line.
+
     Args:
         model: any network.
-        layers: names or fnmatch patterns; None takes every Conv2d and Linear with more than one output channel.
+        layers: names or fnmatch patterns; None takes every convolution and linear layer.
         protocol: hook point, positions per image, pooling, token.
         example: what the model is called with; needed for hook point `post_bn` alone, to find the norms.
 
     Raises:
-        InputError: a pattern without a match; while running: NaN or infinite activations (layer and batch are named),
-            a layer that runs twice in a forward pass.
+        InputError: a pattern without a match; while running: NaN or infinite activations (layer and batch are named).
     """
     recording = Recording(protocol)
-    modules = dict(model.named_modules())
+    chosen, modules = select_layers(model, layers), dict(model.named_modules())
     norms = following_norms(model, example) if protocol.hook_point == "post_bn" else {}
 
     def observer(name: str, layer: nn.Module):
+        if name in norms:
+            return lambda module, inputs, output: recording.observe(name, layer, None, output)
         return lambda module, inputs, output: recording.observe(name, layer, inputs, output)
 
-    handles = [model.register_forward_pre_hook(recording.start_batch)]
-    for name, layer in select_layers(model, layers).items():
+    handles = [model.register_forward_pre_hook(recording.start_batch, with_kwargs=True)]
+    for name, layer in chosen.items():
         handles.append(modules[norms.get(name, name)].register_forward_hook(observer(name, layer)))
     with removing(handles):
         yield recording
-    _ = recording.sums  # complete, for whoever holds them
-
-
-def pooled_outputs(
-    model: nn.Module,
-    modules: Sequence[str],
-    batches: Batches,
-    limit: int = 5000,
-    token: int | None = None,
-    task: Task | str | None = None,
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Outputs of the named modules averaged over positions, image by image, with what says which kind an image is.
-
-    Feature maps [B, C, H, W] are averaged over H and W, tokens [B, T, C] over T unless `token` picks one.
-
-    Args:
-        model: any network; left as found.
-        modules: qualified names, of any module type that returns one tensor.
-        batches: read until `limit` images are there.
-        limit: most images to keep.
-        token: index of the token, or None for the mean.
-        task: what a batch and an output mean; None recognises it.
-
-    Returns:
-        Name to float32 [n, C] on the CPU (modules that never ran are absent), and the task's `kinds` [n].
-    """
-    kept: dict[str, list[Tensor]] = {}
-    kinds: list[Tensor] = []
-    task, batches = settle(task, model, batches)
-
-    def keeper(name: str):
-        def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-            values = position_view(module, output, token).mean(1, dtype=torch.float32)
-            kept.setdefault(name, []).append(values.cpu())
-
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_hook(keeper(name)) for name in modules]
-    seen = 0
-    with removing(handles), undisturbed(model):
-        for batch in batches:
-            for piece in task.pieces(batch):
-                piece = task.to(piece, model)
-                kinds.append(task.kinds(task.run(model, piece), piece).cpu())
-                seen += len(kinds[-1])
-            if seen >= limit:
-                break
-    if not seen:
-        raise InputError("batches: there is no batch in it; give at least one")
-    return {name: torch.cat(parts)[:limit] for name, parts in kept.items()}, torch.cat(kinds)[:limit]
+    sums = recording.sums  # complete, for whoever holds them
+    if sums.layers:
+        sums.left_out |= {name: "does not run in a forward pass" for name in chosen if name not in sums.layers}
+    if layers is None:
+        sums.left_out |= {name: f"is a {kind}" for name, kind in other_weights(model).items()}
+    say_left_out(sums.left_out)

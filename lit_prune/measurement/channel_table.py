@@ -13,9 +13,11 @@ from lit_prune.arguments import checked
 from lit_prune.errors import InputError
 from lit_prune.measurement import local_axis, target_axis
 from lit_prune.measurement.activations import record
-from lit_prune.measurement.layers import Batches, select_layers
-from lit_prune.measurement.moments import ActivationSums, LayerSums
+from lit_prune.measurement.layers import Batches, by_output, select_layers
+from lit_prune.measurement.moments import Moments
 from lit_prune.measurement.protocol import DEFAULT_PROTOCOL, Protocol
+from lit_prune.measurement.summaries import coupling, live_rows
+from lit_prune.measurement.sums import ActivationSums, LayerSums
 from lit_prune.task import Task, peek, settle
 from lit_prune.task.running import undisturbed
 
@@ -103,7 +105,7 @@ def channel_table(model: nn.Module, sums: ActivationSums, protocol: Protocol = D
     found = []
     for name, layer_sums in sums.layers.items():
         layer_sums = layer_sums.to("cpu")
-        weight = model.get_submodule(name).weight.detach().flatten(1)
+        weight = by_output(model.get_submodule(name)).flatten(1)
         weight_norm = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64).cpu()  # no float64 copy of it
         found.append(layer_columns(layer_sums, weight_norm, deviation, protocol))
     widths = [len(columns["dead"]) for columns in found]
@@ -112,7 +114,9 @@ def channel_table(model: nn.Module, sums: ActivationSums, protocol: Protocol = D
         "depth": np.repeat(np.arange(len(widths)), widths),
         "channel": np.concatenate([np.arange(width) for width in widths]),
     }
-    return pd.DataFrame(places | {key: torch.cat([columns[key] for columns in found]).numpy() for key in found[0]})
+    table = pd.DataFrame(places | {key: torch.cat([columns[key] for columns in found]).numpy() for key in found[0]})
+    table.attrs["left_out"] = dict(sums.left_out)
+    return table
 
 
 def target_deviation(sums: ActivationSums) -> Tensor:
@@ -127,31 +131,27 @@ class PooledMoments:
     """Moments of the values that stand for a channel on the target axis.
 
     Attributes:
-        count: [], number of samples.
-        mean: [N], around the layer's shift.
-        second: [N, N], Σ z zᵀ.
+        moments: of them.
         variance: [N]; exactly 0 where it is no more than rounding.
     """
 
-    count: Tensor
-    mean: Tensor
-    second: Tensor
+    moments: Moments
     variance: Tensor
 
     def pairs(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Correlations of the channels `rows` and `columns`, int64 of shapes that broadcast."""
-        crossed = self.second[rows, columns] / self.count - self.mean[rows] * self.mean[columns]
+        mean = self.moments.first / self.moments.count
+        crossed = self.moments.second[rows, columns] / self.moments.count - mean[rows] * mean[columns]
         return crossed / (self.variance[rows] * self.variance[columns]).sqrt()
 
 
 def pooled_moments(sums: LayerSums, protocol: Protocol = DEFAULT_PROTOCOL) -> PooledMoments:
     """Moments of the pooled outputs; with pooling `match` those of the positions, each a sample."""
-    match = protocol.target_pooling == "match"
-    joint, means = (sums.samples, sums.first, sums.second), (sums.images, sums.pooled_first, sums.pooled_second)
-    count, first, second = joint if match else means
-    variance = local_axis.variances(count, first, second)
-    variance = torch.where(variance > ROUNDING * local_axis.signal_power(sums), variance, 0.0)
-    return PooledMoments(count, first / count, second, variance)
+    moments = sums.outputs if protocol.target_pooling == "match" else sums.pooled
+    variance = moments.variances()
+    return PooledMoments(
+        moments, torch.where(variance > ROUNDING * local_axis.signal_power(sums.outputs), variance, 0.0)
+    )
 
 
 def layer_columns(
@@ -165,9 +165,9 @@ def layer_columns(
         deviation: standard deviation of T, [V].
         protocol: the conventions.
     """
-    power = local_axis.signal_power(sums)
+    power = local_axis.signal_power(sums.outputs)
     dead = local_axis.dead_channels(power)
-    overlap = local_axis.peer_overlap_of(sums, dead, protocol.overlap_mean)
+    overlap = local_axis.peer_overlap_of(sums.outputs, dead, protocol.overlap_mean)
     local = [
         weight_norm,
         power,
@@ -183,7 +183,7 @@ def _target_columns(sums: LayerSums, dead: Tensor, deviation: Tensor, protocol: 
     pooled = pooled_moments(sums, protocol)
     task = _task_correlations(sums, pooled, deviation)
     live = (~dead & (pooled.variance > 0)).nonzero().flatten()
-    columns = [torch.full_like(sums.shift, torch.nan) for _ in range(3)]
+    columns = [torch.full_like(sums.outputs.shift, torch.nan) for _ in range(3)]
     defined = [a for a in task[live].T if a.isfinite().all()]
     if not defined or not len(live):
         return columns
@@ -207,9 +207,11 @@ def _axis(task: Tensor, pooled: PooledMoments, live: Tensor, protocol: Protocol)
 
 
 def _task_correlations(sums: LayerSums, pooled: PooledMoments, deviation: Tensor) -> Tensor:
-    """Correlations [N, V] of T with the channel's values; NaN where a variance is zero."""
-    mean = sums.pooled_first / sums.images
-    crossed = sums.cross / sums.images - torch.outer(mean, sums.target_first / sums.images)
+    """Correlations [N, V] of T with the channel's values; NaN where a variance is zero or T has no sample for each."""
+    if sums.crossed != sums.pooled.count:
+        return torch.full((len(pooled.variance), len(deviation)), torch.nan, dtype=torch.float64)
+    mean = sums.pooled.first / sums.crossed
+    crossed = sums.cross / sums.crossed - torch.outer(mean, sums.target_first / sums.crossed)
     scale = torch.outer(pooled.variance.sqrt(), deviation)
     return torch.where(scale > 0, crossed / scale, torch.nan)
 
@@ -223,7 +225,7 @@ def target_correlations(
     that of the mean over positions, the variances are those of the positions.
     """
     pooled = pooled_moments(sums, protocol)
-    values = local_axis.covariance(pooled.count, pooled.mean * pooled.count, pooled.second)
+    values = pooled.moments.covariance()
     values.diagonal().copy_(pooled.variance)
     return _task_correlations(sums, pooled, deviation), local_axis.correlation_matrix(values)
 
@@ -239,17 +241,8 @@ def layer_table(channels: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for (name, depth), frame in channels.groupby(["layer", "depth"], sort=False):
-        live = frame[~frame["dead"]]
+        live = live_rows(frame)
         row = {"layer": name, "depth": depth, "channels": len(frame), "dead": int(frame["dead"].sum())}
-        row["coupling"] = coupling(live["input_capture"], live["task_information"])
+        row["coupling"] = coupling(frame)
         rows.append(row | {f"mean_{column}": live[column].mean() for column in COLUMNS})
     return pd.DataFrame(rows)
-
-
-def coupling(one: pd.Series, other: pd.Series) -> float:
-    """Spearman rank correlation over the channels where both are defined; NaN if it is not defined."""
-    both = one.notna() & other.notna()
-    one, other = one[both].rank(), other[both].rank()
-    if len(one) < 3 or one.nunique() < 2 or other.nunique() < 2:
-        return float("nan")
-    return float(np.corrcoef(one, other)[0, 1])

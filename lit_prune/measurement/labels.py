@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
-from lit_prune.measurement.activations import pooled_outputs
 from lit_prune.measurement.layers import Batches
 from lit_prune.measurement.local_axis import dead_channels
+from lit_prune.measurement.pooled import pooled_outputs
 from lit_prune.task import Task
 
 if TYPE_CHECKING:

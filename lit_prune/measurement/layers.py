@@ -1,8 +1,10 @@
 """Which layers a measurement looks at, and how a model is run without leaving a trace on it."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import Any
 
 import torch
@@ -10,16 +12,21 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lit_prune.errors import InputError
+from lit_prune.structure.axes import CONVOLUTIONS, width
 from lit_prune.structure.example import Example
 from lit_prune.task.running import undisturbed
 
 Batches = Iterable[Any]  # see `lit_prune.task`
-CHANNEL_LAYERS = (nn.Conv2d, nn.Linear)
+CHANNEL_LAYERS = (*CONVOLUTIONS, nn.Linear)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+MOST_NAMED = 4
+LOGGER = logging.getLogger(__name__)
+KINDS = "convolution or linear layer"
 
 
 def select_layers(model: nn.Module, layers: Sequence[str] | str | None = None) -> dict[str, nn.Module]:
-    """The Conv2d and Linear modules by qualified name, in module order.
+    """The convolutions (of any dimension, transposed ones too) and linear layers by qualified name, in module order.
 
     Args:
         model: any network.
@@ -35,13 +42,93 @@ def select_layers(model: nn.Module, layers: Sequence[str] | str | None = None) -
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in found):
             some = ", ".join(list(found)[:4]) or "none"
-            raise InputError(f"layers: no Conv2d or Linear layer matches {pattern!r}; some of the {len(found)}: {some}")
+            raise InputError(f"layers: no {KINDS} matches {pattern!r}; some of the {len(found)}: {some}")
     return {n: m for n, m in found.items() if any(fnmatchcase(n, pattern) for pattern in patterns)}
 
 
+def other_weights(model: nn.Module) -> dict[str, str]:
+    """Modules with a matrix of weights of their own that are no `CHANNEL_LAYERS`, by name, with what they are.
+
+    Norms and embeddings are not among them: they make no channels.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        matrices = [n for n, p in module.named_parameters(recurse=False) if "weight" in n and p.ndim > 1]
+        if matrices and not isinstance(module, (*CHANNEL_LAYERS, *NORM_LAYERS, nn.Embedding, nn.EmbeddingBag)):
+            found[name] = type(module).__name__
+    return found
+
+
+def say_left_out(left_out: Mapping[str, str]) -> None:
+    """One line about layers that are left out, by name with the reason; said once in a process."""
+    if left_out:
+        named = [f"{name!r} {reason}" for name, reason in list(left_out.items())[:MOST_NAMED]]
+        more = len(left_out) - len(named)
+        _say_once(f"layers left out: {'; '.join(named)}{f'; and {more} more' if more > 0 else ''}")
+
+
+@cache
+def _say_once(line: str) -> None:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank()):
+        LOGGER.warning(line)
+
+
+def out_channels(module: nn.Module) -> int:
+    """Number of output channels of a convolution or linear layer."""
+    return width(module, "out")
+
+
 def weight_rows(module: nn.Module) -> Tensor:
-    """Flattened kernels w_i of a Conv2d or Linear, float64 [N, inputs], detached, on the CPU."""
-    return module.weight.detach().to("cpu", torch.float64).flatten(1)
+    """Kernels w_i of a layer's output channels, flattened, float64 [N, inputs·taps], detached, on the CPU."""
+    return by_output(module).to("cpu", torch.float64).flatten(1)
+
+
+def by_output(module: nn.Module) -> Tensor:
+    """A layer's weight with its output channels first, [N, inputs of a group, *taps], detached.
+
+    Transposed convolutions keep theirs as [inputs, outputs of a group, *taps].
+    """
+    weight = module.weight.detach()
+    if not isinstance(module, TRANSPOSED):
+        return weight
+    return weight.unflatten(0, (module.groups, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def position_view(module: nn.Module, values: Tensor, token: int | None) -> Tensor:
+    """What a layer reads or puts out as [B, P, N] (images, positions, channels), without a copy where strides allow it.
+
+    Convolutions: P = the size of the map. Linear on [B, N]: P = 1; on tokens [B, T, N]: the chosen token alone (P = 1),
+    or all of them with `token=None`; on [B, H, W, N] and more: all positions. Other modules that put out three
+    dimensions are read as tokens; with four, by the axis that is as wide as their last layer.
+
+    Raises:
+        InputError: not one tensor with channels, or no such token.
+    """
+    if not isinstance(values, Tensor) or values.ndim < 1:
+        raise InputError(f"model: a {type(module).__name__} reads or returns {type(values).__name__}, not one tensor")
+    if isinstance(module, CONVOLUTIONS):
+        batched = values if values.ndim == module.weight.ndim else values[None]
+        return batched.flatten(2).transpose(1, 2)
+    if values.ndim < 3:
+        return values.reshape(-1, 1, values.shape[-1])
+    if not channels_last(module, values):
+        return values.flatten(2).transpose(1, 2)
+    if values.ndim > 3 or token is None:
+        return values.flatten(1, -2)
+    if not -values.shape[1] <= token < values.shape[1]:
+        raise InputError(f"token: {token} is not one of the {values.shape[1]} tokens; give a smaller index or None")
+    return values[:, token][:, None]
+
+
+def channels_last(module: nn.Module, values: Tensor) -> bool:
+    """Whether the channels of a module's output [B, ...] of three or more dimensions are its last axis."""
+    if isinstance(module, nn.Linear):
+        return True
+    inside = [layer for layer in module.modules() if isinstance(layer, CHANNEL_LAYERS)]
+    wide = out_channels(inside[-1]) if inside else -1
+    if (values.shape[1] == wide) != (values.shape[-1] == wide):
+        return values.shape[-1] == wide
+    return values.ndim == 3
 
 
 @contextmanager

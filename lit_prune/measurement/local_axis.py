@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lit_prune.measurement.moments import LayerSums
+from lit_prune.measurement.moments import Moments
 
 CORRELATION_LIMIT = 1 - 1e-6  # |ρ| is clipped here, so that a duplicate has a finite information of 6.6 nats
 DEAD_VARIANCE_RATIO = 1e-10
@@ -20,17 +20,6 @@ def gaussian_information(correlation: Tensor) -> Tensor:
     return -0.5 * torch.log1p(-correlation.clamp(-CORRELATION_LIMIT, CORRELATION_LIMIT).square())
 
 
-def covariance(count: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """Population covariance [N, N] from the shifted sums Σ 1, Σ z [N] and Σ z zᵀ [N, N]."""
-    mean = first / count
-    return (second / count).addr_(mean, mean, alpha=-1)
-
-
-def variances(count: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """The diagonal of `covariance`, [N]."""
-    return second.diagonal() / count - (first / count).square()
-
-
 def correlation_matrix(covariances: Tensor) -> Tensor:
     """Correlations [N, N] of a covariance; NaN where a variance is not positive."""
     variance = covariances.diagonal()
@@ -38,12 +27,12 @@ def correlation_matrix(covariances: Tensor) -> Tensor:
     return covariances / deviation / deviation[:, None]
 
 
-def signal_power(sums: LayerSums) -> Tensor:
+def signal_power(outputs: Moments) -> Tensor:
     """Signal power s_i = w_iᵀ Σ_X w_i [N]: the population variance of the raw output over images and positions.
 
     The two are identical, bias and grouped convolution included, so no input patch is looked at.
     """
-    return variances(sums.samples, sums.first, sums.second).clamp_min(0)
+    return outputs.variances().clamp_min(0)
 
 
 def dead_channels(power: Tensor) -> Tensor:
@@ -87,13 +76,13 @@ def peer_overlap(correlations: Tensor, dead: Tensor, over: str = "peers") -> Ten
     return _peer_overlap(lambda rows: correlations[rows].masked_fill(dead, 0.0), dead, over)
 
 
-def peer_overlap_of(sums: LayerSums, dead: Tensor, over: str = "peers") -> Tensor:
-    """`peer_overlap` straight from the sums, [N], without any other matrix of N×N."""
-    mean = sums.first / sums.samples
-    scale = torch.where(dead, 0.0, variances(sums.samples, sums.first, sums.second).rsqrt())
+def peer_overlap_of(outputs: Moments, dead: Tensor, over: str = "peers") -> Tensor:
+    """`peer_overlap` straight from the moments, [N], without any other matrix of N×N."""
+    mean, second = outputs.first / outputs.count, outputs.second
+    scale = torch.where(dead, 0.0, outputs.variances().rsqrt())
 
     def correlations(rows: slice) -> Tensor:
-        stripe = (sums.second[rows] / sums.samples).addr_(mean[rows], mean, alpha=-1)
+        stripe = (second[rows] / outputs.count).addr_(mean[rows], mean, alpha=-1)
         return stripe.mul_(scale).mul_(scale[rows, None])
 
     return _peer_overlap(correlations, dead, over)

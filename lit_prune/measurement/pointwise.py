@@ -1,14 +1,48 @@
-"""Layers whose output moments are those of a narrower input: y = W·x + b at every position."""
+"""Layers that do the same at every position, read at their inputs where that is cheaper."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from lit_prune.measurement.streaming import AffineMap
+from lit_prune.measurement.moments import Moments
 
-NARROWER = 2  # outputs per input from which the detour pays
-SHARE = 0.2  # of the variance of independent inputs; below, float32 moments of the inputs lose more than about 1e-6
-FEWEST_SAMPLES = 16  # to judge that by
-MOST_SAMPLES = 2048
+WIDER = 2  # outputs per input from which a layer y = W·x + b is read at its input
+
+
+@dataclass
+class Source:
+    """A layer y = W·x + b, the same at every position, that is read at its input: Σ_y = W·Σ_x·Wᵀ.
+
+    Products then cost (C/N)² of the layer's own, and in float64 they are exact however much W cancels.
+
+    Attributes:
+        weight: W, float64 [N, C].
+        bias: b, float64 [N].
+        state: of the parameters that they were copied from, see `weight_state`.
+        inputs: moments of x.
+        pooled: moments of its means over positions, one sample an image, around the same shift.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    state: tuple[int, ...]
+    inputs: Moments
+    pooled: Moments
+
+    @classmethod
+    def of(cls, module: nn.Module, values: Tensor) -> Source:
+        """Of the layer as it is now, around its first inputs [B, P, C]."""
+        weight = module.weight.detach().flatten(1).to(torch.float64, copy=True)
+        bias = weight.new_zeros(len(weight)) if module.bias is None else module.bias.detach().to(weight, copy=True)
+        inputs = Moments.around(values, torch.float64)
+        return cls(weight, bias, weight_state(module), inputs, inputs.empty())
+
+    def outputs(self, means: Tensor, shift: Tensor) -> Tensor:
+        """Means of the outputs around `shift` [N] from those of the inputs around theirs, [B, N]."""
+        return means @ self.weight.T + (self.weight @ self.inputs.shift + self.bias - shift)
 
 
 def pointwise_input(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
@@ -22,58 +56,21 @@ def pointwise_input(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor 
         inputs: positional arguments of its forward.
         output: what that returned.
     """
-    plain = type(module) is nn.Linear or (type(module) is nn.Conv2d and _one_by_one(module))
-    if not plain or len(inputs) != 1 or len(module._forward_hooks) > 1:
+    if type(module) not in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d) or len(inputs) != 1:
         return None
     source, weight = inputs[0], module.weight
     full = source.dtype == weight.dtype == output.dtype and weight.dtype in (torch.float32, torch.float64)
-    if not full or len(weight) < NARROWER * weight.shape[1]:
+    if not full or len(weight) < WIDER * weight.shape[1] or len(module._forward_hooks) > 1:
         return None
     if isinstance(module, nn.Linear):
         return source
-    down, across = module.stride
-    return source[..., ::down, ::across] if source.ndim == 4 else None
-
-
-def _one_by_one(conv: nn.Conv2d) -> bool:
-    return conv.kernel_size == (1, 1) and conv.groups == 1 and conv.padding in ((0, 0), "valid", "same")
-
-
-def affine_map(module: nn.Module, dtype: torch.dtype) -> AffineMap:
-    """The layer's W and b as they are now, in the precision its inputs are to be summed in."""
-    bias = None if module.bias is None else module.bias.detach().to(dtype, copy=True)
-    return AffineMap(module.weight.detach().flatten(1).to(dtype, copy=True), bias)
+    one = weight[0, 0].numel() == 1 and module.groups == 1
+    if not one or (module.padding not in ("valid", "same") and any(module.padding)):
+        return None
+    return source[(..., *(slice(None, None, step) for step in module.stride))]
 
 
 def weight_state(module: nn.Module) -> tuple[int, ...]:
     """What changes when the layer's parameters are replaced or written to."""
     own = [parameter for parameter in (module.weight, module.bias) if parameter is not None]
     return tuple(number for p in own for number in (p.data_ptr(), 0 if p.is_inference() else p._version))
-
-
-def loses_digits(module: nn.Module, source: Tensor, values: Tensor) -> bool:
-    """Whether W·Σ·Wᵀ cancels, so that float32 will not do for Σ: some channel varies far less than its parts.
-
-    Both are looked at, the variance over images and positions and that of the means over positions.
-
-    Args:
-        module: the layer.
-        source: its inputs [B, P, C].
-        values: its outputs [B, P, N].
-    """
-    images, positions, _ = values.shape
-    if images == 1 or images * positions < FEWEST_SAMPLES:
-        return True
-    step = min(-(-images * positions // MOST_SAMPLES), positions)
-    squares = module.weight.detach().flatten(1).square()
-
-    def kept(outputs: Tensor, parts: Tensor) -> bool:
-        return bool((_variance(outputs) >= SHARE * (squares @ _variance(parts))).all())
-
-    return not (kept(values[:, ::step], source[:, ::step]) and kept(values.mean(1), source.mean(1)))
-
-
-def _variance(values: Tensor) -> Tensor:
-    """Variance [n] over all but the last dimension."""
-    flat = values.flatten(0, -2)
-    return (flat - flat.mean(0)).square().mean(0)

@@ -2,7 +2,8 @@
 
 from lit_prune.replace.certificate import Certificate, certify
 from lit_prune.replace.curvature import Curvature, measure_curvature
-from lit_prune.replace.interchange import Interchange, Swaps, interchange, paired_bootstrap
+from lit_prune.replace.interchange import Interchange, interchange, paired_bootstrap
+from lit_prune.replace.pairs import Swaps
 from lit_prune.replace.reconstruction import reconstruction_costs
 from lit_prune.replace.replacement import Reduced, replace_mechanisms
 from lit_prune.replace.settings import KINDS, Replacement

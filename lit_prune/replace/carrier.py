@@ -20,7 +20,7 @@ FLATNESS = 1e-5  # largest deviation of a carrier from its mean, over the mean
 def pads_with_zeros(module: nn.Module) -> bool:
     """Whether a convolution reads zeros beyond the border of its input."""
     return (
-        isinstance(module, nn.Conv2d)
+        isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
         and module.padding_mode == "zeros"
         and any(module._reversed_padding_repeated_twice)
     )

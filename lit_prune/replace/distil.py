@@ -3,7 +3,7 @@
 import copy
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,15 +14,17 @@ from lit_prune.errors import InputError
 from lit_prune.task import Task
 from lit_prune.task.running import undisturbed
 
+Augment = Callable[[Any, torch.Generator], Any]
 CHECKS = 10  # how often the held-out distortion is looked at
 
 
 @dataclass(frozen=True)
 class Distilling:
-    """Settings of `distil`.
+    """Settings of `distil`; give `seconds` or `epochs`. The learning rate falls to 0 over them (cosine).
 
     Attributes:
-        seconds: how long it may take; the learning rate falls to 0 over it (cosine).
+        seconds: how long it may take.
+        epochs: passes over the samples that are not held out; parts of one count.
         learning_rate: of Adam, at the start.
         batch: samples in a step.
         held_out: share of the batches, the last ones, by whose distortion the result is chosen.
@@ -30,7 +32,8 @@ class Distilling:
         seed: of the order.
     """
 
-    seconds: float
+    seconds: float | None = None
+    epochs: float | None = None
     learning_rate: float = 3e-4
     batch: int = 64
     held_out: float = 0.2
@@ -43,15 +46,24 @@ class Distilling:
         Raises:
             InputError: one is outside its range.
         """
-        if self.seconds <= 0 or self.learning_rate <= 0 or self.batch < 1 or not 0 < self.held_out < 1:
+        if (self.seconds is None) == (self.epochs is None):
+            raise InputError(f"seconds={self.seconds}, epochs={self.epochs}: give one of them")
+        if (self.seconds or self.epochs) <= 0 or self.learning_rate <= 0 or self.batch < 1:
             raise InputError(
-                f"seconds={self.seconds}, learning_rate={self.learning_rate} and batch={self.batch} must be above 0, "
-                f"held_out={self.held_out} within (0, 1)"
+                f"seconds={self.seconds}, epochs={self.epochs}, learning_rate={self.learning_rate} and "
+                f"batch={self.batch} must be above 0"
             )
+        if not 0 < self.held_out < 1:
+            raise InputError(f"held_out={self.held_out} must lie within (0, 1)")
 
 
 def distil(
-    original: nn.Module, reduced: nn.Module, batches: Sequence[Any], task: Task, settings: Distilling
+    original: nn.Module,
+    reduced: nn.Module,
+    batches: Sequence[Any],
+    task: Task,
+    settings: Distilling,
+    augment: Augment | None = None,
 ) -> dict[str, Any]:
     """Trains `reduced` in place towards the original's prediction, and leaves it at the best that was seen.
 
@@ -65,6 +77,7 @@ def distil(
         batches: what the task reads; targets are not used.
         task: runs the networks and says what the prediction is.
         settings: time, rates.
+        augment: moves the samples of a batch as training does, at random by the generator; None: as they are.
 
     Returns:
         `steps`, `distortion_before`, `distortion_after` (held out).
@@ -78,15 +91,31 @@ def distil(
     if count == len(batches):
         raise InputError("batches: a single one, but some are trained on and others held out; give smaller batches")
     fitted, held_out = batches[:-count], batches[-count:]
-    start = time.perf_counter()
     with undisturbed(original, gradients=True), undisturbed(reduced, gradients=True):
         race = _Race(original, reduced, task, settings, held_out)
-        steps = 0
-        while (elapsed := time.perf_counter() - start) < settings.seconds:
-            race.step(fitted, elapsed / settings.seconds)
-            steps += 1
+        for piece, progress in _pieces(fitted, task, settings, race.generator):
+            race.step(piece if augment is None else augment(piece, race.generator), progress)
         race.check()
-        return {"steps": steps, **race.finish()}
+        return {"steps": race.steps, **race.finish()}
+
+
+def _pieces(
+    batches: Sequence[Any], task: Task, settings: Distilling, generator: torch.Generator
+) -> Iterator[tuple[Any, float]]:
+    """Parts of batches in a new order in each epoch, and how much of the time or of the epochs is over."""
+    places = [
+        (index, start) for index, batch in enumerate(batches) for start in range(0, task.size(batch), settings.batch)
+    ]
+    steps = None if settings.epochs is None else math.ceil(settings.epochs * len(places))
+    began, step = time.perf_counter(), 0
+    while True:
+        for place in torch.randperm(len(places), generator=generator).tolist():
+            progress = (time.perf_counter() - began) / settings.seconds if steps is None else step / steps
+            if progress >= 1:
+                return
+            index, start = places[place]
+            yield task.take(batches[index], slice(start, start + settings.batch)), progress
+            step += 1
 
 
 class _Race:
@@ -105,20 +134,18 @@ class _Race:
         self.parameters = [p for p in reduced.parameters() if p.requires_grad and p.is_floating_point()]
         self.optimizer = torch.optim.Adam(self.parameters, settings.learning_rate)
         self.average = copy.deepcopy([p.detach() for p in self.parameters])
-        self.best, self.checks = copy.deepcopy(self.average), 0
+        self.best, self.checks, self.steps = copy.deepcopy(self.average), 0, 0
         self.scale = 1.0
         self.scale = 1 / max(self._distortion(None), torch.finfo(torch.float32).tiny)  # the prediction's own variance
         self.before = self.least = self._distortion(self.reduced)
         self.generator = torch.Generator().manual_seed(settings.seed)
 
-    def step(self, batches: Sequence[Any], progress: float) -> None:
-        """One step on samples of one batch; now and then a look at the held-out ones."""
+    def step(self, piece: Any, progress: float) -> None:
+        """One step; now and then a look at the held-out samples."""
         if progress * CHECKS >= self.checks + 1:
             self.check()
-        whole = batches[int(torch.randint(len(batches), (), generator=self.generator))]
-        size, part = self.task.size(whole), self.settings.batch
-        first = int(torch.randint(max(1, size - part + 1), (), generator=self.generator))
-        batch = self.task.to(self.task.take(whole, slice(first, first + part)), self.reduced)
+        self.steps += 1
+        batch = self.task.to(piece, self.reduced)
         with torch.no_grad():
             wanted = self._predict(self.original, batch)
         loss = self.scale * (self._predict(self.reduced, batch) - wanted).square().flatten(1).sum(1).mean()

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
-from lit_prune.measurement.moments import LayerSums
+from lit_prune.measurement.inputs import InputMoments
+from lit_prune.measurement.moments import Moments
 from lit_prune.measurement.passes import Collector, run_pass
 from lit_prune.replace.consumers import Reader
 from lit_prune.replace.curvature import Curvature, CurvatureSums
 from lit_prune.replace.hutchinson import HutchinsonSums
-from lit_prune.replace.inputs import InputMoments
 from lit_prune.replace.risk import RiskRows, weighted_affine
 from lit_prune.replace.risk_samples import RiskSamples
 from lit_prune.replace.settings import Replacement
@@ -30,13 +30,13 @@ class InputEvidence:
     """What is known of one layer's input channels.
 
     Attributes:
-        sums: first and second moments.
+        inputs: first and second moments.
         size: of the map that the layer reads; () for a linear layer.
         curvature: second-order risk of constants; None where the objective does not need it.
         rows: second-order risk sample by sample; None likewise.
     """
 
-    sums: LayerSums
+    inputs: Moments
     size: tuple[int, ...] = ()
     curvature: Curvature | None = None
     rows: RiskRows | None = None
@@ -60,8 +60,8 @@ def collect_evidence(
     found = risks[0].result() if risks else {}
     risk = "curvature" if kind == "constant" else "rows"
     return {
-        name: InputEvidence(inputs.sums, inputs.size, **({risk: found[name]} if risks else {}))
-        for name, inputs in moments.result().items()
+        name: InputEvidence(found_inputs.moments, found_inputs.size, **({risk: found[name]} if risks else {}))
+        for name, found_inputs in moments.result().items()
     }
 
 
@@ -96,15 +96,15 @@ def fit_stand_in(
     check_objective(kind, settings)
     if kind == "constant":
         if settings.objective == "distortion":
-            return constants(evidence.sums, reader), {}
+            return constants(evidence.inputs, reader), {}
         curvature, removed = _as_asked(evidence.curvature, settings), list(reader.removed)
         joint = settings.objective == "joint_loss"
         offsets = curvature.joint_constants(removed) if joint else curvature.constants()[removed]
         return _constant_stand_in(offsets, reader), {"curvature": curvature.method}
     ridge = AFFINE_RIDGE if settings.ridge == "held_out" else settings.ridge
-    parents = choose_parents(evidence.sums, reader, weight, settings)
+    parents = choose_parents(evidence.inputs, reader, weight, settings)
     if settings.objective == "distortion":
-        stand_in = affine(evidence.sums, reader, parents, ridge)
+        stand_in = affine(evidence.inputs, reader, parents, ridge)
         said = {}
     else:
         stand_in = _weighted(_as_asked(evidence.rows, settings), reader, parents, ridge)

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from lit_prune.measurement.layers import removing
 from lit_prune.replace.walk import ADDITIONS, Stop
 from lit_prune.structure import axes
-from lit_prune.structure.tracing import one_sample, run, undisturbed
+from lit_prune.structure.tracing import one_sample, run, traceable
 
 Clip = tuple[float, float]
 _RELU = (torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.relu, F.relu_)
@@ -74,7 +74,7 @@ def observe(model: nn.Module, example_input: Tensor) -> Flow:
         example_input: [B, C, H, W].
     """
     watch = _Watch()
-    with undisturbed(model), torch.no_grad():
+    with traceable(model), torch.no_grad():
         handles = [handle for name, module in model.named_modules() for handle in watch.hooks(name, module)]
         with removing(handles), watch:
             run(model, one_sample(model, example_input))
@@ -126,7 +126,7 @@ class _Watch(TorchFunctionMode):
         for value, written in zip(watched, changed, strict=True):
             if written:  # in place: what is read from now on is another value
                 self.retired.append(self.outputs.pop(id(value), None))
-        if names and function in ADDITIONS and len(args) == 2 and not kwargs:
+        if names and function in ADDITIONS and not kwargs and _are_alike(args):
             self.outputs[id(output)] = (_sum_name(len(self.additions)), output)
             self.additions.append((tuple(names), len(self.layers)))
         return output
@@ -147,6 +147,11 @@ class _Watch(TorchFunctionMode):
     def _clip_of(self, name: str) -> Clip | None:
         """Range to which the only reader of a value clips it."""
         return self.clips.get(name) if self.reads.get(name) == 1 else None
+
+
+def _are_alike(args: tuple) -> bool:
+    """Whether these are two maps of one shape, not a map and a number or a row to be spread."""
+    return len(args) == 2 and all(isinstance(value, Tensor) for value in args) and args[0].shape == args[1].shape
 
 
 def _sum_name(index: int) -> str:

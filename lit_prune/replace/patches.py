@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_prune.replace.kernels import spread, steps
+
 
 class PositionSample:
     """Which positions of each image are used: all of them, or a seeded sample of `per_image`.
@@ -30,34 +32,48 @@ def input_rows(module: nn.Module, inputs: Tensor, chosen: Tensor | None) -> Tens
     """Patches that a layer reads, [rows, C·taps] in the order of its flattened kernels, zero padding included.
 
     Args:
-        module: Conv2d without groups, or Linear.
-        inputs: [B, C, H, W], or [B, ..., C] of a Linear.
+        module: a convolution of any kind without groups (see `kernel_of`), or Linear.
+        inputs: [B, C, ...], or [B, ..., C] of a Linear.
         chosen: positions [B, n] or None for all.
     """
     if isinstance(module, nn.Linear):
         return _pick(inputs.reshape(len(inputs), -1, inputs.shape[-1]), chosen)  # [B, P, C]
-    padding = module._reversed_padding_repeated_twice
-    if any(padding):
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        inputs = F.pad(inputs, padding, mode=mode)
+    wide = spread(module, inputs)
     if chosen is None:
-        patches = F.unfold(inputs, module.kernel_size, module.dilation, 0, module.stride)  # [B, C·taps, P]
-        return patches.transpose(1, 2).flatten(0, 1)
-    images, channels = inputs.shape[:2]
-    index = _places(module, inputs, chosen.to(inputs.device)).flatten(1)[:, None]  # [B, 1, n·taps]
-    values = inputs.flatten(2).gather(2, index.expand(-1, channels, -1))
+        return _all_patches(module, wide)
+    images, channels = wide.shape[:2]
+    index = _places(module, wide, chosen.to(wide.device)).flatten(1)[:, None]  # [B, 1, n·taps]
+    values = wide.flatten(2).gather(2, index.expand(-1, channels, -1))
     return values.unflatten(2, (chosen.shape[1], -1)).transpose(1, 2).reshape(images * chosen.shape[1], -1)
 
 
-def _places(module: nn.Conv2d, padded: Tensor, chosen: Tensor) -> Tensor:
+def _all_patches(module: nn.Module, wide: Tensor) -> Tensor:
+    """Patches at all positions, [B·P, C·taps]."""
+    if wide.dim() == 4:
+        patches = F.unfold(wide, module.kernel_size, module.dilation, 0, steps(module))  # [B, C·taps, P]
+        return patches.transpose(1, 2).flatten(0, 1)
+    for axis, (taps, step, apart) in enumerate(_geometry(module)):
+        wide = wide.unfold(axis + 2, apart * (taps - 1) + 1, step)[..., ::apart]
+    axes = len(module.kernel_size)
+    return wide.movedim(1, axes + 1).flatten(0, axes).flatten(1)  # [B, *positions, C, *taps] before
+
+
+def _geometry(module: nn.Module) -> list[tuple[int, int, int]]:
+    """Taps, stride and dilation of each axis."""
+    return list(zip(module.kernel_size, steps(module), module.dilation, strict=True))
+
+
+def _places(module: nn.Module, wide: Tensor, chosen: Tensor) -> Tensor:
     """Where the patches of the chosen positions lie in a padded, flattened map, int64 [B, n, taps]."""
-    width = padded.shape[3]
-    (rows, columns), (down, right), (tall, wide) = module.kernel_size, module.stride, module.dilation
-    across = (width - wide * (columns - 1) - 1) // right + 1  # positions in one row of the output
-    corner = (chosen // across) * down * width + (chosen % across) * right
-    vertical = torch.arange(rows, device=chosen.device) * tall * width
-    horizontal = torch.arange(columns, device=chosen.device) * wide
-    return corner[..., None] + (vertical[:, None] + horizontal).flatten()
+    place = torch.zeros((*chosen.shape, 1), dtype=torch.int64, device=chosen.device)
+    left, apart_in_memory = chosen, 1
+    for (taps, step, apart), length in reversed(list(zip(_geometry(module), wide.shape[2:], strict=True))):
+        count = (length - apart * (taps - 1) - 1) // step + 1  # positions along this axis
+        first = (left % count * step * apart_in_memory)[..., None, None]
+        offsets = torch.arange(taps, device=chosen.device)[:, None] * apart * apart_in_memory
+        place = (first + offsets + place[..., None, :]).flatten(2)  # the last axis runs fastest
+        left, apart_in_memory = left // count, apart_in_memory * length
+    return place
 
 
 def output_rows(module: nn.Module, outputs: Tensor, chosen: Tensor | None) -> Tensor:

@@ -1,23 +1,29 @@
 """Refit: the weights of the layers that read removed channels are solved again, in forward order, without labels."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
+from lit_prune.measurement.layers import removing, without_gradients
 from lit_prune.replace.consumers import Reader
-from lit_prune.replace.folding import add_to_output, set_weight
+from lit_prune.replace.folding import add_to_output
+from lit_prune.replace.kernels import kernel_of, set_kernel
 from lit_prune.replace.patches import PositionSample, channel_dim, input_rows, output_rows, taken
 from lit_prune.replace.regression import RIDGES, CrossSums, Fit, PairSums, solve, solve_held_out
 from lit_prune.replace.settings import ROWS_A_WEIGHT, Replacement
-from lit_prune.replace.walk import Seen, Stop, Walk, watching
+from lit_prune.replace.slopes import pieces
+from lit_prune.replace.walk import Seen, Stop, watching
 from lit_prune.task import Task
 from lit_prune.task.running import undisturbed
 
 PIECE = 32  # images unfolded at once
+KEPT = 1 << 26  # most values of patches that are kept for the rounds; others are cut out anew
 CLIP_ROUNDS = 4
 
 
@@ -51,27 +57,51 @@ def refit(
     Returns:
         Report by layer, and the layers that gained a bias.
     """
-    table = {stop.layer: stop for stop in stops}
+    once = next((place for place, stop in enumerate(stops) if readers[stop.layer].calls > 1), len(stops))
+    parts = list(pieces(batches, pair.task))  # each has its own thread and pool of memory: small ones waste less
+    images = sum(map(pair.task.size, parts))
     report, gained = {}, []
-    with (
-        undisturbed(pair.original),
-        undisturbed(pair.reduced),
-        watching(pair.original, pair.task, table, before=False) as start_original,
-        watching(pair.reduced, pair.task, table, before=True) as start_reduced,
-    ):
-        walks = [(start_original(batch), start_reduced(batch)) for batch in batches]
-        images = sum(map(pair.task.size, batches))
-        for stop in stops:
+    with undisturbed(pair.original), undisturbed(pair.reduced):
+        for stop, seen in chain(_walked(pair, stops[:once], parts), _passed(pair, stops[once:], parts)):
             solver = _Solver(pair, stop, readers[stop.layer], settings, images)
-            for index, walk in enumerate(walks):
-                solver.add(*(_advanced(w, stop) for w in walk), held_out=settings.holds_out(index, len(walks)))
+            for index, calls in enumerate(seen):
+                for original, reduced in calls:
+                    solver.add(original, reduced, held_out=settings.holds_out(index, len(parts)))
             report[stop.layer], created = solver.finish()
             gained += [stop.layer] if created else []
     return report, gained
 
 
-def _advanced(walk: Walk, stop: Stop) -> Seen:
-    return walk.advance(stop.layer)
+Calls = Iterable[tuple[Seen, Seen]]
+"""What both networks have at hand at a layer, for each of its calls."""
+
+
+def _walked(pair: Pair, stops: Sequence[Stop], batches: Sequence[Any]) -> Iterator[tuple[Stop, Iterable[Calls]]]:
+    """Stops of one pass of both networks over all batches: solve each before the next is asked for."""
+    table = {stop.layer: stop for stop in stops}
+    with (
+        watching(pair.original, pair.task, table, before=False) as start_original,
+        watching(pair.reduced, pair.task, table, before=True) as start_reduced,
+    ):
+        walks = [(start_original(batch), start_reduced(batch)) for batch in batches if stops]
+        for stop in stops:
+            yield stop, ([tuple(walk.advance(stop.layer) for walk in both)] for both in walks)
+
+
+def _passed(pair: Pair, stops: Sequence[Stop], batches: Sequence[Any]) -> Iterator[tuple[Stop, Iterable[Calls]]]:
+    """The same by a pass for each layer, for layers that run several times and those behind; sums are not corrected."""
+    for stop in stops:
+        both = [partial(_calls, network, stop.layer, pair.task) for network in (pair.original, pair.reduced)]
+        yield replace(stop, joined=False, clip=None), (zip(*(c(b) for c in both), strict=True) for b in batches)
+
+
+def _calls(model: nn.Module, layer: str, task: Task, batch: Any) -> list[Seen]:
+    """What a layer reads and writes in each of its calls."""
+    found: list[Seen] = []
+    hook = lambda module, args, output: found.append(Seen(args[0], output.clone()))  # noqa: E731
+    with removing([model.get_submodule(layer).register_forward_hook(hook)]), without_gradients():
+        task.run(model, task.to(batch, model))
+    return found
 
 
 class _Solver:
@@ -80,10 +110,11 @@ class _Solver:
     def __init__(self, pair: Pair, stop: Stop, reader: Reader, settings: Replacement, images: int) -> None:
         self.pair, self.stop, self.reader, self.settings, self.images = pair, stop, reader, settings, images
         self.module = pair.reduced.get_submodule(stop.layer)
-        rows = max(settings.rows, ROWS_A_WEIGHT * self.module.weight[0].numel())
+        rows = max(settings.rows, ROWS_A_WEIGHT * kernel_of(self.module)[0].numel())
         self.positions = PositionSample(-(-rows // images), settings.seed)
         self.sums: dict[bool, PairSums] = {}
         self.seen: list[_Piece] = []
+        self.kept = 0
 
     def add(self, original: Seen, reduced: Seen, held_out: bool) -> None:
         """Adds one batch."""
@@ -92,57 +123,55 @@ class _Solver:
         chosen = self.positions.draw(len(output), output[0].numel() // output.shape[dim])
         for start in range(0, len(output), PIECE):
             part = slice(start, start + PIECE)
-            other = None if reduced.other is None else reduced.other[part]
-            piece = _Piece(reduced.inputs[part], output[part], other, None if chosen is None else chosen[part])
-            rows, (targets, _, _) = self._rows(piece)
+            at = None if chosen is None else chosen[part]
+            wanted = self._wanted(
+                output_rows(self.module, output[part], at),
+                None if reduced.other is None else output_rows(self.module, reduced.other[part], at),
+            )
+            piece = _Piece(reduced.inputs[part], at, wanted)
+            rows = input_rows(self.module, piece.inputs, at)
             if not self.sums:
-                first = PairSums.zeros(rows, targets)
+                first = PairSums.zeros(rows, wanted.target)
                 self.sums = {False: first, True: first.empty()}
-            self.sums[held_out].add(rows, targets)
-            self.seen.append(piece)
+            self.sums[held_out].add(rows, wanted.target)
+            if self.stop.clip is not None and self.settings.clipped:
+                self.kept += rows.numel()
+                self.seen.append(replace(piece, rows=rows) if self.kept <= KEPT else piece)
 
-    def _rows(self, piece: "_Piece") -> tuple[Tensor, list[Tensor]]:
-        """Input rows [S, D]; what the layer's output is to be there, and the range in which it may lie, each [S, O]."""
-        rows = input_rows(self.module, piece.inputs, piece.chosen)
-        values = [output_rows(self.module, value, piece.chosen) for value in self._wanted(piece)]
-        return rows, values
-
-    def _wanted(self, piece: "_Piece") -> tuple[Tensor, Tensor, Tensor]:
-        """Target, lower and upper bound of the layer's own output, [B, O, ...].
+    def _wanted(self, output: Tensor, other: Tensor | None) -> "_Wanted":
+        """What the layer's own output is to be, from the original's output or sum and the sum's other operand, [S, O].
 
         With s and t the norm's scale and offset, the sum is s·z + t + other. Where the original's sum lies beyond the
         clip that follows, every z that takes the sum beyond it too is as good as the target.
         """
         norm = self.pair.reduced.get_submodule(self.stop.norm) if self.stop.norm else None
-        if norm is None or (piece.other is None and self.stop.clip is None):
-            rest, scale, live = 0.0 if piece.other is None else piece.other, 1.0, None
+        if norm is None or (other is None and self.stop.clip is None):
+            rest, scale, live = 0.0 if other is None else other, 1.0, None
         else:
             values, offset = _affine(norm)
-            view = (1, -1, *(1,) * (piece.output.dim() - 2))
-            live = (values.abs() > 1e-3 * values.abs().median()).view(view)  # others are shut off by the norm: to be 0
-            scale, rest = torch.where(live, values.view(view), 1), offset.view(view)
-            rest = rest if piece.other is None else rest + piece.other
-        if piece.other is None:  # the original's own output
-            target, total = piece.output, piece.output * scale + rest
+            live = values.abs() > 1e-3 * values.abs().median()  # others are shut off by the norm: to be 0
+            scale, rest = torch.where(live, values, 1), offset if other is None else offset + other
+        if other is None:  # the original's own output
+            target, total = output, output * scale + rest
         else:
-            target, total = (piece.output - rest) / scale, piece.output
+            target, total = (output - rest) / scale, output
         if live is not None:
             target = torch.where(live, target, 0)
         if self.stop.clip is None:
-            return target, target, target
-        return target, *_range(target, total, self.stop.clip, rest, scale, live)
+            return _Wanted(target, target, target)
+        return _Wanted(target, *_range(target, total, self.stop.clip, rest, scale, live))
 
     def finish(self) -> tuple[dict, bool]:
         """Solves, writes weights and bias; the layer's report, and whether it gained a bias."""
         everything = self.sums[False] + self.sums[True]
         if self.settings.towards == "zero" and everything.rows <= len(everything.inputs):
             return self._left(everything), False
-        prior = self.module.weight.detach().double().flatten(1) if self.settings.towards == "weights" else None
+        prior = kernel_of(self.module).double().flatten(1) if self.settings.towards == "weights" else None
         ridges = RIDGES if self.settings.ridge == "held_out" else (self.settings.ridge,)
         fit, held_out = solve_held_out(self.sums[False], self.sums[True], ridges, prior)
         if self.stop.clip is not None and self.settings.clipped:
             fit = self._clipped(fit, everything, prior)
-        set_weight(self.module, fit.weight)
+        set_kernel(self.module, fit.weight)
         bias = fit.bias
         if self.module.bias is not None:
             bias = bias - self.module.bias.detach().double()
@@ -178,21 +207,30 @@ class _Solver:
         for _ in range(CLIP_ROUNDS):
             targets = CrossSums.like(sums)
             for piece in self.seen:
-                rows, (_, low, high) = self._rows(piece)
+                rows = input_rows(self.module, piece.inputs, piece.chosen) if piece.rows is None else piece.rows
                 present = rows @ fit.weight.T.to(rows) + fit.bias.to(rows)
-                targets.add(rows, present.clamp(low, high))
+                targets.add(rows, present.clamp(piece.wanted.low, piece.wanted.high))
             fit = solve(targets.covariance(sums), fit.ridge, prior)
         return fit
 
 
 @dataclass(frozen=True)
+class _Wanted:
+    """What a layer's output is to be at some positions, and the range in which it may lie; each [S, O]."""
+
+    target: Tensor
+    low: Tensor
+    high: Tensor
+
+
+@dataclass(frozen=True)
 class _Piece:
-    """A few images at a layer: what it reads, the output or sum that is wanted, the sum's other operand, positions."""
+    """A few images at a layer: what it reads, at which positions, what is wanted there; its patches, where kept."""
 
     inputs: Tensor
-    output: Tensor
-    other: Tensor | None
     chosen: Tensor | None
+    wanted: _Wanted
+    rows: Tensor | None = None
 
 
 def _range(

@@ -11,7 +11,7 @@ from lit_prune.measurement.layers import removing
 from lit_prune.task import Task
 from lit_prune.task.running import undisturbed
 
-MOST_SAMPLES = 64
+MOST_SAMPLES = 32
 MOST_VALUES = 1 << 21  # of the inputs, in one pass with gradients
 
 
@@ -55,7 +55,7 @@ def gradient_samples(
     generator = torch.Generator().manual_seed(seed)
     handles = [model.get_submodule(name).register_forward_hook(keeper(name)) for name in layers]
     with removing(handles), undisturbed(model, gradients=True):
-        for batch in _pieces(batches, task):
+        for batch in pieces(batches, task):
             seen.clear()
             batch = task.to(batch, model)
             values = task.prediction(task.run(model, batch))
@@ -69,7 +69,7 @@ def gradient_samples(
     seen.clear()
 
 
-def _pieces(batches: Iterable[Any], task: Task) -> Iterator[Any]:
+def pieces(batches: Iterable[Any], task: Task) -> Iterator[Any]:
     """The batches in parts whose graph fits: an image of 224 pixels leaves 100 MB in a ResNet-50."""
     for batch in batches:
         size = task.size(batch)

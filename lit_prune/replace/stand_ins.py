@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
-from lit_prune.measurement.moments import LayerSums
+from lit_prune.measurement.moments import Moments
 from lit_prune.replace.consumers import Reader
+from lit_prune.replace.kernels import SLIDE, is_transposed, kernel_of, spread, steps
 from lit_prune.replace.risk import solve_ridged
 from lit_prune.replace.settings import Replacement
 
@@ -34,21 +35,21 @@ class StandIn:
     singular: int = 0
 
 
-def constants(sums: LayerSums, reader: Reader) -> StandIn:
+def constants(inputs: Moments, reader: Reader) -> StandIn:
     """Each removed channel's mean: the constant that distorts an affine reader's output least.
 
     Source: causal mechanism reduction, proof of the CMR-Logit score.
     """
     removed = list(reader.removed)
-    mean = sums.shift + sums.first / sums.samples
+    mean = inputs.mean()
     return StandIn(mean[removed], mean.new_zeros(len(removed), len(reader.kept)), 1.0)
 
 
-def affine(sums: LayerSums, reader: Reader, parents: Tensor, ridge: float) -> StandIn:
+def affine(inputs: Moments, reader: Reader, parents: Tensor, ridge: float) -> StandIn:
     """Ridge regression of each removed channel on kept channels of the same layer.
 
     Args:
-        sums: of the layer's input channels.
+        inputs: moments of the layer's input channels.
         reader: which go and which stay.
         parents: places within `reader.kept`, int64 [removed, r], see `choose_parents`.
         ridge: relative to each parent's own variance, above 0.
@@ -56,7 +57,7 @@ def affine(sums: LayerSums, reader: Reader, parents: Tensor, ridge: float) -> St
     Source: causal mechanism reduction, affine case of theorem 1 with uniform curvature and no gradient.
     """
     removed, kept = list(reader.removed), list(reader.kept)
-    mean, covariance = input_moments(sums)
+    mean, covariance = inputs.mean(), inputs.covariance()
     inner, cross = covariance[kept][:, kept], covariance[kept][:, removed]  # [K, K], [K, R]
     if parents.shape[1] == len(kept):  # all of them: one system for all removed channels
         parents = torch.arange(len(kept)).expand(len(removed), -1)
@@ -73,19 +74,13 @@ def affine(sums: LayerSums, reader: Reader, parents: Tensor, ridge: float) -> St
     return StandIn(mean[removed] - coefficients @ mean[kept], coefficients, unexplained, singular)
 
 
-def input_moments(sums: LayerSums) -> tuple[Tensor, Tensor]:
-    """Mean [C] and population covariance [C, C], float64."""
-    mean = sums.first / sums.samples
-    return mean + sums.shift, sums.second / sums.samples - torch.outer(mean, mean)
-
-
 def choose_parents(
-    sums: LayerSums, reader: Reader, weight: Tensor, settings: Replacement = DEFAULT_REPLACEMENT
+    inputs: Moments, reader: Reader, weight: Tensor, settings: Replacement = DEFAULT_REPLACEMENT
 ) -> Tensor:
     """Places within `reader.kept` of the channels that stand in for each removed one, int64 [removed, r], ascending.
 
     Args:
-        sums: of the layer's input channels.
+        inputs: moments of the layer's input channels.
         reader: which go and which stay.
         weight: of the reader, [O, C, *taps].
         settings: how many parents (all of them where there are fewer), by which rule, which seed.
@@ -95,12 +90,12 @@ def choose_parents(
     """
     removed, kept = list(reader.removed), list(reader.kept)
     count = len(kept) if settings.parents is None else min(settings.parents, len(kept))
-    if settings.parents is not None and count >= int(sums.samples):
+    if settings.parents is not None and count >= inputs.count:
         raise InputError(
-            f"parents={settings.parents}: {int(sums.samples)} calibration samples are too few for layer "
+            f"parents={settings.parents}: {inputs.count} calibration samples are too few for layer "
             f"{reader.name!r}; use more images or fewer parents"
         )
-    strength = parent_strength(input_moments(sums)[1], weight, settings.parent_rule, settings.seed)
+    strength = parent_strength(inputs.covariance(), weight, settings.parent_rule, settings.seed)
     return strength[removed][:, kept].topk(count, dim=1).indices.sort(1).values
 
 
@@ -138,8 +133,8 @@ class Folded:
     Attributes:
         weight: float64 [O, kept, *taps].
         shift: what the output gains, float64 [O].
-        border: mean over positions and sum over outputs of the squared error that zero padding makes: at the border the
-            removed channels were zero, the shift is not.
+        border: mean over positions and sum over outputs of the squared error of the shift: at the border the removed
+            channels were zero, the shift is not; a transposed convolution adds another part of it at each position.
         carried: kernel for a channel that is 1 everywhere, float64 [O, 1, *taps], exact in place of `shift`.
     """
 
@@ -156,18 +151,18 @@ def fold(module: nn.Module, reader: Reader, stand_in: StandIn, size: tuple[int, 
         module: the reader in the original network.
         reader: what goes.
         stand_in: for its removed columns.
-        size: height and width of the map it reads; () for a linear layer.
+        size: of the map it reads, such as height and width; () for a linear layer.
 
     Source: causal mechanism reduction, proposition 1.
     """
-    weight = module.weight.detach().to(stand_in.offsets)[list(reader.written)]
+    weight = kernel_of(module).to(stand_in.offsets)[list(reader.written)]
     lost, rest = weight[:, list(reader.removed)], weight[:, list(reader.kept)]
     rest = rest + torch.einsum("oj...,jk->ok...", lost, stand_in.coefficients)
     carried = torch.einsum("oj...,j->o...", lost, stand_in.offsets)[:, None]
-    shift = carried.flatten(1).sum(1)
-    border = 0.0
-    if isinstance(module, nn.Conv2d) and module.padding_mode == "zeros":
-        ones = carried.new_ones(1, 1, *size)
-        actual = F.conv2d(ones, carried, None, module.stride, module.padding, module.dilation)[0]  # [O, H, W]
-        border = float((actual - shift[:, None, None]).square().mean((1, 2)).sum())
+    shift, border = carried.flatten(1).sum(1), 0.0
+    if size:
+        ones = spread(module, carried.new_ones(1, 1, *size))
+        actual = SLIDE[len(size)](ones, carried, None, steps(module), 0, module.dilation)[0].flatten(1)  # [O, P]
+        shift = actual.mean(1) if is_transposed(module) else shift
+        border = float((actual - shift[:, None]).square().mean(1).sum())
     return Folded(rest, shift, border, carried)

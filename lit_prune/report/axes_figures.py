@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize
 from matplotlib.patches import Rectangle
 
+from lit_prune.measurement.summaries import coupling
 from lit_prune.report import drawing
 from lit_prune.report.drawing import Picture, new_figure
 from lit_prune.report.run_folder import AbsentInput, RunFolder, layer_order, stages_if_any
@@ -167,16 +168,6 @@ def couple_axes(trace: pd.DataFrame) -> pd.DataFrame:
     Returns:
         rows = layers in forward order, columns = epochs, values in [-1, 1].
     """
-    axes = ["input_capture", "task_information"]
-    live = trace.dropna(subset=axes).reset_index(drop=True)
-    ranks = live[["epoch", "layer"]].join(live.groupby(["epoch", "layer"])[axes].rank())
-    groups = ranks.groupby(["epoch", "layer"])
-    values = {key: _correlate(group[axes].to_numpy()) for key, group in groups}
-    coupling = pd.Series(values, dtype=float).unstack(0)
-    return coupling.reindex(index=layer_order(trace), columns=sorted(trace["epoch"].unique()))
-
-
-def _correlate(ranks: np.ndarray) -> float:
-    if len(ranks) < 3 or (np.ptp(ranks, axis=0) == 0).any():
-        return float("nan")
-    return float(np.corrcoef(ranks.T)[0, 1])
+    values = {key: coupling(rows) for key, rows in trace.groupby(["epoch", "layer"])}
+    table = pd.Series(values, dtype=float).unstack(0)
+    return table.reindex(index=layer_order(trace), columns=sorted(trace["epoch"].unique()))

@@ -13,6 +13,7 @@ from rich.text import Text as RichText
 from lit_prune.errors import InputError
 from lit_prune.report.run_folder import AbsentInput, RunFolder, stages_if_any
 from lit_prune.report.sections import register_section
+from lit_prune.report.times import times_are_unsure, times_hold_for
 
 ABSENT = "–"
 MINUS = "−"
@@ -145,13 +146,24 @@ def result_cells(result: Mapping[str, Any]) -> Table:
     dense, quantities = result["dense"], (figure_of(result), *COSTS)
     entries = [(f"after {stage.get('name', '?')}", stage) for stage in result.get("stages") or ()]
     rows = [(Cell("dense"), *(format_cell(dense.get(q.key), q) for q in quantities))]
+    unsure = times_are_unsure(result)
     for name, entry in (*entries, ("compact", result["compact"])):
-        rows.append((Cell(name), *(format_cell(entry.get(q.key), q, dense.get(q.key)) for q in quantities)))
+        rows.append((Cell(name), *(_changed(entry, dense, q, unsure) for q in quantities)))
     caption = (
         "Change against the dense network in small type; point at a number for its exact value. A stage's figure is "
         "the one after BatchNorm recalibration, before its repair; the compact network's the one after the last repair."
     )
-    return Table(("network", *(q.title for q in quantities)), tuple(rows), caption)
+    return Table(
+        ("network", *(q.title for q in quantities)), tuple(rows), f"{caption} {times_hold_for(result)}".strip()
+    )
+
+
+def _changed(entry: Mapping[str, Any], dense: Mapping[str, Any], quantity: Quantity, unsure: bool) -> Cell:
+    """A cell with its change; times that are worth little have a remark in the place of a change."""
+    cell = format_cell(entry.get(quantity.key), quantity, dense.get(quantity.key))
+    return (
+        replace(cell, note="noisy") if unsure and cell.note and quantity.key in ("latency_ms", "throughput") else cell
+    )
 
 
 def result_table(run: str | Path | Mapping[str, Any]) -> RichTable:
@@ -286,12 +298,3 @@ def _shorten(value: object, limit: int = 8) -> str:
     if isinstance(value, list | tuple) and len(value) > limit:
         return f"{', '.join(map(str, value[:limit]))}, … ({len(value)} values)"
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
-@register_section("files", "Files", place=340)
-def list_files(run: RunFolder) -> Table:
-    """Returns the files of the run folder with their sizes."""
-    files = run.files
-    rows = tuple((Cell(name), Cell(format_bytes(size), exact=f"{size} bytes")) for name, size in files)
-    total = format_bytes(sum(size for _, size in files))
-    return Table(("file", "size"), rows, "Paths relative to the run folder.", folded=f"{len(rows)} files, {total}")

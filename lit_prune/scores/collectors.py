@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_prune.measurement.activations import Recording, position_view, record
+from lit_prune.measurement.activations import Recording, record
 from lit_prune.measurement.channel_table import NO_TARGET, task_values, variable_name
-from lit_prune.measurement.layers import removing, select_layers
-from lit_prune.measurement.moments import ActivationSums
+from lit_prune.measurement.layers import out_channels, position_view, removing, select_layers
 from lit_prune.measurement.protocol import DEFAULT_PROTOCOL
+from lit_prune.measurement.sums import ActivationSums
 from lit_prune.task import Task
 
 POOLED_IMAGES = 5000
@@ -67,7 +67,7 @@ class Saliency:
         self.task = task
         self.layers = select_layers(model)
         self.outputs: list[tuple[str, Tensor]] = []
-        self.totals = {name: torch.zeros(len(m.weight), dtype=torch.float64) for name, m in self.layers.items()}
+        self.totals = {name: torch.zeros(out_channels(m), dtype=torch.float64) for name, m in self.layers.items()}
         self.count = 0
 
     @contextmanager

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from lit_prune.errors import InputError
 from lit_prune.measurement import local_axis
 from lit_prune.measurement.channel_table import NO_TARGET, TARGET_COLUMNS, channel_table
-from lit_prune.measurement.layers import Batches, following_norms, select_layers
-from lit_prune.measurement.moments import ActivationSums
+from lit_prune.measurement.inputs import InputMoments
+from lit_prune.measurement.layers import Batches, following_norms, out_channels, select_layers
 from lit_prune.measurement.passes import Collector, run_pass
+from lit_prune.measurement.sums import ActivationSums
 from lit_prune.replace.curvature import CurvatureSums
 from lit_prune.replace.risk_samples import RiskSamples
 from lit_prune.scores import independence, inputs
@@ -103,7 +104,7 @@ class Evidence:
         Without batches nothing can be traced: then each layer is a group of its own.
         """
         if self._batches is None:
-            return {name: [(name, torch.arange(len(layer.weight))[:, None])] for name, layer in self.layers.items()}
+            return {name: [(name, torch.arange(out_channels(layer))[:, None])] for name, layer in self.layers.items()}
         found: Couplings = {}
         for group in self.graph.groups:
             members = [m for m in group.members if m.axis == "out" and m.module in self.layers]
@@ -171,7 +172,7 @@ class Evidence:
             return {layer: values.bool() for layer, values in self.column("dead").items()}
         if not self.needs_sums:
             return {}
-        powers = {layer: local_axis.signal_power(sums).cpu() for layer, sums in self.sums.layers.items()}
+        powers = {layer: local_axis.signal_power(sums.outputs).cpu() for layer, sums in self.sums.layers.items()}
         return {layer: local_axis.dead_channels(power) for layer, power in powers.items()}
 
 
@@ -180,8 +181,8 @@ COLLECTORS: dict[str, Callable[[Evidence], Collector]] = {
     "task_sums": lambda evidence: Sums(evidence.model, evidence.task),
     "pooled": lambda evidence: Pooled(evidence.model, evidence.task),
     "saliency": lambda evidence: Saliency(evidence.model, evidence.task),
-    "input_variances": lambda evidence: inputs.InputVariances(evidence.model, evidence.read_groups),
-    "unit_covariances": lambda evidence: inputs.UnitCovariances(evidence.model, evidence.read_groups),
+    "input_variances": lambda evidence: InputMoments(evidence.model, evidence.readers, diagonal=True),
+    "unit_moments": lambda evidence: inputs.UnitMoments(evidence.model, evidence.read_groups),
     "curvatures": lambda evidence: CurvatureSums(evidence.model, evidence.readers, evidence.task, evidence.seed),
     "risk_rows": lambda evidence: RiskSamples(evidence.model, evidence.readers, evidence.task, evidence.seed),
     "independence": lambda evidence: independence.Independence(evidence.model, evidence.task),

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_prune.measurement.activations import position_view
-from lit_prune.measurement.layers import removing, select_layers
+from lit_prune.measurement.layers import position_view, removing, select_layers
 from lit_prune.task import Task
 
 STEP = 0.45  # of the trapezoid rule on log s: its error is exp(-π²/STEP), 3e-10

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.measurement import local_axis
-from lit_prune.measurement.moments import LayerSums
+from lit_prune.measurement.moments import Moments
 from lit_prune.replace.reconstruction import ReaderMoments, costs_by_group, reader_moments, readers_of
 from lit_prune.scores.evidence import Evidence
 from lit_prune.scores.hulls import full_explanation, greedy_hulls
@@ -21,8 +21,7 @@ def activation_rms(evidence: Evidence) -> dict[str, Tensor]:
     """√(mean of Y_i² over images and positions), Y the raw output."""
     scores = {}
     for name, sums in evidence.sums.layers.items():
-        mean = sums.first / sums.samples  # of z = y - shift
-        square = sums.second.diagonal() / sums.samples + 2 * sums.shift * mean + sums.shift.square()
+        square = sums.outputs.variances() + sums.outputs.mean().square()
         scores[name] = square.clamp_min(0).sqrt().cpu()
     return scores
 
@@ -87,13 +86,13 @@ def mipp(evidence: Evidence) -> dict[str, Tensor]:
     Source: mutual-information preserving pruning (Westphal et al. 2024) is the idea; the closed form is ours.
     """
     totals: dict[str, Tensor] = {}
-    covariances = evidence.collected("unit_covariances")
+    found = evidence.collected("unit_moments")
     for group in evidence.read_groups:
         readers = {m.module: torch.tensor(m.positions) for m in group.members if reads(group, m)}
         parts = [
-            _carried(covariances[group.name, reader], _weight_power(evidence, reader, positions))
+            _carried(found[group.name, reader].moments, _weight_power(evidence, reader, positions))
             for reader, positions in readers.items()
-            if (group.name, reader) in covariances
+            if (group.name, reader) in found
         ]
         if parts:
             totals[group.name] = torch.stack(parts).sum(0)
@@ -102,13 +101,13 @@ def mipp(evidence: Evidence) -> dict[str, Tensor]:
 
 def _weight_power(evidence: Evidence, reader: str, positions: Tensor) -> Tensor:
     """‖W[:,i]‖²/σ0² of each unit, [size]."""
-    noise = local_axis.noise_floor(local_axis.signal_power(evidence.sums.layers[reader]).cpu())
+    noise = local_axis.noise_floor(local_axis.signal_power(evidence.sums.layers[reader].outputs).cpu())
     return input_weight_power(evidence.model.get_submodule(reader))[positions].sum(1) / noise
 
 
-def _carried(sums: LayerSums, power: Tensor) -> Tensor:
+def _carried(units: Moments, power: Tensor) -> Tensor:
     """½·log(1 + v·power) of each unit, [size]; 0 for one that does not vary."""
-    joint = local_axis.covariance(sums.samples, sums.first, sums.second)
+    joint = units.covariance()
     spread = joint.diagonal().clamp_min(0)
     live = ~local_axis.dead_channels(spread)
     found = torch.zeros_like(spread)
@@ -166,8 +165,11 @@ def _group_scores(
     evidence: Evidence, channel_value: Callable[[nn.Module, Tensor], Tensor], reduce: Callable
 ) -> dict[str, Tensor]:
     """Values of the consumers' input channels, reduced over a unit's positions and consumers, by producer."""
-    variances = evidence.collected("input_variances")
-    values = {name: channel_value(evidence.model.get_submodule(name), spread) for name, spread in variances.items()}
+    found = evidence.collected("input_variances")
+    values = {
+        name: channel_value(evidence.model.get_submodule(name), inputs.moments.variances())
+        for name, inputs in found.items()
+    }
     return to_layers(evidence, {group.name: _unit_values(group, values, reduce) for group in evidence.read_groups})
 
 

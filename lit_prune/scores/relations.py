@@ -5,14 +5,14 @@ from torch import Tensor
 
 from lit_prune.measurement import local_axis
 from lit_prune.measurement.channel_table import target_correlations, target_deviation
-from lit_prune.measurement.moments import LayerSums
+from lit_prune.measurement.sums import LayerSums
 from lit_prune.scores.evidence import Evidence
 from lit_prune.scores.graphs import excess_graph, redundancy_graph
 
 
 def correlations(sums: LayerSums) -> Tensor:
     """ρ over images and positions, [N, N]; NaN in the rows and columns of dead channels."""
-    joint = local_axis.covariance(sums.samples, sums.first, sums.second).cpu()
+    joint = sums.outputs.covariance().cpu()
     return _without_dead(local_axis.correlation_matrix(joint), sums)
 
 
@@ -32,5 +32,5 @@ def excess_between(evidence: Evidence) -> dict[str, Tensor]:
 
 
 def _without_dead(matrix: Tensor, sums: LayerSums) -> Tensor:
-    dead = local_axis.dead_channels(local_axis.signal_power(sums)).cpu()
+    dead = local_axis.dead_channels(local_axis.signal_power(sums.outputs)).cpu()
     return matrix.masked_fill(dead[:, None] | dead, torch.nan)

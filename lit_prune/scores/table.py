@@ -16,7 +16,7 @@ from lit_prune.scores.names import imported, parse_method
 from lit_prune.task import Task
 
 _SUMS, _TARGET, _TABLE, _LABELS = ("sums",), ("task_sums",), ("table",), ("pooled",)
-_INPUTS, _UNITS = ("input_variances",), ("unit_covariances", "sums")
+_INPUTS, _UNITS = ("input_variances",), ("unit_moments", "sums")
 _BOTH = ("table", "saliency")
 
 SCORES |= {

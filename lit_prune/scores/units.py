@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from lit_prune.measurement.layers import out_channels
 from lit_prune.scores.evidence import Evidence
 
 
@@ -30,8 +31,8 @@ def to_layers(evidence: Evidence, units: Mapping[str, Tensor]) -> dict[str, Tens
     """The units' values [size] at every coupled layer's channels [N]; NaN at channels of groups that are not given."""
     found: dict[str, Tensor] = {}
     for group, values in units.items():
-        for layer, positions in evidence.couplings[group]:
-            channels = len(evidence.layers[layer].weight)
+        for layer, positions in evidence.couplings.get(group, ()):
+            channels = out_channels(evidence.layers[layer])
             vector = found.setdefault(layer, torch.full((channels,), torch.nan, dtype=torch.float64))
             vector[positions] = values[:, None]
     return {layer: found[layer] for layer in evidence.layers if layer in found}

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
-from lit_prune.measurement.layers import weight_rows
+from lit_prune.measurement.layers import by_output, out_channels, weight_rows
 from lit_prune.scores.evidence import Evidence
 from lit_prune.scores.inputs import input_weight_power
 from lit_prune.scores.units import to_layers
@@ -21,7 +21,7 @@ def random(evidence: Evidence) -> dict[str, Tensor]:
     """Uniform on [0, 1), seeded; layers are drawn in module order."""
     generator = torch.Generator().manual_seed(evidence.seed)
     return {
-        name: torch.rand(len(module.weight), generator=generator, dtype=torch.float64)
+        name: torch.rand(out_channels(module), generator=generator, dtype=torch.float64)
         for name, module in evidence.layers.items()
     }
 
@@ -84,7 +84,7 @@ def _member_power(model: nn.Module, member: Member) -> Tensor | None:
     positions = torch.tensor(member.positions)
     if member.axis == "in":
         return input_weight_power(module)[positions].sum(1)
-    weight = module.weight.detach().to("cpu", torch.float64)
+    weight = by_output(module).to("cpu", torch.float64)
     return weight.reshape(len(weight), -1).square().sum(1)[positions].sum(1)
 
 

@@ -19,7 +19,8 @@ from lit_prune.structure.example import Example
 from lit_prune.structure.heads import axis_widths, head_groups, with_heads
 from lit_prune.structure.opened import opened
 from lit_prune.structure.proposals import propose_groups
-from lit_prune.structure.tracing import one_sample, run, undisturbed
+from lit_prune.structure.tracing import one_sample, run, traceable
+from lit_prune.tensor_files import check_defined
 
 __all__ = ["ChannelGraph", "Group", "Member", "group_role", "trace_groups"]
 
@@ -101,9 +102,11 @@ def trace_groups(model: nn.Module, example_input: Any) -> ChannelGraph:
         The groups in module order; the positions of different prunable groups are disjoint.
 
     Raises:
-        InputError: the network does not run on `example_input`.
+        InputError: the network does not run on `example_input`, or its weights are not finite: no check of positions
+            would say anything.
     """
-    with undisturbed(model), opened(model):
+    check_defined(dict(model.named_parameters()), "model")  # an observer's buffers begin at infinity
+    with traceable(model), opened(model):
         sample = one_sample(model, example_input)
         sites = probe.find_sites(model)
         try:
@@ -122,7 +125,5 @@ def trace_groups(model: nn.Module, example_input: Any) -> ChannelGraph:
 def _contradictions(model: nn.Module, sample: Example, drafts: list[Draft], sites: probe.Sites) -> dict[str, str]:
     """Name -> reason for the groups that the network itself contradicts."""
     free = [draft.group for draft in drafts if not draft.group.protected]
-    reasons = dict.fromkeys(probe.find_fed_by_input(model, sample, free, sites), protection.INPUT)
-    misled = probe.find_misled(model, sample, [group for group in free if group.name not in reasons], sites)
-    reasons |= dict.fromkeys(misled, protection.MISLED)
+    reasons = dict.fromkeys(probe.find_misled(model, sample, free, sites), protection.MISLED)
     return reasons | trial.find_impossible(model, sample, [group for group in free if group.name not in reasons], sites)

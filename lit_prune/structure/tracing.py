@@ -50,7 +50,7 @@ def without_hooks(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def traceable(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, autograd on, every floating-point parameter requiring grad, no hooks, nothing compiled.
 
     All put back on exit. Works inside `torch.no_grad()`, `torch.inference_mode()` and autocast. The train/eval flag of

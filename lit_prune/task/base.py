@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lit_prune.errors import InputError
+from lit_prune.errors import InputError, UndefinedLossError
 from lit_prune.structure.example import Example
 from lit_prune.task.batches import describe, find_layout, is_listed, size_of, slice_batch, to_network
 from lit_prune.task.outputs import joined
@@ -68,8 +68,15 @@ class Task:
 
     def run(self, model: nn.Module, batch: Any) -> Any:
         """The network's output for a batch that `to` has prepared."""
-        example = self.inputs(batch)
-        return model(*example.args, **example.kwargs)
+        return self.respond(model, self.inputs(batch), batch)
+
+    def respond(self, model: nn.Module, call: Example, batch: Any) -> Any:
+        """The network's output for a call of it that somebody else made of the batch, such as a LightningModule."""
+        return model(*call.args, **call.kwargs)
+
+    def asked(self, call: Example) -> Example:
+        """What of a call the network answers to in evaluation mode; here all of it."""
+        return call
 
     def to(self, batch: Any, model: nn.Module) -> Any:
         """The batch on the network's device, floating-point values in its precision."""
@@ -114,7 +121,7 @@ class Task:
                 "or set scalar_loss=True, which runs samples one by one"
             )
         if not torch.isfinite(found.detach()).all():
-            raise InputError("batches: the loss is NaN or infinite; mend the network or the data")
+            raise UndefinedLossError("batches: the loss is NaN or infinite; mend the network or the data")
         return found
 
     def prediction(self, output: Any) -> Tensor:

@@ -22,6 +22,8 @@ from lit_prune.train.stage_record import figures_of, note_cost, plain
 from lit_prune.train.stages import ChannelStage, DenseCost, Probe, Stage, cut, plan_stage
 from lit_prune.train.subject import Subject
 
+RECALIBRATION_BATCHES = 50
+
 
 @dataclass(frozen=True)
 class Surgeon:
@@ -32,33 +34,40 @@ class Surgeon:
         optimizer: whether optimizers go on.
         calibration: a loader, a number of samples, or None, see `calibration_samples`.
         probe_limit: samples at the most that block information is measured on.
-        recalibration_batches: training batches for new BatchNorm statistics.
+        recalibration_batches: training batches for new BatchNorm statistics; None: 50, but
+            none after `refit`, which has put the statistics right.
     """
 
     figures: Figures
     optimizer: PhaseOptimizer
     calibration: Any
     probe_limit: int
-    recalibration_batches: int
+    recalibration_batches: int | None
 
     def meet_dense(self, trainer: Trainer, subject: Subject) -> dict[str, Any]:
         """Figures of the dense network, as it is and recalibrated, as plain values; it is left as found."""
-        subject.meet_inputs(self._samples(trainer, subject).first())
+        self.meet(trainer, subject)
         counted = cost(subject.network, subject.example)
         value = self.figures.measure(trainer, subject.path)
         statistics = {name: buffer.clone() for name, buffer in subject.network.named_buffers()}
-        self._recalibrate(trainer, subject)
+        self._recalibrate(trainer, subject, self._limit(None))
         recalibrated = self.figures.measure(trainer, subject.path)
         for name, buffer in subject.network.named_buffers():
             buffer.copy_(statistics[name])
         return {
-            "metric": {"name": self.figures.name, "mode": self.figures.mode},
+            "metric": {"name": self.figures.name, "mode": self.figures.mode, "images": self.figures.images},
             "value": value,
             "recalibrated": recalibrated,
             "macs": counted.macs,
             "params": counted.params,
             "plans": len(subject.plans),
         }
+
+    def meet(self, trainer: Trainer, subject: Subject) -> None:
+        """Notes what the network is called with, where that is not known yet."""
+        if subject.inputs is None:
+            seen = self._samples(trainer, subject).first()
+            subject.meet_inputs(task_in(trainer, subject.path, seen, self.figures.task).inputs(seen.first(1)))
 
     def carry_out(self, trainer: Trainer, subject: Subject, stage: Stage, record: dict[str, Any]) -> None:
         """Plans and cuts on every rank, and completes the record."""
@@ -74,16 +83,19 @@ class Surgeon:
                 subject.put(network, plan)
                 share_state(trainer, subject.network)  # stand-ins are fitted to the samples of rank 0
             figures_of(record)["after_surgery"] = self.figures.measure(trainer, subject.path)
+            limit = self._limit(stage)
             with _timed(record, "recalibration"):
-                self._recalibrate(trainer, subject)
-            figures_of(record)["after_recalibration"] = self.figures.measure(trainer, subject.path)
+                self._recalibrate(trainer, subject, limit)
+            figures = figures_of(record)
+            same = figures["after_surgery"]
+            figures["after_recalibration"] = self.figures.measure(trainer, subject.path) if limit else same
         note_cost(record, cost(subject.network, subject.example), "after")
         record["plan"] = plan.to_dict()
         record["protocol"] = {
             "stage": plain(stage.to_dict()),
             "optimizer": self.optimizer.description,
             "removal": "physical",
-            "recalibration_batches": self.recalibration_batches,
+            "recalibration_batches": limit,
             "probe_limit": self.probe_limit,
             "calibration": samples.origin,
             "forgot_best": begin_anew(trainer),
@@ -99,11 +111,17 @@ class Surgeon:
             dense = DenseCost.of(base, subject.example, with_latency=True)
         return plan_stage(subject.network, stage, samples, dense, Probe(subject.example, task, self.probe_limit))
 
-    def _recalibrate(self, trainer: Trainer, subject: Subject) -> None:
+    def _limit(self, stage: Stage | None) -> int:
+        """Training batches for new statistics after a stage, or of the dense network."""
+        if self.recalibration_batches is not None:
+            return self.recalibration_batches
+        return 0 if isinstance(stage, ChannelStage) and stage.replace == "refit" else RECALIBRATION_BATCHES
+
+    def _recalibrate(self, trainer: Trainer, subject: Subject, limit: int) -> None:
         """New BatchNorm statistics from training batches, by rank 0 for all; nothing for 0 batches."""
-        if not self.recalibration_batches:
+        if not limit:
             return
-        task, limit = SeenTask(Unlabelled()), self.recalibration_batches
+        task = SeenTask(Unlabelled())
 
         def measure() -> None:
             recalibrate_batchnorm(

@@ -5,12 +5,12 @@ from torch import nn
 from torch.nn import functional
 
 from lit_prune.errors import InputError
-from lit_prune.measurement import local_axis, streaming
-from lit_prune.measurement.activations import BACKENDS, EXACT, PRECISION, Recording, pooled_outputs, record
+from lit_prune.measurement import local_axis
+from lit_prune.measurement.activations import BACKENDS, EXACT, PRECISION, Recording, record
 from lit_prune.measurement.channel_table import collect_sums
 from lit_prune.measurement.layers import following_norms, select_layers
-from lit_prune.measurement.moments import ActivationSums
-from lit_prune.measurement.products import SymmetricSum
+from lit_prune.measurement.moments import Moments
+from lit_prune.measurement.pooled import pooled_outputs
 from lit_prune.measurement.protocol import Protocol
 from lit_prune.structure.example import Example
 from lit_prune.task.running import undisturbed
@@ -72,17 +72,8 @@ def test_signal_power_equals_the_unfolded_quadratic_form(arguments):
     with torch.no_grad(), record(conv) as recording:
         conv(data[:10])
         conv(data[10:])
-    found = local_axis.signal_power(recording.sums.layers[""])
+    found = local_axis.signal_power(recording.sums.layers[""].outputs)
     torch.testing.assert_close(found, unfolded_power(conv, data), rtol=1e-5, atol=0)
-
-
-@pytest.fixture(params=[1, 2, 3])
-def threads(request):
-    """So many threads while the test runs."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("channels", [7, 20])  # summed in float64, in float32
@@ -101,66 +92,37 @@ def test_merged_recordings_equal_one_pass(tiny_net, precision, tolerance):
     data, labels = images(40, 8).to(precision), torch.arange(40) % 4
     whole = collect_sums(tiny_net, [(data[:20], labels[:20]), (data[20:], labels[20:])])
     parts = [collect_sums(tiny_net, [(data[k : k + 20], labels[k : k + 20])]) for k in (20, 0)]
-    merged = parts[0] + ActivationSums.from_state(parts[1].state())
+    merged = parts[0] + parts[1].copy()
     assert merged.images == 40
     assert list(merged.layers) == list(whole.layers)
     for name, sums in merged.layers.items():
         expected = whole.layers[name]
-        assert not torch.equal(sums.shift, expected.shift)  # the algebra has something to do
-        for key, value in sums.reshift(expected.shift).state().items():
-            scale = expected.state()[key].abs().max()
-            torch.testing.assert_close(value, expected.state()[key], rtol=0, atol=float(tolerance * scale))
+        assert not torch.equal(sums.outputs.shift, expected.outputs.shift)  # the algebra has something to do
+        found, wanted = sums.reshift(expected.outputs.shift), expected
+        for one, other in [(found.outputs, wanted.outputs), (found.pooled, wanted.pooled)]:
+            scale = float(other.second.abs().max())
+            torch.testing.assert_close(one.second, other.second, rtol=0, atol=tolerance * scale)
+            torch.testing.assert_close(one.mean(), other.mean(), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(found.cross, wanted.cross, rtol=0, atol=float(tolerance * wanted.cross.abs().max()))
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_each_thread_sums_its_own_images(threads, memory_format, monkeypatch):
-    lanes, add = [], SymmetricSum.add
-
-    def spied(products, rows):
-        lanes.extend([len(rows)] if rows.ndim == 3 else [])  # those of pooled outputs have two
-        add(products, rows)
-
-    monkeypatch.setattr(SymmetricSum, "add", spied)
+def test_sums_and_the_cross_moments_with_t_are_those_of_all_images(memory_format):
     torch.manual_seed(0)
     conv = nn.Conv2d(3, 20, 3).to(memory_format=memory_format)
-    batches = images(25).to(memory_format=memory_format).split([12, 6, 7])  # the threads divide some of these evenly
+    batches = images(25).to(memory_format=memory_format).split([12, 6, 7])
     with torch.no_grad(), record(conv) as recording:
         for batch in batches:
             recording.add_target(conv(batch).mean((1, 2, 3))[:, None])
-    assert lanes == {1: [1, 1, 1], 2: [2, 2, 1], 3: [3, 3, 1]}[threads]
     samples, pooled = outputs(conv, conv, torch.cat(batches))
     sums = recording.sums.layers[""]
     assert_moments(sums, samples, pooled)
     target = pooled.mean(1, keepdim=True)
-    torch.testing.assert_close(sums.cross, (pooled - sums.shift).T @ target, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("channels", [8, 36, 37, 120])
-@pytest.mark.parametrize("block_bytes", [1, 20_000, 1 << 21])
-def test_maps_with_more_and_with_fewer_positions_than_channels(
-    channels, block_bytes, memory_format, threads, monkeypatch
-):
-    monkeypatch.setattr(streaming, "BLOCK_BYTES", block_bytes)
-    monkeypatch.setattr(streaming, "FEWEST_ROWS", 50)
-    torch.manual_seed(0)
-    conv = nn.Conv2d(3, channels, 3).to(memory_format=memory_format)
-    conv.bias.data += 100 * torch.randn(channels)
-    data = images(70).repeat(1, 1, 2, 2)[:, :, :8, :8].contiguous(memory_format=memory_format)  # 36 positions
-    assert_recorded(conv, data.split(32))
-
-
-@pytest.mark.parametrize(("channels", "lane_sums"), [(8, 1), (8, 500), (37, 1), (37, 5000)])
-def test_few_lanes_where_their_sums_would_be_too_large(channels, lane_sums, threads, monkeypatch):
-    monkeypatch.setattr(streaming, "LANE_SUMS", lane_sums)
-    torch.manual_seed(0)
-    conv, data = nn.Conv2d(3, channels, 3), images(36, 8)
-    assert_recorded(conv, data.split(12))
+    torch.testing.assert_close(sums.cross, (pooled - sums.pooled.shift).T @ target, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [3, 4, 8])  # maps of 1, 4, and 36 positions
-@pytest.mark.parametrize("threads", [2, 5], indirect=True)  # that can, and cannot, share the positions of a lone one
-def test_single_images_and_the_smallest_maps(size, threads):
+def test_single_images_and_the_smallest_maps(size):
     torch.manual_seed(0)
     assert_recorded(nn.Conv2d(3, 4, 3), images(40, size).split(1))
 
@@ -183,7 +145,9 @@ def test_sums_are_the_same_in_and_out_of_inference_mode(tiny_net):
                 with torch.inference_mode(mode), torch.no_grad():
                     tiny_net(data)
                     recording.add_target(target)
-        kept.append({name: sums.state() for name, sums in recording.sums.layers.items()})
+        kept.append(
+            {name: sums.outputs.state() | {"cross": sums.cross} for name, sums in recording.sums.layers.items()}
+        )
     for found in kept[1:]:
         for name, state in found.items():
             for key, value in state.items():
@@ -192,16 +156,16 @@ def test_sums_are_the_same_in_and_out_of_inference_mode(tiny_net):
 
 
 def test_products_are_in_full_precision_whatever_the_trainer_allows(monkeypatch):
-    settings, add = [], SymmetricSum.add
+    settings, add = [], Moments.add
 
     def now():
         return [getattr(backend, PRECISION, EXACT[0]) for backend in BACKENDS]
 
     def spied(*arguments):
         settings.extend(now())
-        add(*arguments)
+        return add(*arguments)
 
-    monkeypatch.setattr(SymmetricSum, "add", spied)
+    monkeypatch.setattr(Moments, "add", spied)
     conv, before = nn.Conv2d(3, 40, 3), torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
@@ -219,12 +183,12 @@ def test_products_are_in_full_precision_whatever_the_trainer_allows(monkeypatch)
 
 def test_sums_that_are_completed_under_autocast_are_exact():
     torch.manual_seed(0)
-    linear, rows = nn.Linear(30, 90), torch.randn(1000, 30)  # read at its inputs
-    with torch.no_grad(), record(linear) as recording:
-        samples = linear(rows).double()
+    conv, data = nn.Conv2d(30, 90, 1), torch.randn(100, 30, 4, 4)  # read at its inputs
+    with torch.no_grad(), record(conv) as recording:
+        values = conv(data).double()
         with torch.autocast("cpu", torch.bfloat16):
             sums = recording.sums.layers[""]
-    assert_moments(sums, samples, samples)
+    assert_moments(sums, values.movedim(1, -1).flatten(0, 2), values.mean((2, 3)))
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -255,12 +219,12 @@ def test_samples_at_random_positions_are_a_seeded_part_of_all(tiny_net):
     one, two = (collect_sums(tiny_net, batches, protocol=few).layers["conv1"] for _ in range(2))
     every = collect_sums(tiny_net, batches).layers["conv1"]
     other = collect_sums(tiny_net, batches, protocol=Protocol(positions=5, seed=1)).layers["conv1"]
-    assert int(one.samples) == 32 * 5
-    assert torch.equal(one.second, two.second)
-    assert not torch.allclose(one.second, other.second)
-    torch.testing.assert_close(one.pooled_second, every.pooled_second, rtol=1e-5, atol=1e-5)
+    assert one.outputs.count == 32 * 5
+    assert torch.equal(one.outputs.second, two.outputs.second)
+    assert not torch.allclose(one.outputs.second, other.outputs.second)
+    torch.testing.assert_close(one.pooled.second, every.pooled.second, rtol=1e-5, atol=1e-5)
     capped = collect_sums(tiny_net, batches, protocol=Protocol(positions=64)).layers["conv1"]
-    assert torch.equal(capped.second, every.second)
+    assert torch.equal(capped.outputs.second, every.outputs.second)
 
 
 def test_post_bn_reads_the_norm_that_follows(tiny_net):
@@ -269,9 +233,11 @@ def test_post_bn_reads_the_norm_that_follows(tiny_net):
     before = collect_sums(tiny_net, batches)
     after = collect_sums(tiny_net, batches, protocol=Protocol(hook_point="post_bn"))
     scale = (tiny_net.bn1.weight.square() / (tiny_net.bn1.running_var + tiny_net.bn1.eps)).detach().double()
-    expected = local_axis.signal_power(before.layers["conv1"]) * scale
-    torch.testing.assert_close(local_axis.signal_power(after.layers["conv1"]), expected, rtol=1e-5, atol=0)
-    torch.testing.assert_close(after.layers["head"].second, before.layers["head"].second)  # no norm follows it
+    expected = local_axis.signal_power(before.layers["conv1"].outputs) * scale
+    torch.testing.assert_close(local_axis.signal_power(after.layers["conv1"].outputs), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        after.layers["head"].outputs.second, before.layers["head"].outputs.second
+    )  # no norm follows it
 
 
 def test_following_norms_are_found_by_tensor_not_by_name_or_order():
@@ -296,10 +262,10 @@ def test_the_chosen_token_gives_the_channels_of_a_token_layer():
     with torch.no_grad(), record(layer, protocol=Protocol(token=2)) as recording:
         layer(tokens)
     expected = layer(tokens)[:, 2].detach().double().var(0, correction=0)
-    torch.testing.assert_close(local_axis.signal_power(recording.sums.layers[""]), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(local_axis.signal_power(recording.sums.layers[""].outputs), expected, rtol=1e-5, atol=0)
     with torch.no_grad(), record(layer, protocol=Protocol(token=None)) as recording:
         layer(tokens)
-    assert int(recording.sums.layers[""].samples) == 30 * 9
+    assert recording.sums.layers[""].outputs.count == 30 * 9
     with pytest.raises(InputError, match="token"), record(layer, protocol=Protocol(token=9)):
         layer(tokens)
 
@@ -347,18 +313,92 @@ def test_layers_are_chosen_by_pattern_and_a_miss_names_some(tiny_net):
         collect_sums(tiny_net, [(images(8, 8), torch.zeros(8).long())], layers=["layer9.*"])
 
 
-def test_a_layer_that_runs_twice_is_refused_by_name():
-    class Twice(nn.Module):
+def test_the_calls_of_a_reused_layer_add():
+    """A trunk that sees both images of a pair, with the pair's T for each."""
+
+    class Siamese(nn.Module):
         def __init__(self):
             super().__init__()
-            self.shared = nn.Conv2d(3, 3, 1)
+            self.shared = nn.Conv2d(3, 5, 3)
 
-        def forward(self, x):
-            return self.shared(self.shared(x))
+        def forward(self, one, other):
+            return self.shared(one).mean((1, 2, 3)) - self.shared(other).mean((1, 2, 3))
 
-    model = Twice()
-    with pytest.raises(InputError, match="'shared' runs more than once"), record(model):
+    torch.manual_seed(0)
+    model, pairs = Siamese(), [(images(12), 1 + images(12)), (images(9).roll(1, 0), images(9))]
+    targets = [model(*pair)[:, None].detach() for pair in pairs]
+    with torch.no_grad(), record(model) as recording:
+        for pair, target in zip(pairs, targets, strict=True):
+            model(*pair)
+            recording.add_target(target)
+    every = torch.cat([image for pair in pairs for image in pair])
+    repeated = torch.cat([target for target in targets for _ in range(2)]).double()
+    samples, pooled = outputs(model.shared, model.shared, every)
+    sums = recording.sums.layers["shared"]
+    assert_moments(sums, samples, pooled)
+    torch.testing.assert_close(sums.cross, (pooled - sums.pooled.shift).T @ repeated, rtol=1e-4, atol=1e-5)
+    assert sums.crossed == len(every) and not recording.sums.left_out
+
+
+def test_windows_of_an_image_are_averaged_for_the_target_axis():
+    class Windows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 5)
+
+        def forward(self, maps):  # [B, 3, 6, 6] -> four windows an image, rows of an image together
+            cut = maps.unfold(2, 3, 3).unfold(3, 3, 3).movedim(1, -1).flatten(0, 2).flatten(1, 2)  # [4·B, 9, 3]
+            return self.layer(cut)
+
+    torch.manual_seed(0)
+    model, data = Windows(), images(20)
+    with torch.no_grad(), record(model, protocol=Protocol(token=None)) as recording:
+        values = model(data).double()
+        recording.add_target(torch.randn(20, 1))
+    sums = recording.sums.layers["layer"]
+    assert_moments(sums, values.flatten(0, 1), values.view(20, 36, 5).mean(1))
+    assert sums.crossed == 20
+
+
+def test_layers_that_do_not_run_or_are_of_another_kind_are_named(caplog):
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.idle, self.attention = nn.Conv2d(3, 4, 3), nn.Linear(4, 4), nn.MultiheadAttention(4, 2)
+
+        def forward(self, maps):
+            return self.conv(maps)
+
+    model = Mixed()
+    with torch.no_grad(), record(model) as recording:
         model(images())
+    named = {"idle", "attention", "attention.out_proj"}
+    assert set(recording.sums.left_out) == named
+    (line,) = [r.getMessage() for r in caplog.records if "attention" in r.getMessage()]
+    assert all(name in line for name in named)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv1d(3, 20, 3), (3, 11)),
+        (nn.Conv3d(3, 20, 3), (3, 5, 4, 6)),
+        (nn.ConvTranspose1d(3, 20, 3, stride=2), (3, 11)),
+        (nn.ConvTranspose2d(4, 20, 3, stride=2, groups=2), (4, 5, 4)),
+        (nn.ConvTranspose3d(3, 20, 2, stride=2), (3, 4, 3, 2)),
+        (nn.Conv2d(4, 20, 3, groups=4), (4, 6, 6)),
+    ],
+)
+def test_every_kind_of_convolution_is_recorded_by_its_channels(layer, shape):
+    assert_recorded(layer, torch.randn(20, *shape).split(9))
+
+
+def test_a_linear_layer_on_maps_with_the_channels_last_has_all_their_positions():
+    torch.manual_seed(0)
+    layer, data = nn.Linear(8, 6), torch.randn(20, 5, 4, 8)
+    with torch.no_grad(), record(layer) as recording:
+        values = layer(data).double()
+    assert_moments(recording.sums.layers[""], values.flatten(0, 2), values.mean((1, 2)))
 
 
 def test_pooled_outputs_are_spatial_means_up_to_the_limit(tiny_net):

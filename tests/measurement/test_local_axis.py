@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from lit_prune.measurement import local_axis
-from lit_prune.measurement.moments import LayerSums
+from lit_prune.measurement.moments import Moments
 
 
 def sums_of(values):
-    """Layer sums of samples [n, N], each an image with one position."""
-    sums = LayerSums.zeros(values[0])
-    sums.add(values - values[0], values - values[0])
-    return sums
+    """Moments of samples [n, N]."""
+    moments = Moments(values[0])
+    moments.add(values[:, None])
+    return moments
 
 
 def correlated(covariance, count=400):
@@ -26,7 +26,7 @@ def columns(values):
     sums = sums_of(values)
     power = local_axis.signal_power(sums)
     dead = local_axis.dead_channels(power)
-    correlations = local_axis.correlation_matrix(local_axis.covariance(sums.samples, sums.first, sums.second))
+    correlations = local_axis.correlation_matrix(sums.covariance())
     return power, dead, correlations
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lit_prune.errors import InputError
-from lit_prune.measurement.channel_table import coupling, layer_table, measure
+from lit_prune.measurement.channel_table import layer_table, measure
 from lit_prune.measurement.protocol import Protocol
 
 COLUMNS = [
@@ -305,4 +305,4 @@ def test_layer_table_has_the_rank_correlation_over_live_channels():
     assert row["coupling"] == pytest.approx(1.0)
     assert (row["channels"], row["dead"]) == (5, 1)
     assert row["mean_input_capture"] == pytest.approx(1.5)
-    assert math.isnan(coupling(pd.Series([1.0, 1.0, 1.0]), pd.Series([1.0, 2.0, 3.0])))
+    assert math.isnan(layer_table(table.assign(input_capture=1.0))["coupling"][0])

@@ -53,7 +53,7 @@ def test_compact_folder_is_the_trained_network_bit_for_bit_and_trains_on(run):
 def test_report_has_the_figures_of_the_contract(run):
     folder, _, _, records = run
     report = json.loads((folder / "compact" / "report.json").read_text())
-    fields = {"accuracy", "macs", "params", "latency_ms", "throughput", "bytes"}
+    fields = {"accuracy", "macs", "params", "latency_ms", "throughput", "bytes", "latency_spread_ms", "noisy"}
     assert set(report["dense"]) == set(report["compact"]) == fields
     assert report["compact"]["macs"] == records[-1]["macs"]["after"]
     assert report["compact"]["accuracy"] == records[-1]["accuracy"]["after_repair"]
@@ -165,3 +165,13 @@ def test_frontier_hands_over_the_last_stage_whose_repair_held(tmp_path, make_run
     held = torch.load(tmp_path / "checkpoints" / "1-blocks.ckpt", weights_only=True)["state_dict"]
     compact = load_compact(tmp_path / "compact").state_dict()
     assert all(torch.equal(value, held[f"backbone.{name}"]) for name, value in compact.items())
+
+
+def test_statistics_are_measured_anew_only_where_nothing_has_solved_them(tmp_path, make_run):
+    trainer, module, data = make_run(
+        tmp_path, stages=[("blocks", 0), ("mid", 1)], max_epochs=2, recalibration_batches=None
+    )
+    trainer.fit(module, datamodule=data)
+    blocks, channels = (json.loads(line) for line in (tmp_path / "stages.jsonl").read_text().splitlines())
+    assert blocks["protocol"]["recalibration_batches"] == 50 and channels["protocol"]["recalibration_batches"] == 0
+    assert channels["accuracy"]["after_recalibration"] == channels["accuracy"]["after_surgery"]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ from rich.table import Table
 from torch import nn
 
 from lit_prune.files import read_parquet, write_parquet
-from lit_prune.lab.analyze import controls, damage, invariance, samples, structure
 from lit_prune.lab.analyze.evidence import Analysis
+from lit_prune.lab.analyze.extras import BASE, PARTS, Frames, extra_names
 from lit_prune.lab.analyze.request import AnalyzeRequest
 from lit_prune.lab.kept_tables import KeptTables, signature
 from lit_prune.measurement.channel_table import layer_table
@@ -26,7 +25,6 @@ from lit_prune.progress import Watch, unwatched
 from lit_prune.structure.networks import fingerprint
 from lit_prune.train.run_record import add_record
 
-Frames = dict[str, pd.DataFrame]
 KEYS = {"channels": ["layer", "channel"], "layers": ["layer"]}
 SHOWN = {
     "channels": "N",
@@ -43,36 +41,7 @@ SHOWN = {
 CAPTION = "Two names over each other: Spearman correlation over channels. null: 95th percentile of shuffles."
 
 
-@dataclass(frozen=True)
-class Part:
-    """One extra: what makes it, which tables it gives, which settings it depends on beside the common ones."""
-
-    build: Callable[[Analysis], Frames]
-    outputs: tuple[str, ...]
-    settings: tuple[str, ...] = ()
-
-
 COMMON = ("target", "layers", "limit", "protocol")
-BASE = "base"
-PARTS: dict[str, Part] = {
-    BASE: Part(lambda analysis: {"channels": analysis.channels}, ("channels",)),
-    "groupings": Part(structure.groupings, ("channels", "layers"), ("seed",)),
-    "graphs": Part(structure.graphs, ("channels", "layers", "table")),
-    "hulls": Part(structure.hulls, ("channels", "layers")),
-    "triplets": Part(structure.triplets, ("layers",), ("seed",)),
-    "propagation": Part(structure.propagation, ("table",)),
-    "boundary": Part(structure.boundary, ("layers",)),
-    "variants": Part(invariance.variants, ("channels", "layers")),
-    "targets": Part(controls.targets, ("channels", "table"), ("seed",)),
-    "partners": Part(controls.partners, ("table",), ("seed", "partner_counts")),
-    "label_permutation": Part(controls.label_permutation, ("table",), ("seed",)),
-    "reparameterisation": Part(invariance.reparameterisation, ("table",), ("seed",)),
-    "calibration_sizes": Part(controls.calibration_sizes, ("table",), ("seed", "sizes")),
-    "exact": Part(invariance.exact, ("table",), ("samples",)),
-    "broja": Part(samples.broja, ("channels", "layers"), ("samples", "bins")),
-    "ksg": Part(samples.ksg, ("channels", "layers"), ("samples", "seed")),
-    "damage": Part(damage.damage, ("table",)),
-}
 
 
 def analyze(
@@ -110,7 +79,7 @@ def analyze(
     folder = None if run_dir is None else Path(run_dir)
     store = Store(folder, fingerprint(model, record or {}), request)
     lesions = _read_lesions(folder) if "damage" in request.extras else None
-    wanted = (BASE, *(extra for extra in PARTS if extra in request.extras))
+    wanted = (BASE, *(extra for extra in extra_names() if extra in request.extras))
     missing = [name for name in wanted if store.read(name) is None]
     analysis = Analysis(
         model, batches, replace(request, extras=tuple(extra for extra in missing if extra != BASE)), lesions, watch
@@ -160,7 +129,7 @@ class Store:
 
     def names(self) -> list[str]:
         """Extras that are there for these settings."""
-        return [name for name in PARTS if name != BASE and self.read(name) is not None]
+        return [name for name in extra_names() if self.read(name) is not None]
 
     def tables(self) -> Frames:
         """The channel and the layer table with the columns of all extras that are there, and the extras' own tables."""

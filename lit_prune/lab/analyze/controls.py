@@ -10,6 +10,7 @@ from scipy.stats import kendalltau
 from sklearn.metrics import silhouette_score
 
 from lit_prune.lab.analyze.evidence import Analysis, target_columns
+from lit_prune.lab.analyze.extras import Frames, register_extra
 from lit_prune.measurement.channel_table import channel_table, target_correlations, target_deviation
 from lit_prune.measurement.summaries import coupling, live_rows, rank_correlation
 from lit_prune.measurement.target_axis import task_information
@@ -23,7 +24,6 @@ from lit_prune.scores.groupings import (
 )
 from lit_prune.task.running import undisturbed
 
-Frames = dict[str, pd.DataFrame]
 CALIBRATED = ("input_capture", "peer_overlap", "task_information", "target_excess")
 
 
@@ -43,6 +43,7 @@ def by_layer(table: pd.DataFrame, statistic: Callable[[pd.DataFrame], float]) ->
     return float(np.mean(defined)) if defined else float("nan")
 
 
+@register_extra("channels", "table", settings=("seed",))
 def targets(analysis: Analysis) -> Frames:
     """All task variables.
 
@@ -80,6 +81,7 @@ def _table_of_target(analysis: Analysis, name: str) -> pd.DataFrame:
     return table.assign(task_information=information.numpy())
 
 
+@register_extra("table", settings=("seed", "partner_counts"))
 def partners(analysis: Analysis) -> Frames:
     """Table `partners`: the target excess under each rule for choosing partners and each number of them.
 
@@ -109,6 +111,7 @@ def partners(analysis: Analysis) -> Frames:
     return {"table": pd.DataFrame(rows)}
 
 
+@register_extra("table", settings=("seed",))
 def label_permutation(analysis: Analysis) -> Frames:
     """Table `label_permutation`: a second pass in which the task variable belongs to the wrong images.
 
@@ -132,7 +135,7 @@ def label_permutation(analysis: Analysis) -> Frames:
             recording.add_target(torch.cat([from_labels, mixed[place, None].to(from_labels)], 1))
             seen = place.stop
             if running.images in evidence.prefixes:
-                _ = recording.sums  # added up where the first pass was, and so the same to the last bit
+                recording.sums.copy()  # settled where the first pass was, and so the same to the last bit
     rows = []
     for place, control in enumerate(("labels", "pairing")):
         sums = target_columns(recording.sums, slice(place, place + 1))
@@ -158,6 +161,7 @@ def _permuted_rows(analysis: Analysis, table: pd.DataFrame, control: str) -> lis
     return rows
 
 
+@register_extra("table", settings=("seed", "sizes"))
 def calibration_sizes(analysis: Analysis) -> Frames:
     """Table `calibration_sizes`: what fewer calibration images (the first of all) leave of the rankings.
 

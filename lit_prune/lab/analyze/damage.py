@@ -11,10 +11,10 @@ from scipy.stats import norm
 
 from lit_prune.errors import InputError
 from lit_prune.lab.analyze.evidence import Analysis
+from lit_prune.lab.analyze.extras import Frames, register_extra
 from lit_prune.measurement.summaries import live_rows
 from lit_prune.scores.groupings import standardise
 
-Frames = dict[str, pd.DataFrame]
 COMPONENTS = {
     "norm": ("weight_norm",),
     "capture": ("input_capture",),
@@ -90,6 +90,7 @@ def component_r2(table: pd.DataFrame, columns: tuple[str, ...]) -> float:
     return float(1 - residual @ residual / total) if total > 0 else float("nan")
 
 
+@register_extra("table")
 def damage(analysis: Analysis) -> Frames:
     """Table `damage`: what predicts the damage of lesions.
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from lit_prune.errors import InputError
 from lit_prune.lab.analyze.request import AnalyzeRequest
 from lit_prune.measurement import local_axis
-from lit_prune.measurement.activations import Recording, position_view, record
+from lit_prune.measurement.activations import Recording, record
 from lit_prune.measurement.channel_table import channel_table, target_correlations, target_deviation
-from lit_prune.measurement.layers import Batches, following_norms, removing, select_layers
-from lit_prune.measurement.moments import ActivationSums, LayerSums
+from lit_prune.measurement.layers import Batches, following_norms, position_view, removing, select_layers
+from lit_prune.measurement.sums import ActivationSums, LayerSums
 from lit_prune.structure.example import Example
 from lit_prune.task import Task, peek, settle
 from lit_prune.task.running import undisturbed
@@ -87,7 +87,8 @@ def target_columns(sums: ActivationSums, columns: slice) -> ActivationSums:
         name: replace(part, cross=part.cross[:, columns], target_first=part.target_first[columns])
         for name, part in sums.layers.items()
     }
-    return ActivationSums(layers, sums.images, sums.target_first[columns], sums.target_second[columns])
+    first, second = sums.target_first[columns], sums.target_second[columns]
+    return ActivationSums(layers, sums.images, first, second, sums.left_out)
 
 
 class Analysis:
@@ -150,7 +151,7 @@ class Analysis:
                 values = task.prediction(output), task.target(batch), variables[request.target]
                 kept.append(tuple(value.cpu() for value in values))
                 if evidence.sums.images in sizes:
-                    evidence.prefixes[recording.sums.images] = _copy(recording.sums)
+                    evidence.prefixes[evidence.sums.images] = recording.sums.copy()
         if not kept:
             raise InputError("batches: there is no batch in it; give at least one")
         evidence.logits, evidence.labels, evidence.target = (torch.cat(parts) for parts in zip(*kept, strict=True))
@@ -217,8 +218,8 @@ class Analysis:
 
 def layer_facts(sums: LayerSums, deviation: Tensor, request: AnalyzeRequest) -> LayerFacts:
     """Correlations of one layer from its sums on the CPU."""
-    dead = local_axis.dead_channels(local_axis.signal_power(sums))
-    correlations = local_axis.correlation_matrix(local_axis.covariance(sums.samples, sums.first, sums.second))
+    dead = local_axis.dead_channels(local_axis.signal_power(sums.outputs))
+    correlations = local_axis.correlation_matrix(sums.outputs.covariance())
     task, between = target_correlations(sums, deviation, request.protocol)
     dead = dead | ~between.diagonal().isfinite()
     either = dead[:, None] | dead
@@ -228,10 +229,6 @@ def layer_facts(sums: LayerSums, deviation: Tensor, request: AnalyzeRequest) -> 
         task=task[:, 0].masked_fill(dead, torch.nan),
         dead=dead,
     )
-
-
-def _copy(sums: ActivationSums) -> ActivationSums:
-    return ActivationSums.from_state({name: value.clone() for name, value in sums.state().items()})
 
 
 def _places(widths: dict[str, int]) -> dict[str, slice]:

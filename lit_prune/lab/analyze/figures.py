@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from lit_prune.lab.analyze.propagation import METRICS as ROUTED
-from lit_prune.measurement.summaries import METRICS, axis_matrix, live_rows
+from lit_prune.measurement.summaries import METRICS, axis_matrix, collapse, live_rows
 from lit_prune.report import drawing
 from lit_prune.report.drawing import Picture, new_figure
 from lit_prune.report.run_folder import AbsentInput, RunFolder
@@ -73,7 +73,7 @@ def draw_collapse(run: RunFolder) -> Picture:
     table = table[(table["task_information"] > 0) & (table["target_redundancy"] > 0)]
     if not len(table):
         raise AbsentInput("live channels in channels.parquet")
-    ranks = table.groupby("layer")[columns[2:]].corr("spearman", min_periods=3).iloc[::2, 1].mean()
+    ranks = pd.Series([collapse(rows) for _, rows in table.groupby("layer")]).mean()
     shown = table.iloc[:: -(-len(table) // SCATTERED)]
     figure = new_figure(4.4)
     axes = figure.subplots()

@@ -14,15 +14,15 @@ from torch.nn import functional
 from lit_prune.errors import InputError
 from lit_prune.lab.analyze.controls import by_layer, kendall
 from lit_prune.lab.analyze.evidence import Analysis
+from lit_prune.lab.analyze.extras import Frames, register_extra
 from lit_prune.measurement import local_axis
-from lit_prune.measurement.activations import position_view
 from lit_prune.measurement.channel_table import NO_TARGET, channel_table, collect_sums
-from lit_prune.measurement.layers import following_norms, removing, select_layers, weight_rows
+from lit_prune.measurement.layers import following_norms, position_view, removing, select_layers, weight_rows
+from lit_prune.measurement.summaries import rank_correlation
 from lit_prune.structure.tracing import without_hooks
 from lit_prune.task import Task
 from lit_prune.task.running import undisturbed
 
-Frames = dict[str, pd.DataFrame]
 EXACT_LAYERS, EXACT_INPUTS, EXACT_SHARE = 6, 4608, 8
 LARGEST_EXPONENT = 3
 RANKED = (
@@ -71,6 +71,7 @@ def folded_columns(model: nn.Module, channels: pd.DataFrame, norms: dict[str, nn
     return pd.concat(parts, ignore_index=True)
 
 
+@register_extra("channels", "layers")
 def variants(analysis: Analysis) -> Frames:
     """Channel columns of `folded_columns`; layer columns folded_coupling ρ(folded I_X, I_T) and tau_folded_capture.
 
@@ -83,9 +84,9 @@ def variants(analysis: Analysis) -> Frames:
     layers = []
     for layer in analysis.layers:
         rows = joined[(joined["layer"] == layer) & ~joined["dead"]]
-        ranks = rows[["folded_capture", "task_information"]].corr("spearman", min_periods=3).iloc[0, 1]
         tau = kendall(rows["input_capture"], rows["folded_capture"])
-        layers.append({"layer": layer, "folded_coupling": float(ranks), "tau_folded_capture": tau})
+        folded = rank_correlation(rows["folded_capture"], rows["task_information"])
+        layers.append({"layer": layer, "folded_coupling": folded, "tau_folded_capture": tau})
     return {"channels": columns, "layers": pd.DataFrame(layers)}
 
 
@@ -132,6 +133,7 @@ def _rescale(layer: nn.Module, norm: nn.modules.batchnorm._BatchNorm, generator:
         norm.running_var.copy_(variance)
 
 
+@register_extra("table", settings=("seed",))
 def reparameterisation(analysis: Analysis) -> Frames:
     """Table `reparameterisation`: which rankings move when the parameters change and the function does not.
 
@@ -175,6 +177,7 @@ def list_logits(model: nn.Module, batches, logits: list[Tensor], task: Task):
         yield from batches
 
 
+@register_extra("table", settings=("samples",))
 def exact(analysis: Analysis) -> Frames:
     """Table `exact`: signal power from the unfolded patches, w_iᵀ Σ_X w_i, against the variance of the outputs.
 
@@ -196,12 +199,12 @@ def exact(analysis: Analysis) -> Frames:
     rows = []
     for name in names:
         sums = streamed.layers[name].to("cpu")
-        first, second = local_axis.signal_power(sums), exact_power(every[name], patches[name])
+        first, second = local_axis.signal_power(sums.outputs), exact_power(every[name], patches[name])
         live = ~local_axis.dead_channels(first)
         rows.append(
             {
                 "layer": name,
-                "images": int(sums.images),
+                "images": sums.pooled.count,
                 "tau_input_capture": kendall(local_axis.input_capture(first), local_axis.input_capture(second)),
                 "largest_difference": float(((first - second).abs() / first)[live].max())
                 if live.any()
@@ -213,7 +216,7 @@ def exact(analysis: Analysis) -> Frames:
 
 def _unfolds(layer: nn.Module) -> bool:
     """Whether the layer's patches can be unfolded here, within the memory that is meant for it."""
-    if layer.weight[0].numel() > EXACT_INPUTS:
+    if not isinstance(layer, nn.Conv2d | nn.Linear) or layer.weight[0].numel() > EXACT_INPUTS:
         return False
     return isinstance(layer, nn.Linear) or (layer.padding_mode == "zeros" and not isinstance(layer.padding, str))
 

@@ -1,31 +1,14 @@
 """What to analyse, and how."""
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 from lit_prune.errors import InputError
+from lit_prune.lab.analyze.extras import extra_names
 from lit_prune.measurement.protocol import DEFAULT_PROTOCOL, Protocol
 from lit_prune.task import TARGETS
 
-Extra = Literal[
-    "groupings",
-    "graphs",
-    "hulls",
-    "triplets",
-    "propagation",
-    "boundary",
-    "variants",
-    "targets",
-    "partners",
-    "label_permutation",
-    "reparameterisation",
-    "calibration_sizes",
-    "exact",
-    "broja",
-    "ksg",
-    "damage",
-]
-EVERYDAY: tuple[Extra, ...] = ("groupings", "graphs", "hulls", "triplets", "propagation", "boundary", "variants")
+EVERYDAY = ("groupings", "graphs", "hulls", "triplets", "propagation", "boundary", "variants")
 
 
 @dataclass(frozen=True)
@@ -53,7 +36,7 @@ class AnalyzeRequest:
         InputError: an unknown extra or target, a number out of range.
     """
 
-    extras: tuple[Extra, ...] = EVERYDAY
+    extras: tuple[str, ...] = EVERYDAY
     target: str = "true_margin"
     layers: tuple[str, ...] | None = None
     limit: int | None = None
@@ -68,9 +51,9 @@ class AnalyzeRequest:
         for name in ("extras", "layers", "partner_counts", "sizes"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        unknown = [name for name in self.extras if name not in get_args(Extra)]
+        unknown = [name for name in self.extras if name not in extra_names()]
         if unknown:
-            raise InputError(f"extras: {unknown[0]!r} is not one of {', '.join(get_args(Extra))}")
+            raise InputError(f"extras: {unknown[0]!r} is not one of {', '.join(extra_names())}")
         if self.target not in TARGETS or self.target == "one_vs_rest":
             known = ", ".join(name for name in TARGETS if name != "one_vs_rest")
             raise InputError(

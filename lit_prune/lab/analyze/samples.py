@@ -5,13 +5,14 @@ import torch
 
 from lit_prune.lab.analyze.broja import best_peer_pairs, decompose, irrecoverable_loss, joint_counts
 from lit_prune.lab.analyze.evidence import Analysis
+from lit_prune.lab.analyze.extras import Frames, register_extra
 from lit_prune.lab.analyze.ksg import ksg_information
 from lit_prune.measurement.summaries import rank_correlation
 
-Frames = dict[str, pd.DataFrame]
 ATOMS = ("shared", "unique", "synergy", "irrecoverable_loss")
 
 
+@register_extra("channels", "layers", settings=("samples", "bins"))
 def broja(analysis: Analysis) -> Frames:
     """BROJA atoms of each channel with its best peer (the other channel of largest I_T).
 
@@ -50,6 +51,7 @@ def _broja_ranks(columns: pd.DataFrame, rows: pd.DataFrame) -> dict[str, float]:
     return ranks
 
 
+@register_extra("channels", "layers", settings=("samples", "seed"))
 def ksg(analysis: Analysis) -> Frames:
     """Channel column task_information_ksg (nats); layer column ksg_task, its Spearman correlation with I_T.
 

@@ -7,6 +7,7 @@ import pandas as pd
 import torch
 
 from lit_prune.lab.analyze.evidence import Analysis, LayerFacts
+from lit_prune.lab.analyze.extras import Frames, register_extra
 from lit_prune.lab.analyze.propagation import propagation_matrix, routing_norms
 from lit_prune.lab.analyze.triplets import triplet_excess
 from lit_prune.measurement.summaries import live_rows, rank_correlation
@@ -15,10 +16,10 @@ from lit_prune.scores.groupings import LOCAL_FEATURES, TARGET_FEATURES, group_ch
 from lit_prune.scores.hulls import greedy_hulls
 from lit_prune.structure import trace_groups
 
-Frames = dict[str, pd.DataFrame]
 SHOWN_LAYERS, SHOWN_CHANNELS = 3, 128
 
 
+@register_extra("channels", "layers", settings=("seed",))
 def groupings(analysis: Analysis) -> Frames:
     """Groups of channels on each axis, their agreement, and what pairs inside and between local groups share.
 
@@ -62,6 +63,7 @@ def _graphs(facts: LayerFacts) -> dict[str, torch.Tensor]:
     }
 
 
+@register_extra("channels", "layers", "table")
 def graphs(analysis: Analysis) -> Frames:
     """Modularity of the redundancy graph R and the target-excess graph S of each layer.
 
@@ -96,6 +98,7 @@ def _pair_table(layer: str, weights: dict[str, torch.Tensor]) -> pd.DataFrame:
     return pd.DataFrame({"layer": layer, "channel": channel, "peer": peer, **values})
 
 
+@register_extra("channels", "layers")
 def hulls(analysis: Analysis) -> Frames:
     """Replaceability hulls.
 
@@ -123,6 +126,7 @@ def hulls(analysis: Analysis) -> Frames:
     return {"channels": pd.concat(channels, ignore_index=True), "layers": pd.DataFrame(layers)}
 
 
+@register_extra("layers", settings=("seed",))
 def triplets(analysis: Analysis) -> Frames:
     """Layer columns triplet_ratio = mean(max(S3, 0))/mean(S2), mean_triple_excess and mean_pair_excess (nats)."""
     layers = []
@@ -142,6 +146,7 @@ def triplets(analysis: Analysis) -> Frames:
     return {"layers": pd.DataFrame(layers)}
 
 
+@register_extra("table")
 def propagation(analysis: Analysis) -> Frames:
     """Table `propagation`: how each metric, routed through the weights, ranks the next layer's channels by each metric.
 
@@ -185,6 +190,7 @@ def _fits(analysis: Analysis, source: str, destination: str) -> bool:
     return module.in_features % channels == 0
 
 
+@register_extra("layers")
 def boundary(analysis: Analysis) -> Frames:
     """Layer columns that say how far the weight norm stands in for the local axis.
 

@@ -16,7 +16,7 @@ from lit_prune.lab.lesion.request import LesionRequest
 from lit_prune.lab.lesion.variants import Variants, variant_losses
 from lit_prune.measurement import local_axis
 from lit_prune.measurement.layers import Batches
-from lit_prune.measurement.moments import LayerSums
+from lit_prune.measurement.sums import LayerSums
 from lit_prune.scores.hulls import greedy_hulls
 
 SMALLEST_DAMAGE = 0.0  # a recovery is a share of the damage: there has to be one
@@ -78,7 +78,7 @@ def lesion_layer(
     rows = start.metrics.set_index("channel", drop=False).loc[channels].reset_index(drop=True)
     fit = fit_peers(start.sums, request.peers, request.ridge)
     chosen = torch.as_tensor(channels)
-    variants = Variants.lesions(chosen, len(start.sums.shift)) + fit.replacements(chosen)
+    variants = Variants.lesions(chosen, len(start.sums.cross)) + fit.replacements(chosen)
     losses = variant_losses(start.model, layer, variants, start.batches, request.values, watch)
     damage, replaced = (losses - start.baseline).numpy().reshape(2, -1)
     recovery = np.full(len(rows), np.nan)
@@ -89,7 +89,7 @@ def lesion_layer(
 
 def _support(start: LayerLesions, channels: np.ndarray) -> dict[str, np.ndarray]:
     """Hull columns of the channels."""
-    covariance = local_axis.covariance(start.sums.samples, start.sums.first, start.sums.second)
+    covariance = start.sums.outputs.covariance()
     dead = torch.as_tensor(start.metrics["dead"].to_numpy(copy=True))
     hulls = greedy_hulls(local_axis.correlation_matrix(covariance), dead)
     sizes = torch.where(hulls.sizes < 0, torch.nan, hulls.sizes.double())

@@ -13,7 +13,7 @@ from torch import Tensor
 from lit_prune.errors import InputError
 from lit_prune.lab.lesion.variants import Variants
 from lit_prune.measurement import local_axis
-from lit_prune.measurement.moments import LayerSums
+from lit_prune.measurement.sums import LayerSums
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,12 @@ def fit_peers(sums: LayerSums, peers: int = 8, ridge: float = 1e-6) -> PeerFit:
     Raises:
         InputError: no more images than coefficients.
     """
-    if sums.images < peers + 2:
+    if sums.pooled.count < peers + 2:
         raise InputError(
-            f"limit: {int(sums.images)} calibration images are too few for {peers} peers; give at least {peers + 2},"
+            f"limit: {sums.pooled.count} calibration images are too few for {peers} peers; give at least {peers + 2},"
             " better 1000"
         )
-    covariance = local_axis.covariance(sums.samples, sums.first, sums.second)
-    mean = sums.shift + sums.first / sums.samples
+    covariance, mean = sums.outputs.covariance(), sums.outputs.mean()
     dead = local_axis.dead_channels(covariance.diagonal().clamp_min(0))
     live = (~dead).nonzero().flatten()
     weights = torch.zeros_like(covariance)

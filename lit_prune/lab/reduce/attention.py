@@ -11,7 +11,8 @@ from lit_prune.errors import InputError
 from lit_prune.lab.reduce.state import NetworkState
 from lit_prune.replace import Interchange, Replacement, Swaps
 from lit_prune.replace.heads import HEAD_SCORES, find_attention, head_columns, measure_heads, remove_heads
-from lit_prune.replace.interchange import gather_images, swap_units
+from lit_prune.replace.interchange import swap_units
+from lit_prune.replace.pairs import gather_images
 from lit_prune.task import Classification
 from lit_prune.train.evaluation import evaluate
 

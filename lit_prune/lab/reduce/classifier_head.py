@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.measurement.layers import Batches, removing
-from lit_prune.measurement.moments import LayerSums
+from lit_prune.measurement.moments import Moments
 from lit_prune.replace.consumers import Reader
 from lit_prune.replace.fitting import InputEvidence, check_objective, fit_stand_in
-from lit_prune.replace.interchange import Interchange, Swaps, draw_pairs
+from lit_prune.replace.interchange import Interchange
+from lit_prune.replace.pairs import Swaps, draw_pairs
 from lit_prune.replace.regression import RIDGES, PairSums, solve_held_out
 from lit_prune.replace.risk import SoftmaxHead
 from lit_prune.replace.settings import Replacement
@@ -120,19 +121,18 @@ class HeadEvidence:
         return SoftmaxHead(self.values, self.features.labels, self.head.weight, self.head.bias)
 
     @cached_property
-    def sums(self) -> LayerSums:
-        """Moments of what the head reads."""
-        sums = LayerSums.zeros(self.values.mean(0))
-        shifted = self.values - sums.shift
-        sums.add(shifted, shifted)
-        return sums
+    def moments(self) -> Moments:
+        """Of what the head reads."""
+        moments = Moments(self.values.mean(0))
+        moments.add(self.values[:, None])
+        return moments
 
     def inputs(self, kind: str, settings: Replacement) -> InputEvidence:
         """What `fit_stand_in` needs."""
         by_loss = settings.objective != "distortion"
         curvature = self.softmax.curvature() if by_loss and kind == "constant" else None
         rows = self.softmax.rows() if by_loss and kind == "affine" else None
-        return InputEvidence(self.sums, (), curvature, rows)
+        return InputEvidence(self.moments, (), curvature, rows)
 
 
 def compile_head(evidence: HeadEvidence, kept: Sequence[int], kind: str, settings: Replacement) -> Head:

@@ -20,7 +20,6 @@ from lit_prune.lab.reduce.classifier_head import (
 from lit_prune.lab.reduce.kept_inputs import KeptInputs
 from lit_prune.replace import Interchange, Replacement, Swaps
 from lit_prune.replace.affine_score import affine_risks
-from lit_prune.replace.stand_ins import input_moments
 from lit_prune.scores import score
 from lit_prune.structure import Budget, Group, Plan, apply_plan, trace_groups
 from lit_prune.structure.ranking import group_scores
@@ -29,7 +28,7 @@ Batches = list[tuple[Tensor, Tensor]]
 
 
 def _variance(evidence: HeadEvidence, seed: int) -> Tensor:
-    return input_moments(evidence.sums)[1].diagonal()
+    return evidence.moments.variances()
 
 
 def _cmr_logit(evidence: HeadEvidence, seed: int) -> Tensor:

@@ -140,7 +140,7 @@ def test_analyze_takes_the_lesions(tiny_net, images, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"layers": ("convolution",)}, "layers: no Conv2d or Linear layer matches 'convolution'"),
+        ({"layers": ("convolution",)}, "layers: no convolution or linear layer matches 'convolution'"),
         ({"channels": 0}, "channels: 0 is too small"),
         ({"limit": 9}, "limit: 9 is too small; give at least 10"),
         ({"ridge": 0.0}, "ridge"),

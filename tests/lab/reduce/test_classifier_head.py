@@ -35,7 +35,7 @@ def batches():
 def test_a_compiled_head_is_what_replacement_in_the_network_gives(net, batches, kind, settings):
     settings = Replacement(**settings)
     plan = Plan(keep_channels={"0": KEPT}, sizes={"0": 12})
-    whole = replace_mechanisms(net, plan, batches, EXAMPLE, kind, settings=settings)
+    whole = replace_mechanisms(net, plan, batches, kind, EXAMPLE, settings=settings)
     features = read_features(net, "2", batches)
     head = compile_head(HeadEvidence(Head.of(net, "2"), features), KEPT, kind, settings)
     logits = torch.cat([whole.model(images) for images, _ in batches])
@@ -45,7 +45,7 @@ def test_a_compiled_head_is_what_replacement_in_the_network_gives(net, batches, 
 def test_interchange_on_features_is_the_interchange_of_the_networks(net, batches):
     plan = Plan(keep_channels={"0": KEPT}, sizes={"0": 12})
     swaps = Swaps(pairs=300, seed=3)
-    reduced = replace_mechanisms(net, plan, batches, EXAMPLE, "constant")
+    reduced = replace_mechanisms(net, plan, batches, "constant", EXAMPLE)
     wanted = interchange(net, reduced, batches, EXAMPLE, swaps=swaps)
     features = read_features(net, "2", batches)
     low = Head.of(net, "2")
@@ -76,11 +76,11 @@ def test_parent_rules_choose_kept_units_and_the_seed_decides_random_ones(net, ba
     reader = Reader("2", (1, 4, 6, 9, 10), KEPT, (0, 1, 2, 3), (0, 1, 2, 3), (), "")
     weight = evidence.head.weight
     chosen = [
-        choose_parents(evidence.sums, reader, weight, Replacement(parents=3, parent_rule=rule, seed=seed))
+        choose_parents(evidence.moments, reader, weight, Replacement(parents=3, parent_rule=rule, seed=seed))
         for seed in (0, 0, 1)
     ]
     assert torch.equal(chosen[0], chosen[1]) and chosen[0].shape == (5, 3) and int(chosen[0].max()) < len(KEPT)
     assert torch.equal(chosen[0], chosen[2]) == (rule != "random")
     scaled = weight * torch.linspace(0.1, 9, 12, dtype=torch.float64)
-    again = choose_parents(evidence.sums, reader, scaled, Replacement(parents=3, parent_rule=rule))
+    again = choose_parents(evidence.moments, reader, scaled, Replacement(parents=3, parent_rule=rule))
     assert torch.equal(again, chosen[0])  # no rule looks at the scale of outgoing weights

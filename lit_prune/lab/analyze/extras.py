@@ -1,0 +1,58 @@
+"""The extras of `analyze`: functions of what one pass leaves behind, each registered where it is written."""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+if TYPE_CHECKING:
+    from lit_prune.lab.analyze.evidence import Analysis
+
+Frames = dict[str, pd.DataFrame]
+Build = Callable[["Analysis"], Frames]
+BASE = "base"
+ABOVE = ("analysis", "run", "figures")  # modules of this folder that use the extras
+
+
+@dataclass(frozen=True)
+class Part:
+    """One extra.
+
+    Attributes:
+        build: makes its tables.
+        outputs: which those are: columns for `channels` and `layers`, or a `table` of its own.
+        settings: fields of the request that it depends on beside the common ones.
+    """
+
+    build: Build
+    outputs: tuple[str, ...]
+    settings: tuple[str, ...] = ()
+
+
+PARTS: dict[str, Part] = {BASE: Part(lambda analysis: {"channels": analysis.channels}, ("channels",))}
+
+
+def register_extra(*outputs: str, settings: tuple[str, ...] = ()) -> Callable[[Build], Build]:
+    """Function decorator: an extra of `analyze` under the function's name, see `Part`."""
+
+    def register(build: Build) -> Build:
+        PARTS[build.__name__] = Part(build, outputs, settings)
+        return build
+
+    return register
+
+
+@cache
+def extra_names() -> tuple[str, ...]:
+    """Names of all extras; the modules of this folder are imported, so that theirs are known."""
+    package = __name__.rpartition(".")[0]
+    for module in pkgutil.iter_modules(import_module(package).__path__):
+        if module.name not in ABOVE:
+            import_module(f"{package}.{module.name}")
+    return tuple(name for name in PARTS if name != BASE)
