@@ -183,3 +183,22 @@ def test_several_inputs_are_traced_cut_and_counted(as_kwargs: bool) -> None:
 def test_an_example_without_a_batch_is_refused_in_one_line(example: object) -> None:
     with pytest.raises(InputError, match="example_input is"):
         trace_groups(nn.Linear(2, 2), example)
+
+
+def test_answers_that_rounding_alone_changes_are_compared_in_double_precision() -> None:
+    class Brittle(nn.Module):
+        """Boxes chosen by score are as brittle as this."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 2, 3)
+
+        def forward(self, images):
+            return torch.frac(self.head(torch.relu(self.body(images))) * 1e6)
+
+    torch.manual_seed(0)
+    net = Brittle().eval()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    graph = trace_groups(net, torch.randn(1, 3, 8, 8))
+    assert [group.name for group in graph.prunable] == ["body"]
+    assert all(value.dtype == torch.float32 and torch.equal(value, before[n]) for n, value in net.state_dict().items())
