@@ -7,6 +7,7 @@ Blocks are children of an `nn.Sequential`, because that is what can be left out 
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from torch import nn
 
@@ -53,7 +54,8 @@ def plain_convolutions(model: nn.Module) -> Iterator[Block]:
     features = getattr(model, "features", None)
     if not _is_sequence(features) or not all(_is_leaf(child) for child in features):
         return
-    stage, members, obstacle = 1, [], ""
+    members: list[str] = []
+    stage, obstacle = 1, ""
     for name, child in features.named_children():
         starts, pools = isinstance(child, nn.Conv2d), "Pool" in type(child).__name__
         if members and (starts or pools):
@@ -110,12 +112,12 @@ def _convolution_obstacle(convolution: nn.Conv2d) -> str:
     return "" if convolution.stride == (1, 1) else f"has stride {convolution.stride[0]}"
 
 
-def _is_sequence(module: nn.Module | None) -> bool:
+def _is_sequence(module: nn.Module | None) -> TypeGuard[nn.Sequential]:
     """Runs its children one after the other, whatever they are (a subclass may add names, not another forward)."""
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 
-def _is_sequence_of_blocks(module: nn.Module) -> bool:
+def _is_sequence_of_blocks(module: nn.Module) -> TypeGuard[nn.Sequential]:
     if not _is_sequence(module):
         return False
     return len({type(child) for child in module}) == 1 and not any(_is_leaf(child) for child in module)

@@ -29,7 +29,7 @@ def parse_method(name: str, known: Mapping[str, Score]) -> Method:
     if plain not in known:
         raise InputError(f"score: {name!r} is unknown; {did_you_mean(plain, known)}")
     entry = known[plain]
-    given = _arguments(match[2]) if match[2] is not None else []
+    given = _arguments(match[2]) if match and match[2] is not None else []
     if len(given) > len(entry.defaults):
         names = list(inspect.signature(entry.function).parameters)[1:]
         raise InputError(f"score: {name!r} has too many parameters; {plain} takes ({', '.join(names)})")
