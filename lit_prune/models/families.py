@@ -29,6 +29,17 @@ class Block:
     protected: str = ""
 
 
+Family = Callable[[nn.Module], Iterator[Block]]
+FAMILIES: list[Family] = []
+
+
+def register_family(family: Family) -> Family:
+    """Function decorator: `find_blocks` asks this family too, after those before it and before `sequences`."""
+    FAMILIES.append(family)
+    return family
+
+
+@register_family
 def residual_stages(model: nn.Module) -> Iterator[Block]:
     """ResNets: the children of `layer1`, `layer2`, ...; one stage each."""
     for stage, sequence in model.named_children():
@@ -36,6 +47,7 @@ def residual_stages(model: nn.Module) -> Iterator[Block]:
             yield from _children_as_blocks(stage, sequence)
 
 
+@register_family
 def inverted_residuals(model: nn.Module) -> Iterator[Block]:
     """MobileNets of torchvision: InvertedResiduals of `features`; a new stage at each one without a residual sum."""
     features = getattr(model, "features", None)
@@ -49,6 +61,7 @@ def inverted_residuals(model: nn.Module) -> Iterator[Block]:
             yield Block(f"features.{name}", f"stage{max(stage, 1)}", (f"features.{name}",), obstacle)
 
 
+@register_family
 def plain_convolutions(model: nn.Module) -> Iterator[Block]:
     """VGG and its like, one `features` of leaves: a convolution with what follows it; stages between the pools."""
     features = getattr(model, "features", None)
@@ -78,14 +91,6 @@ def sequences(model: nn.Module) -> Iterator[Block]:
     for stage, sequence in found.items():
         if not any(other != stage and _is_inside(other, stage) for other in found):
             yield from _children_as_blocks(stage, sequence)
-
-
-FAMILIES: tuple[Callable[[nn.Module], Iterator[Block]], ...] = (
-    residual_stages,
-    inverted_residuals,
-    plain_convolutions,
-    sequences,
-)
 
 
 def _children_as_blocks(stage: str, sequence: nn.Sequential) -> Iterator[Block]:
