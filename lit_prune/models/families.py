@@ -70,12 +70,12 @@ def plain_convolutions(model: nn.Module) -> Iterator[Block]:
     members: list[str] = []
     stage, obstacle = 1, ""
     for name, child in features.named_children():
-        starts, pools = isinstance(child, nn.Conv2d), "Pool" in type(child).__name__
-        if members and (starts or pools):
+        pools = "Pool" in type(child).__name__
+        if members and (isinstance(child, nn.Conv2d) or pools):
             yield Block(members[0], f"stage{stage}", tuple(members), obstacle)
             members = []
         stage += pools
-        if starts:
+        if isinstance(child, nn.Conv2d):
             members, obstacle = [f"features.{name}"], _convolution_obstacle(child)
         elif members:
             members.append(f"features.{name}")
