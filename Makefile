@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
 
-.PHONY: demo test test-slow lint types bench clean
+.PHONY: docs demo test test-slow test-gpu lint types bench clean
 
 demo: $(VENV)/installed  ## train, trace, cut, repair and export a ResNet-20 on real digit images
 	$(BIN)/python train.py fit -c configs/experiment/digits_demo.yaml --run_dir $(RUN)
@@ -14,6 +14,10 @@ test: $(VENV)/installed lint  ## style and the default test suite
 
 test-slow: $(VENV)/installed  ## the tests that take minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m slow
+
+test-gpu: $(VENV)/installed  ## the core's tests on a CUDA device; runs/gpu.md has failures and seconds
+	mkdir -p runs
+	$(BIN)/python -m pytest -m "gpu or device" --device cuda --table runs/gpu.md --durations 0
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -31,5 +35,12 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[test]' -c constraints.txt
 	touch $@
 
+docs: $(VENV)/docs  ## the site, in site/; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+$(VENV)/docs: $(VENV)/installed
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[docs]' -c constraints.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) site .pytest_cache .ruff_cache .mypy_cache

@@ -7,7 +7,8 @@ share of the MACs kept, images, repair epochs, seed), one process a cell; cells 
 a run that was stopped goes on. Calibration images are drawn from the training part by the seed. `figure` is the task's
 on the test part, `agreement` with the dense network there. Torch-Pruning cuts channels inside blocks, iteratively,
 until the MACs are met; then BatchNorm is recalibrated on the calibration images, moved and mirrored where the network
-was trained so. Repair is `distil` on all training images, or the first `--repair-images`. At the end a Markdown table.
+was trained so. Repair is `distil` on the first `--repair-images` training images. At the end a Markdown table and, with
+`--draw`, the curve of the figure against seconds.
 """
 
 import argparse
@@ -169,6 +170,27 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def draw(rows: list[dict], to: Path) -> None:
+    """The curve of the figure against seconds, all compression and repair included, and the dense network's line."""
+    from matplotlib.figure import Figure
+
+    axes = (figure := Figure((6, 4), layout="constrained")).subplots()
+    for key in dict.fromkeys((row["network"], row["method"], row["keep"]) for row in rows):
+        found = [row for row in rows if (row["network"], row["method"], row["keep"]) == key]
+        points = {}
+        for row in found:
+            spent = sum(row["seconds"].values()) + row.get("repair", {}).get("seconds", 0)
+            points.setdefault(row["epochs"], []).append((spent, row["figure"]))
+        means = sorted(tuple(np.mean(values, 0)) for values in points.values())
+        axes.plot(*zip(*means, strict=True), "o-", label=f"{key[0]}, {key[1]}, {key[2]:.0%} of the MACs")
+    for network in dict.fromkeys(row["network"] for row in rows):
+        dense = next(row["dense"] for row in rows if row["network"] == network)
+        axes.axhline(dense, linestyle="--", color="grey", label=f"{network}, dense")
+    axes.set(xlabel="seconds", ylabel="figure on the test images", xscale="log")
+    axes.legend(fontsize="small")
+    figure.savefig(to)
+
+
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -181,6 +203,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=("strongest", *IMPORTANCES), help=", ".join(RECIPES))
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--repair-images", type=int, default=10_000)
+    parser.add_argument("--draw", type=Path, help="file for the curve of the figure against seconds")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -216,6 +239,8 @@ def main() -> None:
             command = [sys.executable, *sys.argv, "--cell", json.dumps(asdict(cell))]
             subprocess.run(command, check=True)
     print(table(read(arguments.out)))
+    if arguments.draw:
+        draw(read(arguments.out), arguments.draw)
 
 
 if __name__ == "__main__":

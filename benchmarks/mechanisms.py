@@ -60,7 +60,7 @@ def head_rows() -> list[Row]:
     found += [timed_row("verify: IIA, KL and certificate", swap().report)]
     plan = Plan(keep_channels={"layers.2": KEPT}, sizes={"layers.2": UNITS})
     example = torch.zeros(1, 1, 28, 28)
-    whole = lambda: replace_mechanisms(model, plan, batches, example, "affine")  # noqa: E731
+    whole = lambda: replace_mechanisms(model, plan, batches, "affine", example)  # noqa: E731
     return [*found, timed_row("replace_mechanisms, affine r = 16, whole (tracing, surgery, errors)", whole, 1)]
 
 
@@ -83,7 +83,7 @@ def refit_rows() -> list[Row]:
     model = nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10)).eval()
     batches = [(torch.randn(64, 3, 8, 8), torch.zeros(64)) for _ in range(12)]
     plan = Plan(keep_channels={"0": KEPT}, sizes={"0": 512})
-    work = lambda: replace_mechanisms(model, plan, batches, torch.zeros(1, 3, 8, 8), "refit")  # noqa: E731
+    work = lambda: replace_mechanisms(model, plan, batches, "refit", torch.zeros(1, 3, 8, 8))  # noqa: E731
     (taken,) = in_turns({"": work}, repeats=1, warmup=0)[""]
     return [Row("refit: 512-channel 3×3 reader, 256 kept, 768 images of 8×8", taken, unit="s")]
 

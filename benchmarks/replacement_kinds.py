@@ -71,7 +71,7 @@ class Bench:
             for keep in arguments.keep:
                 plan = plan_channels(graph, costs, ranks, Budget("macs", keep, allocation, only="mid"))
                 for kind in KINDS:
-                    reduced = replace_mechanisms(self.model, plan, self.calibration, self.example, kind).model
+                    reduced = replace_mechanisms(self.model, plan, self.calibration, kind, self.example).model
                     yield Row(name, allocation, keep, kind, *self.accuracies(reduced))
 
 

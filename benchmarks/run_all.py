@@ -36,6 +36,8 @@ NO_BENCHMARKS = (  # no times, or weights and images that are not here
     "task_cases",
     "task_fit",
     "trained",
+    "tracing",
+    "vit_parts",
 )
 PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "torch-pruning")
 QUICK = {

@@ -118,7 +118,7 @@ class Row:
         settings = Replacement(unsupported="delete")
         for kind in KINDS if self.case.samples > 4 else ("constant", "refit"):
             reduced = replace_mechanisms(
-                self.model, self.plan, self.batches, self.example, kind, settings=settings, task=self.task
+                self.model, self.plan, self.batches, kind, self.example, settings=settings, task=self.task
             )
             self.reduced = reduced
             found.append(f"{self.distortion(reduced.model):.3f}")

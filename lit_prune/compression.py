@@ -1,6 +1,7 @@
 """A trained network and a budget in, a smaller network out: score, plan, cut, stand in, verify."""
 
 import time
+import warnings
 from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -51,6 +52,8 @@ class Recipe:
 
 
 STRONGEST = Recipe()
+TOLERABLE = 0.9
+"""Agreement with the original below which a result is called bad."""
 
 
 def compress(
@@ -96,7 +99,7 @@ def compress(
         plan = plan_compression(model, batches, recipe.budget(budget, keep), task, recipe)
     example = task.inputs(task.to(task.take(batches[0], 1), model))
     with clock.step("stand_in"):
-        reduced = replace_mechanisms(model, plan, batches, example, recipe.kind, settings=recipe.replacement, task=task)
+        reduced = replace_mechanisms(model, plan, batches, recipe.kind, example, settings=recipe.replacement, task=task)
     repair = {}
     if seconds is not None:
         with clock.step("repair"):
@@ -105,6 +108,12 @@ def compress(
             )
     with clock.step("verify"):
         report = verify(model, reduced, batches, example, task)
+    if report["agreement"] < TOLERABLE:
+        warnings.warn(
+            f"compress: the compact network decides otherwise on {1 - report['agreement']:.0%} of the samples; repair "
+            "it (seconds=, or StagedPruning in a fit), keep more, or give more samples",
+            stacklevel=2,
+        )
     return reduced.model, report | repair | {"seconds": clock.seconds}
 
 
@@ -139,8 +148,8 @@ def verify(model: nn.Module, reduced: Reduced, batches: Iterable[Any], example: 
         raise RuntimeError("the plan does not rebuild the compact network: their tensors have other shapes")
     comparison = Comparison()
     with undisturbed(model), undisturbed(reduced.model):
-        for batch in batches:
-            comparison.add(task, *(task.run(net, task.to(batch, net)) for net in (model, reduced.model)), batch)
+        for piece in (piece for batch in batches for piece in task.pieces(batch)):
+            comparison.add(task, *(task.run(net, task.to(piece, net)) for net in (model, reduced.model)), piece)
     figures = comparison.figures(task)
     report = {"plan": reduced.plan.to_dict(), "layers": reduced.report["layers"], "images": comparison.count}
     for name, net in (("dense", model), ("compact", reduced.model)):
@@ -162,7 +171,8 @@ class Comparison:
 
     def add(self, task: Task, original: Any, other: Any, batch: Any) -> None:
         """Adds one batch."""
-        before, after = (task.prediction(output).double().flatten(1) for output in (original, other))
+        values = (task.prediction(output).double() for output in (original, other))
+        before, after = (value.reshape(len(value), -1) for value in values)
         self.count += len(before)
         self.agreed += float(task.agreement(task.prediction(original), task.prediction(other)).sum())
         self.squared += float((after - before).square().sum())

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -16,12 +17,14 @@ from torch import Tensor, nn
 
 from lit_prune.errors import InputError
 from lit_prune.files import read_json, whole_file
-from lit_prune.structure import load_compact
+from lit_prune.preparation import Normalised, Preparation
+from lit_prune.structure import load_compact, read_preparation
 
 TOLERANCE = 1e-4
 """Largest difference allowed between a file's outputs and the network's, relative to the largest output."""
 
 VERIFIED_BATCHES = (1, 4)
+OUTSIDE, INSIDE = "outside", "inside"
 
 
 class ExportError(RuntimeError):
@@ -43,8 +46,12 @@ def export_compact(
     formats: Sequence[str] = ("onnx", "torch_export"),
     opset: int | None = None,
     trust: Sequence[str] = (),
+    normalisation: str = OUTSIDE,
 ) -> dict[str, dict[str, Any]]:
     """Writes the compact network of `folder` to files of other formats; see `export_module`.
+
+    The ONNX file says in its metadata how images are prepared for it and what its classes are called (`preparation`,
+    `classes`: JSON; `input_scale`: "normalised", or "0..1" with the normalisation inside).
 
     Args:
         folder: compact folder as `save_compact` writes it (`model.safetensors`, `structure.json`).
@@ -52,13 +59,37 @@ def export_compact(
         formats: names of `FORMATS`.
         opset: ONNX operator set; None takes the exporter's own.
         trust: import paths that the folder may name, see `load_compact`.
+        normalisation: "outside", or "inside": the files take images on the scale 0..1 and normalise them.
 
     Raises:
         InputError: the folder is absent or damaged, or an argument is wrong.
         ExportError: a file could not be written, or differs from the network.
     """
     _check_formats(formats)
-    return export_module(load_compact(folder, trust=trust), read_input_shape(folder), to, formats, opset)
+    network, shape, preparation = load_compact(folder, trust=trust), read_input_shape(folder), read_preparation(folder)
+    if normalisation not in (OUTSIDE, INSIDE):
+        raise InputError(f"normalisation={normalisation!r} is unknown; use {OUTSIDE} or {INSIDE}")
+    if normalisation == INSIDE:
+        if preparation is None:
+            raise InputError(f"normalisation={INSIDE}: {folder} does not say with what; save it with preparation=")
+        network = Normalised(network, preparation)
+    report = export_module(network, shape, to, formats, opset)
+    if "onnx" in report and preparation is not None:
+        add_metadata(Path(report["onnx"]["file"]), preparation, normalisation)
+    return report
+
+
+def add_metadata(file: Path, preparation: Preparation, normalisation: str = OUTSIDE) -> None:
+    """Writes into an ONNX file how images are prepared for it."""
+    import onnx
+
+    model = onnx.load(file)
+    values = preparation.to_dict()
+    said = {"classes": json.dumps(values.pop("classes")), "preparation": json.dumps(values)}
+    said["input_scale"] = "0..1" if normalisation == INSIDE else "normalised"
+    onnx.helper.set_model_props(model, said)
+    with whole_file(file) as partial:
+        partial.write_bytes(model.SerializeToString())
 
 
 def export_module(

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -166,6 +167,26 @@ def alone(folder: Path, name: str = LOCK) -> Iterator[None]:
                 (folder / name).unlink()
                 folder.rmdir()
         lock.release()
+
+
+@contextmanager
+def nothing_of_a_refused_run(folder: Path, beginning: Iterable[str]) -> Iterator[None]:
+    """Takes back what the block wrote into `folder` where it is refused before it has written more than a beginning.
+
+    Args:
+        folder: of the run.
+        beginning: names of what is written before a run begins.
+    """
+    before = set(os.listdir(folder))
+    try:
+        yield
+    except InputError:
+        written = set(os.listdir(folder)) - before
+        if written <= set(beginning):
+            for name in written - {LOCK}:
+                entry = folder / name
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        raise
 
 
 def sweep_partial(folder: Path) -> None:

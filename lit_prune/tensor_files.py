@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from lit_prune.errors import InputError
@@ -52,6 +52,11 @@ def read_safetensors(path: str | Path, argument: str = "file") -> dict[str, Tens
         raise InputError(
             f"{argument}: {path} is not readable ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
         ) from error
+
+
+def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes tensors as a safetensors file with the usual mode; `save_file` lets nobody but the owner read it."""
+    Path(path).write_bytes(save(dict(tensors)))
 
 
 def undefined_tensor(tensors: Mapping[str, Any]) -> str | None:

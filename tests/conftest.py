@@ -10,6 +10,40 @@ from PIL import Image
 from torch import nn
 
 
+def pytest_addoption(parser) -> None:
+    """`--device cuda` runs the tests marked device there; `--table FILE` writes what they did and how long it took."""
+    parser.addoption("--device", default="cpu", help="device of the tests that take one: cpu, cuda")
+    parser.addoption("--table", default=None, help="file for one table of outcomes and seconds")
+
+
+@pytest.fixture(scope="session")
+def device(pytestconfig) -> torch.device:
+    """The device that the core's tests run on."""
+    place = torch.device(pytestconfig.getoption("--device"))
+    if place.type == "cuda" and not torch.cuda.is_available():
+        pytest.fail("--device cuda: there is no CUDA device")
+    return place
+
+
+def pytest_terminal_summary(terminalreporter, config) -> None:
+    """Writes the table that `--table` asks for: failures first, with their last line."""
+    file = config.getoption("--table")
+    if file is None:
+        return
+    reports = [r for kind in ("failed", "error", "passed", "skipped") for r in terminalreporter.stats.get(kind, ())]
+    rows = ["| test | outcome | seconds | |", "| --- | --- | --- | --- |"]
+    for report in reports:
+        lines = str(report.longrepr).strip().splitlines() if report.failed else [""]
+        rows.append(f"| {report.nodeid} | {report.outcome} | {report.duration:.2f} | {lines[-1].replace('|', '/')} |")
+    Path(file).write_text(f"{_where(config)}\n\n" + "\n".join(rows) + "\n")
+
+
+def _where(config) -> str:
+    place = config.getoption("--device")
+    name = torch.cuda.get_device_name() if place == "cuda" and torch.cuda.is_available() else place
+    return f"torch {torch.__version__} on {name}"
+
+
 @pytest.fixture(scope="session")
 def samples() -> Path:
     """Folder of real sample images and weights; tests that need it are skipped where it is absent."""

@@ -40,6 +40,21 @@ class KillOnRequest(Callback):
             os._exit(3)
 
 
+class SayWhere(Callback):
+    """Every rank writes its process number when it is at the point that the environment names: `stage` or `epoch`."""
+
+    def on_train_epoch_start(self, trainer, pl_module) -> None:
+        if os.environ.get("SAY_WHERE") == "stage" and trainer.current_epoch == 2:
+            self._say(trainer)  # the stage of this epoch comes next, or just went by on a rank that was faster
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if os.environ.get("SAY_WHERE") == "epoch" and (trainer.current_epoch, batch_idx) == (1, 1):
+            self._say(trainer)
+
+    def _say(self, trainer) -> None:
+        (Path(trainer.default_root_dir) / f"where{trainer.global_rank}").write_text(str(os.getpid()))
+
+
 class SkipWrappingOnRequest(Callback):
     """Leaves the network bare when the strategy is set up for the second time, as code without `rewired` would."""
 

@@ -11,7 +11,9 @@ import pytest
 import lit_prune
 from lit_prune.cli.main import main
 from lit_prune.cli.prune_cli import build_cli
+from lit_prune.errors import InputError
 from lit_prune.train.classifier import LitClassifier
+from lit_prune.train.surgeon import Surgeon
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["fit", "-c", str(ROOT / "tests" / "tiny_run.yaml")]
@@ -43,6 +45,10 @@ def test_a_run_writes_its_folder_and_a_second_start_changes_nothing(tmp_path, ca
         assert (run_dir / name).exists(), name
     record = json.loads((run_dir / "run.json").read_text())
     assert record["seed"] == 7 and record["versions"]["torch"] and len(record["calibration_indices"]) == 64
+    assert record["validation"] == {"split": "test", "images": 360}
+    assert "!!python" not in (run_dir / "tensorboard" / "hparams.yaml").read_text()
+    said = capsys.readouterr().out
+    assert "validation reads the test split" in said and "fewer multiply-adds" in said
     before = {path: path.read_bytes() for path in (run_dir / "compact").iterdir()}
     main([*TINY, "--run_dir", str(run_dir)])
     assert {path: path.read_bytes() for path in (run_dir / "compact").iterdir()} == before
@@ -56,8 +62,59 @@ def test_a_refused_command_does_not_take_the_folder(tmp_path, capsys):
     command = ["compress", *TINY[1:], "--run_dir", str(tmp_path)]
     assert "needs a trained network" in refused(capsys, *command)
     assert "needs a trained network" in refused(capsys, *command, "--data.batch_size", "16")
-    (tmp_path / "stages.jsonl").touch()
-    assert "another configuration" in refused(capsys, *command)
+    assert not tmp_path.exists() or not list(tmp_path.iterdir())
+
+
+def test_a_refused_first_fit_leaves_nothing_behind_and_the_corrected_command_runs(tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    wrong = [*TINY, "--run_dir", str(run_dir), "--trainer.max_epochs", "1"]  # refused in setup: no epoch for repair
+    refused(capsys, *wrong)
+    assert not run_dir.exists()
+    main([*TINY, "--run_dir", str(run_dir), "--trainer.fast_dev_run", "true"])
+
+
+@pytest.mark.parametrize("wrong", ["magnitud", "l1"])
+def test_a_misspelt_score_is_refused_before_anything_is_trained_or_written(tmp_path, capsys, wrong):
+    text = (ROOT / "tests" / "tiny_run.yaml").read_text()
+    config = tmp_path / "run.yaml"
+    config.write_text(text.replace("keep: 0.5", f"keep: 0.5, score: {wrong}"))
+    line = refused(capsys, "fit", "-c", str(config), "--run_dir", str(tmp_path / "run"))
+    assert wrong in line and "magnitude" in line and not (tmp_path / "run").exists()
+
+
+CORRECTED = "[{class_path: lit_prune.BlockStage, init_args: {epoch: 1, remove_ratio: 0.3}},"
+CORRECTED += " {class_path: lit_prune.ChannelStage, init_args: {epoch: 2, keep: 0.6}}]"
+
+
+def test_a_folder_in_which_nothing_was_trained_takes_another_configuration(tmp_path):
+    (tmp_path / "trace").mkdir()
+    (tmp_path / "trace" / "epoch=000.parquet").touch()
+    (tmp_path / "config.yaml").write_text("model: {backbone: cifar_resnet56}\n")
+    main([*TINY, "--run_dir", str(tmp_path), "--trainer.max_epochs", "1", "--trainer.callbacks", "[]"])
+    assert (tmp_path / "checkpoints" / "last.ckpt").exists()
+
+
+def test_stages_that_are_not_done_are_corrected_in_place_with_one_option(tmp_path, capsys, monkeypatch):
+    carry_out = Surgeon.carry_out
+
+    def fail(surgeon, trainer, subject, stage, record):
+        if stage.epoch == 2:
+            raise InputError("stage channels cannot be done")
+        carry_out(surgeon, trainer, subject, stage, record)
+
+    command = [*TINY, "--run_dir", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(Surgeon, "carry_out", fail)
+        assert "cannot be done" in refused(capsys, *command)
+    other = [*command, "--trainer.callbacks.stages", CORRECTED]
+    assert "give --correct_stages true to go on with these stages" in refused(capsys, *other)
+    assert "correct_stages" not in refused(capsys, *other, "--data.batch_size", "16", "--correct_stages", "true")
+    done = ["--trainer.callbacks.stages", CORRECTED.replace("0.3", "0.5"), "--correct_stages", "true"]
+    assert "stage blocks at epoch 1 is done" in refused(capsys, *command, *done)
+    main([*other, "--correct_stages", "true"])
+    records = [json.loads(line) for line in (tmp_path / "stages.jsonl").read_text().splitlines()]
+    assert [record["protocol"]["stage"].get("keep") for record in records] == [None, 0.6]
+    main(other)  # the folder is that of the corrected run now
 
 
 def older(settings: dict, *options: tuple) -> dict:

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -64,6 +66,38 @@ def test_a_killed_run_resumes_on_two_processes_or_on_one(two_processes, tmp_path
     if resumed_on == 2:
         assert all(torch.equal(got[name], wanted[name]) for name in wanted)
     assert (tmp_path / "run" / "compact" / "report.json").exists()
+
+
+def start(run_dir: Path, **variables: str) -> subprocess.Popen:
+    """As `launch`, going on beside the test."""
+    command = [sys.executable, str(REPOSITORY / "train.py"), "fit"]
+    command += ["-c", str(REPOSITORY / "tests" / "two_process_run.yaml"), "--run_dir", str(run_dir)]
+    command += ["--trainer.devices", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY / "tests"), **variables}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=REPOSITORY)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["launcher", "both"])
+@pytest.mark.parametrize("where, later", [("stage", 0.0), ("stage", 0.2), ("stage", 0.5), ("epoch", 0.0)])
+def test_sigterm_ends_both_ranks_at_once_wherever_they_are(two_processes, tmp_path, where, later, to):
+    process = start(tmp_path, SAY_WHERE=where)
+    deadline = time.monotonic() + 200
+    while len(list(tmp_path.glob("where*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    ranks = [int(file.read_text()) for file in tmp_path.glob("where*")]
+    assert len(ranks) == 2
+    time.sleep(later)
+    for rank in ranks if to == "both" else [process.pid]:
+        os.kill(rank, signal.SIGTERM)
+    assert process.wait(60) in (143, -signal.SIGTERM)
+    while any(Path(f"/proc/{rank}").exists() for rank in ranks) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+    resumed = launch(tmp_path, 2)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    got, wanted = weights(tmp_path), weights(two_processes)
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
 
 
 TRACES = "two_process_traces"

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import lit_prune
 from lit_prune.cli.verbs import export
 from lit_prune.models import build_backbone
+from lit_prune.scores import SCORES
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -47,3 +49,20 @@ def test_options_of_export_in_the_pages_exist():
     for page in PAGES:
         for line in re.findall(r"^lit-prune export (.*)$", page.read_text(), re.MULTILINE):
             assert set(re.findall(r"--(\w+)", line.split("#")[0])) <= known, f"{page.name}: {line}"
+
+
+def test_the_page_of_scores_has_every_score_with_its_axis_and_nothing_else():
+    rows = re.findall(r"^\| `(\w+)`[^|]*\| (\w+) \|", (ROOT / "docs" / "scores.md").read_text(), re.MULTILINE)
+    assert rows == [(name, entry.axis) for name, entry in SCORES.items()]
+
+
+def test_the_reference_has_every_public_name_where_it_is_defined():
+    named = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "reference.md").read_text(), re.MULTILINE)
+    assert sorted(named) == sorted(f"{home}.{name}" for name, home in lit_prune._HOME.items())
+
+
+def test_the_page_of_tables_has_the_columns_that_measure_gives():
+    page = (ROOT / "docs" / "tables.md").read_text()
+    model = build_backbone("cifar_convnet", num_classes=4, widths=(4, 4, 4), hidden=8).eval()
+    table = lit_prune.measure(model, [(torch.rand(8, 3, 32, 32), torch.arange(8) % 4)])
+    assert all(f"`{column}`" in page for column in table.columns)

@@ -1,10 +1,11 @@
 """The command line: `lit-prune VERB -c RECIPE [--key value ...]`, the same as `python train.py VERB ...`."""
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lit_prune.cli import recipes, verbs
+from lit_prune.cli import listing, recipes, verbs
 from lit_prune.cli.failures import one_line_failures
 from lit_prune.cli.memory import keep_freed_memory
 from lit_prune.cli.narration import narrated_on_stdout
@@ -13,8 +14,10 @@ from lit_prune.processes import end_with_parent
 from lit_prune.version import version_line
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {  # verbs that are a function each; the others need a model and data
+    "choices": listing.choices,
     "demo": verbs.demo,
     "export": verbs.export,
+    "latency": verbs.latency,
     "recipes": recipes.recipes,
     "report": verbs.report,
     "suite": verbs.suite,
@@ -26,11 +29,27 @@ def run(args: Sequence[str]) -> Any:
     verb = args[0] if args else ""
     if verb == "--version":
         return print(f"lit-prune {version_line()}")
+    if verb in ("-h", "--help") or not args:
+        return print(listing.verb_list(FUNCTIONS))
+    if verb == "predict" and any(word.split("=")[0] == "--compact" for word in args):
+        return call(verbs.predict, verb, with_files_as(args[1:], "--images"))
     if verb in FUNCTIONS:
         return call(FUNCTIONS[verb], verb, recipes.with_recipes(args[1:]))
     from lit_prune.cli.prune_cli import build_cli
 
     return build_cli(args)
+
+
+def with_files_as(args: Sequence[str], option: str) -> list[str]:
+    """The command line with the words that belong to no option, such as `a.jpg b.jpg`, as the list of `option`."""
+    rest, files, takes = [], [], False
+    for word in args:
+        if word.startswith("-") or takes:
+            rest.append(word)
+        else:
+            files.append(word)
+        takes = word.startswith("--") and "=" not in word and word != "--help"
+    return rest if not files else [*rest, option, json.dumps(files)]
 
 
 def call(function: Callable[..., Any], verb: str, args: Sequence[str]) -> Any:

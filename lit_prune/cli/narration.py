@@ -8,7 +8,12 @@ from contextlib import contextmanager
 from typing import Any
 
 LOGGERS = ("lightning", "lightning.fabric", "lightning.pytorch", "pytorch_lightning", "lightning_fabric")
-SILENT = ("Tip: For seamless cloud", "`weights_only` was not set", "`isinstance(treespec, LeafSpec)` is deprecated")
+SILENT = (
+    "Tip: For seamless cloud",
+    "already configured with model summary",
+    "`weights_only` was not set",
+    "`isinstance(treespec, LeafSpec)` is deprecated",
+)
 """Advertisements, and what a library says of its own calls: not about the run."""
 
 

@@ -56,7 +56,7 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
     for key in {**old, **new}:
         name = f"{prefix}{key}"
         machine = prefix == "trainer." and key in MACHINE_KEYS
-        if machine or name in ("run_dir", "ckpt_path", "trainer.default_root_dir"):
+        if machine or name in ("run_dir", "ckpt_path", "correct_stages", "trainer.default_root_dir"):
             continue
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
@@ -64,6 +64,21 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
         elif before != after:
             changed.append(name)
     return changed
+
+
+def differ_in_stages(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether nothing but the stages of a callback tells the callbacks of two configurations apart."""
+    before, after = (_without_stages(config.get("trainer", {}).get("callbacks")) for config in (old, new))
+    return before == after
+
+
+def _without_stages(callbacks: Any) -> list[Any]:
+    return [_without_own_stages(one) if isinstance(one, dict) else one for one in callbacks or []]
+
+
+def _without_own_stages(callback: dict[str, Any]) -> dict[str, Any]:
+    arguments = callback.get("init_args") or {}
+    return {**callback, "init_args": {key: value for key, value in arguments.items() if key != "stages"}}
 
 
 def import_paths(settings: Any) -> set[str]:

@@ -4,7 +4,7 @@ import copy
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,16 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lit_prune.cli.checks import as_input_errors, check_trainer
 from lit_prune.cli.compress import schedule_sweep
+from lit_prune.cli.console import LearningRate, shown
 from lit_prune.cli.narration import narrated_on_stdout
-from lit_prune.cli.parsing import OneLineErrors, changed_keys, import_paths
+from lit_prune.cli.parsing import OneLineErrors, changed_keys, differ_in_stages, import_paths
 from lit_prune.cli.ranks import RanksEndAtOnce
 from lit_prune.cli.recipes import with_recipes
 from lit_prune.cli.trainer import Trainer, last_checkpoint
 from lit_prune.cli.yaml_text import read_yaml
 from lit_prune.data import ImageData
 from lit_prune.errors import InputError
-from lit_prune.files import LOCK, alone, write_text
+from lit_prune.files import LOCK, alone, nothing_of_a_refused_run, write_text
 from lit_prune.lab.reduce.request import ReduceRequest
 from lit_prune.lab.reduce.run import Setup, reduce_run
 from lit_prune.progress import terminal
@@ -36,8 +37,9 @@ from lit_prune.train.execution import check_precision
 from lit_prune.train.run_record import write_run
 
 TRAINING_VERBS = ("fit", "compress")
-WRITTEN_BEFORE = ("config.yaml", "run.json", "tensorboard", LOCK)
-VERBS = ("analyze", "compress", "lesion", "reduce", "sweep")
+LAB_VERBS = ("analyze", "lesion", "reduce", "sensitivity", "sweep")
+WRITTEN_BEFORE = ("config.yaml", "run.json", "tensorboard", "trace", LOCK)
+VERBS = ("analyze", "compress", "lesion", "reduce", "sensitivity", "sweep")
 DESCRIPTION = (
     "Train a vision network, watch its channels, prune it in stages, repair it, hand over a smaller dense one. "
     "Verbs of their own, each with --help: `demo`, `export`, `recipes`, `report`, `suite`."
@@ -67,9 +69,21 @@ class PruneCLI(LightningCLI):
         parser.add_argument(
             "--run_dir", type=str, default="runs/run", help="Folder for everything that the run writes."
         )
+        parser.add_argument(
+            "--correct_stages",
+            type=bool,
+            default=False,
+            help="Go on in a run folder with other stages of StagedPruning than before, where they are not done yet.",
+        )
         parser.link_arguments("run_dir", "trainer.default_root_dir")
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
         parser.link_arguments("data.image_shape", "model.image_shape", apply_on="instantiate")
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Lightning's parser of a verb, whose help has the trainer's many options last."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser._action_groups.sort(key=lambda group: "lightning.pytorch.Trainer" in str(group.title))
+        return parser
 
     def _parse_ckpt_path(self) -> None:
         """The configuration says what is built; the checkpoint's structure is checked against it when it loads."""
@@ -110,9 +124,15 @@ class PruneCLI(LightningCLI):
         if trains and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
             callbacks.append(last_checkpoint(self.run_dir))
         callbacks.append(RanksEndAtOnce())
+        if trains:
+            added, changed = shown(callbacks, settings)
+            callbacks = [*added, *callbacks]
+            kwargs |= changed
         logger = settings.get("logger")
         if logger in (None, True):
             logger = trains and TensorBoardLogger(self.run_dir, name="", version="tensorboard", default_hp_metric=False)
+        if trains and logger:
+            callbacks.append(LearningRate())
         given = settings.get("plugins") or []
         plugins = given if isinstance(given, list) else [given]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
@@ -123,8 +143,20 @@ class PruneCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Carries out the verb while no other process is at work in its run folder."""
-        with alone(self.run_dir) if self.trainer.is_global_zero else nullcontext():
-            super()._run_subcommand(subcommand)
+        if not self.trainer.is_global_zero:
+            return super()._run_subcommand(subcommand)
+        with alone(self.run_dir), nothing_of_a_refused_run(self.run_dir, WRITTEN_BEFORE):
+            if subcommand in LAB_VERBS:
+                self._write_lab_config(subcommand)
+            return super()._run_subcommand(subcommand)
+
+    def _write_lab_config(self, verb: str) -> None:
+        """The configuration of a verb of the lab: `config.yaml`, beside that of a fit `config-VERB.yaml`."""
+        self._dump_config()
+        text = yaml.safe_dump(self.config_dump, sort_keys=False)
+        own = self.run_dir / f"config-{verb}.yaml"
+        whole = self.run_dir / "config.yaml"
+        write_text(own if own.exists() or (whole.exists() and whole.read_text() != text) else whole, text)
 
     def before_fit(self) -> None:
         """Enters the run folder: refuses another run's, resumes this run's."""
@@ -204,12 +236,7 @@ class PruneCLI(LightningCLI):
             return
         written = self.run_dir / "config.yaml"
         if int(os.environ.get("LOCAL_RANK", "0")) == 0 and written.exists() and self._has_begun():
-            changed = self.changed_since(read_yaml(written))
-            if changed:
-                raise InputError(
-                    f"run folder {self.run_dir} holds a run with another configuration ({', '.join(changed[:4])}); "
-                    "give another --run_dir, or delete the folder"
-                )
+            self._refuse_other_run(read_yaml(written))
         last = self.run_dir / "checkpoints" / "last.ckpt"
         if settings.get("ckpt_path") is None and last.exists():
             settings["ckpt_path"] = str(last)
@@ -217,8 +244,19 @@ class PruneCLI(LightningCLI):
             settings["weights_only"] = True  # a checkpoint holds plain values and tensors; nothing in it is executed
         self._write_record(written)
 
+    def _refuse_other_run(self, old: dict[str, Any]) -> None:
+        changed = self.changed_since(old)
+        stages = changed == ["trainer.callbacks"] and differ_in_stages(old, self.config_dump)
+        if not changed or (stages and self.config[self.subcommand]["correct_stages"]):
+            return
+        remedy = "give --correct_stages true to go on with these stages, " if stages else "give "
+        raise InputError(
+            f"run folder {self.run_dir} holds a run with another configuration ({', '.join(changed[:4])}); "
+            f"{remedy}another --run_dir, or delete the folder"
+        )
+
     def _has_begun(self) -> bool:
-        """Whether the run folder holds more than what is written before a run; a refused command leaves no more."""
+        """Whether the run folder holds more than what is written before the first epoch: nothing is lost by another."""
         return any(entry.name not in WRITTEN_BEFORE for entry in self.run_dir.iterdir())
 
     def changed_since(self, old: dict[str, Any]) -> list[str]:
@@ -248,6 +286,7 @@ class PruneCLI(LightningCLI):
                 "seed": self.config_dump.get("seed_everything"),
                 "backbone": {"name": self.model.backbone_name, "arguments": self.model.arguments},
                 "data": self.datamodule.fingerprint(),
+                "validation": {"split": self.datamodule.validation_split, "images": self.datamodule.size("val")},
                 "calibration_indices": self.datamodule.calibration_indices,
             },
         )

@@ -14,6 +14,8 @@ from lit_prune.lab.lesion.request import LesionRequest
 from lit_prune.lab.lesion.run import lesion_run
 from lit_prune.lab.reduce.request import ReduceRequest
 from lit_prune.lab.reduce.run import Setup, reduce_run
+from lit_prune.lab.sensitivity.run import sensitivity_run
+from lit_prune.lab.sensitivity.table import Asked
 from lit_prune.lab.sweep.request import SweepRequest
 from lit_prune.lab.sweep.run import sweep_run
 from lit_prune.train.classifier import LitClassifier
@@ -100,6 +102,26 @@ class Trainer(pl.Trainer):
         """
         analyze_run(self, model, datamodule, request, compare or [], ckpt_path)
 
+    def sensitivity(
+        self,
+        model: LitClassifier,
+        datamodule: ImageData,
+        request: Asked = Asked(),  # noqa: B008  (frozen)
+        ckpt_path: str | None = None,
+    ) -> None:
+        """One layer at a time at several widths: the figure after the cut, and with the readers solved again.
+
+        Nothing is trained. Writes `sensitivity.parquet` and the key `sensitivity` of `run.json`. One process.
+
+        Args:
+            model: the network; its weights come from `ckpt_path`, else from `--model.weights` or `--model.pretrained`,
+                else from `checkpoints/last.ckpt` of the run folder.
+            datamodule: calibration images, and the validation split that the figure is of.
+            request: widths, score, groups.
+            ckpt_path: checkpoint of a `fit`, pruned or not.
+        """
+        sensitivity_run(self, model, datamodule, request, ckpt_path)
+
     def sweep(
         self,
         model: LitClassifier,
@@ -160,7 +182,7 @@ class Trainer(pl.Trainer):
 
         Writes `reduction.json` in the run folder after every cell (method, width, calibration size, seed); a cell that
         is there already for the same network, images and settings is not computed again; each request keeps its own
-        tables. The most accurate of the narrowest networks goes to `compact/`. One process, first device.
+        tables. The narrowest network within a point of the dense accuracy (else the most accurate) goes to `compact/`.
 
         Args:
             model: the network; its weights come from `ckpt_path`, else from `--model.weights` or `--model.pretrained`,

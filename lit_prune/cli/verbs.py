@@ -41,6 +41,9 @@ def export(
     formats: list[str] = ["onnx", "torch_export"],  # noqa: B006
     to: str | None = None,
     trust: list[str] = [],  # noqa: B006
+    normalisation: str = "outside",
+    int8: bool = False,
+    calibration: str | None = None,
 ) -> None:
     """Exports the compact model of a run folder and verifies each file against the module.
 
@@ -49,17 +52,63 @@ def export(
         formats: `onnx` (needs the extra `export`) and `torch_export`.
         to: folder for the files; default: `export/` in the run folder.
         trust: import paths `package.module:callable` that the folder may name as its backbone.
+        normalisation: `outside`, or `inside`: the files take images on the scale 0..1 and normalise them themselves.
+        int8: also write `model.int8.onnx`, quantised on calibration images, with accuracy and time beside the float.
+        calibration: folder of images to quantise on; default: the calibration images of the run's own data.
     """
+    from lit_prune.cli.quantising import quantise
     from lit_prune.export import ExportError, export_compact
 
     folder = Path(run_dir)
     compact = folder / "compact" if (folder / "compact").is_dir() else folder
     try:
-        results = export_compact(compact, Path(to) if to else folder / "export", tuple(formats), trust=trust)
+        target = Path(to) if to else folder / "export"
+        results = export_compact(compact, target, tuple(formats), trust=trust, normalisation=normalisation)
     except ExportError as error:
         raise SystemExit(f"error: {one_line(str(error))}") from None  # exit code 1: the input was right
     for name, result in results.items():
         print(f"{name}: {result['file']}, largest difference {result['max_abs_difference']:.2e}")
+    if int8:
+        print(quantise(folder, compact, target / "model.onnx", normalisation, calibration))
+
+
+def latency(
+    run_dir: str,
+    batch_sizes: list[int] = [1, 64],  # noqa: B006
+    device: str = "cpu",
+    threads: int | None = None,
+    rounds: int = 20,
+    trust: list[str] = [],  # noqa: B006
+) -> None:
+    """Times the dense and the compact network, in eager PyTorch and in ONNX Runtime, in turns.
+
+    Args:
+        run_dir: run folder with `compact/`, or a compact folder itself; `latency.json` is written there.
+        batch_sizes: images in a pass, one row each.
+        device: of the eager networks, such as `cuda:0`; ONNX Runtime is timed on the CPU.
+        threads: of both; default: all.
+        rounds: timed passes at the least.
+        trust: import paths `package.module:callable` that the folder may name as its backbone.
+    """
+    from lit_prune.deployment import Setting, latency_table, measure_deployment
+
+    found = measure_deployment(run_dir, Setting(tuple(batch_sizes), device, threads, rounds), trust)
+    terminal().print(latency_table(found))
+
+
+def predict(compact: str, images: list[str], top: int = 5, trust: list[str] = []) -> None:  # noqa: B006
+    """Names the likeliest classes of image files, prepared as the compact folder says.
+
+    Args:
+        compact: compact folder, such as runs/demo/compact.
+        images: files; they may also simply stand at the end of the command line.
+        top: classes an image.
+        trust: import paths `package.module:callable` that the folder may name as its backbone.
+    """
+    from lit_prune.predict import predict_compact
+
+    for file, guesses in predict_compact(compact, images, top, trust).items():
+        print(f"{file}: " + ", ".join(f"{guess.label} {guess.probability:.1%}" for guess in guesses))
 
 
 def suite(

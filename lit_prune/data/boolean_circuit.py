@@ -32,6 +32,11 @@ class BooleanCircuitData(ImageData):
         super().__init__(pad=pad, flip=flip, **options)
         self.image_shape = (1, 1, BITS)
 
+    @property
+    def preparation(self) -> None:
+        """Bits are no image files."""
+        return
+
     def load_split(self, split: str) -> MemoryImages:
         """Points of the split in memory."""
         bits = torch.randint(2, (POINTS, BITS), generator=seeded_generator(self.seed, "circuit"), dtype=torch.uint8)

@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 
 from lit_prune.errors import InputError
+from lit_prune.files import whole_file
 
 CHUNK = 2**20  # bytes
 PATIENCE = 60  # seconds without a byte
@@ -37,6 +38,33 @@ def download_folder(url: str, md5: str, folder: str | Path) -> None:
         _make_folder(url, md5, folder)
 
 
+def fetch_file(url: str, sha256: str, file: Path) -> Path:
+    """Fetches one file, whole and as it was published or not at all; one that is there already is compared anew.
+
+    Args:
+        url: its address.
+        sha256: its checksum, in hexadecimal digits.
+        file: where it goes.
+
+    Returns:
+        `file`.
+
+    Raises:
+        InputError: the address cannot be read, or what is there has another checksum.
+    """
+    if file.is_file():
+        with file.open("rb") as content:
+            found = hashlib.file_digest(content, "sha256").hexdigest()
+        if found != sha256:
+            raise InputError(f"{file} is not the file that was published (sha256 {found}); delete it")
+        return file
+    with no_empty_folder(file.parent), whole_file(file) as partial:
+        found = _fetch(url, partial, file, "sha256")
+        if found != sha256:
+            raise InputError(f"sha256 of {url} is {found}, not {sha256}; try again or put the file by hand at {file}")
+    return file
+
+
 @contextmanager
 def no_empty_folder(folder: Path) -> Iterator[None]:
     """Removes afterwards what was made in the meantime of `folder` and the folders around it, where it is empty."""
@@ -54,7 +82,7 @@ def _make_folder(url: str, md5: str, folder: Path) -> None:
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
     try:
         archive = partial / "archive.zip"
-        found = _fetch(url, archive, folder)
+        found = _fetch(url, archive, folder, "md5")
         if found != md5:
             raise InputError(f"md5 of {url} is {found}, not {md5}; try again or unpack the archive by hand to {folder}")
         _unpack(archive, partial, url)
@@ -65,19 +93,19 @@ def _make_folder(url: str, md5: str, folder: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _fetch(url: str, file: Path, folder: Path) -> str:
-    """Writes what `url` serves to `file` and returns its md5."""
-    digest = hashlib.md5(usedforsecurity=False)
+def _fetch(url: str, file: Path, goal: Path, algorithm: str) -> str:
+    """Writes what `url` serves to `file` and returns its checksum; `goal` is what it is for."""
+    digest = hashlib.new(algorithm, usedforsecurity=False)
     columns = (*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn())
     try:
         with urllib.request.urlopen(url, timeout=PATIENCE) as answer, file.open("wb") as out, Progress(*columns) as bar:
-            task = bar.add_task(folder.name, total=int(answer.headers.get("Content-Length") or 0) or None)
+            task = bar.add_task(goal.name, total=int(answer.headers.get("Content-Length") or 0) or None)
             while block := answer.read(CHUNK):
                 digest.update(block)
                 bar.advance(task, out.write(block))
     except OSError as error:  # URLError, HTTPError and timeouts among them
         raise InputError(
-            f"download of {url} failed ({error}); check the connection or unpack the archive by hand to {folder}"
+            f"download of {url} failed ({error}); check the connection or put it by hand at {goal}"
         ) from error
     return digest.hexdigest()
 

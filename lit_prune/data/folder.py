@@ -82,8 +82,12 @@ class ImageFolderData(ImageData):
         files, labels = list_class_folders(folder, self.classes)
         if said := describe_conversions(files):
             rank_zero_info(f"{folder}: {said}")
-        short_side = round(self.resolution * 256 / 224) if self.resident is False else self.resolution
-        return FileImages(tuple(files), torch.tensor(labels), self.resolution, short_side)
+        return FileImages(tuple(files), torch.tensor(labels), self.resolution, self.short_side)
+
+    @property
+    def short_side(self) -> int:
+        """256/224 of the resolution for photographs; the resolution itself with images in memory."""
+        return round(self.resolution * 256 / 224) if self.resident is False else self.resolution
 
     @property
     def ignores_classes(self) -> bool:

@@ -18,6 +18,7 @@ from lit_prune.data.seeding import seeded_generator
 from lit_prune.data.sources import ImageSource, MemoryImages, check_label_range, checksums
 from lit_prune.data.workers import BatchDataset, WorkerLoader
 from lit_prune.errors import InputError
+from lit_prune.preparation import Preparation
 
 Loader = ResidentLoader | WorkerLoader
 LARGEST_SIDE = 8192
@@ -94,6 +95,7 @@ class ImageData(LightningDataModule):
         self.num_classes = self.CLASSES
         self._sources: dict[str, ImageSource] = {}
         self._placed: dict[tuple[str, str], MemoryImages] = {}
+        self._said = False
         self._check_arguments()
 
     def _check_arguments(self) -> None:
@@ -187,6 +189,15 @@ class ImageData(LightningDataModule):
         whole = len(self.train_positions) == total
         self._sources["train"] = source if whole else source.subset(self.train_positions)
 
+    def size(self, split: str) -> int:
+        """Number of images that a split of `available_splits` has."""
+        return len(self._source(split).labels)
+
+    @property
+    def validation_split(self) -> str:
+        """The split that validation really reads: `val`, or `test` where there is neither `val_size` nor `val`."""
+        return self._stored_as("val")
+
     def _shard(self) -> Shard:
         return Shard(self.trainer.global_rank, self.trainer.world_size) if self.trainer else Shard()
 
@@ -233,7 +244,16 @@ class ImageData(LightningDataModule):
         return self._loader(split, EpochSampler(indices, self.eval_batch_size, shuffle=False, shard=self._shard()))
 
     def val_dataloader(self) -> Loader:
-        """Validation batches of this rank; over all ranks every image comes exactly once."""
+        """Validation batches of this rank; over all ranks every image comes exactly once.
+
+        Says so where they are those of the test split.
+        """
+        if self.validation_split == "test" and not self._said:
+            self._said = True
+            rank_zero_info(
+                "validation reads the test split: figures that something was chosen by (a tolerance, a best checkpoint)"
+                " are too good; --data.val_size N holds out training images"
+            )
         return self._exact_loader("val")
 
     def test_dataloader(self) -> Loader:
@@ -287,6 +307,17 @@ class ImageData(LightningDataModule):
         batch_size = min(self.batch_size, len(indices))
         sampler = EpochSampler(indices, batch_size, shuffle=True, seed=self.seed, stream="recalibration")
         return self._loader("train", sampler, self.augmentation("recalibration"))
+
+    @property
+    def short_side(self) -> int:
+        """Length to which the short side of an image is resized before the centre is cut out."""
+        return min(self.image_shape[1:])
+
+    @property
+    def preparation(self) -> Preparation | None:
+        """How an image file becomes what the network reads, and the names of the classes; known after `setup`."""
+        order = "grey" if len(set(self.mean)) == 1 else "RGB"
+        return Preparation(self.mean, self.std, self.image_shape[1:], self.short_side, order, classes=self.classes)
 
     def fingerprint(self) -> dict[str, Any]:
         """What identifies the data: name, sizes, sha256 of labels and of a fixed sample of pixels, normalisation."""

@@ -11,8 +11,10 @@ from torch import nn
 from lit_prune.errors import InputError
 from lit_prune.models.anatomy import find_head
 from lit_prune.models.cifar_resnet import CifarResNet, ProjectionResNet, WideStemResNet
+from lit_prune.models.published import published_file
 from lit_prune.models.small import MLP, ConvNet
 from lit_prune.models.stems import use_cifar_stem, use_input_channels
+from lit_prune.models.weights import load_weights
 
 OWN_BACKBONES: dict[str, Callable[..., nn.Module]] = {
     **{f"cifar_resnet{depth}": partial(CifarResNet, depth) for depth in (20, 32, 44, 56, 110)},
@@ -154,9 +156,10 @@ def _torchvision_names() -> list[str]:
 
 
 def _build_own(name: str, *, pretrained: bool, **arguments: Any) -> nn.Module:
+    model = OWN_BACKBONES[name](**arguments)
     if pretrained:
-        raise InputError(f"backbone {name!r} has no weights to download: use pretrained=False and a local file")
-    return OWN_BACKBONES[name](**arguments)
+        load_weights(model, published_file(name))
+    return model
 
 
 def _build_torchvision(name: str, *, num_classes: int, in_channels: int, pretrained: bool, **arguments: Any):

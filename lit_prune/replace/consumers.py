@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lit_prune.replace.flow import Flow
-from lit_prune.replace.patches import SOLVABLE, is_solvable
+from lit_prune.replace.kernels import is_solvable
 from lit_prune.structure import ChannelGraph, Plan, axes
 
 
@@ -21,6 +21,7 @@ class Reader:
         written: output channels of the layer afterwards: `outputs`, and carriers of constants where there are some.
         groups: names of the groups whose units it loses.
         obstacle: "" or why its columns cannot be replaced.
+        calls: how often it runs in a forward pass.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Reader:
     written: tuple[int, ...]
     groups: tuple[str, ...]
     obstacle: str
+    calls: int = 1
 
 
 def find_readers(model: nn.Module, plan: Plan, graph: ChannelGraph, flow: Flow) -> dict[str, Reader]:
@@ -52,10 +54,17 @@ def find_readers(model: nn.Module, plan: Plan, graph: ChannelGraph, flow: Flow) 
     for name in dict.fromkeys(flow.layers):
         module = model.get_submodule(name)
         kept = {side: _rest(axes.width(module, side), lost.get((name, side), [])) for side in ("in", "out")}
-        obstacle = _obstacle(module, flow.layers.count(name))
+        obstacle = _obstacle(module)
         columns = tuple(lost.get((name, "in"), ()))
         readers[name] = Reader(
-            name, columns, kept["in"], kept["out"], kept["out"], tuple(groups.get(name, ())), obstacle
+            name,
+            columns,
+            kept["in"],
+            kept["out"],
+            kept["out"],
+            tuple(groups.get(name, ())),
+            obstacle,
+            flow.layers.count(name),
         )
     return readers
 
@@ -64,12 +73,10 @@ def _rest(width: int, removed: list[int]) -> tuple[int, ...]:
     return tuple(sorted(set(range(width)) - set(removed)))
 
 
-def _obstacle(module: nn.Module, calls: int) -> str:
+def _obstacle(module: nn.Module) -> str:
     """Why the input columns of `module` can neither be folded nor solved again, or ""."""
     if isinstance(module, axes.PaddedShortcut):
         return "it is a padded shortcut, which has no weights that could stand in for the channels it loses"
-    if not isinstance(module, SOLVABLE):
-        return f"a {type(module).__name__} is not supported, only {', '.join(kind.__name__ for kind in SOLVABLE)} are"
     if not is_solvable(module):
         return "its convolution is grouped"
-    return f"it runs {calls} times in a forward pass" if calls > 1 else ""
+    return ""

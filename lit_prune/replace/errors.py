@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lit_prune.measurement.layers import removing
 from lit_prune.replace.consumers import Reader
-from lit_prune.replace.patches import channel_dim, taken
+from lit_prune.replace.patches import channel_dim
 from lit_prune.replace.slopes import pieces
 from lit_prune.task import Task
 from lit_prune.task.running import undisturbed
@@ -78,26 +78,33 @@ def output_errors(
             break
         before, after = (_outputs(network, task, batch, list(errors)) for network in (original, reduced))
         for reader in readers:
-            module = reduced.get_submodule(reader.name)
-            dim = channel_dim(module)
-            target = taken(before[reader.name], reader.outputs, dim).movedim(dim, -1).flatten(0, -2)
-            result = after[reader.name]
-            rows = [place for place, channel in enumerate(reader.written) if channel in set(reader.outputs)]
-            result = taken(result, rows, dim).movedim(dim, -1).flatten(0, -2)
-            norm = norms.get(reader.name, "")
-            if norm:
-                means = [network.get_submodule(norm).running_mean for network in (original, reduced)]
-                result = result + (means[0][list(reader.outputs)] - means[1][rows])
-            errors[reader.name].add(target, result)
+            shift = _shift(original, reduced, norms.get(reader.name, ""), reader)
+            for target, result in zip(before[reader.name], after[reader.name], strict=True):
+                errors[reader.name].add(target[:, list(reader.outputs)], result[:, _left(reader)] + shift)
         seen += task.size(batch)
     return errors
 
 
-def _outputs(model: nn.Module, task: Task, batch: Any, layers: Sequence[str]) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+def _left(reader: Reader) -> list[int]:
+    """Places of the outputs that are left in what the reduced layer writes."""
+    return [place for place, channel in enumerate(reader.written) if channel in set(reader.outputs)]
+
+
+def _shift(original: nn.Module, reduced: nn.Module, norm: str, reader: Reader) -> Tensor | float:
+    """What the norm behind a layer adds to its outputs, [O]."""
+    if not norm:
+        return 0.0
+    means = [network.get_submodule(norm).running_mean for network in (original, reduced)]
+    return means[0][list(reader.outputs)] - means[1][_left(reader)]
+
+
+def _outputs(model: nn.Module, task: Task, batch: Any, layers: Sequence[str]) -> dict[str, list[Tensor]]:
+    """What each call of each layer writes, [S, O]."""
+    found: dict[str, list[Tensor]] = {name: [] for name in layers}
 
     def keeper(name: str):
-        return lambda module, args, output: found.__setitem__(name, output)
+        dim = channel_dim(model.get_submodule(name))
+        return lambda module, args, output: found[name].append(output.movedim(dim, -1).flatten(0, -2))
 
     handles = [model.get_submodule(name).register_forward_hook(keeper(name)) for name in layers]
     with removing(handles), undisturbed(model):

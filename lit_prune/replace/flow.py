@@ -126,7 +126,7 @@ class _Watch(TorchFunctionMode):
         for value, written in zip(watched, changed, strict=True):
             if written:  # in place: what is read from now on is another value
                 self.retired.append(self.outputs.pop(id(value), None))
-        if names and function in ADDITIONS and len(args) == 2 and not kwargs:
+        if names and function in ADDITIONS and not kwargs and _are_alike(args):
             self.outputs[id(output)] = (_sum_name(len(self.additions)), output)
             self.additions.append((tuple(names), len(self.layers)))
         return output
@@ -147,6 +147,11 @@ class _Watch(TorchFunctionMode):
     def _clip_of(self, name: str) -> Clip | None:
         """Range to which the only reader of a value clips it."""
         return self.clips.get(name) if self.reads.get(name) == 1 else None
+
+
+def _are_alike(args: tuple) -> bool:
+    """Whether these are two maps of one shape, not a map and a number or a row to be spread."""
+    return len(args) == 2 and all(isinstance(value, Tensor) for value in args) and args[0].shape == args[1].shape
 
 
 def _sum_name(index: int) -> str:

@@ -1,7 +1,9 @@
-"""Changes of a layer's affine map, with its bias put where there is room for it."""
+"""The shift of a layer's affine map, put where there is room for it."""
 
 import torch
 from torch import Tensor, nn
+
+from lit_prune.structure import axes
 
 
 def add_to_output(model: nn.Module, layer: str, norm: str, shift: Tensor) -> bool:
@@ -27,13 +29,7 @@ def add_to_output(model: nn.Module, layer: str, norm: str, shift: Tensor) -> boo
             return False
         created = module.bias is None
         if created:
-            module.bias = nn.Parameter(module.weight.new_zeros(len(module.weight)))
+            module.bias = nn.Parameter(module.weight.new_zeros(axes.width(module, "out")))
             module.bias.requires_grad_(module.weight.requires_grad)
         module.bias.copy_((module.bias.double() + shift.to(module.bias.device)).to(module.bias.dtype))
     return created
-
-
-def set_weight(module: nn.Module, weight: Tensor) -> None:
-    """Writes `weight` [O, C·taps] into a convolution or linear layer."""
-    with torch.no_grad():
-        module.weight.copy_(weight.reshape(module.weight.shape).to(module.weight.dtype))

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lit_prune.replace.kernels import kernel_of
 from lit_prune.replace.patches import input_rows, output_rows
 from lit_prune.replace.reconstruction import ReaderMoments, reader_columns
 from lit_prune.replace.regression import Covariance, ridged
@@ -143,7 +144,7 @@ def group_cuts(
     order = torch.as_tensor(scores).argsort(descending=True, stable=True).tolist()
     found = {}
     for name, columns in reader_columns(model, group, moments).items():
-        weight = model.get_submodule(name).weight.detach().cpu().double().flatten(1)
+        weight = kernel_of(model.get_submodule(name)).cpu().double().flatten(1)
         found[name] = Cut.build(weight, moments[name].covariance, columns, order, widths)
     return found
 

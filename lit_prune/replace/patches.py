@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SOLVABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+from lit_prune.replace.kernels import spread, steps
 
 
 class PositionSample:
@@ -28,54 +28,46 @@ class PositionSample:
         return torch.rand(images, positions, generator=self.generator).topk(self.per_image).indices
 
 
-def is_solvable(module: nn.Module) -> bool:
-    """Whether a layer's weights can be solved again: a convolution without groups, or a linear layer."""
-    return isinstance(module, SOLVABLE) and getattr(module, "groups", 1) == 1
-
-
 def input_rows(module: nn.Module, inputs: Tensor, chosen: Tensor | None) -> Tensor:
     """Patches that a layer reads, [rows, C·taps] in the order of its flattened kernels, zero padding included.
 
     Args:
-        module: see `is_solvable`.
+        module: a convolution of any kind without groups (see `kernel_of`), or Linear.
         inputs: [B, C, ...], or [B, ..., C] of a Linear.
         chosen: positions [B, n] or None for all.
     """
     if isinstance(module, nn.Linear):
         return _pick(inputs.reshape(len(inputs), -1, inputs.shape[-1]), chosen)  # [B, P, C]
-    padding = module._reversed_padding_repeated_twice
-    if any(padding):
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        inputs = F.pad(inputs, padding, mode=mode)
+    wide = spread(module, inputs)
     if chosen is None:
-        return _all_patches(module, inputs)
-    images, channels = inputs.shape[:2]
-    index = _places(module, inputs, chosen.to(inputs.device)).flatten(1)[:, None]  # [B, 1, n·taps]
-    values = inputs.flatten(2).gather(2, index.expand(-1, channels, -1))
+        return _all_patches(module, wide)
+    images, channels = wide.shape[:2]
+    index = _places(module, wide, chosen.to(wide.device)).flatten(1)[:, None]  # [B, 1, n·taps]
+    values = wide.flatten(2).gather(2, index.expand(-1, channels, -1))
     return values.unflatten(2, (chosen.shape[1], -1)).transpose(1, 2).reshape(images * chosen.shape[1], -1)
 
 
-def _all_patches(module: nn.Module, padded: Tensor) -> Tensor:
+def _all_patches(module: nn.Module, wide: Tensor) -> Tensor:
     """Patches at all positions, [B·P, C·taps]."""
-    if isinstance(module, nn.Conv2d):
-        patches = F.unfold(padded, module.kernel_size, module.dilation, 0, module.stride)  # [B, C·taps, P]
+    if wide.dim() == 4:
+        patches = F.unfold(wide, module.kernel_size, module.dilation, 0, steps(module))  # [B, C·taps, P]
         return patches.transpose(1, 2).flatten(0, 1)
     for axis, (taps, step, apart) in enumerate(_geometry(module)):
-        padded = padded.unfold(axis + 2, apart * (taps - 1) + 1, step)[..., ::apart]
+        wide = wide.unfold(axis + 2, apart * (taps - 1) + 1, step)[..., ::apart]
     axes = len(module.kernel_size)
-    return padded.movedim(1, axes + 1).flatten(0, axes).flatten(1)  # [B, *positions, C, *taps] before
+    return wide.movedim(1, axes + 1).flatten(0, axes).flatten(1)  # [B, *positions, C, *taps] before
 
 
 def _geometry(module: nn.Module) -> list[tuple[int, int, int]]:
     """Taps, stride and dilation of each axis."""
-    return list(zip(module.kernel_size, module.stride, module.dilation, strict=True))
+    return list(zip(module.kernel_size, steps(module), module.dilation, strict=True))
 
 
-def _places(module: nn.Module, padded: Tensor, chosen: Tensor) -> Tensor:
+def _places(module: nn.Module, wide: Tensor, chosen: Tensor) -> Tensor:
     """Where the patches of the chosen positions lie in a padded, flattened map, int64 [B, n, taps]."""
     place = torch.zeros((*chosen.shape, 1), dtype=torch.int64, device=chosen.device)
     left, apart_in_memory = chosen, 1
-    for (taps, step, apart), length in reversed(list(zip(_geometry(module), padded.shape[2:], strict=True))):
+    for (taps, step, apart), length in reversed(list(zip(_geometry(module), wide.shape[2:], strict=True))):
         count = (length - apart * (taps - 1) - 1) // step + 1  # positions along this axis
         first = (left % count * step * apart_in_memory)[..., None, None]
         offsets = torch.arange(taps, device=chosen.device)[:, None] * apart * apart_in_memory

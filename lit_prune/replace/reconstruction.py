@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_prune.errors import InputError
 from lit_prune.measurement.layers import Batches
 from lit_prune.replace.elimination import Elimination, elimination_costs
-from lit_prune.replace.patches import PositionSample, input_rows, is_solvable, output_rows
+from lit_prune.replace.kernels import is_solvable, kernel_of
+from lit_prune.replace.patches import PositionSample, input_rows, output_rows
 from lit_prune.replace.regression import Covariance, PairSums
 from lit_prune.replace.slopes import gradient_samples
-from lit_prune.structure import ChannelGraph, CostModel, Group, trace_groups
+from lit_prune.structure import ChannelGraph, CostModel, Group, axes, trace_groups
 from lit_prune.task import Task, settle
 
 RIDGE = 1e-4
@@ -74,7 +76,7 @@ def costs_by_group(
     per_mac: float = 1.0,
 ) -> dict[str, Tensor]:
     """As `reconstruction_costs`, from what has been measured already."""
-    groups = [group for group in graph.prunable if any(name in moments for name in group.consumers)]
+    groups = [group for group in _silent(graph) if any(name in moments for name in group.consumers)]
     return {
         group.name: _group_costs(model, group, moments) / _unit_macs(cost_model, group) ** per_mac for group in groups
     }
@@ -82,7 +84,12 @@ def costs_by_group(
 
 def readers_of(model: nn.Module, graph: ChannelGraph) -> list[str]:
     """All layers that read a prunable group and can be solved again."""
-    return sorted({name for group in graph.prunable for name in solvable_readers(model, group)})
+    return sorted({name for group in _silent(graph) for name in solvable_readers(model, group)})
+
+
+def _silent(graph: ChannelGraph) -> list[Group]:
+    """The groups whose removed units are zeros to their readers; behind a norm the others change too."""
+    return [group for group in graph.prunable if group.role != "width"]
 
 
 def solvable_readers(model: nn.Module, group: Group) -> list[str]:
@@ -100,7 +107,7 @@ def _unit_macs(cost_model: CostModel, group: Group) -> float:
 def _group_costs(model: nn.Module, group: Group, moments: Mapping[str, ReaderMoments]) -> Tensor:
     readers = []
     for name, columns in reader_columns(model, group, moments).items():
-        weight = model.get_submodule(name).weight.detach().cpu().double()
+        weight = kernel_of(model.get_submodule(name)).cpu().double()
         found = moments[name]
         readers.append(Elimination.build(found.covariance.inputs, weight.flatten(1), found.metric, columns, RIDGE))
     return elimination_costs(readers, group.size)
@@ -128,6 +135,11 @@ def reader_moments(
         task: what a batch and an output mean; None recognises it.
         seed: of the positions, of which `POSITIONS` an image are used for the covariance, and of the projections.
     """
+    if not layers:
+        raise InputError(
+            "model: no layer without groups reads channels that can be pruned, so nothing can be solved again; use "
+            "another score, such as cmr_logit"
+        )
     task, batches = settle(task, model, batches)
     sums: dict[str, PairSums] = {}
     metrics: dict[str, Tensor] = {}
@@ -148,7 +160,7 @@ def _add_inputs(
     sums: dict[str, PairSums], name: str, module: nn.Module, inputs: Tensor, output: Tensor, sample: PositionSample
 ) -> None:
     """Adds the patches that a layer reads at sampled positions of its output."""
-    chosen = sample.draw(len(output), output[0].numel() // len(module.weight))
+    chosen = sample.draw(len(output), output[0].numel() // axes.width(module, "out"))
     for start in range(0, len(output), PIECE):
         part = slice(start, start + PIECE)
         rows = input_rows(module, inputs[part], None if chosen is None else chosen[part])

@@ -1,20 +1,24 @@
 """Refit: the weights of the layers that read removed channels are solved again, in forward order, without labels."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
+from lit_prune.measurement.layers import removing, without_gradients
 from lit_prune.replace.consumers import Reader
-from lit_prune.replace.folding import add_to_output, set_weight
+from lit_prune.replace.folding import add_to_output
+from lit_prune.replace.kernels import kernel_of, set_kernel
 from lit_prune.replace.patches import PositionSample, channel_dim, input_rows, output_rows, taken
 from lit_prune.replace.regression import RIDGES, CrossSums, Fit, PairSums, solve, solve_held_out
 from lit_prune.replace.settings import ROWS_A_WEIGHT, Replacement
 from lit_prune.replace.slopes import pieces
-from lit_prune.replace.walk import Seen, Stop, Walk, watching
+from lit_prune.replace.walk import Seen, Stop, watching
 from lit_prune.task import Task
 from lit_prune.task.running import undisturbed
 
@@ -53,28 +57,51 @@ def refit(
     Returns:
         Report by layer, and the layers that gained a bias.
     """
-    table = {stop.layer: stop for stop in stops}
+    once = next((place for place, stop in enumerate(stops) if readers[stop.layer].calls > 1), len(stops))
+    parts = list(pieces(batches, pair.task))  # each has its own thread and pool of memory: small ones waste less
+    images = sum(map(pair.task.size, parts))
     report, gained = {}, []
-    with (
-        undisturbed(pair.original),
-        undisturbed(pair.reduced),
-        watching(pair.original, pair.task, table, before=False) as start_original,
-        watching(pair.reduced, pair.task, table, before=True) as start_reduced,
-    ):
-        parts = list(pieces(batches, pair.task))  # each has its own thread and pool of memory: small ones waste less
-        walks = [(start_original(part), start_reduced(part)) for part in parts]
-        images = sum(map(pair.task.size, parts))
-        for stop in stops:
+    with undisturbed(pair.original), undisturbed(pair.reduced):
+        for stop, seen in chain(_walked(pair, stops[:once], parts), _passed(pair, stops[once:], parts)):
             solver = _Solver(pair, stop, readers[stop.layer], settings, images)
-            for index, walk in enumerate(walks):
-                solver.add(*(_advanced(w, stop) for w in walk), held_out=settings.holds_out(index, len(walks)))
+            for index, calls in enumerate(seen):
+                for original, reduced in calls:
+                    solver.add(original, reduced, held_out=settings.holds_out(index, len(parts)))
             report[stop.layer], created = solver.finish()
             gained += [stop.layer] if created else []
     return report, gained
 
 
-def _advanced(walk: Walk, stop: Stop) -> Seen:
-    return walk.advance(stop.layer)
+Calls = Iterable[tuple[Seen, Seen]]
+"""What both networks have at hand at a layer, for each of its calls."""
+
+
+def _walked(pair: Pair, stops: Sequence[Stop], batches: Sequence[Any]) -> Iterator[tuple[Stop, Iterable[Calls]]]:
+    """Stops of one pass of both networks over all batches: solve each before the next is asked for."""
+    table = {stop.layer: stop for stop in stops}
+    with (
+        watching(pair.original, pair.task, table, before=False) as start_original,
+        watching(pair.reduced, pair.task, table, before=True) as start_reduced,
+    ):
+        walks = [(start_original(batch), start_reduced(batch)) for batch in batches if stops]
+        for stop in stops:
+            yield stop, ([tuple(walk.advance(stop.layer) for walk in both)] for both in walks)
+
+
+def _passed(pair: Pair, stops: Sequence[Stop], batches: Sequence[Any]) -> Iterator[tuple[Stop, Iterable[Calls]]]:
+    """The same by a pass for each layer, for layers that run several times and those behind; sums are not corrected."""
+    for stop in stops:
+        both = [partial(_calls, network, stop.layer, pair.task) for network in (pair.original, pair.reduced)]
+        yield replace(stop, joined=False, clip=None), (zip(*(c(b) for c in both), strict=True) for b in batches)
+
+
+def _calls(model: nn.Module, layer: str, task: Task, batch: Any) -> list[Seen]:
+    """What a layer reads and writes in each of its calls."""
+    found: list[Seen] = []
+    hook = lambda module, args, output: found.append(Seen(args[0], output.clone()))  # noqa: E731
+    with removing([model.get_submodule(layer).register_forward_hook(hook)]), without_gradients():
+        task.run(model, task.to(batch, model))
+    return found
 
 
 class _Solver:
@@ -83,7 +110,7 @@ class _Solver:
     def __init__(self, pair: Pair, stop: Stop, reader: Reader, settings: Replacement, images: int) -> None:
         self.pair, self.stop, self.reader, self.settings, self.images = pair, stop, reader, settings, images
         self.module = pair.reduced.get_submodule(stop.layer)
-        rows = max(settings.rows, ROWS_A_WEIGHT * self.module.weight[0].numel())
+        rows = max(settings.rows, ROWS_A_WEIGHT * kernel_of(self.module)[0].numel())
         self.positions = PositionSample(-(-rows // images), settings.seed)
         self.sums: dict[bool, PairSums] = {}
         self.seen: list[_Piece] = []
@@ -139,12 +166,12 @@ class _Solver:
         everything = self.sums[False] + self.sums[True]
         if self.settings.towards == "zero" and everything.rows <= len(everything.inputs):
             return self._left(everything), False
-        prior = self.module.weight.detach().double().flatten(1) if self.settings.towards == "weights" else None
+        prior = kernel_of(self.module).double().flatten(1) if self.settings.towards == "weights" else None
         ridges = RIDGES if self.settings.ridge == "held_out" else (self.settings.ridge,)
         fit, held_out = solve_held_out(self.sums[False], self.sums[True], ridges, prior)
         if self.stop.clip is not None and self.settings.clipped:
             fit = self._clipped(fit, everything, prior)
-        set_weight(self.module, fit.weight)
+        set_kernel(self.module, fit.weight)
         bias = fit.bias
         if self.module.bias is not None:
             bias = bias - self.module.bias.detach().double()

@@ -15,8 +15,9 @@ from lit_prune.replace.errors import output_errors
 from lit_prune.replace.finite import check_finite
 from lit_prune.replace.fitting import check_objective, collect_evidence, fit_stand_in
 from lit_prune.replace.flow import observe
-from lit_prune.replace.folding import add_to_output, set_weight
+from lit_prune.replace.folding import add_to_output
 from lit_prune.replace.job import Job
+from lit_prune.replace.kernels import kernel_of, set_kernel
 from lit_prune.replace.refit import Pair, refit
 from lit_prune.replace.settings import KINDS, Replacement
 from lit_prune.replace.stand_ins import Folded, fold
@@ -52,8 +53,8 @@ def replace_mechanisms(
     model: nn.Module,
     plan: Plan,
     batches: Batches,
-    example_input: Any = None,
     kind: str = "delete",
+    example_input: Any = None,
     *,
     settings: Replacement = DEFAULT_REPLACEMENT,
     task: Task | str | None = None,
@@ -70,8 +71,8 @@ def replace_mechanisms(
         model: the original network.
         plan: what to keep; its blocks are dropped first.
         batches: unaugmented; targets are read only where `settings.objective` is a loss.
-        example_input: what the network is called with, for tracing; None takes the first batch.
         kind: "delete", "constant", "affine" or "refit".
+        example_input: what the network is called with, for tracing; None takes the first batch.
         settings: see `Replacement`.
         task: what a batch and an output mean; None recognises it.
 
@@ -147,7 +148,7 @@ def _folded(job: Job, batches: Sequence[Any], kind: str, settings: Replacement) 
     report = {}
     for reader in readers:
         module, found = job.dense.get_submodule(reader.name), inputs[reader.name]
-        stand_in, said = fit_stand_in(reader, module.weight, found, kind, settings)
+        stand_in, said = fit_stand_in(reader, kernel_of(module), found, kind, settings)
         folded = fold(module, reader, stand_in, found.size)
         border, created = _write(job, reader, folded, job.task.take(batches[0], 2))
         gained += [reader.name] if created else []
@@ -168,7 +169,7 @@ def _write(job: Job, reader: Reader, folded: Folded, batch: Any) -> tuple[float,
     if carried:
         value = carried_value(job.reduced, reader.name, places[columns[0]], example_of(job.task, job.reduced, batch))
         weight[:, places[columns[0]]] = folded.carried[:, 0] / value
-    set_weight(module, weight)
+    set_kernel(module, weight)
     if carried:
         return 0.0, False
     return folded.border, add_to_output(job.reduced, reader.name, job.flow.norms.get(reader.name, ""), folded.shift)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lit_prune.errors import InputError
 from lit_prune.measurement.moments import Moments
 from lit_prune.replace.consumers import Reader
+from lit_prune.replace.kernels import SLIDE, is_transposed, kernel_of, spread, steps
 from lit_prune.replace.risk import solve_ridged
 from lit_prune.replace.settings import Replacement
 
@@ -132,8 +133,8 @@ class Folded:
     Attributes:
         weight: float64 [O, kept, *taps].
         shift: what the output gains, float64 [O].
-        border: mean over positions and sum over outputs of the squared error that zero padding makes: at the border the
-            removed channels were zero, the shift is not.
+        border: mean over positions and sum over outputs of the squared error of the shift: at the border the removed
+            channels were zero, the shift is not; a transposed convolution adds another part of it at each position.
         carried: kernel for a channel that is 1 everywhere, float64 [O, 1, *taps], exact in place of `shift`.
     """
 
@@ -154,14 +155,14 @@ def fold(module: nn.Module, reader: Reader, stand_in: StandIn, size: tuple[int, 
 
     Source: causal mechanism reduction, proposition 1.
     """
-    weight = module.weight.detach().to(stand_in.offsets)[list(reader.written)]
+    weight = kernel_of(module).to(stand_in.offsets)[list(reader.written)]
     lost, rest = weight[:, list(reader.removed)], weight[:, list(reader.kept)]
     rest = rest + torch.einsum("oj...,jk->ok...", lost, stand_in.coefficients)
     carried = torch.einsum("oj...,j->o...", lost, stand_in.offsets)[:, None]
-    shift = carried.flatten(1).sum(1)
-    border = 0.0
-    if getattr(module, "padding_mode", "") == "zeros":
-        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(size) - 1]
-        actual = convolve(carried.new_ones(1, 1, *size), carried, None, module.stride, module.padding, module.dilation)
-        border = float((actual[0].flatten(1) - shift[:, None]).square().mean(1).sum())
+    shift, border = carried.flatten(1).sum(1), 0.0
+    if size:
+        ones = spread(module, carried.new_ones(1, 1, *size))
+        actual = SLIDE[len(size)](ones, carried, None, steps(module), 0, module.dilation)[0].flatten(1)  # [O, P]
+        shift = actual.mean(1) if is_transposed(module) else shift
+        border = float((actual - shift[:, None]).square().mean(1).sum())
     return Folded(rest, shift, border, carried)

@@ -2,5 +2,6 @@
 
 from lit_prune.report.page import write_report
 from lit_prune.report.tables import result_table
+from lit_prune.report.verdict import terminal_verdict
 
-__all__ = ["result_table", "write_report"]
+__all__ = ["result_table", "terminal_verdict", "write_report"]

@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from lit_prune.errors import InputError
+
 
 def read_scalars(folder: str | Path) -> dict[str, pd.DataFrame]:
     """Returns every scalar logged below `folder`, all event files merged.
@@ -28,6 +30,22 @@ def read_scalars(folder: str | Path) -> dict[str, pd.DataFrame]:
             rows = ((event.wall_time, event.step, event.value) for event in accumulator.Scalars(tag))
             events.setdefault(tag, []).extend(rows)
     return {tag: _merge(rows) for tag, rows in events.items()}
+
+
+def read_csv_scalars(folder: str | Path) -> dict[str, pd.DataFrame]:
+    """As `read_scalars`, of the `metrics.csv` files that Lightning's CSVLogger writes below `folder`."""
+    found: dict[str, list[tuple[float, int, float]]] = {}
+    for order, file in enumerate(sorted(Path(folder).rglob("metrics.csv"), key=lambda file: file.stat().st_mtime)):
+        try:
+            table = pd.read_csv(file)
+        except (ValueError, OSError) as error:
+            raise InputError(f"{file} cannot be read ({error}); restore or delete it") from error
+        for tag in (column for column in table.columns if column != "step" and "step" in table):
+            rows = table[["step", tag]].dropna()
+            values = pd.to_numeric(rows[tag], errors="coerce")
+            steps = rows["step"].astype(int)
+            found.setdefault(tag, []).extend((order, s, v) for s, v in zip(steps, values, strict=True) if v == v)
+    return {tag: _merge(rows) for tag, rows in found.items()}
 
 
 def _merge(rows: list[tuple[float, int, float]]) -> pd.DataFrame:

@@ -10,7 +10,7 @@ import pandas as pd
 
 from lit_prune.errors import InputError
 from lit_prune.files import read_parquet
-from lit_prune.report.event_files import read_scalars
+from lit_prune.report.event_files import read_csv_scalars, read_scalars
 
 INPUTS = (
     "config.yaml",
@@ -20,10 +20,12 @@ INPUTS = (
     "channels.parquet",
     "layers.parquet",
     "lesions.parquet",
+    "sensitivity.parquet",
     "sweep.parquet",
     "reduction.json",
     "trace/*.parquet",
     "tensorboard/**/events.out.tfevents.*",
+    "**/metrics.csv",
 )
 """What makes a folder a run folder: at least one of these exists."""
 
@@ -100,10 +102,10 @@ class RunFolder:
 
     @cached_property
     def scalars(self) -> dict[str, pd.DataFrame]:
-        """Logged scalars: tag -> table of `step` and `value`."""
-        scalars = read_scalars(self.path / "tensorboard")
+        """Logged scalars: tag -> table of `step` and `value`, from TensorBoard and CSV loggers."""
+        scalars = read_csv_scalars(self.path) | read_scalars(self.path / "tensorboard")
         if not scalars:
-            raise AbsentInput("tensorboard/ (no logged scalars)")
+            raise AbsentInput("tensorboard/ or metrics.csv (no logged scalars)")
         return scalars
 
     @cached_property

@@ -13,6 +13,7 @@ from rich.text import Text as RichText
 from lit_prune.errors import InputError
 from lit_prune.report.run_folder import AbsentInput, RunFolder, stages_if_any
 from lit_prune.report.sections import register_section
+from lit_prune.timing import busy
 
 ABSENT = "–"
 MINUS = "−"
@@ -145,13 +146,41 @@ def result_cells(result: Mapping[str, Any]) -> Table:
     dense, quantities = result["dense"], (figure_of(result), *COSTS)
     entries = [(f"after {stage.get('name', '?')}", stage) for stage in result.get("stages") or ()]
     rows = [(Cell("dense"), *(format_cell(dense.get(q.key), q) for q in quantities))]
+    unsure = times_are_unsure(result)
     for name, entry in (*entries, ("compact", result["compact"])):
-        rows.append((Cell(name), *(format_cell(entry.get(q.key), q, dense.get(q.key)) for q in quantities)))
+        rows.append((Cell(name), *(_changed(entry, dense, q, unsure) for q in quantities)))
     caption = (
         "Change against the dense network in small type; point at a number for its exact value. A stage's figure is "
         "the one after BatchNorm recalibration, before its repair; the compact network's the one after the last repair."
     )
-    return Table(("network", *(q.title for q in quantities)), tuple(rows), caption)
+    return Table(
+        ("network", *(q.title for q in quantities)), tuple(rows), f"{caption} {times_hold_for(result)}".strip()
+    )
+
+
+def _changed(entry: Mapping[str, Any], dense: Mapping[str, Any], quantity: Quantity, unsure: bool) -> Cell:
+    """A cell with its change; times that are worth little have a remark in the place of a change."""
+    cell = format_cell(entry.get(quantity.key), quantity, dense.get(quantity.key))
+    return (
+        replace(cell, note="noisy") if unsure and cell.note and quantity.key in ("latency_ms", "throughput") else cell
+    )
+
+
+def times_are_unsure(result: Mapping[str, Any]) -> bool:
+    """Whether times spread widely, or the machine was busy with something else."""
+    return busy(result.get("timing") or {}) or any(result[name].get("noisy") for name in ("dense", "compact"))
+
+
+def times_hold_for(result: Mapping[str, Any]) -> str:
+    """Sentences on what the times hold for, and a warning where they are worth little; "" where it is not known."""
+    said = result.get("timing") or {}
+    if not said:
+        return ""
+    spread = result["compact"].get("latency_spread_ms")
+    quartiles = f", quartiles {spread:.2g} ms apart" if is_number(spread) else ""
+    text = f"Times: eager PyTorch, {said.get('device')}, {said.get('threads')} threads, {said.get('date')}{quartiles}."
+    warning = " The machine was busy or the times spread widely: `lit-prune latency` measures again."
+    return text + (warning if times_are_unsure(result) else "")
 
 
 def result_table(run: str | Path | Mapping[str, Any]) -> RichTable:

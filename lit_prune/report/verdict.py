@@ -1,9 +1,13 @@
 """The first screen of the page: is the compact network good, what went and why, can it be trusted, how is it used."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
+
+from rich.text import Text as RichText
 
 from lit_prune.errors import InputError
 from lit_prune.report.run_folder import AbsentInput, RunFolder, stages_if_any
@@ -11,6 +15,10 @@ from lit_prune.report.tables import figure_of, format_count, is_number
 
 SLIGHT, CLEAR = 0.01, 0.03  # losses of a share (accuracy, IoU) that are called small, and more than small
 BUDGET_SLACK = 0.01  # share of the dense cost by which a budget may be passed over
+REMEDY = (
+    "Repair longer (more epochs after the stage), keep more, cut in several stages, or let `replace: refit` put solved "
+    "readers in the place of what goes."
+)
 USE = """import lit_prune
 
 network = lit_prune.load_compact("{folder}")
@@ -74,19 +82,27 @@ def _figure(run: RunFolder, result: Mapping[str, Any], stages: Sequence[Mapping[
     level: Level = "good" if loss <= SLIGHT else "fair" if loss <= CLEAR else "poor"
     sentence = f"{quantity.title} {quantity.format(after)}, dense {quantity.format(before)}"
     sentence += f" ({quantity.change(after, before)})"
-    return [sentence + _interval(run, before, after, share) + "."], level
+    said = [sentence + _interval(run, before, after, share) + "."]
+    if level == "poor":
+        said.append("Warning: this network lost more than 3 points; look at the stages below before it is used.")
+    return said, level
 
 
 def _interval(run: RunFolder, before: float, after: float, share: bool) -> str:
     """95 % interval of the difference of two shares, as if their images were independent; "" where they are unknown."""
-    try:
-        images = run.protocol.get("validation_images")
-    except (AbsentInput, InputError):
-        images = None
+    images = (run.result.get("metric") or {}).get("images") or validation_of(run).get("images")
     if not share or not is_number(images) or not images:
         return ""
     half = 1.96 * math.sqrt((before * (1 - before) + after * (1 - after)) / images)
     return f"; the change is known to ±{100 * half:.1f} points from {images:,} images"
+
+
+def validation_of(run: RunFolder) -> Mapping[str, Any]:
+    """What run.json says of the images that the figures are of: `split` and `images`; empty where it says nothing."""
+    try:
+        return run.protocol.get("validation") or {}
+    except (AbsentInput, InputError):
+        return {}
 
 
 def _budgets(
@@ -143,10 +159,38 @@ def _trust(run: RunFolder) -> Iterator[tuple[str, str]]:
     facts = {
         "network": backbone.get("name") if isinstance(backbone, Mapping) else backbone,
         "data": data.get("name") if isinstance(data, Mapping) else data,
+        "figures of": _images(validation_of(run)),
         "calibration samples": len(record.get("calibration_indices") or ()) or None,
         "seed": record.get("seed"),
         "machine": ", ".join(f"{key} {value}" for key, value in machine.items()) or None,
         "torch": versions.get("torch"),
-        "lit_prune": " ".join(str(product[key]) for key in ("version", "commit") if product.get(key)) or None,
+        "lit_prune": " ".join(map(_short, (product.get(key) for key in ("version", "commit")))).strip() or None,
     }
     yield from ((name, str(value)) for name, value in facts.items() if value is not None)
+
+
+def _short(value: Any) -> str:
+    """A version as it is, a commit by its first letters, with its mark where files were changed."""
+    text = "" if value is None else str(value)
+    return re.sub(r"^([0-9a-f]{9})[0-9a-f]{31}(-dirty)?$", r"\1\2", text)
+
+
+def _images(validation: Mapping[str, Any]) -> str | None:
+    if not validation:
+        return None
+    chosen = ", which choices were made by too" if validation.get("split") == "test" else ""
+    return f"{validation.get('images', '?'):,} images of the {validation.get('split')} split{chosen}"
+
+
+COLOURS = {"good": "green", "fair": "yellow", "poor": "bold red", "open": "dim"}
+
+
+def terminal_verdict(run_dir: str | Path) -> RichText:
+    """The verdict on a run for the terminal, in its colour; a bad result says what to do about it."""
+    verdict = find_verdict(RunFolder(run_dir))
+    if verdict is None:
+        return RichText("")
+    text = RichText(f"{verdict.headline}. {' '.join(verdict.reasons)}", COLOURS[verdict.level])
+    if verdict.level == "poor":
+        text.append(" " + REMEDY)
+    return text

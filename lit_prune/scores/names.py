@@ -9,6 +9,15 @@ from typing import Any
 from lit_prune.errors import InputError, did_you_mean
 from lit_prune.scores.method import Method, Score
 
+PEERS = {  # names of other tools, without underscores -> the score here
+    "l1": "magnitude", "l1norm": "magnitude", "l1normpruner": "magnitude", "weightmagnitude": "magnitude",
+    "l2": "group_norm", "l2norm": "group_norm", "l2normpruner": "group_norm", "groupnormimportance": "group_norm",
+    "groupmagnitude": "group_norm", "bn": "network_slimming", "bnscale": "network_slimming",
+    "bnscaleimportance": "network_slimming", "slim": "network_slimming", "slimpruner": "network_slimming",
+    "taylorfo": "taylor", "taylorfoweight": "taylor", "taylorimportance": "taylor", "geometricmedian": "fpgm",
+    "gm": "fpgm", "fpgmpruner": "fpgm", "fpgmimportance": "fpgm", "thinet": "reconstruction",
+}  # fmt: skip
+
 
 def parse_method(name: str, known: Mapping[str, Score]) -> Method:
     """The method of a name.
@@ -27,7 +36,9 @@ def parse_method(name: str, known: Mapping[str, Score]) -> Method:
     match = re.fullmatch(r"\s*(\w+)\s*(?:\((.*)\))?\s*", name, re.DOTALL)
     plain = match[1] if match else name
     if plain not in known:
-        raise InputError(f"score: {name!r} is unknown; {did_you_mean(plain, known)}")
+        here = PEERS.get(plain.lower().replace("_", ""))
+        hint = f"other tools' {plain} is {here} here" if here else did_you_mean(plain, known)
+        raise InputError(f"score: {name!r} is unknown; {hint} (`lit-prune choices` lists them)")
     entry = known[plain]
     given = _arguments(match[2]) if match and match[2] is not None else []
     if len(given) > len(entry.defaults):

@@ -1,7 +1,7 @@
 """Structure: groups of coupled channels, what they cost, plans, and the surgery that carries them out."""
 
 from lit_prune.structure.allocation import make_plan, plan_channels
-from lit_prune.structure.compact import load_compact, save_compact
+from lit_prune.structure.compact import load_compact, read_preparation, save_compact
 from lit_prune.structure.cost import Cost, CostModel, LayerCost, cost
 from lit_prune.structure.groups import ChannelGraph, Group, Member, group_role, trace_groups
 from lit_prune.structure.latency import compare_latencies, compare_profiles, measure_latency, profile
@@ -35,6 +35,7 @@ __all__ = [
     "plan_channels",
     "plan_masks",
     "profile",
+    "read_preparation",
     "save_compact",
     "trace_groups",
     "transfer_tensors",

@@ -1,5 +1,6 @@
 """From scores and a budget to a plan: how many channels each group keeps, and which."""
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,13 +15,14 @@ from lit_prune.structure.budgets import find_budget
 from lit_prune.structure.cost import CostModel
 from lit_prune.structure.groups import ChannelGraph, trace_groups
 from lit_prune.structure.ladders import Ladder, cheapest_damage
-from lit_prune.structure.latency import measure_latency
+from lit_prune.structure.latency import compare_latencies
 from lit_prune.structure.plan import Plan
 from lit_prune.structure.ranking import Budget, Ranks, group_scores
 from lit_prune.structure.surgery import apply_plan
 from lit_prune.structure.widths import Price, Steps, allowed_widths, global_widths, uniform_widths
 
 LATENCY_TRIALS = 6
+STABLE = 0.2
 Measured = Mapping[str, tuple[Sequence[int], Sequence[float]]]  # group -> widths, damage at each
 _TOLERANCE = 0.01
 
@@ -204,6 +206,9 @@ def _plan_layerwise(
 def plan_latency(model: nn.Module, plan_at: Callable[[Budget], Plan], request: Budget, example_input: Any) -> Plan:
     """Bisection over the share of MACs with trial surgery, until the measured latency of the batch is within budget.
 
+    Each trial takes turns with the dense network; `notes["spread"]` says by how much the latter's figures differ from
+    trial to trial, relative to their median. Above `STABLE` a warning says so.
+
     Args:
         model: the network.
         plan_at: plan for a budget of MACs.
@@ -211,13 +216,14 @@ def plan_latency(model: nn.Module, plan_at: Callable[[Budget], Plan], request: B
         example_input: the batch whose latency counts.
     """
     shape, batch = tuple(example_input.shape[1:]), len(example_input)
-    dense = measure_latency(model, shape, batch)
-    low, high, best, fastest = 0.0, 1.0, None, None
+    low, high, best, fastest, dense = 0.0, 1.0, None, None, []
     for _ in range(LATENCY_TRIALS):
         share = (low + high) / 2
         plan = plan_at(replace(request, kind="macs", keep=share))
         trial = model if plan.removes_nothing else apply_plan(model, plan, example_input)
-        ratio = measure_latency(trial, shape, batch) / dense
+        whole, seconds = compare_latencies([model, trial], shape, batch)
+        dense.append(whole)
+        ratio = seconds / whole
         fastest = min(fastest or (ratio, plan), (ratio, plan), key=lambda pair: pair[0])
         if ratio <= request.keep:
             low, best = share, (ratio, plan)
@@ -226,4 +232,18 @@ def plan_latency(model: nn.Module, plan_at: Callable[[Budget], Plan], request: B
     ratio, plan = best or fastest
     reason = "" if best else f"the fastest of {LATENCY_TRIALS} trials still takes {ratio:.3f} of the dense latency"
     found = {"budget": "latency", "requested": request.keep, "achieved": ratio, "met": not reason, "reason": reason}
-    return replace(plan, notes={**plan.notes, **found, "macs_achieved": plan.notes["achieved"]})
+    found |= {"spread": _spread(dense), "macs_achieved": plan.notes["achieved"]}
+    return replace(plan, notes={**plan.notes, **found})
+
+
+def _spread(seconds: Sequence[float]) -> float:
+    """Range over median of repeated measurements; warns where the device has no stable timing."""
+    spread = (max(seconds) - min(seconds)) / float(np.median(seconds))
+    if spread > STABLE:
+        warnings.warn(
+            f"latency: the dense network took {1000 * min(seconds):.3g} to {1000 * max(seconds):.3g} ms in "
+            f"{len(seconds)} measurements, a spread of {spread:.0%}; the budget is met no more exactly than that: "
+            "repeat it on an idle device, or give budget='macs'",
+            stacklevel=3,
+        )
+    return spread

@@ -5,26 +5,28 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from glob import escape
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lit_prune.arguments import checked
 from lit_prune.errors import InputError
-from lit_prune.files import check_seal, read_json, sealed, write_json
+from lit_prune.files import check_seal, read_json, sealed, write_json, write_text
+from lit_prune.preparation import Preparation
+from lit_prune.structure.card import model_card
 from lit_prune.structure.description import Description
 from lit_prune.structure.latency import own_tensors
 from lit_prune.structure.plan import Plan
 from lit_prune.structure.record import note_record
-from lit_prune.tensor_files import read_safetensors
+from lit_prune.tensor_files import read_safetensors, write_safetensors
 
 FORMAT = "lit_prune.compact"
 VERSION = 1
-WEIGHTS, STRUCTURE, REPORT = "model.safetensors", "structure.json", "report.json"
+WEIGHTS, STRUCTURE, REPORT, CARD = "model.safetensors", "structure.json", "report.json", "README.md"
 
 
 @checked
@@ -38,8 +40,9 @@ def save_compact(
     plans: Sequence[Plan] = (),
     report: dict[str, Any] | None = None,
     inputs: dict[str, Any] | None = None,
+    preparation: Preparation | None = None,
 ) -> None:
-    """Writes `model.safetensors`, `structure.json` and `report.json`; the folder appears whole or not at all.
+    """Writes `model.safetensors`, `structure.json`, `report.json` and a model card, the folder whole or not at all.
 
     What is written is rebuilt first, so that a folder which is there can be loaded.
 
@@ -52,6 +55,7 @@ def save_compact(
         plans: every plan applied since `build_network`, in order.
         report: figures of the networks, see the run folder.
         inputs: what the network reads (`lit_prune.structure.record.describe_inputs`) where it is not one image.
+        preparation: how images are prepared for it, and the names of its classes.
 
     Raises:
         InputError: `folder` holds something else, or backbone, arguments and plans do not give this network.
@@ -68,10 +72,12 @@ def save_compact(
     if backbone is not None:
         _check_same(described.rebuild(trust=(backbone,)), tensors, described.source)
     with _whole_folder(Path(folder)) as partial:
-        save_file(tensors, partial / WEIGHTS)
+        write_safetensors(partial / WEIGHTS, tensors)
         structure = {"format": FORMAT, "version": VERSION, **values, "input_shape": list(described.input_shape) or None}
+        structure["preparation"] = None if preparation is None else preparation.to_dict()
         write_json(partial / STRUCTURE, sealed({**structure, "sha256": _sha256(partial / WEIGHTS)}))
         write_json(partial / REPORT, report or {})
+        write_text(partial / CARD, model_card(structure, report or {}, preparation))
 
 
 @checked
@@ -97,9 +103,23 @@ def load_compact(folder: str | Path, model: nn.Module | None = None, trust: Iter
     described = Description.read(structure, structure.get("input_shape"), str(folder / STRUCTURE))
     weights = _read_weights(folder, structure)
     small = described.rebuild(model, trust)
-    note_record(small, described.record)
+    note_record(small, replace(described.record, preparation=_preparation(structure, folder)))
     _load_weights(small, weights, f"{folder / WEIGHTS}")
     return small.eval()
+
+
+def read_preparation(folder: str | Path) -> Preparation | None:
+    """How images are prepared for the network of a compact folder; None where the folder does not say.
+
+    Raises:
+        InputError: as `load_compact`.
+    """
+    return _preparation(_read_structure(Path(folder)), Path(folder))
+
+
+def _preparation(structure: Mapping[str, Any], folder: Path) -> Preparation | None:
+    said = structure.get("preparation")
+    return None if said is None else Preparation.from_dict(said, f"{folder / STRUCTURE}")
 
 
 def _read_structure(folder: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from lit_prune.arguments import checked
 from lit_prune.errors import InputError
 from lit_prune.structure import axes
 from lit_prune.structure.groups import ChannelGraph
-from lit_prune.structure.opened import open_copy
+from lit_prune.structure.opened import opened
 from lit_prune.structure.tracing import one_sample, run, traceable
 
 
@@ -44,13 +44,17 @@ class LayerCost:
     kind: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Cost:
     """Cost of a network for one image: `macs`, exact `params`, and `layers` by qualified name in order of use."""
 
     macs: int
     params: int
     layers: dict[str, LayerCost]
+
+    def __repr__(self) -> str:
+        """The sums, in a line; `layers` has the rest."""
+        return f"Cost({self.macs / 1e6:,.2f} M MACs, {self.params / 1e6:,.3f} M parameters, {len(self.layers)} layers)"
 
 
 @checked
@@ -251,7 +255,8 @@ class CostModel:
     @classmethod
     def build(cls, model: nn.Module, graph: ChannelGraph, example_input: Any) -> "CostModel":
         """Counts `model` once and relates the layers to the groups of `graph`, which was traced on it."""
-        counted = cost(open_copy(model), example_input)  # there the projections of every attention are layers
+        with opened(model):  # there the projections of every attention are layers
+            counted = cost(model, example_input)
         sizes = np.array([group.size for group in graph.groups], dtype=np.int64)
         macs, params = (np.zeros((len(sizes) + 1,) * 2, dtype=np.int64) for _ in range(2))
         rows = _axis_rows(graph)

@@ -165,11 +165,16 @@ class Follower(TorchDispatchMode):
         labels = self.of(source)
         if labels is not None and isinstance(args[0], Tensor):
             self._hold_together(name, labels, args, output)
-        shadow = lambda t: _shadow(self, t) if t.is_floating_point() or self.of(t) is not None else t  # noqa: E731
         if name in operations.VIEWS:
             self.put(output, labels.reshape(output.shape))
             return
-        moved = function(*tree_map(lambda leaf: shadow(leaf) if isinstance(leaf, Tensor) else leaf, args), **kwargs)
+        sources = {id(tensor) for tensor in _tensors(args[:1]) if self.of(tensor) is not None}
+
+        def shadow(leaf: Any) -> Any:  # integers that are no source say where values go
+            moves = isinstance(leaf, Tensor) and (leaf.is_floating_point() or id(leaf) in sources)
+            return _shadow(self, leaf) if moves else leaf
+
+        moved = function(*tree_map(shadow, args), **kwargs)
         for tensor, moved_labels in zip(_tensors(output), _tensors(moved), strict=True):
             self.put(tensor, moved_labels)
 

@@ -122,7 +122,5 @@ def trace_groups(model: nn.Module, example_input: Any) -> ChannelGraph:
 def _contradictions(model: nn.Module, sample: Example, drafts: list[Draft], sites: probe.Sites) -> dict[str, str]:
     """Name -> reason for the groups that the network itself contradicts."""
     free = [draft.group for draft in drafts if not draft.group.protected]
-    reasons = dict.fromkeys(probe.find_fed_by_input(model, sample, free, sites), protection.INPUT)
-    misled = probe.find_misled(model, sample, [group for group in free if group.name not in reasons], sites)
-    reasons |= dict.fromkeys(misled, protection.MISLED)
+    reasons = dict.fromkeys(probe.find_misled(model, sample, free, sites), protection.MISLED)
     return reasons | trial.find_impossible(model, sample, [group for group in free if group.name not in reasons], sites)

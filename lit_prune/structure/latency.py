@@ -1,7 +1,6 @@
 """Measured speed and size of a network."""
 
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,19 +11,27 @@ from torch.utils._pytree import tree_map
 from lit_prune.errors import InputError
 from lit_prune.structure.cost import cost
 from lit_prune.structure.example import Example
+from lit_prune.timing import Timing, time_runs
 
 Inputs = Sequence[int] | Example  # shape of one image, or what a network is called with
 
 
 def measure_latency(model: nn.Module, input_shape: Inputs, batch_size: int = 1, repeats: int = 20) -> float:
-    """Median seconds of one forward pass of `model`; see `compare_latencies`."""
+    """Median seconds of one forward pass of `model`; see `time_networks`."""
     return compare_latencies([model], input_shape, batch_size, repeats)[0]
 
 
 def compare_latencies(
     models: Sequence[nn.Module], input_shape: Inputs, batch_size: int = 1, repeats: int = 20
 ) -> list[float]:
-    """Median seconds of one forward pass of each network in evaluation mode, on its device, after a warm-up.
+    """Median seconds of one forward pass of each network; see `time_networks`."""
+    return [timing.median / 1000 for timing in time_networks(models, input_shape, batch_size, repeats)]
+
+
+def time_networks(
+    models: Sequence[nn.Module], input_shape: Inputs, batch_size: int = 1, repeats: int = 20
+) -> list[Timing]:
+    """Time of one forward pass of each network in evaluation mode, on its device, after a warm-up.
 
     The networks take turns, so that whatever else the machine does falls on all of them alike.
 
@@ -40,29 +47,25 @@ def compare_latencies(
     if batch_size < 1 or repeats < 1:
         raise InputError(f"batch_size={batch_size} and repeats={repeats} must both be at least 1")
     modes = [(module, module.training) for model in models for module in model.modules()]
-    inputs = [_arguments(model, input_shape, batch_size) for model in models]
+    runs = [_pass(model, _arguments(model, input_shape, batch_size)) for model in models]
     try:
         with torch.inference_mode():
             for model in models:
                 model.eval()
-            rounds = [
-                [_time_pass(model, example) for model, example in zip(models, inputs, strict=True)]
-                for _ in range(repeats + 3)
-            ][3:]
+            return time_runs(runs, repeats, seconds=0.0)
     finally:
         for module, training in modes:
             module.training = training
-    return [sorted(seconds)[len(seconds) // 2] for seconds in zip(*rounds, strict=True)]
 
 
-def profile(model: nn.Module, example_input: Tensor, accuracy: float | None = None) -> dict[str, float | int | None]:
+def profile(model: nn.Module, example_input: Tensor, accuracy: float | None = None) -> dict[str, Any]:
     """Figures of one network; see `compare_profiles`."""
     return compare_profiles([model], example_input, [accuracy])[0]
 
 
 def compare_profiles(
     models: Sequence[nn.Module], example_input: Tensor | Example, accuracies: Sequence[float | None]
-) -> list[dict[str, float | int | None]]:
+) -> list[dict[str, Any]]:
     """Figures of networks, as in `report.json` of a compact folder; their times are measured in turns.
 
     Args:
@@ -72,22 +75,25 @@ def compare_profiles(
 
     Returns:
         For each: `accuracy`, `macs` and `params` (see `cost`), `latency_ms` (batch 1), `throughput` (images/s at batch
-        64), `bytes` (size of the weights as safetensors).
+        64), `bytes` (size of the weights as safetensors), `latency_spread_ms` (interquartile range), `noisy` (whether
+        the times are worth little).
     """
     shape = tuple(example_input.shape[1:]) if isinstance(example_input, Tensor) else example_input
-    single = compare_latencies(models, shape, repeats=60)
-    batched = compare_latencies(models, shape, batch_size=64, repeats=3)
+    single = time_networks(models, shape, repeats=60)
+    batched = time_networks(models, shape, batch_size=64, repeats=3)
     figures = []
-    for model, accuracy, latency, seconds in zip(models, accuracies, single, batched, strict=True):
+    for model, accuracy, one, many in zip(models, accuracies, single, batched, strict=True):
         counted = cost(model, example_input)
         figures.append(
             {
                 "accuracy": accuracy,
                 "macs": counted.macs,
                 "params": counted.params,
-                "latency_ms": 1000 * latency,
-                "throughput": 64 / seconds,
+                "latency_ms": one.median,
+                "throughput": 64_000 / many.median,
                 "bytes": len(save(own_tensors(model))),
+                "latency_spread_ms": one.spread,
+                "noisy": one.noisy or many.noisy,
             }
         )
     return figures
@@ -121,10 +127,12 @@ def _arguments(model: nn.Module, inputs: Inputs, batch_size: int) -> Example:
     return Example(*tree_map(repeated, (inputs.args, inputs.kwargs)))
 
 
-def _time_pass(model: nn.Module, example: Example) -> float:
+def _pass(model: nn.Module, example: Example) -> Callable[[], None]:
     device = next(model.parameters(), torch.empty(0)).device
-    start = time.perf_counter()
-    model(*example.args, **example.kwargs)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+
+    def run() -> None:
+        model(*example.args, **example.kwargs)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return run

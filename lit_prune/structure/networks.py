@@ -85,6 +85,7 @@ class Network:
             input_shape=self.image_shape,
             plans=self.plans,
             report=report,
+            preparation=record_of(self.model).preparation,
         )
 
 

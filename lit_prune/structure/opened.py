@@ -17,11 +17,12 @@ from lit_prune.structure.tracing import copy_network
 OPENED: dict[type, type] = {}
 """Class of an attention layer -> class that computes the same function with heads that can go."""
 LIBRARIES = {
-    "torch": "lit_prune.structure.open_attention",
-    "torchvision": "lit_prune.structure.open_attention_torchvision",
-    "timm": "lit_prune.structure.open_attention_timm",
+    "lit_prune.structure.open_attention": "torch",
+    "lit_prune.structure.open_attention_torchvision": "torchvision",
+    "lit_prune.structure.open_attention_timm": "timm",
+    "lit_prune.structure.open_attention_pyramids": "timm",
 }
-"""Library -> the module that opens its layers; imported, which takes seconds, where the library has been."""
+"""Module that opens layers -> their library; imported, which takes seconds, where the library has been."""
 
 
 def opens(kind: type) -> Callable[[type], type]:
@@ -36,7 +37,7 @@ def opens(kind: type) -> Callable[[type], type]:
 
 def open_classes() -> dict[type, type]:
     """`OPENED` with the layers of every library that is in use: a network of another one cannot hold them."""
-    for library, module in LIBRARIES.items():
+    for module, library in LIBRARIES.items():
         if library in sys.modules:
             import_module(module)
     return OPENED

@@ -13,7 +13,7 @@ FORMAT = "lit_prune.plan"
 VERSION = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """Blocks to drop and, after that, the channels to keep.
 
@@ -48,6 +48,16 @@ class Plan:
         object.__setattr__(self, "notes", _plain(self.notes))
         object.__setattr__(self, "added_biases", tuple(str(name) for name in self.added_biases))
         _check(self)
+
+    def __repr__(self) -> str:
+        """What goes and what stays, in a line; `to_dict` has the units."""
+        kept, all_units = sum(map(len, self.keep_channels.values())), sum(self.sizes.values())
+        parts = [f"{len(self.drop_blocks)} blocks dropped"] if self.drop_blocks else []
+        parts += [f"{kept} of {all_units} units kept in {len(self.sizes)} groups"] if self.sizes else []
+        parts += (
+            [f"{self.notes['achieved']:.1%} of the {self.notes.get('budget', 'cost')} left"] if _has_share(self) else []
+        )
+        return f"Plan({', '.join(parts) or 'removes nothing'})"
 
     @property
     def removes_nothing(self) -> bool:
@@ -122,6 +132,10 @@ class Plan:
 
 
 _FIELDS = {"drop_blocks": list, "keep_channels": dict, "sizes": dict, "notes": dict, "added_biases": list}
+
+
+def _has_share(plan: Plan) -> bool:
+    return isinstance(plan.notes.get("achieved"), float)
 
 
 def _typed(values: Mapping[str, Any], key: str, kind: type) -> Any:

@@ -104,22 +104,6 @@ def _blame(model: nn.Module, sample: Example, groups: Sequence[_Group], sites: S
     return found or {group.name for group in groups}
 
 
-def find_fed_by_input(model: nn.Module, sample: Example, groups: Sequence[_Group], sites: Sites) -> set[str]:
-    """Names of the groups whose channels are joined (added, concatenated) with the network's own input channels."""
-    blank = sample.map(lambda tensor: torch.full_like(tensor, torch.nan) if tensor.is_floating_point() else tensor)
-    with _watching(sites, {}) as seen:
-        model(*blank.args, **blank.kwargs)
-    reached = {name: np.any(marks, axis=0) for name, marks in seen.items()}
-    everything = {group.name: np.ones(group.size, dtype=bool) for group in groups}
-    found = set()
-    for group in groups:
-        claimed = _marks([group], everything, sites)
-        entrances = [(name, row) for (name, axis), row in claimed.items() if _entrance(sites, name, axis)]
-        if any(np.any(reached.get(name, False) & row) for name, row in entrances):
-            found.add(group.name)
-    return found
-
-
 def _entrance(sites: Sites, name: str, axis: str) -> bool:
     """Whether the marks of this axis arrive at the input of the module."""
     return (axis in ("in", "dim:1") and name in sites.readers) or name in sites.passers

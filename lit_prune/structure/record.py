@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
+from lit_prune.preparation import Preparation
 from lit_prune.structure.example import Example
 from lit_prune.structure.plan import Plan
 
@@ -24,12 +25,14 @@ class Record:
         arguments: the builder's arguments.
         plans: applied since it was built, in order.
         inputs: what it is called with, see `describe_inputs`; None where that is not known.
+        preparation: how images are prepared for it; None where that is not known.
     """
 
     backbone: str | None = None
     arguments: dict[str, Any] | None = None
     plans: tuple[Plan, ...] = ()
     inputs: dict[str, Any] | None = None
+    preparation: Preparation | None = None
 
     @property
     def image_shape(self) -> tuple[int, ...] | None:
@@ -64,7 +67,7 @@ def describe_inputs(example: Example) -> dict[str, Any]:
 
 
 def rebuild_inputs(described: Mapping[str, Any], device: torch.device | str = "cpu") -> Example:
-    """Arguments as described, with zeros in the place of floating-point values."""
+    """Arguments as described; floating-point values are zeros, in tensors of up to two dimensions 0, 1, 2, ..."""
     kwargs = _rebuild(described["kwargs"], device)
     return Example(tuple(_rebuild(value, device) for value in described["args"]), kwargs)
 
@@ -125,7 +128,9 @@ def _rebuild(described: Mapping[str, Any], device: torch.device | str) -> Any:
             )
         if "values" in described:
             return torch.tensor(described["values"], dtype=dtype, device=device).reshape(shape)
-        return torch.zeros(shape, dtype=dtype, device=device)
+        if len(shape) > 2:
+            return torch.zeros(shape, dtype=dtype, device=device)
+        return torch.arange(math.prod(shape), dtype=dtype, device=device).reshape(shape)  # boxes have an area
     if "dict" in described:
         return {key: _rebuild(item, device) for key, item in described["dict"].items()}
     for kind in (tuple, list):

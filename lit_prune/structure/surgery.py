@@ -10,6 +10,7 @@ from lit_prune.arguments import checked
 from lit_prune.errors import InputError
 from lit_prune.models import drop_blocks
 from lit_prune.structure import axes
+from lit_prune.structure.attributes import follow_widths
 from lit_prune.structure.groups import ChannelGraph, trace_groups
 from lit_prune.structure.plan import Plan
 from lit_prune.structure.tracing import copy_network, one_sample, run, traceable
@@ -37,6 +38,8 @@ def apply_plan(model: nn.Module, plan: Plan, example_input: Any) -> nn.Module:
             _remove(smaller, graph, plan, example_input)
         for name in plan.added_biases:
             _add_bias(_layer(smaller, name))
+        if plan.keep_channels:
+            follow_widths(model, smaller, example_input)
     return smaller
 
 

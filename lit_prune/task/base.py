@@ -68,8 +68,15 @@ class Task:
 
     def run(self, model: nn.Module, batch: Any) -> Any:
         """The network's output for a batch that `to` has prepared."""
-        example = self.inputs(batch)
-        return model(*example.args, **example.kwargs)
+        return self.respond(model, self.inputs(batch), batch)
+
+    def respond(self, model: nn.Module, call: Example, batch: Any) -> Any:
+        """The network's output for a call of it that somebody else made of the batch, such as a LightningModule."""
+        return model(*call.args, **call.kwargs)
+
+    def asked(self, call: Example) -> Example:
+        """What of a call the network answers to in evaluation mode; here all of it."""
+        return call
 
     def to(self, batch: Any, model: nn.Module) -> Any:
         """The batch on the network's device, floating-point values in its precision."""

@@ -1,7 +1,7 @@
 """Where a batch keeps what the network reads and what its answer is compared with."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -124,7 +124,7 @@ def describe(value: Any, depth: int = 2) -> str:
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same containers (dicts, lists, tuples, named tuples) with every tensor changed."""
+    """The same containers (dicts, lists, tuples, named tuples, dataclasses) with every tensor changed."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, Mapping):
@@ -133,7 +133,14 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return type(value)(*(map_tensors(item, change) for item in value))
     if isinstance(value, list | tuple):
         return type(value)(map_tensors(item, change) for item in value)
-    return value
+    return _with_fields(value, lambda item: map_tensors(item, change))
+
+
+def _with_fields(value: Any, change: Callable[[Any], Any]) -> Any:
+    """A dataclass with every field changed; anything else as it is."""
+    if not is_dataclass(value) or isinstance(value, type):
+        return value
+    return replace(value, **{field.name: change(getattr(value, field.name)) for field in fields(value) if field.init})
 
 
 def to_network(batch: Any, model: nn.Module) -> Any:
@@ -179,7 +186,7 @@ def slice_batch(batch: Any, samples: slice, size: int, listed: bool) -> Any:
             return type(batch)(batch[samples])
         cut = [slice_batch(item, samples, size, listed) for item in batch]
         return type(batch)(*cut) if hasattr(batch, "_fields") else type(batch)(cut)
-    return batch
+    return _with_fields(batch, lambda item: slice_batch(item, samples, size, listed))
 
 
 def _holds_tensors(values: Sequence) -> bool:

@@ -80,7 +80,7 @@ def check_labels(labels: Tensor | None, images: int, classes: int) -> Tensor:
     """The labels; raises InputError unless they are an integer tensor [images] with values 0 to classes-1."""
     if not isinstance(labels, Tensor) or labels.shape != (images,) or labels.is_floating_point():
         raise InputError(f"batches: labels are {describe(labels)}; give int64 of shape [{images}]")
-    low, high = (int(labels.min()), int(labels.max())) if images else (0, 0)
+    low, high = torch.stack(labels.aminmax()).tolist() if images else (0, 0)  # waits for the device once
     if not 0 <= low <= high < classes:
         raise InputError(f"batches: labels from {low} to {high}, but 0 to {classes - 1} expected; mend the labels")
     return labels

@@ -53,8 +53,13 @@ class Detection(Task):
 
     def run(self, model: nn.Module, batch: Any) -> Detected:
         """Losses or boxes, and what the heads gave."""
-        images, targets = list(self._images(batch)), self.target(batch)
-        with _watched_heads(model) as heads:
+        return self.respond(model, self.inputs(batch), batch)
+
+    def respond(self, model: nn.Module, call: Example, batch: Any) -> Detected:
+        """Losses where the call or the batch has targets, else boxes; and what the heads gave."""
+        images, targets = _arguments(*call.args, **call.kwargs)
+        targets = self.target(batch) if targets is None else targets
+        with watched_heads(model) as heads:
             if targets is None:
                 return Detected(boxes=model(images), heads=heads, images=len(images))
             with _asked_for_losses(model):
@@ -62,6 +67,10 @@ class Detection(Task):
         if not isinstance(found, Mapping):
             raise InputError(f"model: in training it returns {describe(found)}, not losses by name; give task=")
         return Detected(dict(found), heads=heads, images=len(images))
+
+    def asked(self, call: Example) -> Example:
+        """The list of images."""
+        return Example((_arguments(*call.args, **call.kwargs)[0],), {})
 
     def loss(self, output: Detected, batch: Any) -> Tensor:
         """Sum of the network's losses, one number.
@@ -93,6 +102,11 @@ class Detection(Task):
         return isinstance(output, list) and all(isinstance(found, Mapping) and "boxes" in found for found in output)
 
 
+def _arguments(images: Any, targets: Any = None) -> tuple[list[Tensor], Any]:
+    """Arguments of a detector, by the names that torchvision's have."""
+    return list(images), targets
+
+
 def _rows(value: Tensor, images: int) -> Tensor:
     """A head's tensor as [B, D]; rows of several images that do not divide are filled up with zeros."""
     missing = -len(value) % images
@@ -100,12 +114,18 @@ def _rows(value: Tensor, images: int) -> Tensor:
     return value.reshape(images, -1)
 
 
+def detector_heads(model: nn.Module) -> list[nn.Module]:
+    """Heads of a detector, by the names that torchvision's have."""
+    modules = dict(model.named_modules())
+    return [modules[name] for name in HEADS if name in modules]
+
+
 @contextmanager
-def _watched_heads(model: nn.Module) -> Iterator[list[Tensor]]:
+def watched_heads(model: nn.Module) -> Iterator[list[Tensor]]:
     """Tensors that the heads return inside."""
-    modules, found = dict(model.named_modules()), []
+    found: list[Tensor] = []
     hook = lambda module, args, output: found.extend(answers(output))  # noqa: E731
-    handles = [modules[name].register_forward_hook(hook) for name in HEADS if name in modules]
+    handles = [head.register_forward_hook(hook) for head in detector_heads(model)]
     try:
         yield found
     finally:

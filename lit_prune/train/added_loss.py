@@ -112,12 +112,20 @@ def added_loss(module: LightningModule) -> Tensor:
 def _wrapped(module: LightningModule, step: Callable[..., Any], added: AddedLoss) -> Callable[..., Any]:
     @functools.wraps(step)
     def with_terms(*args: Any, **kwargs: Any) -> Any:
+        if not _trains(module):
+            return step(*args, **kwargs)
         added.begin_step()
         output = step(*args, **kwargs)
         return _plus(output, added, module) if module.automatic_optimization else output
 
     with_terms.added_loss = added
     return with_terms
+
+
+def _trains(module: LightningModule) -> bool:
+    """Whether a step is one of training: validation may call `training_step` too, for its loss alone."""
+    trainer = getattr(module, "_trainer", None)
+    return torch.is_grad_enabled() and (trainer is None or trainer.training)
 
 
 def _plus(output: Any, added: AddedLoss, module: LightningModule) -> Any:

@@ -56,11 +56,12 @@ class LitClassifier(LightningModule):
         compile: bool | str = False,
     ) -> None:
         super().__init__()
+        image_shape = [int(n) for n in image_shape]  # type: ignore[assignment]  # hparams.yaml is to be plain YAML
         self.save_hyperparameters(
             ignore=["optimizer", "scheduler", "weights", "pretrained", "channels_last", "compile"]
         )
         self.backbone_name = backbone
-        self.image_shape = tuple(int(size) for size in image_shape)
+        self.image_shape = tuple(image_shape)
         self.arguments = {"num_classes": num_classes, "in_channels": self.image_shape[0], **(arguments or {})}
         self.backbone = build_network(backbone, self.arguments, pretrained=pretrained, trust=(backbone,))
         note_record(self.backbone, Record(backbone, self.arguments))
@@ -192,7 +193,7 @@ class LitClassifier(LightningModule):
         """Rebuilds the structure before the weights load.
 
         Raises:
-            InputError: the checkpoint holds another network.
+            InputError: the checkpoint holds another network, or a run is to go on from weights alone.
         """
         saved = structure_of(checkpoint)
         if saved is None:
@@ -204,6 +205,11 @@ class LitClassifier(LightningModule):
                 f"this run is configured for {self.backbone_name} {self.arguments}"
             )
         backbone_weights(checkpoint, "checkpoint")
+        if self._trainer is not None and self._trainer.state.fn == "fit" and not checkpoint.get("optimizer_states"):
+            raise InputError(
+                "checkpoint: it holds no state of an optimizer, so that no run can go on from it; give its file to "
+                "--model.weights to begin with its weights"
+            )
         restore_structure(self, checkpoint)
 
     @classmethod

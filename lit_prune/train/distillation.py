@@ -1,5 +1,6 @@
 """Staged distillation from the dense teacher, as a term of the training loss."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from lit_prune.errors import InputError
 from lit_prune.task.batches import describe
+from lit_prune.task.detection import detector_heads
 
 FORMS = ("cosine", "kl", "mse")
 
@@ -42,11 +44,11 @@ class Repair:
         Raises:
             InputError: a negative weight, a temperature or a gradient norm that is not positive, an unknown form.
         """
-        if self.alpha < 0 or self.beta < 0:
-            raise InputError(f"repair weights must be >= 0, got alpha={self.alpha}, beta={self.beta}")
-        if self.temperature <= 0:
+        if not (0 <= self.alpha < math.inf and 0 <= self.beta < math.inf):
+            raise InputError(f"repair weights must be numbers >= 0, got alpha={self.alpha}, beta={self.beta}")
+        if not 0 < self.temperature < math.inf:
             raise InputError(f"repair temperature must be > 0, got temperature={self.temperature}")
-        if self.gradient_clip is not None and self.gradient_clip <= 0:
+        if self.gradient_clip is not None and not self.gradient_clip > 0:
             raise InputError(f"repair gradient_clip must be > 0, or None, got gradient_clip={self.gradient_clip}")
         if self.form not in FORMS:
             raise InputError(f"repair form={self.form!r} is none of {', '.join(FORMS)}")
@@ -91,8 +93,22 @@ def named_outputs(output: Any, name: str = "") -> dict[str, Tensor]:
     return {k: v for key, item in items for k, v in named_outputs(item, f"{name}.{key}").items()}
 
 
+def shared_outputs(student: Any, teacher: Any) -> list[tuple[Tensor, Tensor]]:
+    """The tensors of two outputs that lie at the same place and have the same shape; none where there are none."""
+    own, wanted = named_outputs(student), named_outputs(teacher)
+    return [(own[name], wanted[name]) for name in own if name in wanted and own[name].shape == wanted[name].shape]
+
+
+def nothing_shared(student: Any, teacher: Any) -> InputError:
+    """The refusal of two outputs that have no tensor in common."""
+    return InputError(
+        f"distillation: the network answers {describe(student)} in training and its teacher {describe(teacher)}, "
+        "with no tensor in common; set alpha=0 and beta=0 in repair"
+    )
+
+
 class Calls:
-    """The calls of a network while it trains, and what its last layer read in them; until `remove`.
+    """The calls of a network while it trains, what its last layer read and a detector's heads gave; until `remove`.
 
     Args:
         network: the student, or the teacher.
@@ -101,10 +117,11 @@ class Calls:
     """
 
     def __init__(self, network: nn.Module, layer: str | None, student: bool = True) -> None:
-        self._student = student
+        self.network, self._student = network, student
         self.calls: list[tuple[tuple, dict, Any]] = []
         self.features: list[Tensor] = []
-        self._handles = []
+        self._heads: list[Tensor] = []
+        self._handles = [head.register_forward_hook(self._keep_head) for head in detector_heads(network)]
         if student:
             self._handles.append(network.register_forward_hook(self._keep_call, with_kwargs=True))
         if layer is not None:
@@ -112,7 +129,16 @@ class Calls:
 
     def _keep_call(self, network: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if network.training and torch.is_grad_enabled():
-            self.calls.append((args, kwargs, output))
+            self.calls.append((args, kwargs, (output, self.take_heads())))
+
+    def _keep_head(self, head: nn.Module, args: tuple, output: Any) -> None:
+        if not self._student or (head.training and torch.is_grad_enabled()):
+            self._heads.append(output)
+
+    def take_heads(self) -> list[Any]:
+        """What the heads gave since the last time."""
+        found, self._heads = self._heads, []
+        return found
 
     def _keep_features(self, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
         if not self._student or (layer.training and torch.is_grad_enabled()):
@@ -133,9 +159,9 @@ class Calls:
 class Distillation:
     """Loss term `alpha_t · d(z_s, z_t) + beta_t · (1 - cos(φ_s, φ_t))`, averaged over the step's calls of the network.
 
-    z are the outputs that student and teacher share (by their place in tuples and dicts; a mean over them), φ the
-    inputs of the last layer. The teacher gets the arguments that the student just got. It is no submodule of the
-    student: it is in no optimizer, no checkpoint and no DDP bucket.
+    z are the outputs that student and teacher share (by their place in tuples and dicts; a mean over them; of a
+    detector what its heads give), φ the inputs of the last layer. The teacher gets the arguments that the student just
+    got. It is no submodule of the student: it is in no optimizer, no checkpoint and no DDP bucket.
 
     Attributes:
         evaluations: steps in which the teacher was asked.
@@ -181,7 +207,7 @@ class Distillation:
                 "submodule that it calls by network=, or set the weights of repair to 0"
             )
         if alpha == beta == 0:
-            return next(iter(named_outputs(calls[0][2]).values())).new_zeros(())
+            return next(self._student.network.parameters()).new_zeros(())
         if beta and len(features) != len(calls):
             raise InputError(
                 f"distillation: {self.layer} is called {len(features)} times in {len(calls)} calls of the network, so "
@@ -191,7 +217,7 @@ class Distillation:
         terms = []
         for place, (args, kwargs, output) in enumerate(calls):
             with torch.no_grad():
-                target = self.teacher(*args, **kwargs)
+                target = (self.teacher(*args, **kwargs), self._teacher.take_heads())
             wanted = self._teacher.take()[1]
             terms.append(alpha * self._compare(output, target))
             if beta:
@@ -206,25 +232,25 @@ class Distillation:
         linear = isinstance(self.teacher.get_submodule(self.layer), nn.Linear)
         return features[..., self.columns] if linear else features[:, self.columns]
 
-    def _compare(self, student: Any, teacher: Any) -> Tensor:
-        own, wanted = named_outputs(student), named_outputs(teacher)
-        common = [name for name in own if name in wanted and own[name].shape == wanted[name].shape]
-        if not common:
-            raise InputError(
-                f"distillation: the network answers {describe(student)} in training and {describe(teacher)} as its own "
-                "teacher, with no tensor in common; set alpha=0 and beta=0 in repair"
-            )
-        return torch.stack([self._distance(own[name], wanted[name]) for name in common]).mean()
-
-    def _distance(self, student: Tensor, teacher: Tensor) -> Tensor:
-        if self.repair.form == "mse":
-            return F.mse_loss(student.float(), teacher.float())
-        values = student[0].numel()
-        if values < 2:
+    def _compare(self, student: tuple[Any, list], teacher: tuple[Any, list]) -> Tensor:
+        """Mean distance over the tensors that both answer; of a detector, which answers losses, over its heads'."""
+        single = False
+        for own, wanted in zip(student, teacher, strict=True):
+            pairs = shared_outputs(own, wanted)
+            telling = [pair for pair in pairs if self.repair.form == "mse" or pair[0][0].numel() > 1]
+            if telling:
+                return torch.stack([self._distance(*pair) for pair in telling]).mean()
+            single = single or bool(pairs)
+        if single:
             raise InputError(
                 f"repair form={self.repair.form}: the network's output has one value a sample, which has no direction; "
                 "use form=mse"
             )
+        raise nothing_shared(student[0], teacher[0])
+
+    def _distance(self, student: Tensor, teacher: Tensor) -> Tensor:
+        if self.repair.form == "mse":
+            return F.mse_loss(student.float(), teacher.float())
         if self.repair.form == "kl":
             return divergence(student, teacher, self.repair.temperature)
         return cosine_distance(student, teacher)

@@ -35,6 +35,7 @@ class Figures:
             raise InputError(f"mode={mode!r} is unknown; use max or min")
         self.monitor, self._mode, self.task = monitor, mode, task
         self._found: Task | None = None
+        self.images: int | None = None  # of the last measurement, where it is known
 
     @property
     def name(self) -> str:
@@ -93,4 +94,6 @@ class Figures:
         if self._found is None:
             self._found = task_in(trainer, path, samples.first(), self.task)
         network = network_at(trainer.lightning_module, path)
-        return evaluate(network, samples, lambda sums: sum_over_ranks(trainer, sums), self._found).figure
+        found = evaluate(network, samples, lambda sums: sum_over_ranks(trainer, sums), self._found)
+        self.images = found.images
+        return found.figure

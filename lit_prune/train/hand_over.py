@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
@@ -19,6 +19,8 @@ from lit_prune.structure.example import Example
 from lit_prune.structure.latency import compare_profiles, own_tensors
 from lit_prune.structure.record import Record, example_input, rebuild_inputs, record_of
 from lit_prune.structure.tracing import copy_network
+from lit_prune.tensor_files import write_safetensors
+from lit_prune.timing import circumstances
 from lit_prune.train.run_record import write_stages
 from lit_prune.train.stage_record import figures_of
 
@@ -31,7 +33,7 @@ def save_teacher(run_dir: Path, network: nn.Module) -> None:
     file = run_dir / TEACHER
     file.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(file) as partial:
-        save_file(own_tensors(network), partial)
+        write_safetensors(partial, own_tensors(network))
 
 
 def load_teacher(run_dir: Path, network: nn.Module) -> nn.Module:
@@ -91,7 +93,8 @@ def stage_profiles(dense: nn.Module, inputs: dict[str, Any], first: dict[str, An
         records: of the stages.
 
     Returns:
-        `{"dense": figures, "compact": figures, "stages": [{"name": ..., figures}]}`; figures as `structure.profile`.
+        `{"dense": figures, "compact": figures, "stages": [{"name": ..., figures}], "timing": what times hold for}`;
+        figures as `structure.profile`.
     """
     example = example_input(rebuild_inputs(inputs))
     models, values = [dense], [first["value"]]
@@ -105,7 +108,8 @@ def stage_profiles(dense: nn.Module, inputs: dict[str, Any], first: dict[str, An
         figures |= {name: value}
     stages = [{"name": r["name"], **figures} for r, figures in zip(records, measured[1:], strict=True)]
     compact = {**measured[-1], name: figures_of(records[-1])["after_repair"]}
-    return {"metric": first["metric"], "dense": measured[0], "compact": compact, "stages": stages}
+    times = circumstances(next(dense.parameters(), torch.empty(0)).device)
+    return {"metric": first["metric"], "dense": measured[0], "compact": compact, "stages": stages, "timing": times}
 
 
 def write_compact(
@@ -122,6 +126,7 @@ def write_compact(
         run: identifier of the run.
     """
     record = record_of(network)
+    dense = dense.to(next(network.parameters()).device)  # times are those of the device that it was trained on
     report = {"run": run, **stage_profiles(dense.eval(), record.inputs, first, records)}
     write_stages(run_dir, records)
     save_network(run_dir / "compact", network, record, report)
@@ -139,6 +144,7 @@ def save_network(folder: Path, network: nn.Module, record: Record, report: dict[
         plans=record.plans,
         report=report,
         inputs=None if record.image_shape else record.inputs,
+        preparation=record.preparation,
     )
     if record.backbone is None:  # whoever has not got the class can run it all the same
         write_json(folder / "report.json", {**report, "program": write_program(network, record, folder / PROGRAM)})

@@ -6,14 +6,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
 from lit_prune.structure.example import Example
 from lit_prune.task import TASKS, Task, Term, find_task
-from lit_prune.task.batches import find_layout, map_tensors
+from lit_prune.task.batches import describe, find_layout, map_tensors
 from lit_prune.task.running import undisturbed
 from lit_prune.train.capture import Seen, as_found, step_arguments
 from lit_prune.train.locate import network_at
@@ -52,6 +52,14 @@ class SeenTask(_OnSeen):
         self.inner = inner
         self.name, self.needs_target, self.scalar_loss = inner.name, inner.needs_target, inner.scalar_loss
         self.metric_name, self.higher_is_better = inner.metric_name, inner.higher_is_better
+
+    def inputs(self, batch: Seen) -> Example:
+        """What of the network's call it answers to."""
+        return self.inner.asked(super().inputs(batch))
+
+    def run(self, model: nn.Module, batch: Seen) -> Any:
+        """The network's output."""
+        return self.inner.respond(model, super().inputs(batch), batch.batch)
 
     def target(self, batch: Seen) -> Any:
         """The inner task's."""
@@ -125,14 +133,10 @@ class ModuleTask(_OnSeen):
         """The mean loss of the batch, a scalar.
 
         Raises:
-            InputError: the step returns None, or something without a loss.
+            InputError: the step does not take the samples, or returns None or something without a loss.
         """
         module = self.trainer.lightning_module
-        network = network_at(module, self.path)
-        step = getattr(module.training_step, "__wrapped__", module.training_step)
-        with as_found(self.trainer, module, network), isolate_rng(), _answering(network, output), torch.enable_grad():
-            torch.manual_seed(0)
-            returned = step(*step_arguments(step, batch.batch, 0, 0))
+        returned = self._returned(module, output, batch)
         loss = returned.get("loss") if isinstance(returned, dict) else returned
         if not isinstance(loss, Tensor):
             raise InputError(
@@ -141,16 +145,33 @@ class ModuleTask(_OnSeen):
             )
         return loss
 
+    def _returned(self, module: LightningModule, output: Any, batch: Seen) -> Any:
+        """What the module's own step returns where its network answers `output`."""
+        network = network_at(module, self.path)
+        step = getattr(module.training_step, "__wrapped__", module.training_step)
+        with as_found(self.trainer, module, network), isolate_rng(), _answering(network, output), torch.enable_grad():
+            torch.manual_seed(0)
+            try:
+                return step(*step_arguments(step, batch.batch, 0, 0))
+            except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise InputError(
+                    f"task: training_step of {type(module).__name__} does not run on {batch.size} samples of a batch, "
+                    f"{describe(batch.batch)} ({reason}); give task= with a loss, or task='unlabelled'"
+                ) from error
+
 
 @contextmanager
 def _answering(network: nn.Module, output: Any) -> Iterator[None]:
-    """The network answers `output` to everything, without running."""
-    before = {key: value for key, value in network.__dict__.items() if key == "forward"}
-    network.__dict__["forward"] = lambda *_, **__: output
+    """The network answers `output` to everything, and does not run."""
+    answers = dict.fromkeys(("forward", "_call_impl"), lambda *_, **__: output)  # nor do hooks that watch it
+    before = {key: value for key, value in network.__dict__.items() if key in answers}
+    network.__dict__.update(answers)
     try:
         yield
     finally:
-        del network.__dict__["forward"]
+        for key in answers:
+            del network.__dict__[key]
         network.__dict__.update(before)
 
 

@@ -20,6 +20,8 @@ from lit_prune.tensor_files import read_torch
 from lit_prune.train.locate import find_path, network_at, put_network
 
 Module = TypeVar("Module", bound=LightningModule)
+ADVICE = "removed channels: open this checkpoint with lit_prune.load_pruned(Class, path)"
+"""Key of an empty tensor among the weights, which torch and Lightning show where those are loaded without the plans."""
 
 
 def save_structure(module: LightningModule, path: str, checkpoint: dict[str, Any]) -> None:
@@ -48,10 +50,11 @@ def restore_structure(module: LightningModule, checkpoint: dict[str, Any], dense
     Raises:
         InputError: the checkpoint is from before a cut that the module's network has had.
     """
+    checkpoint.get("state_dict", {}).pop(ADVICE, None)
     saved = structure_of(checkpoint)
-    if not saved or "network" not in saved:
+    if not saved:
         return
-    path = find_path(module, saved["network"])
+    path = find_path(module, saved.get("network"))
     network = network_at(module, path)
     plans = [Plan.from_dict(plan, "plan of the checkpoint") for plan in saved["plans"]]
     if _begins(plans, network) and len(plans) == len(record_of(network).plans):
@@ -63,7 +66,7 @@ def restore_structure(module: LightningModule, checkpoint: dict[str, Any], dense
                 f"({len(record_of(network).plans)} cuts); build the module anew and load into that"
             )
         network = copy_network(dense).to(next(network.parameters()).device)
-    put_network(module, path, replay(network, plans[len(record_of(network).plans) :], saved["inputs"]))
+    put_network(module, path, replay(network, plans[len(record_of(network).plans) :], saved.get("inputs")))
 
 
 def _begins(plans: list[Plan], network: nn.Module) -> bool:
@@ -157,6 +160,8 @@ class StructureHooks:
 
     def _save(self, checkpoint: dict[str, Any]) -> None:
         save_structure(self.module, self.path, checkpoint)
+        if checkpoint[STRUCTURE_KEY]["plans"]:
+            checkpoint["state_dict"][ADVICE] = torch.zeros(0)
 
     def _load(self, checkpoint: dict[str, Any]) -> None:
         before = network_at(self.module, self.path)

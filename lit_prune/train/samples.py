@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from lit_prune.errors import InputError
 from lit_prune.train.capture import Seen, see, step_for_evaluation
-from lit_prune.train.rewire import training_loader, validation_loader
+from lit_prune.train.rewire import sum_over_ranks, training_loader, validation_loader
 
 SAMPLES = 1024  # of the validation loader, where nobody says how many
 Numbered = tuple[Any, int, int]  # batch, its index, number of its loader
@@ -57,14 +57,16 @@ class Samples:
             yield seen
 
     def first(self) -> Seen:
-        """The first batch.
+        """The first batch; to be asked for on every rank.
 
         Raises:
-            InputError: there is none.
+            InputError: on every rank where one has none: the others would wait for it for ever.
         """
-        found = next(iter(self), None)
-        if found is None:
-            raise InputError(f"{self.origin}: it holds no batch; give at least one")
+        found, ranks = next(iter(self), None), self.trainer.world_size
+        without = int(sum_over_ranks(self.trainer, torch.tensor([float(found is None)])))
+        if without:
+            which = f" on {without} of {ranks} ranks; give more samples, or fewer devices" if ranks > 1 else ""
+            raise InputError(f"{self.origin}: it holds no batch{which or '; give at least one'}")
         return found
 
 

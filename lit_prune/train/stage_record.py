@@ -1,6 +1,7 @@
 """The record of one structural stage: a line of `stages.jsonl`, made of plain values."""
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lit_prune.errors import InputError
@@ -17,7 +18,7 @@ def open_record(index: int, stage: Stage, dense: dict[str, Any], figure_before: 
     Args:
         index: number of the stage, from 0.
         stage: what it removes, and when.
-        dense: figures of the dense network: metric (name and mode), value, recalibrated, macs, params.
+        dense: figures of the dense network: metric (name, mode, number of images), value, recalibrated, macs, params.
         figure_before: of the network as it comes into the stage.
     """
     return {
@@ -71,6 +72,24 @@ def describe_record(record: dict[str, Any]) -> str:
 def format_figure(name: str, value: float) -> str:
     """A figure for the terminal: accuracies in percent."""
     return f"{value:.2%}" if "acc" in name and 0 <= value <= 1 else f"{value:.4g}"
+
+
+def check_done(records: Sequence[Mapping[str, Any]], stages: Sequence[Stage]) -> None:
+    """Refuses a run whose stages that are done are not those of its configuration.
+
+    Raises:
+        InputError: the first that differs is named.
+    """
+    if len(records) > len(stages):
+        raise InputError(f"stages: {len(records)} are done already, the configuration has {len(stages)}")
+    for record, stage in zip(records, stages, strict=False):
+        done, asked = record["protocol"]["stage"], plain(stage.to_dict())
+        changed = [key for key in {**done, **asked} if done.get(key) != asked.get(key)]
+        if changed:
+            raise InputError(
+                f"stage {record['name']} at epoch {record['epoch']} is done, with {changed[0]}={done.get(changed[0])}; "
+                "only those that are not done can be corrected"
+            )
 
 
 def plain(value: Any) -> Any:

@@ -15,8 +15,9 @@ from rich.table import Table
 from torch import nn
 
 from lit_prune.errors import InputError
+from lit_prune.preparation import Preparation
 from lit_prune.progress import terminal
-from lit_prune.report import result_table
+from lit_prune.report import result_table, terminal_verdict
 from lit_prune.structure.record import note_record, record_of
 from lit_prune.structure.tracing import copy_network
 from lit_prune.task import Task
@@ -32,11 +33,14 @@ from lit_prune.train.hand_over import (
     write_compact,
 )
 from lit_prune.train.locate import check_replaceable, find_path
+from lit_prune.train.logged import log_compact, log_figures, log_stage
 from lit_prune.train.phase_optimizer import PhaseOptimizer
 from lit_prune.train.phases import Phases, check_epochs, total_epochs
 from lit_prune.train.rewire import check_supported
 from lit_prune.train.run_record import write_stages
+from lit_prune.train.stage_checks import check_stages, check_teacher
 from lit_prune.train.stage_record import (
+    check_done,
     check_metric_name,
     describe_record,
     figures_of,
@@ -129,7 +133,7 @@ class StagedPruning(Callback):
         self.run = uuid.uuid4().hex[:12]
         self._epoch_began = 0.0
         self._measured = -1
-        self._trained = False
+        self._trained = self._checked = False
 
     def state_dict(self) -> dict[str, Any]:
         """Figures of the dense network, one record a stage done, the phase's start: plain values."""
@@ -158,6 +162,20 @@ class StagedPruning(Callback):
         self.phases.boundaries = tuple(stage.epoch for stage in self.stages)
         check_epochs(self.stages, None if trainer.fast_dev_run else total_epochs(trainer))
         self.phase_optimizer.attach(trainer, pl_module, lambda: self._phase(trainer))
+        self._checked = bool(trainer.fast_dev_run)
+        if self.subject.inputs is not None:
+            self._check_stages()
+
+    def _check_stages(self) -> None:
+        """Refuses what the stages to come, and the teacher, cannot do with the network."""
+        network, example, done = self.subject.network, self.subject.example, len(self.records)
+        if self._checked:
+            return
+        self._checked = True
+        cut = check_stages(network, self.stages[done:], example, is_dense=not done)
+        teacher = self.teaching.load_given() if self.teaching.wanted else None
+        if teacher is not None:
+            check_teacher(self.repair, teacher.to(next(network.parameters()).device), network, example, cut)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leaves the module's methods as they were."""
@@ -210,6 +228,10 @@ class StagedPruning(Callback):
                 "staged pruning needs max_epochs, or max_steps and loaders of known length: phases have ends"
             )
         check_epochs(self.stages, None if trainer.fast_dev_run else total)
+        check_done(self.records, self.stages)
+        if not self._checked:
+            self.surgeon.meet(trainer, self.subject)
+            self._check_stages()
         late = [s for s in self.stages[len(self.records) :] if s.epoch < trainer.current_epoch]
         if late:
             raise InputError(
@@ -265,6 +287,9 @@ class StagedPruning(Callback):
             run_dir = Path(trainer.default_root_dir)
             done = not self._trained and run_of(run_dir) == self.run  # a finished run was started again
             terminal().print(result_table(run_dir) if done else self._hand_over(trainer))
+            terminal().print(terminal_verdict(run_dir))
+            if not done:
+                log_compact(trainer, pl_module)
         trainer.strategy.barrier("compact")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -284,6 +309,7 @@ class StagedPruning(Callback):
         if not self.records:
             return
         figures_of(self.records[-1])["after_repair"] = self._measure(trainer)
+        log_figures(trainer, {"after_repair": self._repaired}, "stage")
         if trainer.is_global_zero:
             write_stages(Path(trainer.default_root_dir), self.records)
 
@@ -302,6 +328,9 @@ class StagedPruning(Callback):
             trainer.strategy.checkpoint_io.teardown()  # waits for checkpoints that are still being written
             held -= 1
             network = self._held_network(trainer, held)
+        preparation = getattr(trainer.datamodule, "preparation", None)
+        if isinstance(preparation, Preparation):
+            note_record(network, replace(record_of(network), preparation=preparation))
         dense = self.subject.before(self.dense["plans"])
         return write_compact(run_dir, network, dense, self.dense, self.records[:held], self.run)
 
@@ -342,6 +371,7 @@ class StagedPruning(Callback):
         record["distillation"] = self.teaching.describe()
         if trainer.is_global_zero:
             terminal().print(describe_record(record))
+        log_stage(trainer, record)
 
     def _teach(self, trainer: Trainer, module: LightningModule) -> None:
         """Puts the teacher into the module's loss."""

@@ -1,7 +1,7 @@
 """One structural stage: what it removes, decided by information, under a budget."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from lit_prune.task import Task
 
 Batches = Iterable[Any]
 BLOCK_AMOUNTS = ("remove_ratio", "remove_count", "keep_blocks", "keep")
+
+LEAST_KEEP = 1e-3
+"""A smaller share of a network is a slip of the keyboard: no group can lose its last unit."""
 
 
 class Stage:
@@ -71,8 +74,8 @@ class BlockStage(Stage):
         given = [amount for amount in BLOCK_AMOUNTS if getattr(self, amount) is not None]
         if len(given) != 1:
             raise InputError(f"stage blocks: give exactly one of {', '.join(BLOCK_AMOUNTS)}, got {given or 'none'}")
-        if self.keep is not None and not 0 < self.keep <= 1:
-            raise InputError(f"stage blocks: keep must lie in (0, 1], got keep={self.keep}")
+        if self.keep is not None and not LEAST_KEEP <= self.keep <= 1:
+            raise InputError(f"stage blocks: keep must lie in (0, 1], at least {LEAST_KEEP}, got keep={self.keep}")
         if self.remove_ratio is not None and not 0 < self.remove_ratio < 1:
             raise InputError(f"stage blocks: remove_ratio must lie in (0, 1), got {self.remove_ratio}")
         if self.remove_count is not None and self.remove_count < 1:
@@ -81,7 +84,7 @@ class BlockStage(Stage):
             raise InputError(f"stage blocks: budget={self.budget} has no effect without keep; leave it out")
 
 
-PARTS = {"channels": None, "planes": "planes", "mid": "mid"}
+PARTS = {"channels": None, "planes": "planes", "mid": "mid", "heads": "heads", "width": "width"}
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,8 @@ class ChannelStage(Stage):
     Args:
         keep: share of the *dense* network's `budget` left after this stage, in (0, 1].
         epoch: epoch (from 0) at whose start it happens; `compress` fills it in.
-        part: `planes` slices the residual trunk, `mid` the channels inside the blocks, `channels` both.
+        part: `planes` slices the residual trunk, `mid` the channels inside the blocks, `heads` whole heads, `width`
+            what norms read (see `group_role`), `channels` all but the last.
         budget: what `keep` counts: `macs`, `params`, `latency`, or `channels` (the share of this stage's channels).
         score: name of the method that ranks the channels (`lit_prune.scores.SCORES`), such as `proxy` (the paper's).
         allocation: `measured` (by what the width of each group does to the prediction), `global` (one threshold), or
@@ -107,7 +111,7 @@ class ChannelStage(Stage):
 
     keep: float
     epoch: int = 0
-    part: Literal["channels", "planes", "mid"] = "channels"
+    part: Literal["channels", "planes", "mid", "heads", "width"] = "channels"
     budget: Literal["macs", "params", "latency", "channels"] = "macs"
     score: str = "reconstruction"
     allocation: Literal["global", "uniform", "measured"] = "measured"
@@ -131,8 +135,8 @@ class ChannelStage(Stage):
         self.check_epoch()
         if self.part not in PARTS:
             raise InputError(f"stage: part={self.part!r} is unknown; use one of {', '.join(PARTS)}")
-        if isinstance(self.keep, bool) or not isinstance(self.keep, float | int) or not 0 < self.keep <= 1:
-            raise InputError(f"stage {self.name}: keep must lie in (0, 1], got keep={self.keep}")
+        if isinstance(self.keep, bool) or not isinstance(self.keep, float | int) or not LEAST_KEEP <= self.keep <= 1:
+            raise InputError(f"stage {self.name}: keep must lie in (0, 1], at least {LEAST_KEEP}, got keep={self.keep}")
         if self.normalisation is not None and self.allocation != "global":
             raise InputError(
                 f"stage {self.name}: normalisation={self.normalisation} has no effect with "
@@ -140,6 +144,8 @@ class ChannelStage(Stage):
             )
         if self.replace not in KINDS:
             raise InputError(f"stage {self.name}: replace={self.replace!r} is none of {', '.join(KINDS)}")
+        if self.cap == 0:
+            raise InputError(f"stage {self.name}: cap=0 keeps every channel; give the largest share that may go")
         self.request(self.keep)
         find_score(self.score)
 
@@ -227,17 +233,34 @@ def plan_blocks(model: nn.Module, stage: BlockStage, batches: Batches, dense: De
         "information": information,
         "protected": {b.name: b.protected for b in blocks if b.protected},
     }
+    names = choose_blocks(model, stage, blocks, information, probe.example, dense)
+    return Plan(drop_blocks=tuple(names), keep_channels={}, sizes={}, notes=notes)
+
+
+def choose_blocks(
+    model: nn.Module,
+    stage: BlockStage,
+    blocks: tuple[Block, ...],
+    information: Mapping[str, float],
+    example: Any,
+    dense: DenseCost,
+) -> list[str]:
+    """Names of the blocks that a stage drops.
+
+    Raises:
+        InputError: none, or too few for the budget.
+    """
     if stage.keep_blocks is not None:
         names: list[str] = list(dropped_by_keep_configuration(blocks, stage.keep_blocks))
     else:
         order = removable_in_order(blocks, information)
-        names = order[: _block_count(model, order, blocks, stage, probe.example, dense)]
+        names = order[: _block_count(model, order, blocks, stage, example, dense)]
     if not names:
         raise InputError(
             f"stage blocks removes nothing: {len(blocks)} blocks, {sum(not b.protected for b in blocks)} free; "
             "raise remove_ratio, lower keep, or leave the stage out"
         )
-    return Plan(drop_blocks=tuple(names), keep_channels={}, sizes={}, notes=notes)
+    return names
 
 
 def _block_count(
@@ -283,7 +306,8 @@ def plan_channels(model: nn.Module, stage: ChannelStage, batches: Batches, dense
         )
     evidence = Evidence(model, batches, task=probe.task)
     cost_model = CostModel.build(model, evidence.graph, probe.example)
-    return plan_method(evidence, stage.score, evidence.graph, cost_model, stage.request(keep))
+    there = tuple(name for name in stage.protect if name in evidence.graph.by_name)  # others went with their blocks
+    return plan_method(evidence, stage.score, evidence.graph, cost_model, replace(stage, protect=there).request(keep))
 
 
 def cut(
@@ -296,7 +320,7 @@ def cut(
     if isinstance(stage, BlockStage) or stage.replace == "delete":
         return apply_plan(model, plan, example_input), plan
     settings = Replacement(unsupported="delete", towards="weights")  # determined by however few samples
-    reduced = replace_mechanisms(model, plan, batches, example_input, stage.replace, settings=settings, task=task)
+    reduced = replace_mechanisms(model, plan, batches, stage.replace, example_input, settings=settings, task=task)
     return reduced.model, reduced.plan
 
 

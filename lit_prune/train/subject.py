@@ -19,7 +19,6 @@ from lit_prune.structure.record import (
     record_of,
 )
 from lit_prune.structure.tracing import copy_network
-from lit_prune.train.capture import Seen
 from lit_prune.train.locate import network_at, put_network
 from lit_prune.train.pruned_checkpoint import StructureHooks, replay
 
@@ -69,12 +68,11 @@ class Subject:
         """What it is called with, one sample, on its device."""
         return example_input(rebuild_inputs(self.inputs, next(self.network.parameters()).device))
 
-    def meet_inputs(self, seen: Seen) -> None:
-        """Notes what the network is called with, where that is not known yet; one sample of a batch."""
+    def meet_inputs(self, one: Example) -> None:
+        """Notes what the network is called with, one sample, where that is not known yet."""
         record = record_of(self.network)
         if record.inputs is None:
-            one = seen.first(1)
-            note_record(self.network, replace(record, inputs=describe_inputs(Example(one.args, one.kwargs))))
+            note_record(self.network, replace(record, inputs=describe_inputs(one)))
 
     def put(self, network: nn.Module, plan: Plan) -> None:
         """Puts the network that `plan` made of the present one in its place."""

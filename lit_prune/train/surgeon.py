@@ -46,7 +46,7 @@ class Surgeon:
 
     def meet_dense(self, trainer: Trainer, subject: Subject) -> dict[str, Any]:
         """Figures of the dense network, as it is and recalibrated, as plain values; it is left as found."""
-        subject.meet_inputs(self._samples(trainer, subject).first())
+        self.meet(trainer, subject)
         counted = cost(subject.network, subject.example)
         value = self.figures.measure(trainer, subject.path)
         statistics = {name: buffer.clone() for name, buffer in subject.network.named_buffers()}
@@ -55,13 +55,19 @@ class Surgeon:
         for name, buffer in subject.network.named_buffers():
             buffer.copy_(statistics[name])
         return {
-            "metric": {"name": self.figures.name, "mode": self.figures.mode},
+            "metric": {"name": self.figures.name, "mode": self.figures.mode, "images": self.figures.images},
             "value": value,
             "recalibrated": recalibrated,
             "macs": counted.macs,
             "params": counted.params,
             "plans": len(subject.plans),
         }
+
+    def meet(self, trainer: Trainer, subject: Subject) -> None:
+        """Notes what the network is called with, where that is not known yet."""
+        if subject.inputs is None:
+            seen = self._samples(trainer, subject).first()
+            subject.meet_inputs(task_in(trainer, subject.path, seen, self.figures.task).inputs(seen.first(1)))
 
     def carry_out(self, trainer: Trainer, subject: Subject, stage: Stage, record: dict[str, Any]) -> None:
         """Plans and cuts on every rank, and completes the record."""

@@ -12,6 +12,7 @@ from lit_prune.errors import InputError
 from lit_prune.structure import Plan, kept_columns, load_compact
 from lit_prune.train.added_loss import AddedLoss, add_term, drop_term
 from lit_prune.train.distillation import Distillation, Repair
+from lit_prune.train.features import input_width, last_layer
 from lit_prune.train.locate import find_path, network_at
 
 TERM = "distillation"
@@ -90,13 +91,13 @@ class Teaching:
         if not self.repair.beta:
             return None
         name = last_layer(lesson.teacher)
-        width = _inputs(lesson.teacher, name)
+        width = input_width(lesson.teacher, name)
         try:
             if lesson.plans is None:
                 columns = list(range(width))
             else:
                 columns = kept_columns(lesson.teacher, lesson.plans, name, lesson.example)
-            found = _inputs(lesson.student, name)
+            found = input_width(lesson.student, name)
         except (InputError, AttributeError) as error:
             self.reason = f"the inputs of {name} cannot be followed ({error})"
             return None
@@ -124,14 +125,17 @@ class Teaching:
         """Logs the epoch's mean and adds the evaluations to the record of the stage.
 
         Raises:
-            InputError: the module optimizes by itself, and its loss never took the term.
+            InputError: no step of the epoch took the term.
         """
         if self._term is None:
             return
         if self._added.steps and not self._added.evaluations.get(TERM):
+            step = f"training_step of {type(module).__name__}"
+            if module.automatic_optimization:
+                raise InputError(f"distillation: {step} returned None in every step of the epoch; return the loss")
             raise InputError(
-                f"distillation: training_step of {type(module).__name__} took no term in the whole epoch; with manual "
-                "optimization add lit_prune.added_loss(self) to its loss, or set the weights of repair to 0"
+                f"distillation: {step} took no term in the whole epoch; with manual optimization add "
+                "lit_prune.added_loss(self) to its loss, or set the weights of repair to 0"
             )
         record["distillation"]["evaluations"] += self._term.evaluations
         mean = self._added.mean(TERM)
@@ -144,24 +148,6 @@ class Teaching:
             self._term.remove()
             self._term = None
             drop_term(module, TERM)
-
-
-def last_layer(network: nn.Module) -> str:
-    """Name of the last Linear in module order, else of the last convolution: the head.
-
-    Raises:
-        InputError: the network has neither.
-    """
-    for kinds in (nn.Linear, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        names = [name for name, layer in network.named_modules() if isinstance(layer, kinds)]
-        if names:
-            return names[-1]
-    raise InputError(f"repair: {type(network).__name__} has no Linear or convolution whose inputs could be compared")
-
-
-def _inputs(network: nn.Module, name: str) -> int:
-    layer = network.get_submodule(name)
-    return layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
 
 
 class Tutor(Callback):

@@ -1,6 +1,7 @@
 """Over two hundred wrong command lines and files, in one process: each ends with exit code 2 and one line on stderr."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,11 +14,14 @@ from lit_prune.models import build_backbone
 
 CONFIG = """
 seed_everything: 7
-data: {class_path: lit_prune.data.DigitsData, init_args: {resolution: 8, train_size: 32, calibration_size: 8}}
-model: {backbone: mlp, optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.05}}}
+data:
+  class_path: lit_prune.data.DigitsData
+  init_args: {resolution: 8, train_size: 32, calibration_size: 8, batch_size: 16}
+model: {backbone: cifar_convnet, optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.05}}}
 trainer: {max_epochs: 2, accelerator: cpu, devices: 1, logger: false, enable_progress_bar: false}
 """
 STAGES = "{class_path: lit_prune.StagedPruning, init_args: {stages: [%s]}}"
+GOOD = STAGES % "{class_path: lit_prune.ChannelStage, init_args: {keep: 0.5, epoch: 1}}"
 
 OPTIONS = {  # option of fit -> values that it does not have
     "trainer.max_epochs": ("-5", "many", "1.5", "[1]"),
@@ -151,38 +155,42 @@ OPTIONS = {  # option of fit -> values that it does not have
     ),
     "nothing": ("1",),
 }
-STAGE_MISTAKES = (
-    "kind: channel, keep: 0.5",
-    "kind: channels, keep: half",
-    "kind: channels, keep: 0.5, budget: mac",
-    "kind: channels, keep: 0.5, keeep: 1",
-    "kind: channels, keep: 0",
-    "kind: channels, keep: 1.5",
-    "kind: channels, keep: -0.5",
-    "kind: channels, keep: .nan",
-    "kind: channels, keep: 1.0e-9",
-    "kind: channels",
-    "kind: channels, keep: 0.5, epoch: -1",
-    "kind: channels, keep: 0.5, epoch: x",
-    "kind: channels, keep: 0.5, epoch: 7",
-    "kind: channels, keep: 0.5, score: magnitud",
-    "kind: channels, keep: 0.5, cap: 0",
-    "kind: channels, keep: 0.5, cap: 1.5",
-    "kind: channels, keep: 0.5, round_to: 0",
-    "kind: channels, keep: 0.5, round_to: -4",
-    "kind: channels, keep: 0.5, allocation: x",
-    "kind: channels, keep: 0.5, normalisation: x",
-    "kind: channels, keep: 0.5, replace: x",
-    "kind: channels, remove_count: 2",
-    "kind: blocks, remove_count: -2",
-    "kind: blocks, remove_count: 0",
-    "kind: blocks, remove_ratio: 0",
-    "kind: blocks, remove_ratio: 1.5",
-    "kind: blocks, remove_ratio: 0.5, keep: 0.5",
-    "kind: blocks, keep_blocks: {}",
-    "kind: blocks, keep_blocks: [1]",
-    "kind: blocks, keep: 0.5, replace: affine",
+CHANNEL_MISTAKES = (
     "",
+    "keep: half",
+    "keep: 0",
+    "keep: 1.5",
+    "keep: -0.5",
+    "keep: .nan",
+    "keep: 1.0e-9",
+    "keep: 0.5, keeep: 1",
+    "keep: 0.5, part: channel",
+    "keep: 0.5, budget: mac",
+    "keep: 0.5, epoch: -1",
+    "keep: 0.5, epoch: x",
+    "keep: 0.5, epoch: 7",
+    "keep: 0.5, score: magnitud",
+    "keep: 0.5, cap: 0",
+    "keep: 0.5, cap: 1.5",
+    "keep: 0.5, round_to: 0",
+    "keep: 0.5, round_to: -4",
+    "keep: 0.5, allocation: x",
+    "keep: 0.5, normalisation: x",
+    "keep: 0.5, normalisation: rank",
+    "keep: 0.5, replace: x",
+    "keep: 0.5, remove_count: 2",
+)
+BLOCK_MISTAKES = (
+    "",
+    "remove_count: -2",
+    "remove_count: 0",
+    "remove_ratio: 0",
+    "remove_ratio: 1.5",
+    "remove_ratio: 0.5, keep: 0.5",
+    "remove_ratio: 0.5, budget: macs",
+    "remove_ratio: 0.5, replace: affine",
+    "keep: 1.0e-9",
+    "keep_blocks: [1]",
 )
 REPAIRS = ("{alpha: -1}", "{beta: x}", "{temperature: 0}", "{form: x}", "{gradient_clip: -1}", "{alpha: .nan}")
 VERBS = {  # verb -> its own wrong options
@@ -192,7 +200,14 @@ VERBS = {  # verb -> its own wrong options
     "analyze": ((), ("--ckpt_path", "FILES/none.ckpt"), ("--ckpt_path", "FILES/nan.ckpt"), ("--request", "x")),
     "lesion": ((), ("--ckpt_path", "FILES/foreign_plans.ckpt"), ("--compare", "x")),
     "sweep": ((), ("--checkpoints", "[FILES/none.ckpt]"), ("--checkpoints", "[FILES/nan.pth]"), ("--request", "3")),
-    "compress": ((), ("--repair_epochs", "0"), ("--ratios", "[2]"), ("--ratios", "x")),
+    "compress": (
+        (),
+        ("--trainer.callbacks", f"[{GOOD}]"),
+        ("--trainer.callbacks", f"[{GOOD}]", "--model.weights", "FILES/good.pth", "--repair_epochs", "0"),
+        ("--ratios", "[2]"),
+        ("--ratios", "[0.5, 0.5]"),
+        ("--ratios", "x"),
+    ),
     "reduce": (("--ckpt_path", "FILES/nan.ckpt"), ("--ckpt_path", "FILES/planless.ckpt")),
 }
 FOLDERS = (
@@ -223,19 +238,57 @@ FOLDERS = (
     ("recipes", "--nothing", "1"),
 )
 
+COMMON = {"files", "trainer", "callbacks", "lit_prune", "stagedpruning", "init_args", "class_path", "stages", "run"}
+COMMON |= {"true", "config", "error", "seeds", "base", "networks", "run_dir"}
+SAID = {  # end of a command -> what its line speaks of, where that is another word
+    "max_time x": "duration",
+    "max_time -1": "duration",
+    "callbacks x": "expected a <class 'list'>",
+    "callbacks [1]": "subclass of callback",
+    "[{class_path: lit_prune.StagedPruning}]": "required: stages",
+    "lr x": "--lr",
+    "/planless.ckpt": "'arguments'",
+    "/foreign_plans.ckpt": "'nowhere'",
+    "/weights_only.ckpt": "optimizer",
+    "--config FILES": "not a file",
+    "/latin.yaml": "utf-8",
+    "/bomb.yaml": "aliases",
+    "/ring.yaml": "aliases",
+    "/deep.yaml": "nesting",
+    "/broken.yaml": "flow node",
+    "/list.yaml": "unexpected config",
+    "ChannelStage, init_args: {}}]}}]": "required: keep",
+    "BlockStage, init_args: {}}]}}]": "exactly one of",
+    "{stages: []}}]": "stages=[]",
+    f"[{GOOD}, {GOOD}]": "more than one stateful",
+    f"RUN --trainer.callbacks [{GOOD}]": "needs a trained network",
+    "--run_dir RUN": " needs ",
+    "report": "required: run_dir",
+    "export": "required: run_dir",
+    "suite": "required: base",
+    "--no 1": "--no",
+    "--base x --networks {} --seeds [0]": "--base",
+    "evil: {}} --seeds [0]": "evil",
+    "--networks {} --seeds [0]": "needs networks",
+    "--seeds []": "distinct seeds",
+    "--seeds [0, 0]": "distinct seeds",
+    "DigitsData": "model.backbone",
+}
+
 
 def command_lines() -> Iterator[tuple[str, ...]]:
     """All of them; FILES stands for the folder of wrong files, RUN for a run folder of its own."""
     fit = ("fit", "-c", "FILES/run.yaml", "--run_dir", "RUN")
     for option, values in OPTIONS.items():
         yield from ((*fit, f"--{option}", value) for value in values)
-    for stage in STAGE_MISTAKES:
-        yield *fit, "--trainer.callbacks", f"[{STAGES % ('{' + stage + '}' if stage else '')}]"
+    for kind, mistakes in (("Channel", CHANNEL_MISTAKES), ("Block", BLOCK_MISTAKES)):
+        for mistake in mistakes:
+            stage = f"{{class_path: lit_prune.{kind}Stage, init_args: {{{mistake}}}}}"
+            yield *fit, "--trainer.callbacks", f"[{STAGES % stage}]"
     for repair in REPAIRS:
-        staged = STAGES % "{kind: channels, keep: 0.5, epoch: 1}"
-        yield *fit, "--trainer.callbacks", f"[{staged}]", "--trainer.callbacks.repair", repair
-    twice = STAGES % "{kind: channels, keep: 0.5, epoch: 1}"
-    yield *fit, "--trainer.callbacks", f"[{twice}, {twice}]"
+        yield *fit, "--trainer.callbacks", f"[{GOOD}]", "--trainer.callbacks.repair", repair
+    yield *fit, "--trainer.callbacks", f"[{GOOD}, {GOOD}]"
+    yield *fit, "--trainer.callbacks", f"[{STAGES % ''}]"
     for verb, choices in VERBS.items():
         yield from ((verb, *fit[1:], *choice) for choice in choices)
     yield from FOLDERS
@@ -246,14 +299,15 @@ def write_files(folder: Path) -> None:
     (folder / "nothing").mkdir(parents=True)
     (folder / "folder.pth").mkdir()
     (folder / "run.yaml").write_text(CONFIG)
-    weights = build_backbone("mlp", num_classes=10, in_channels=1).state_dict()
-    nan = {name: torch.full_like(value, torch.nan) for name, value in weights.items()}
+    weights = build_backbone("cifar_convnet", num_classes=10, in_channels=1).state_dict()
+    nan = {name: value * torch.nan if value.is_floating_point() else value for name, value in weights.items()}
     for name, value in {
         "integers": {0: torch.zeros(1)},
         "sparse": {"a": torch.zeros(2, 2).to_sparse()},
         "list": [1],
         "pickle": torch.nn.Linear(1, 1),
         "nan": nan,
+        "good": weights,
         "other": {"conv.weight": torch.zeros(3)},
     }.items():
         torch.save(value, folder / f"{name}.pth")
@@ -271,23 +325,25 @@ def write_files(folder: Path) -> None:
 def write_checkpoints(folder: Path, weights: dict, nan: dict) -> None:
     plan = {"format": "lit_prune.plan", "version": 1, "drop_blocks": [], "notes": {}, "added_biases": []}
     plan |= {"keep_channels": {"nowhere": [0]}, "sizes": {"nowhere": 10**12}}
-    structure = {"backbone": "mlp", "arguments": {"num_classes": 10, "in_channels": 1}, "plans": [], "phase_start": 0}
+    structure = {"network": "backbone", "backbone": "cifar_convnet", "plans": [], "inputs": None}
+    structure |= {"arguments": {"num_classes": 10, "in_channels": 1}}
     state = {f"backbone.{name}": value for name, value in weights.items()}
     good = {"state_dict": state, "epoch": 0, "global_step": 1, "pytorch-lightning_version": "2.6.6"}
+    good["optimizer_states"] = [{}]
     whole = {**good, "lit_prune_structure": structure}
     for name, value in {
         "whole": whole,
         "nan": {**whole, "state_dict": {f"backbone.{key}": value for key, value in nan.items()}},
         "stateless": {"lit_prune_structure": structure},
-        "planless": {**good, "lit_prune_structure": {"backbone": "mlp"}},
+        "planless": {**good, "lit_prune_structure": {"backbone": "cifar_convnet"}},
         "foreign_plans": {**whole, "lit_prune_structure": {**structure, "plans": [plan]}},
-        "weights_only": whole,
+        "weights_only": {**whole, "optimizer_states": []},
         "other": {**whole, "lit_prune_structure": {**structure, "backbone": "cifar_resnet20"}},
     }.items():
         torch.save(value, folder / f"{name}.ckpt")
     content = (folder / "whole.ckpt").read_bytes()
     (folder / "truncated.ckpt").write_bytes(content[: len(content) // 2])
-    middle = content.index(weights["fc1.weight"].numpy().tobytes()[:16]) if "fc1.weight" in weights else 5000
+    middle = content.index(weights["features.0.weight"].numpy().tobytes()[:16])
     (folder / "flipped.ckpt").write_bytes(content[:middle] + bytes([content[middle] ^ 64]) + content[middle + 1 :])
 
 
@@ -322,19 +378,31 @@ def quick_parser(monkeypatch):
     monkeypatch.setattr(LightningCLI, "setup_parser", setup_parser)
 
 
-def outcome(args: list[str], capfd) -> str:
-    """Empty where the command ended as it must; else what it did."""
+def outcome(args: list[str], words: set[str], capfd) -> str:
+    """Empty where the command ended as it must, with a line that has one of the words in it; else what it did."""
     capfd.readouterr()
     try:
         main(args)
     except SystemExit as stop:
         lines = capfd.readouterr().err.splitlines()
-        if stop.code == 2 and len(lines) == 1 and lines[0].startswith("error: "):
-            return ""
-        return f"exit {stop.code}, stderr {lines}"
+        said = len(lines) == 1 and lines[0].startswith("error: ") and any(word in lines[0].lower() for word in words)
+        return "" if stop.code == 2 and said else f"exit {stop.code}, stderr {lines}"
     except BaseException as error:
         return f"{type(error).__name__}: {error}"
     return "accepted"
+
+
+def words_of(command: tuple[str, ...]) -> set[str]:
+    """What the line about a command may speak of: its last option, or what was given to it."""
+    whole, given = " ".join(command), " ".join(command[-2:]).replace("keep: 0.5, ", "")
+    said = next((words for mistake, words in SAID.items() if whole.endswith(mistake)), None)
+    return {said} if said else set(re.findall(r"\w{3,}", given.lower())) - COMMON or {"subcommand"}
+
+
+def test_the_configuration_without_a_mistake_is_accepted(tmp_path, quick_parser):
+    write_files(tmp_path / "files")
+    callbacks = ["--trainer.callbacks", f"[{GOOD}]"]
+    main(["fit", "-c", str(tmp_path / "files" / "run.yaml"), "--run_dir", str(tmp_path / "run"), *callbacks])
 
 
 def test_there_are_at_least_two_hundred_wrong_command_lines():
@@ -357,7 +425,8 @@ def check(tmp_path: Path, capfd, monkeypatch, commands: list[tuple[str, ...]]) -
     wrong = {}
     for number, command in enumerate(commands):
         run_dir = str(tmp_path / f"run{number}")
-        found = outcome([word.replace("FILES", str(files)).replace("RUN", run_dir) for word in command], capfd)
+        words = [word.replace("FILES", str(files)).replace("RUN", run_dir) for word in command]
+        found = outcome(words, words_of(command), capfd)
         if found:
             wrong[" ".join(command)] = found
     assert not wrong, f"{len(wrong)} of {len(commands)}: {json.dumps(wrong, indent=1)}"

@@ -29,7 +29,7 @@ def test_stand_ins_bring_the_output_nearer_and_replay(name: str) -> None:
         wanted = model(images)
     distance = {}
     for kind in ("delete", "constant", "affine", "refit"):
-        reduced = replace_mechanisms(model, plan, [(images, None)], images, kind)
+        reduced = replace_mechanisms(model, plan, [(images, None)], kind, images)
         assert not reduced.report["refused"]
         assert len(reduced.report["layers"]) >= len(heads)  # refit solves what comes after, too
         with torch.no_grad():

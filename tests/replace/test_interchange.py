@@ -40,7 +40,7 @@ def batches():
 def test_a_reduction_that_loses_nothing_agrees_on_every_swap(net, batches):
     with torch.no_grad():
         net.head.weight[:, PLAN.removed("body")] = 0
-    reduced = replace_mechanisms(net, PLAN, batches, EXAMPLE, "constant")
+    reduced = replace_mechanisms(net, PLAN, batches, "constant", EXAMPLE)
     found = interchange(net, reduced, batches, EXAMPLE, swaps=Swaps(pairs=300))
     assert found.layer == "head" and found.iia == 1 and found.kl < 1e-10
     assert found.certificate.bound > 0.99 and found.low.shape == (300, 4)
@@ -48,7 +48,7 @@ def test_a_reduction_that_loses_nothing_agrees_on_every_swap(net, batches):
 
 @pytest.mark.parametrize("probability", [0.0, 0.5, 1.0])
 def test_swapped_logits_are_those_of_the_mixed_activations(net, batches, probability):
-    reduced = replace_mechanisms(net, PLAN, batches, EXAMPLE, "constant")
+    reduced = replace_mechanisms(net, PLAN, batches, "constant", EXAMPLE)
     swaps = Swaps(pairs=50, probability=probability, batch_size=50, seed=3)
     found = interchange(net, reduced, batches, EXAMPLE, swaps=swaps)
     images = torch.cat([batch for batch, _ in batches])
@@ -109,7 +109,7 @@ def test_random_reduction_disagrees_and_says_nothing_certain(net, batches):
 
 
 def test_a_layer_that_cannot_be_swapped_is_named(net, batches):
-    reduced = replace_mechanisms(net, PLAN, batches, EXAMPLE, "delete")
+    reduced = replace_mechanisms(net, PLAN, batches, "delete", EXAMPLE)
     with pytest.raises(InputError, match="layer='tail'"):
         interchange(net, reduced, batches, EXAMPLE, "tail")
     with pytest.raises(InputError, match="at least two"):

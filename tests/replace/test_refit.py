@@ -97,7 +97,7 @@ def test_of_two_layers_that_one_addition_reads_only_the_last_waits_there():
 def test_one_waiting_pass_solves_what_layer_by_layer_passes_solve(trunk, batches):
     images = torch.cat([batch for batch, _ in batches])
     settings = Replacement(ridge=1e-9, clipped=False, scope="consumers")
-    reduced = replace_mechanisms(trunk, PLAN, batches, IMAGE, "refit", settings=settings).model
+    reduced = replace_mechanisms(trunk, PLAN, batches, "refit", IMAGE, settings=settings).model
     naive = apply_plan(trunk, PLAN, IMAGE)
     seen = {}
     for name in ("first", "second"):
@@ -134,7 +134,7 @@ def test_a_reader_of_512_maps_is_solved_as_least_squares_on_all_rows_at_once_sol
     kept = tuple(range(0, 512, 4))  # 1,152 columns against 1,600 rows, streamed in five parts
     plan = Plan(keep_channels={"0": kept}, sizes={"0": 512})
     settings = Replacement(ridge=1e-12, held_out=0.0, clipped=False)
-    found = replace_mechanisms(net, plan, batches, torch.zeros(1, 3, 8, 8).double(), "refit", settings=settings).model
+    found = replace_mechanisms(net, plan, batches, "refit", torch.zeros(1, 3, 8, 8).double(), settings=settings).model
     with torch.no_grad():
         maps = net[:2](torch.cat([images for images, _ in batches]))
         rows = F.unfold(maps[:, kept], 3, padding=1).mT.flatten(0, 1)
@@ -146,8 +146,8 @@ def test_a_reader_of_512_maps_is_solved_as_least_squares_on_all_rows_at_once_sol
 
 def test_the_order_of_batches_does_not_matter(trunk, batches):
     settings = Replacement(ridge=1e-6)
-    one = replace_mechanisms(trunk, PLAN, batches, IMAGE, "refit", settings=settings)
-    other = replace_mechanisms(trunk, PLAN, batches[::-1], IMAGE, "refit", settings=settings)
+    one = replace_mechanisms(trunk, PLAN, batches, "refit", IMAGE, settings=settings)
+    other = replace_mechanisms(trunk, PLAN, batches[::-1], "refit", IMAGE, settings=settings)
     for name, value in one.model.state_dict().items():
         torch.testing.assert_close(value, other.model.state_dict()[name], rtol=0, atol=1e-9)
 
@@ -163,7 +163,7 @@ def test_an_error_in_the_network_ends_all_waiting_passes(trunk, batches):
     net.load_state_dict(copy.deepcopy(trunk.state_dict()))
     net.armed = True
     with pytest.raises(RuntimeError, match="broken network"):
-        replace_mechanisms(net, PLAN, batches, IMAGE, "refit")
+        replace_mechanisms(net, PLAN, batches, "refit", IMAGE)
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in net.modules())
 
 
@@ -282,7 +282,7 @@ def test_behind_a_clip_only_what_it_lets_through_is_fitted(clip, joined):
     batches = [(torch.randn(60, 3, 4, 4, dtype=torch.float64), None) for _ in range(4)]
     plan = Plan(keep_channels={"first": (0, 2, 3)}, sizes={"first": 6})
     settings = [Replacement(rows=10**6, clipped=clipped, scope="consumers") for clipped in (True, False)]
-    models = [replace_mechanisms(net, plan, batches, IMAGE, "refit", settings=given).model for given in settings]
+    models = [replace_mechanisms(net, plan, batches, "refit", IMAGE, settings=given).model for given in settings]
     images = torch.cat([images for images, _ in batches])
     flow = observe(net, IMAGE)
     stop = next(stop for stop in flow.stops(["second"]))

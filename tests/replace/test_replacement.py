@@ -92,7 +92,7 @@ def intervened(net: nn.Module, batches, parents):
 @pytest.mark.parametrize(("kind", "parents"), [("constant", 0), ("affine", 2), ("affine", None)])
 def test_compiled_network_equals_the_intervened_one_exactly(kind, parents):
     net, batches = seeded(Chain()), images()
-    reduced = replace_mechanisms(net, PLAN, batches, IMAGE, kind, settings=Replacement(parents=parents))
+    reduced = replace_mechanisms(net, PLAN, batches, kind, IMAGE, settings=Replacement(parents=parents))
     expected = intervened(net, batches, parents)
     for batch, _ in images(seed=5):
         torch.testing.assert_close(reduced.model(batch), expected(batch), **EXACT)
@@ -103,7 +103,7 @@ def test_compiled_network_equals_the_intervened_one_exactly(kind, parents):
 def test_zero_padding_leaves_a_border_error_that_the_report_states():
     net, batches = seeded(Chain(padding=1)), images()
     plan = Plan(keep_channels={"conv2": PLAN.keep_channels["conv2"]}, sizes={"conv2": 7})
-    reduced = replace_mechanisms(net, plan, batches, IMAGE, "constant")
+    reduced = replace_mechanisms(net, plan, batches, "constant", IMAGE)
     entry = reduced.report["layers"]["conv3"]
     assert entry["border_error"] > 1e-3
     removed = plan.removed("conv2")
@@ -128,13 +128,13 @@ def test_zero_padding_leaves_a_border_error_that_the_report_states():
 def test_a_carrier_channel_makes_zero_padded_replacement_exact(kind, parents):
     net, batches = seeded(Chain(padding=1)), images()
     settings = Replacement(parents=parents, border="carrier")
-    reduced = replace_mechanisms(net, PLAN, batches, IMAGE, kind, settings=settings)
+    reduced = replace_mechanisms(net, PLAN, batches, kind, IMAGE, settings=settings)
     assert reduced.carriers == {"conv2": 0}  # conv1 is read by a 1x1 convolution, which needs none
     assert reduced.model.conv2.out_channels == 5 and reduced.plan.keep_channels["conv2"] == (0, 1, 2, 4, 6)
     expected = intervened(net, batches, parents)
     for batch, _ in images(seed=5):
         torch.testing.assert_close(reduced.model(batch), expected(batch), **EXACT)
-    inexact = replace_mechanisms(net, PLAN, batches, IMAGE, kind, settings=Replacement(parents=parents))
+    inexact = replace_mechanisms(net, PLAN, batches, kind, IMAGE, settings=Replacement(parents=parents))
     assert not torch.allclose(inexact.model(batch), expected(batch), atol=1e-4)
     assert reduced.report["layers"]["conv3"]["error"] < inexact.report["layers"]["conv3"]["error"]
 
@@ -142,7 +142,7 @@ def test_a_carrier_channel_makes_zero_padded_replacement_exact(kind, parents):
 def test_a_carrier_runs_through_a_residual_trunk(tiny_net):
     net, batches = tiny_net.double(), images()
     plan = Plan(keep_channels={"stem.0": (0, 1, 3, 5), "conv1": (0, 1, 4)}, sizes={"stem.0": 6, "conv1": 8})
-    reduced = replace_mechanisms(net, plan, batches, IMAGE, "constant", settings=Replacement(border="carrier"))
+    reduced = replace_mechanisms(net, plan, batches, "constant", IMAGE, settings=Replacement(border="carrier"))
     seen = []
     reduced.model.head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     reduced.model(batches[0][0])
@@ -155,13 +155,13 @@ def test_a_carrier_in_place_of_the_only_removed_unit_is_refused():
     plan = Plan(keep_channels={"conv2": (0, 1, 2, 3, 4, 5)}, sizes={"conv2": 7})
     with pytest.raises(InputError, match="one unit a group"):
         replace_mechanisms(
-            seeded(Chain(padding=1)), plan, images(), IMAGE, "constant", settings=Replacement(border="carrier")
+            seeded(Chain(padding=1)), plan, images(), "constant", IMAGE, settings=Replacement(border="carrier")
         )
 
 
 def test_delete_is_apply_plan():
     net, batches = seeded(Chain()), images(1)
-    reduced = replace_mechanisms(net, PLAN, batches, IMAGE, "delete")
+    reduced = replace_mechanisms(net, PLAN, batches, "delete", IMAGE)
     expected = apply_plan(net, PLAN, IMAGE).state_dict()
     assert reduced.model.state_dict().keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in reduced.model.state_dict().items())
@@ -181,10 +181,10 @@ def test_refit_reproduces_the_outputs_when_nothing_is_lost(padding, scope):
             net.bn1.weight[removed], net.bn1.bias[removed] = factor * net.bn1.weight[kept], factor * net.bn1.bias[kept]
     plan = Plan(keep_channels={"conv1": (0, 2, 3, 5, 6, 7)}, sizes={"conv1": 8})
     settings = Replacement(ridge=1e-13, scope=scope)
-    reduced = replace_mechanisms(net, plan, batches, IMAGE, "refit", settings=settings)
+    reduced = replace_mechanisms(net, plan, batches, "refit", IMAGE, settings=settings)
     for batch, _ in images(seed=9):
         torch.testing.assert_close(reduced.model(batch), net(batch), rtol=0, atol=1e-8)
-    deleted = replace_mechanisms(net, plan, batches, IMAGE, "delete")
+    deleted = replace_mechanisms(net, plan, batches, "delete", IMAGE)
     assert not torch.allclose(deleted.model(batch), net(batch), atol=1e-2)
 
 
@@ -193,7 +193,7 @@ def test_on_calibration_images_refit_errs_no_more_than_affine_and_affine_no_more
     settings = Replacement(parents=None, ridge=1e-10)
     errors = {}
     for kind in ("constant", "affine", "refit"):
-        reduced = replace_mechanisms(tiny_net.double(), plan, images(), IMAGE, kind, settings=settings)
+        reduced = replace_mechanisms(tiny_net.double(), plan, images(), kind, IMAGE, settings=settings)
         errors[kind] = reduced.report["layers"]["conv2"]["error"]
     assert errors["refit"] < errors["affine"] < errors["constant"]
     assert reduced.report["layers"]["conv2"]["fit_error"] == pytest.approx(errors["refit"], rel=1e-6)
@@ -206,7 +206,7 @@ def test_the_original_is_untouched(tiny_net, kind):
     plan = Plan(keep_channels={"conv1": (0, 2, 5), "stem.0": (1, 2, 3)}, sizes={"conv1": 8, "stem.0": 6})
     batches = [(batch.float(), labels) for batch, labels in images(2)]
     state = torch.get_rng_state()
-    reduced = replace_mechanisms(tiny_net, plan, batches, IMAGE.float(), kind)
+    reduced = replace_mechanisms(tiny_net, plan, batches, kind, IMAGE.float())
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(value, before[name]) for name, value in tiny_net.state_dict().items())
     assert tiny_net.training and all(not module._forward_hooks for module in tiny_net.modules())
@@ -233,7 +233,7 @@ def test_reduced_networks_survive_the_compact_folder(tmp_path, monkeypatch, back
     width = len(net.get_submodule(group).weight)
     plan = Plan(keep_channels={group: tuple(range(0, width, 2))}, sizes={group: width})
     batches = [(batch.float(), labels) for batch, labels in images(2, size)]
-    reduced = replace_mechanisms(net, plan, batches, example, "affine")
+    reduced = replace_mechanisms(net, plan, batches, "affine", example)
     assert reduced.plan.added_biases == biases
     folder = tmp_path / "compact"
     shape = tuple(example.shape[1:])
@@ -247,9 +247,9 @@ def test_a_shortcut_without_weights_is_refused_by_name():
     plan = Plan(keep_channels={"conv1": tuple(range(12))}, sizes={"conv1": 16})
     batches = [(batch.float(), labels) for batch, labels in images(1, 16)]
     with pytest.raises(InputError, match=r"layer2\.0\.shortcut.*conv1"):
-        replace_mechanisms(net, plan, batches, torch.zeros(1, 3, 16, 16), "constant")
+        replace_mechanisms(net, plan, batches, "constant", torch.zeros(1, 3, 16, 16))
     settings = Replacement(unsupported="delete")
-    reduced = replace_mechanisms(net, plan, batches, torch.zeros(1, 3, 16, 16), "constant", settings=settings)
+    reduced = replace_mechanisms(net, plan, batches, "constant", torch.zeros(1, 3, 16, 16), settings=settings)
     assert list(reduced.report["refused"]) == ["layer2.0.shortcut"]
 
 
@@ -261,7 +261,7 @@ def test_refit_repairs_a_sliced_trunk_and_a_dropped_block():
     settings = Replacement(towards="weights", ridge=1e-6, rows=1000)
     distances = {}
     for kind in ("delete", "refit"):
-        reduced = replace_mechanisms(net, plan, batches, torch.zeros(1, 3, 32, 32), kind, settings=settings)
+        reduced = replace_mechanisms(net, plan, batches, kind, torch.zeros(1, 3, 32, 32), settings=settings)
         distances[kind] = sum(float((reduced.model(b) - net(b)).square().sum().detach()) for b, _ in batches)
     assert distances["refit"] < 0.5 * distances["delete"]
 
@@ -277,8 +277,8 @@ def test_bad_arguments_are_named(tiny_net, arguments, message):
             tiny_net,
             plan,
             arguments.get("batches", images(1)),
-            IMAGE,
             arguments.get("kind", "refit"),
+            IMAGE,
             settings=settings,
         )
 

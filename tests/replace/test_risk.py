@@ -208,7 +208,7 @@ def test_spectral_norm_is_the_largest_singular_value_and_additions_are_refused(t
 ])  # fmt: skip
 def test_constants_by_loss_are_folded_in_a_whole_network(net, batches, settings):
     plan = Plan(keep_channels={"body": (0, 2, 5, 6)}, sizes={"body": 7})
-    reduced = replace_mechanisms(net, plan, batches, torch.zeros(1, 5).double(), "constant", settings=settings)
+    reduced = replace_mechanisms(net, plan, batches, "constant", torch.zeros(1, 5).double(), settings=settings)
     estimated = settings.curvature == "hutchinson"
     measure = HutchinsonSums if estimated else CurvatureSums
     curvature = collect(net, batches, measure(net, ["head"], TASK), TASK)["head"]
@@ -229,7 +229,7 @@ def test_objectives_that_a_kind_does_not_have_are_refused(net, batches):
         ("affine", Replacement(objective="loss", curvature="hutchinson")),
     ):
         with pytest.raises(InputError, match="objective|curvature"):
-            replace_mechanisms(net, plan, batches, example, kind, settings=settings)
+            replace_mechanisms(net, plan, batches, kind, example, settings=settings)
     with pytest.raises(InputError, match="has no loss"):
         unlabelled = [(images, None) for images, _ in batches]
-        replace_mechanisms(net, plan, unlabelled, example, "constant", settings=Replacement(objective="loss"))
+        replace_mechanisms(net, plan, unlabelled, "constant", example, settings=Replacement(objective="loss"))

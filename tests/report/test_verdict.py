@@ -7,7 +7,7 @@ import pytest
 
 from lit_prune.report import write_report
 from lit_prune.report.run_folder import RunFolder
-from lit_prune.report.verdict import find_verdict
+from lit_prune.report.verdict import find_verdict, terminal_verdict
 
 
 @pytest.fixture
@@ -45,9 +45,24 @@ def test_a_missed_budget_is_poor_and_said(run):
 
 
 def test_the_interval_of_the_drop_is_that_of_two_independent_shares(run):
-    verdict = find_verdict(run(0.80, validation_images=1000))
+    verdict = find_verdict(run(0.80, validation={"split": "val", "images": 1000}))
     half = 196 * ((0.8512 * 0.1488 + 0.8 * 0.2) / 1000) ** 0.5
     assert f"±{half:.1f} points from 1,000 images" in verdict.reasons[0]
+
+
+def test_a_bad_result_is_said_in_colour_with_a_remedy_and_a_good_one_is_not(run):
+    bad = terminal_verdict(run(0.2275).path)
+    assert "Warning" in bad.plain and "Repair longer" in bad.plain and "red" in str(bad.style)
+
+
+def test_a_good_result_has_no_warning(run):
+    good = terminal_verdict(run(0.86).path)
+    assert good.style == "green" and "Warning" not in good.plain
+
+
+def test_validation_on_the_test_split_is_said(run):
+    found = dict(find_verdict(run(validation={"split": "test", "images": 360})).trust)
+    assert found["figures of"] == "360 images of the test split, which choices were made by too"
 
 
 def test_the_page_begins_with_the_verdict_and_says_how_the_network_is_used(run):

@@ -57,7 +57,12 @@ def test_loaded_network_gives_the_same_bits_and_trains(saved) -> None:
 
 def test_folder_holds_plain_weights_structure_and_report(saved) -> None:
     model, _, folder = saved
-    assert {file.name for file in folder.iterdir()} == {"model.safetensors", "structure.json", "report.json"}
+    assert {file.name for file in folder.iterdir()} == {
+        "model.safetensors",
+        "structure.json",
+        "report.json",
+        "README.md",
+    }
     weights = load_file(folder / "model.safetensors")
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     structure = json.loads((folder / "structure.json").read_text())

@@ -314,3 +314,20 @@ def test_a_broken_residual_is_named(build) -> None:
     model.layer2[0].downsample[0] = nn.Conv2d(64, 100, 1, stride=2, bias=False)
     with pytest.raises(RuntimeError, match=r"layer2\.0\.downsample\.0"):
         check_invariants(model, graph)
+
+
+def test_places_that_are_computed_from_values_say_where_values_go() -> None:
+    """A detector's boxes are picked by the scores that go with them."""
+
+    class Picks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trunk, self.scores, self.boxes = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 1, 1), nn.Conv2d(6, 4, 1)
+
+        def forward(self, images):
+            seen = torch.relu(self.trunk(images))
+            best = self.scores(seen).flatten().topk(3).indices
+            return self.boxes(seen).movedim(1, -1).reshape(-1, 4)[best]
+
+    graph = trace_groups(Picks().eval(), torch.randn(1, 3, 4, 4))
+    assert [group.name for group in graph.prunable] == ["trunk"]

@@ -72,6 +72,18 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "timm_swin": lambda: timm.models.SwinTransformer(
         32, embed_dim=16, depths=(1, 2), num_heads=(2, 4), window_size=4, num_classes=3
     ),
+    "timm_swin_v2": lambda: timm.models.SwinTransformerV2(
+        32, embed_dim=16, depths=(1, 2), num_heads=(2, 4), window_size=4, num_classes=3
+    ),
+    "pvt": lambda: timm.models.PyramidVisionTransformerV2(
+        num_classes=3,
+        **{"depths": (1, 1), "embed_dims": (16, 32), "num_heads": (2, 4), "sr_ratios": (2, 1), "mlp_ratios": (2, 2)},
+    ),
+    "twins": lambda: timm.models.Twins(
+        *(32, 4, 3, 3),
+        **{"depths": (2, 2), "embed_dims": (16, 32), "num_heads": (2, 4), "sr_ratios": (2, 1), "mlp_ratios": (2, 2)},
+        wss=(3, 2),
+    ),
     "beit": lambda: timm.models.Beit(
         32, 8, embed_dim=24, depth=2, num_heads=4, num_classes=3, qkv_bias=True, use_rel_pos_bias=True
     ),
@@ -129,7 +141,10 @@ def test_network_without_heads_equals_the_one_with_these_heads_silenced(name: st
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["torchvision_vit", "torchvision_swin_v2", "torch_encoder", "beit", "eva"])
+OPENED = ("torchvision_vit", "torchvision_swin_v2", "torch_encoder", "timm_swin_v2", "pvt", "twins", "beit", "eva")
+
+
+@pytest.mark.parametrize("name", OPENED)
 def test_opened_attention_computes_the_same_in_both_modes(name: str) -> None:
     model, images = _network(name)
     opened = open_copy(model)

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from types import SimpleNamespace
 
 import lightning_modules as modules
 import pandas as pd
@@ -28,10 +29,12 @@ from lit_prune import (
     Repair,
     StagedPruning,
     cost,
+    load_compact,
     load_pruned,
     measure,
 )
 from lit_prune.structure.record import record_of
+from lit_prune.train import samples
 
 EXAMPLE = torch.zeros(1, 3, 8, 8)
 
@@ -145,6 +148,32 @@ def test_distillation_that_is_recorded_is_evaluated_in_a_module_with_a_step_of_i
     assert float(losses[-1]) > float(fit.callback_metrics["train/own"]), "the term is not in the loss"
 
 
+def test_a_validation_that_borrows_the_training_step_takes_no_term(tmp_path):
+    class Borrowing(modules.Classifier):
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            self.log("val/own", self.training_step(batch, batch_idx))
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self(batch[0]), batch[1])
+
+    fit = trainer(tmp_path, pruning(monitor="val/own", mode="min", repair=Repair(ramp=False)))
+    fit.fit(module := Borrowing(), *loaders())
+    assert records(tmp_path)[0]["distillation"]["evaluations"] == 6
+    found = fit.validate(module, loaders()[1], verbose=False)[0]
+    assert found["val/own"] == pytest.approx(found["val/ce"])
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_every_rank_says_that_one_of_them_has_no_batch(monkeypatch, own):
+    monkeypatch.setattr(samples, "sum_over_ranks", lambda trainer, sums: sums + 1)  # the other rank has none
+    found = samples.Samples(SimpleNamespace(world_size=2), "net", lambda: [], "validation_step", "validation loader")
+    if own:
+        monkeypatch.setattr(samples.Samples, "__iter__", lambda self: iter([object()]))
+    with pytest.raises(InputError, match=f"it holds no batch on {1 if own else 2} of 2 ranks; give more samples"):
+        found.first()
+
+
 def test_a_manual_loss_that_never_takes_the_term_stops_the_run(tmp_path):
     with pytest.raises(InputError, match="took no term in the whole epoch"):
         trainer(tmp_path, pruning(network="net")).fit(modules.Manual(takes_term=False), *loaders())
@@ -192,6 +221,8 @@ def test_a_run_that_ends_early_hands_over_what_it_has(tmp_path, options):
     (record,) = records(tmp_path)
     after = fit.validate(module, loaders()[1], verbose=False)[0]["val/acc"]
     assert record["val/acc"]["after_repair"] == pytest.approx(after)
+    small = load_compact(tmp_path / "compact", model=modules.network())
+    assert all(torch.equal(value, module.net.state_dict()[name]) for name, value in small.state_dict().items())
 
 
 def test_stages_that_were_not_reached_are_said(tmp_path):
@@ -232,6 +263,9 @@ def test_checkpoints_carry_the_structure_to_test_and_to_a_new_process(tmp_path):
     assert load_pruned(modules.Classifier, tmp_path / "epoch=0.ckpt").net[0].out_channels == 8
     with pytest.raises(InputError, match="no such file"):
         load_pruned(modules.Classifier, tmp_path / "none.ckpt")
+    assert modules.Classifier.load_from_checkpoint(tmp_path / "epoch=0.ckpt").net[0].out_channels == 8
+    with pytest.raises(RuntimeError, match=r"open this checkpoint with lit_prune\.load_pruned\(Class, path\)"):
+        modules.Classifier.load_from_checkpoint(tmp_path / "epoch=2.ckpt")
 
 
 @pytest.mark.parametrize("optimizer", [None, "anew"])

@@ -1,10 +1,12 @@
 import pytest
+import timm
 import torch
 
 from lit_prune import apply_plan, cost
 from lit_prune.compression import Recipe
 from lit_prune.errors import InputError
 from lit_prune.models import Block, build_backbone
+from lit_prune.structure import trace_groups
 from lit_prune.train.stages import BlockStage, ChannelStage, DenseCost, Probe, cut, plan_stage, removable_in_order
 
 
@@ -95,8 +97,8 @@ def test_a_budget_already_met_is_an_error_that_says_what_the_network_costs(resne
         (BlockStage, {"remove_ratio": 1.0}, r"remove_ratio must lie in \(0, 1\)"),
         (BlockStage, {"remove_count": -2}, "remove_count must be at least 1, got -2"),
         (BlockStage, {"remove_count": 1, "budget": "params"}, "budget=params has no effect without keep"),
-        (ChannelStage, {"keep": 0.0}, r"keep must lie in \(0, 1\], got keep=0.0"),
-        (ChannelStage, {"keep": "half"}, r"keep must lie in \(0, 1\], got keep=half"),
+        (ChannelStage, {"keep": 0.0}, r"keep must lie in \(0, 1\], at least 0.001, got keep=0.0"),
+        (ChannelStage, {"keep": "half"}, r"keep must lie in \(0, 1\], at least 0.001, got keep=half"),
         (ChannelStage, {"keep": 0.5, "epoch": -1}, "epoch must be >= 0"),
         (ChannelStage, {"keep": 0.5, "part": "trunk"}, "part='trunk' is unknown"),
         (ChannelStage, {"keep": 0.5, "budget": "mac"}, "budget='mac' is unknown"),
@@ -129,3 +131,14 @@ def test_a_handful_of_samples_is_enough_for_the_default_stage(resnet):
     plan = plan_stage(model, ChannelStage(0.6), few, dense, Probe(example))
     reduced, plan = cut(model, plan, ChannelStage(0.6), few, example)
     assert reduced(few[0][0]).isfinite().all() and cost(reduced, example).macs <= 0.6 * dense.macs
+
+
+@pytest.mark.parametrize("part", ["heads", "width"])
+def test_a_stage_takes_heads_or_the_width_of_a_transformer_alone(part):
+    model = timm.models.VisionTransformer(16, 4, num_classes=3, embed_dim=24, depth=2, num_heads=4, mlp_ratio=2).eval()
+    images = torch.randn(4, 3, 16, 16)
+    stage = ChannelStage(0.9, part=part, score="magnitude", allocation="uniform", replace="delete")
+    batches = [(images, torch.arange(4) % 3)]
+    plan = plan_stage(model, stage, batches, DenseCost.of(model, images), Probe(images))
+    roles = {group.name: group.role for group in trace_groups(model, images).groups}
+    assert {roles[name] for name in plan.keep_channels} == {part}

@@ -17,6 +17,8 @@ from lit_prune.structure import compare_profiles
 from lit_prune.structure.networks import Network
 
 FOLDER = "compact"
+HELD = 0.01
+"""Loss of accuracy against the dense network up to which a narrower network is preferred."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +30,19 @@ class Chosen:
 
     @classmethod
     def of(cls, content: dict[str, Any]) -> Chosen:
-        """Of the narrowest networks the most accurate, after training where there was some; the first of equals."""
+        """The narrowest network that holds its accuracy (within `HELD` of the dense one), the best of that width.
 
-        def order(place: int) -> tuple[int, float]:
+        Where none holds it, the most accurate of all; accuracies after training where there was some.
+        """
+
+        def figures(place: int) -> tuple[int, float, float]:
             cell = content["cells"][place]
-            return cell["width"], -cell.get("accuracy_repaired", cell["accuracy"])
+            return cell["width"], cell.get("accuracy_repaired", cell["accuracy"]), cell["accuracy_dense"]
 
-        place = min(range(len(content["cells"])), key=order)
+        places = range(len(content["cells"]))
+        held = [place for place in places if figures(place)[1] >= figures(place)[2] - HELD]
+        narrow = min(held, key=lambda place: (figures(place)[0], -figures(place)[1])) if held else None
+        place = narrow if narrow is not None else min(places, key=lambda p: (-figures(p)[1], figures(p)[0]))
         return cls(content["keys"][place], content["cells"][place])
 
     @property
@@ -47,7 +55,7 @@ class Chosen:
 def hand_over(
     original: Callable[[int], Network], images: Images, request: ReduceRequest, content: dict[str, Any], run_dir: Path
 ) -> str:
-    """Writes `compact/` with the most accurate of the narrowest networks; its stand-ins are computed again.
+    """Writes `compact/` with the network that `Chosen.of` takes; its stand-ins are computed again.
 
     `report.json` gets `dense`, `compact` and `cell` (key, method, width, seed). A folder that another verb wrote stays.
 

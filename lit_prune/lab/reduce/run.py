@@ -26,6 +26,7 @@ from lit_prune.structure.networks import Network, epochs_done, find_network
 from lit_prune.structure.record import note_plan, record_of
 from lit_prune.tensor_files import read_torch
 from lit_prune.train.distillation import Repair
+from lit_prune.train.run_record import add_record
 from lit_prune.train.teaching import Tutor
 
 if TYPE_CHECKING:
@@ -89,6 +90,8 @@ def reduce_run(setup: Setup, request: ReduceRequest) -> None:
     with nullcontext(unwatched) if trains else progress_bars() as watch:
         arguments = {"run_dir": setup.run_dir, "repair": repair, "watch": watch}
         content = reduce(lambda seed: setup.network(seed).model, images, request, **arguments)
+    record = {"verb": "reduce", "data": setup.data.fingerprint(), "request": request.to_dict()}
+    add_record(setup.run_dir, "reduce", record)
     console = terminal()
     console.print(result_table(content))
     differences = difference_table(content)

@@ -88,7 +88,7 @@ class GroupSite:
         """One more `replace_mechanisms`."""
         places = tuple(place for place, unit in enumerate(state.kept) if unit in set(kept))
         plan = Plan((), {self.group.name: places}, {self.group.name: len(state.kept)})
-        found = replace_mechanisms(state.model, plan, state.batches, self.example, kind, settings=settings)
+        found = replace_mechanisms(state.model, plan, state.batches, kind, self.example, settings=settings)
         biases = tuple(dict.fromkeys((*state.added_biases, *found.plan.added_biases)))
         return NetworkState(state.batches, found.model, tuple(sorted(kept)), _said(found.report), biases)
 
@@ -162,13 +162,16 @@ def find_site(model: nn.Module, layer: str | None, example: Tensor) -> Site:
         return AttentionSite(model, layer)
     graph = trace_groups(model, example)
     if layer == last:
-        feeding = [group for group in graph.prunable if group.consumers == (last,) and _reads_alone(model, group, last)]
+        alone = [group for group in graph.prunable if group.consumers == (last,) and group.role != "width"]
+        feeding = [group for group in alone if _reads_alone(model, group, last)]
         return HeadSite(model, last, feeding[0] if feeding else None, example)
     group = graph.by_name.get(layer) or _read_by(graph, layer)
     if group is None:
         raise InputError(_not_found(layer, modules, graph, last))
     if group.protected:
         raise InputError(f"request.layer={layer!r}: its units cannot be removed: {group.protected}")
+    if group.role == "width":
+        raise InputError(f"request.layer={layer!r}: a norm reads its units together; name a layer inside a block")
     if group.consumers == (last,) and _reads_alone(model, group, last):
         return HeadSite(model, last, group, example)
     _check_affine(model, layer, group)

@@ -35,7 +35,7 @@ def batches():
 def test_a_compiled_head_is_what_replacement_in_the_network_gives(net, batches, kind, settings):
     settings = Replacement(**settings)
     plan = Plan(keep_channels={"0": KEPT}, sizes={"0": 12})
-    whole = replace_mechanisms(net, plan, batches, EXAMPLE, kind, settings=settings)
+    whole = replace_mechanisms(net, plan, batches, kind, EXAMPLE, settings=settings)
     features = read_features(net, "2", batches)
     head = compile_head(HeadEvidence(Head.of(net, "2"), features), KEPT, kind, settings)
     logits = torch.cat([whole.model(images) for images, _ in batches])
@@ -45,7 +45,7 @@ def test_a_compiled_head_is_what_replacement_in_the_network_gives(net, batches, 
 def test_interchange_on_features_is_the_interchange_of_the_networks(net, batches):
     plan = Plan(keep_channels={"0": KEPT}, sizes={"0": 12})
     swaps = Swaps(pairs=300, seed=3)
-    reduced = replace_mechanisms(net, plan, batches, EXAMPLE, "constant")
+    reduced = replace_mechanisms(net, plan, batches, "constant", EXAMPLE)
     wanted = interchange(net, reduced, batches, EXAMPLE, swaps=swaps)
     features = read_features(net, "2", batches)
     low = Head.of(net, "2")

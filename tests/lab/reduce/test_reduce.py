@@ -12,7 +12,7 @@ from lit_prune.cli.main import main
 from lit_prune.errors import InputError
 from lit_prune.lab.reduce.bench import Images, ranges
 from lit_prune.lab.reduce.cells import reduce
-from lit_prune.lab.reduce.handover import hand_over
+from lit_prune.lab.reduce.handover import Chosen, hand_over
 from lit_prune.lab.reduce.head import HeadSite
 from lit_prune.lab.reduce.request import Method, ReduceRequest
 from lit_prune.lab.reduce.run import evaluation_batches
@@ -240,12 +240,22 @@ def test_requests_in_one_folder_keep_their_own_tables(mlp, tmp_path):
         assert tables == json.loads(json.dumps({key: value for key, value in content.items() if key != "cells"}))
 
 
-def test_the_most_accurate_of_the_narrowest_networks_is_handed_over_bit_for_bit(mlp, original, tmp_path):
+@pytest.mark.parametrize(
+    ("accuracies", "expected"),
+    [((0.961, 0.90, 0.766), 384), ((0.97, 0.965, 0.766), 256), ((0.5, 0.6, 0.4), 256), ((0.97, 0.97, 0.969), 128)],
+)
+def test_the_narrowest_network_that_holds_its_accuracy_is_chosen_else_the_most_accurate(accuracies, expected):
+    widths = zip((384, 256, 128), accuracies, strict=True)
+    cells = [{"width": width, "accuracy": value, "accuracy_dense": 0.97} for width, value in widths]
+    assert Chosen.of({"cells": cells, "keys": list("abc")}).result["width"] == expected
+
+
+def test_the_chosen_network_is_handed_over_bit_for_bit(mlp, original, tmp_path):
     images, asked = pictures((1, 4, 4)), request(methods=EVERY, kept=(0.5, 3), seeds=(0, 1))
     content = reduce(lambda seed: mlp, images, asked, run_dir=tmp_path)
-    assert "3 of 12 units" in hand_over(lambda seed: original, images, asked, content, tmp_path)
+    assert Chosen.of(content).words in hand_over(lambda seed: original, images, asked, content, tmp_path)
     report = json.loads((tmp_path / "compact" / "report.json").read_text())
-    best = max(cell["accuracy"] for cell in content["cells"] if cell["width"] == 3)
+    best = Chosen.of(content).result["accuracy"]
     assert report["compact"]["accuracy"] == best and report["compact"]["params"] < report["dense"]["params"]
     chosen = content["cells"][content["keys"].index(report["cell"]["key"])]
     assert (report["cell"]["method"], report["compact"]["macs"]) == (chosen["method"], chosen["macs"])

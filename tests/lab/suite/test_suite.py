@@ -185,3 +185,47 @@ def test_a_suite_and_its_run_killed_in_the_middle_go_on_to_the_same_weights(comm
     assert all(torch.equal(got["state_dict"][name], value) for name, value in wanted["state_dict"].items())
     tables = [pd.read_parquet(folder / "suite" / "suite.parquet") for folder in (tmp_path / "whole", tmp_path)]
     pd.testing.assert_frame_equal(*(table.drop(columns="run_dir") for table in tables))
+
+
+def children_of(process: int) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def is_alive(process: int) -> bool:
+    stat = Path(f"/proc/{process}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the system ends children on Linux only")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_suite_that_is_stopped_ends_its_runs_and_a_second_one_meanwhile_is_refused(
+    command, tmp_path, number, capsys, monkeypatch
+):
+    process, run = start_suite(tmp_path), tmp_path / "suite" / "narrow" / "seed=1"
+    limit = time.monotonic() + 200
+    while not epochs_saved(run) and time.monotonic() < limit:
+        time.sleep(0.01)
+    children = children_of(process.pid)
+    assert len(children) == 1
+    with pytest.raises(SystemExit) as exit_:
+        main(command)
+    assert exit_.value.code == 2 and "another process is at work" in capsys.readouterr().err
+    os.kill(process.pid, number)
+    assert process.wait(60) == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[number]
+    while any(map(is_alive, children)) and time.monotonic() < limit:
+        time.sleep(0.05)
+    assert not any(map(is_alive, children))
+    assert not (run / "finished.json").exists() and epochs_saved(run) < 6
+    assert start_suite(tmp_path).wait(200) == 0 and epochs_saved(run) == 6
+
+
+def test_a_run_that_ended_before_its_last_epoch_is_not_finished_whatever_it_says(command, inside, tmp_path, capsys):
+    main([*command, "--seeds", "[1]"])
+    folder = tmp_path / "suite" / "narrow" / "seed=1"
+    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    torch.save({**checkpoint, "epoch": 0}, folder / "checkpoints" / "last.ckpt")
+    inside.started, inside.broken = [], {"narrow 1"}
+    with pytest.raises(SystemExit):
+        main([*command, "--seeds", "[1]"])
+    assert inside.started == ["narrow 1"] and "1 of 2 runs failed" in capsys.readouterr().err

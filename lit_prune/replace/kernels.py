@@ -1,0 +1,61 @@
+"""Convolutions of every kind as one: a kernel that slides over a map.
+
+A transposed convolution with stride s is a plain one with stride 1 and flipped kernel on the map with s - 1 zeros
+between its values, so that what is solved or folded for one serves the other.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_prune.structure import axes
+
+SLIDE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def is_solvable(module: nn.Module) -> bool:
+    """Whether each output of a layer is a linear function of all channels that it reads."""
+    return axes.is_weighted(module) and getattr(module, "groups", 1) == 1
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether `module` is a transposed convolution."""
+    return getattr(module, "transposed", False)
+
+
+def kernel_of(module: nn.Module) -> Tensor:
+    """Weights [O, C, *taps] of a layer without groups as the kernel that slides; a view, or a flipped copy."""
+    weight = module.weight.detach()
+    return _turned(weight) if is_transposed(module) else weight
+
+
+def set_kernel(module: nn.Module, kernel: Tensor) -> None:
+    """Writes a kernel, [O, C, *taps] or flattened, into a convolution or linear layer."""
+    with torch.no_grad():
+        shape = module.weight.shape
+        if is_transposed(module):
+            kernel = _turned(kernel.reshape(shape[1], shape[0], *shape[2:]))
+        module.weight.copy_(kernel.reshape(shape).to(module.weight.dtype))
+
+
+def _turned(weight: Tensor) -> Tensor:
+    return weight.transpose(0, 1).flip(list(range(2, weight.dim())))
+
+
+def spread(module: nn.Module, inputs: Tensor) -> Tensor:
+    """The map over which the kernel slides: padded, and of a transposed convolution with zeros in between."""
+    if not is_transposed(module):
+        padding = module._reversed_padding_repeated_twice
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        return F.pad(inputs, padding, mode=mode) if any(padding) else inputs
+    sizes = [(size - 1) * step + 1 for size, step in zip(inputs.shape[2:], module.stride, strict=True)]
+    wide = inputs.new_zeros(*inputs.shape[:2], *sizes)
+    wide[(..., *(slice(None, None, step) for step in module.stride))] = inputs
+    sides = zip(module.kernel_size, module.dilation, module.padding, module.output_padding, strict=True)
+    pads = [((taps - 1) * far - cut, (taps - 1) * far - cut + more) for taps, far, cut, more in sides]
+    return F.pad(wide, [side for pair in reversed(pads) for side in pair])
+
+
+def steps(module: nn.Module) -> tuple[int, ...]:
+    """Distance between neighbouring positions of the kernel on the map of `spread`."""
+    return (1,) * len(module.stride) if is_transposed(module) else tuple(module.stride)

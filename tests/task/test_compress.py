@@ -1,0 +1,61 @@
+"""`compress` on answers that are no logits."""
+
+import pytest
+import torch
+from torch import nn
+
+from lit_prune import compress
+from lit_prune.compression import Recipe
+from lit_prune.errors import InputError
+from lit_prune.scores import score
+
+
+class One(nn.Module):
+    """One number for an image, or a detector's losses."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 6, 1), nn.Linear(6, 1)
+
+    def number(self, x):
+        return self.head(torch.relu(self.second(torch.relu(self.first(x)))).mean((2, 3)))[:, 0]
+
+    def forward(self, x):
+        return self.number(x)
+
+
+class Detector(One):
+    """Torchvision's protocol on images of one size."""
+
+    def forward(self, images, targets=None):
+        values = self.number(torch.stack(images))
+        if self.training:
+            return {"loss": (values - torch.stack([target["boxes"].sum() for target in targets])).square().mean()}
+        return [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0), "scores": torch.zeros(0)} for _ in images]
+
+
+def images(count=24):
+    return torch.randn(count, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+def test_one_number_a_sample():
+    recipe = Recipe(score="cmr_logit", allocation="global")
+    small, report = compress(One().eval(), [(images(), images().mean((1, 2, 3)))], keep=0.7, recipe=recipe)
+    assert report["compact"]["macs"] <= 0.7 * report["dense"]["macs"]
+    assert {"mean_squared_error"} < set(report["compact"]) and report["images"] == 24
+    assert small(images()).shape == (24,) and report["distortion"] < 1
+
+
+def test_a_loss_for_a_batch_is_taken_image_by_image():
+    targets = [{"boxes": torch.rand(1, 4), "labels": torch.ones(1).long()} for _ in range(8)]
+    batches = [(list(images(8)), targets)]
+    model = Detector().eval()
+    found = score(model, "taylor", batches)
+    assert all(values.isfinite().all() for values in found.values())
+
+
+def test_nothing_that_can_be_solved_again_is_a_line():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3, groups=2)).eval()
+    with pytest.raises(InputError, match="no layer without groups reads channels"):
+        score(net, "reconstruction", [images()])
