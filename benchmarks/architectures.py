@@ -92,7 +92,7 @@ mean; random weights, one thread, torch on the CPU. Of {rows} architectures of t
 {done} are cut, {met} of them to half of their multiply-adds without touching the width that norms read; {sound} train
 on and replay bit for bit; the largest difference from the network with the lost channels silenced is {gap} of the
 largest output. Torch-Pruning 1.6.1 on the same networks by its defaults: {works} right, {differs} with other outputs,
-{stops} stopped (an error, or longer than half a minute of CPU time).
+{stops} stopped (an error, or too slow).
 
 {table}"""
 

@@ -25,3 +25,7 @@ def did_you_mean(name: str, known: Iterable[str], shown: int = 3) -> str:
     if near:
         return f"did you mean {' or '.join(near)}?"
     return f"there are {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}" if names else "there is none"
+
+
+class UndefinedLossError(InputError):
+    """A sample has no finite loss; whoever goes through the batches knows which batch it is."""

@@ -161,6 +161,16 @@ def write_lesions(folder: Path) -> None:
     write_tables(folder / "lesions", lesions, seed=0)
 
 
+def write_sensitivity(folder: Path) -> None:
+    """What `sensitivity` writes: every layer at two widths."""
+    rows = [
+        {"group": name, "layer": name, "depth": depth, "keep": keep, "loss": depth * (1 - keep), "loss_refit": 0.0}
+        for depth, name in enumerate(WIDTHS)
+        for keep in (0.5, 0.25)
+    ]
+    pd.DataFrame(rows).to_parquet(folder / "sensitivity.parquet")
+
+
 def write_reduction(folder: Path) -> None:
     """What `reduce` writes: two methods at three widths, agreement that falls with the width."""
     cells = {}
@@ -217,6 +227,7 @@ def make_run(folder: Path) -> Path:
         channel_table(epoch).to_parquet(folder / "trace" / f"epoch={epoch:03d}.parquet")
     write_analysis(folder)
     write_lesions(folder)
+    write_sensitivity(folder)
     write_reduction(folder)
     write_sweep(folder)
     write_events(folder / "tensorboard" / "version_0", 0, 7, shift=0.001)

@@ -83,7 +83,7 @@ def test_a_misspelt_score_is_refused_before_anything_is_trained_or_written(tmp_p
 
 
 CORRECTED = "[{class_path: lit_prune.BlockStage, init_args: {epoch: 1, remove_ratio: 0.3}},"
-CORRECTED += " {class_path: lit_prune.ChannelStage, init_args: {epoch: 2, keep: 0.6}}]"
+CORRECTED += " {class_path: lit_prune.ChannelStage, init_args: {epoch: 2, keep: 0.6, replace: delete}}]"
 
 
 def test_a_folder_in_which_nothing_was_trained_takes_another_configuration(tmp_path):

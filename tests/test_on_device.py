@@ -75,9 +75,9 @@ def test_every_stand_in(device, kind):
     for place in (device, "cpu"):
         model = network(place)
         plan = plan_of(model, place)
-        reduced = lit_prune.replace_mechanisms(model, plan, batches(), example(place), kind=kind)
+        reduced = lit_prune.replace_mechanisms(model, plan, batches(), kind, example_input=example(place))
         found.append(outputs(reduced.model, place))
-        agreement = lit_prune.interchange(model, reduced, batches(), example(place))
+        agreement = lit_prune.interchange(model, reduced, batches(), example_input=example(place))
         assert 0 <= agreement.iia <= 1
     torch.testing.assert_close(*found, rtol=1e-2, atol=1e-2)
 
@@ -110,7 +110,7 @@ def test_compress(device):
     assert lit_prune.cost(small, example(device)).macs <= 0.6 * lit_prune.cost(network(device), example(device)).macs
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("precision", ["32-true", pytest.param("bf16-mixed", marks=pytest.mark.slow)])
 def test_a_run_with_traces_stages_distillation_and_a_regulariser(device, tmp_path, make_run, precision):
     callbacks = [lit_prune.AxisTrace(), lit_prune.GradientTrace(), lit_prune.Decorrelation()]
     options = {"accelerator": "gpu" if device.type == "cuda" else "cpu", "precision": precision}

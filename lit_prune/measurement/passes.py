@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lit_prune.errors import InputError
+from lit_prune.errors import InputError, UndefinedLossError
 from lit_prune.measurement.layers import Batches, removing
 from lit_prune.task import Task
 from lit_prune.task.running import undisturbed
@@ -46,7 +46,7 @@ def run_pass(model: nn.Module, batches: Batches, collectors: Sequence[Collector]
     A task whose loss is one number for a batch is run sample by sample where a collector asks for losses.
 
     Raises:
-        InputError: no batch.
+        InputError: no batch, or one without a finite loss where losses are asked for.
     """
     gradients = any(collector.gradients for collector in collectors)
     one_by_one = any(getattr(collector, "losses", False) for collector in collectors)
@@ -57,16 +57,27 @@ def run_pass(model: nn.Module, batches: Batches, collectors: Sequence[Collector]
         stack.enter_context(undisturbed(model, gradients))
         if gradients:
             stack.enter_context(removing([model.register_forward_pre_hook(differentiable, with_kwargs=True)]))
-        for batch in batches:
+        for number, batch in enumerate(batches):
             for piece in task.pieces(batch) if one_by_one else (batch,):
                 piece = task.to(piece, model)
                 output = task.run(model, piece)
-                for collector in collectors:
-                    collector.add(output, piece)
+                with _named(number):
+                    for collector in collectors:
+                        collector.add(output, piece)
                 del output  # its graph would stay through the next forward pass
                 seen = True
     if not seen:
         raise InputError("batches: there is no batch in it; give at least one")
+
+
+@contextmanager
+def _named(number: int) -> Iterator[None]:
+    try:
+        yield
+    except UndefinedLossError as error:
+        raise InputError(
+            f"batches: the loss of batch {number} is NaN or infinite; mend the network or the data"
+        ) from error
 
 
 def collect(model: nn.Module, batches: Batches, collector: Collector, task: Task) -> Any:

@@ -31,6 +31,24 @@ class Section:
     build: Callable[[RunFolder], Picture | Table | Text]
 
 
+GROUPS = (
+    (0, "Is it good?"),
+    (45, "How it was trained, and what its channels are for"),
+    (95, "What the lab found"),
+    (320, "Can it be trusted?"),
+)
+"""Questions that sections answer, each from a place on."""
+
+
+def question_of(place: int) -> str:
+    """The question that a section at this place answers.
+
+    >>> question_of(330)
+    'Can it be trusted?'
+    """
+    return next(title for begin, title in reversed(GROUPS) if place >= begin)
+
+
 _SECTIONS: dict[str, Section] = {}
 
 

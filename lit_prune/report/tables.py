@@ -13,7 +13,7 @@ from rich.text import Text as RichText
 from lit_prune.errors import InputError
 from lit_prune.report.run_folder import AbsentInput, RunFolder, stages_if_any
 from lit_prune.report.sections import register_section
-from lit_prune.timing import busy
+from lit_prune.report.times import times_are_unsure, times_hold_for
 
 ABSENT = "–"
 MINUS = "−"
@@ -166,23 +166,6 @@ def _changed(entry: Mapping[str, Any], dense: Mapping[str, Any], quantity: Quant
     )
 
 
-def times_are_unsure(result: Mapping[str, Any]) -> bool:
-    """Whether times spread widely, or the machine was busy with something else."""
-    return busy(result.get("timing") or {}) or any(result[name].get("noisy") for name in ("dense", "compact"))
-
-
-def times_hold_for(result: Mapping[str, Any]) -> str:
-    """Sentences on what the times hold for, and a warning where they are worth little; "" where it is not known."""
-    said = result.get("timing") or {}
-    if not said:
-        return ""
-    spread = result["compact"].get("latency_spread_ms")
-    quartiles = f", quartiles {spread:.2g} ms apart" if is_number(spread) else ""
-    text = f"Times: eager PyTorch, {said.get('device')}, {said.get('threads')} threads, {said.get('date')}{quartiles}."
-    warning = " The machine was busy or the times spread widely: `lit-prune latency` measures again."
-    return text + (warning if times_are_unsure(result) else "")
-
-
 def result_table(run: str | Path | Mapping[str, Any]) -> RichTable:
     """Returns the final table for the terminal: dense, after each stage, compact.
 
@@ -315,12 +298,3 @@ def _shorten(value: object, limit: int = 8) -> str:
     if isinstance(value, list | tuple) and len(value) > limit:
         return f"{', '.join(map(str, value[:limit]))}, … ({len(value)} values)"
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
-@register_section("files", "Files", place=340)
-def list_files(run: RunFolder) -> Table:
-    """Returns the files of the run folder with their sizes."""
-    files = run.files
-    rows = tuple((Cell(name), Cell(format_bytes(size), exact=f"{size} bytes")) for name, size in files)
-    total = format_bytes(sum(size for _, size in files))
-    return Table(("file", "size"), rows, "Paths relative to the run folder.", folded=f"{len(rows)} files, {total}")

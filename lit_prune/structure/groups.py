@@ -20,6 +20,7 @@ from lit_prune.structure.heads import axis_widths, head_groups, with_heads
 from lit_prune.structure.opened import opened
 from lit_prune.structure.proposals import propose_groups
 from lit_prune.structure.tracing import one_sample, run, traceable
+from lit_prune.tensor_files import check_defined
 
 __all__ = ["ChannelGraph", "Group", "Member", "group_role", "trace_groups"]
 
@@ -101,8 +102,10 @@ def trace_groups(model: nn.Module, example_input: Any) -> ChannelGraph:
         The groups in module order; the positions of different prunable groups are disjoint.
 
     Raises:
-        InputError: the network does not run on `example_input`.
+        InputError: the network does not run on `example_input`, or its weights are not finite: no check of positions
+            would say anything.
     """
+    check_defined(dict(model.named_parameters()), "model")  # an observer's buffers begin at infinity
     with traceable(model), opened(model):
         sample = one_sample(model, example_input)
         sites = probe.find_sites(model)

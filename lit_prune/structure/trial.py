@@ -21,7 +21,7 @@ from lit_prune.structure import axes, probe
 from lit_prune.structure.coupling import Group, lost_positions
 from lit_prune.structure.cutting import cut_layer
 from lit_prune.structure.example import Example
-from lit_prune.structure.tracing import sketch_network
+from lit_prune.structure.tracing import copy_network, sketch_network
 
 TOLERANCE = 1e-3  # of the largest output; rounding of float32 stays a hundred times below
 FAILS = "the network does not run without some of its channels"
@@ -69,7 +69,29 @@ class _Trial:
         self._pair = self._sample.map(lambda tensor: torch.cat([tensor, tensor.flip(0)]))
 
     def fault(self, groups: Sequence[Group]) -> str:
-        """Why half of the units of these groups cannot go; "" where they can."""
+        """Why half of the units of these groups cannot go; "" where they can.
+
+        Boxes that are chosen by their scores may be others after rounding alone, so what differs is computed again in
+        double precision.
+        """
+        reason = self.fault_here(groups)
+        return self._precise.fault_here(groups) if reason == DIFFERS and self._precise is not None else reason
+
+    @cached_property
+    def _precise(self) -> "_Trial | None":
+        """The same in double precision; None where this is it, or the network does not run in it."""
+        if any(parameter.dtype == torch.float64 for parameter in self._model.parameters()):
+            return None
+        model = copy_network(self._model).double()
+        sample = self._sample.map(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
+        try:
+            _call(model, sample)
+        except _ERRORS:
+            return None
+        return _Trial(model, sample, probe.find_sites(model))
+
+    def fault_here(self, groups: Sequence[Group]) -> str:
+        """The same in the precision that the network has."""
         generator = np.random.default_rng(len(groups))
         removed = {g.name: sorted(generator.permutation(g.size)[: g.size // 2].tolist()) for g in groups}
         lost = lost_positions({group.name: group for group in groups}, removed)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lit_prune.errors import InputError
+from lit_prune.errors import InputError, UndefinedLossError
 from lit_prune.structure.example import Example
 from lit_prune.task.batches import describe, find_layout, is_listed, size_of, slice_batch, to_network
 from lit_prune.task.outputs import joined
@@ -121,7 +121,7 @@ class Task:
                 "or set scalar_loss=True, which runs samples one by one"
             )
         if not torch.isfinite(found.detach()).all():
-            raise InputError("batches: the loss is NaN or infinite; mend the network or the data")
+            raise UndefinedLossError("batches: the loss is NaN or infinite; mend the network or the data")
         return found
 
     def prediction(self, output: Any) -> Tensor:

@@ -113,16 +113,13 @@ def _check_channels(
 def _check_amount(
     network: nn.Module, stage: ChannelStage, graph: ChannelGraph, groups: Sequence[Group], example: Any
 ) -> None:
-    """A budget can be met whatever the scores, or not at all: widths alone decide."""
+    """Whatever the scores and the allocation, no network is smaller than with every group at its smallest width."""
     scores = {name: torch.zeros(graph.widths[name, "out"]) for group in groups for name in group.producers}
     scores |= {group.name: torch.zeros(group.size) for group in groups if group.role == "heads"}
-    request = stage.request(stage.keep)
-    if request.allocation == "measured":  # the same widths are within reach, found without a measurement
-        request = replace(request, allocation="uniform")
+    request = replace(stage.request(stage.keep), allocation="uniform", normalisation="none")
     plan = plan_channels(graph, CostModel.build(network, graph, example), scores, request)
-    if plan.removes_nothing or plan.notes["achieved"] > stage.keep:
-        reason = plan.notes["reason"] or "every width stays as it is"
-        raise InputError(f"stage {stage.name} cannot reach keep={stage.keep} of {stage.budget}: {reason}")
+    if plan.notes["achieved"] > stage.keep:
+        raise InputError(f"stage {stage.name} cannot reach keep={stage.keep} of {stage.budget}: {plan.notes['reason']}")
 
 
 def check_teacher(repair: Repair, teacher: nn.Module, network: nn.Module, example: Any, cut: Sequence[Group]) -> None:

@@ -33,7 +33,7 @@ USES = {
     "recalibrate": lambda net, data: lit_prune.recalibrate_batchnorm(net, data),
     "compress": lambda net, data: lit_prune.compress(net, data, keep=0.6),
     **{
-        kind: lambda net, data, kind=kind: lit_prune.replace_mechanisms(net, PLAN, data, EXAMPLE, kind=kind)
+        kind: lambda net, data, kind=kind: lit_prune.replace_mechanisms(net, PLAN, data, kind, example_input=EXAMPLE)
         for kind in KINDS
         if kind != "delete"
     },
@@ -55,12 +55,12 @@ def test_a_network_with_nan_weights_is_refused(tiny_net, use):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_interchange_with_a_network_that_answers_nan_certifies_nothing(tiny_net, kind):
-    reduced = lit_prune.replace_mechanisms(tiny_net, PLAN, batches(), EXAMPLE, kind=kind)
+    reduced = lit_prune.replace_mechanisms(tiny_net, PLAN, batches(), kind, example_input=EXAMPLE)
     with torch.no_grad():
         reduced.model.head.weight[0, 0] = torch.nan
     with pytest.raises(InputError, match="NaN"):
-        lit_prune.interchange(tiny_net, reduced, batches(), EXAMPLE)
+        lit_prune.interchange(tiny_net, reduced, batches(), example_input=EXAMPLE)
     with pytest.raises(InputError, match="NaN"):
-        lit_prune.interchange(broken(tiny_net), reduced, batches(), EXAMPLE)
+        lit_prune.interchange(broken(tiny_net), reduced, batches(), example_input=EXAMPLE)
     with pytest.raises(InputError, match="NaN"):
-        lit_prune.interchange(tiny_net, reduced, batches(0), EXAMPLE)
+        lit_prune.interchange(tiny_net, reduced, batches(0), example_input=EXAMPLE)

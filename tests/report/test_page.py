@@ -21,12 +21,13 @@ from lit_prune.report.run_folder import CHANNEL_COLUMNS, RunFolder, layer_order
 from lit_prune.report.sections import sections as registered
 
 ANALYSED = ("matrix", "collapse", "depth", "groupings", "redundancy", "higher_order", "propagation")
+SENSITIVE = ("sensitivity",)
 LESIONED = ("damage", "ranking", "recovery", "replacement", "matched", "selection")
 REDUCED = ("reduction", "certificate", "rescaling", "reduction_table")
 SWEPT = ("sweep", "sweep_areas", "sweep_gaps", "sweep_rules", "sweep_weights")
 TRACED = ("dynamics", "gradients")
 TABLES = ("ranking", "replacement", "matched", "reduction_table", "sweep_areas", "sweep_rules")
-PICTURES = ("path", "widths", "training", "plane", "coupling", *TRACED, *ANALYSED)
+PICTURES = ("path", "widths", "training", "plane", "coupling", *TRACED, *ANALYSED, *SENSITIVE)
 PICTURES += tuple(name for name in (*LESIONED, *REDUCED, *SWEPT) if name not in TABLES)
 
 
@@ -80,7 +81,7 @@ def test_figures_are_embedded_and_also_written(page: str, full_run: Path):
 def test_page_loads_nothing_from_elsewhere(page: str):
     targets = Page(page).targets
     assert targets and all(target.startswith(("data:", "#")) for target in targets)
-    assert not re.search(r"@import|url\(|<script", page)
+    assert not re.search(r"@import|url\(|<script[^>]+src", page)
 
 
 def test_result_table_carries_the_exact_values(made_up, page: str):
@@ -131,7 +132,19 @@ def test_damaged_inputs_are_named_with_the_reason_and_the_rest_is_shown(full_run
     end = html[html.index("Not in this run") :]
     assert "stages.jsonl line 2 is not JSON" in end and "epoch=003.parquet cannot be read" in end
     assert "no object compact" in end
-    shown = ["training", *TRACED, *ANALYSED, *LESIONED, *REDUCED, *SWEPT, "protocol", "config", "files", "absent"]
+    shown = [
+        "training",
+        *TRACED,
+        *ANALYSED,
+        *SENSITIVE,
+        *LESIONED,
+        *REDUCED,
+        *SWEPT,
+        "protocol",
+        "config",
+        "files",
+        "absent",
+    ]
     assert Page(html).sections == shown
     assert len(caplog.records) == 6
 
@@ -236,3 +249,24 @@ def test_labels_are_spread_to_the_gap_in_order_around_their_mean():
     assert np.array_equal(np.argsort(moved), np.argsort(positions))
     assert moved.mean() == pytest.approx(np.mean(positions))
     np.testing.assert_allclose(spread_apart([1.0, 5.0], gap=1.0), [1.0, 5.0])
+
+
+def test_sections_stand_under_the_question_that_they_answer(page: str):
+    questions = re.findall(r'<p class="question">([^<]+)</p>', page)
+    assert questions == [
+        "Is it good?",
+        "How it was trained, and what its channels are for",
+        "What the lab found",
+        "Can it be trusted?",
+    ]
+    assert page.index(questions[0]) < page.index('<section id="result"') < page.index(questions[1])
+
+
+@pytest.mark.usefixtures("without_drawing")
+def test_what_is_not_there_names_the_command_that_makes_it(full_run: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(full_run, run)
+    (run / "sensitivity.parquet").unlink()
+    (run / "lesions.parquet").unlink()
+    html = write_report(run).read_text(encoding="utf-8")
+    assert f"`lit-prune sensitivity --run_dir {run}` makes it" in html and "`lit-prune lesion --run_dir" in html

@@ -13,6 +13,7 @@ from lit_prune.train.distillation import Repair
 from lit_prune.train.stage_checks import check_stages
 
 SHAPE = (1, 8, 8)
+PAPER = {"score": "proxy", "allocation": "uniform", "replace": "delete"}
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def staged_of(trainer) -> StagedPruning:
 
 def test_a_protected_group_that_goes_with_its_block_stops_no_later_stage(tmp_path, make_run):
     trainer, module, data = make_run(tmp_path, max_epochs=3)
-    last = ChannelStage(0.5, 2, protect=("layer1.1.conv1",))
+    last = ChannelStage(0.5, 2, protect=("layer1.1.conv1",), **PAPER)
     staged_of(trainer).stages = (BlockStage(1, keep_blocks={"layer1": [0]}), last)
     trainer.fit(module, datamodule=data)
     assert len(staged_of(trainer).records) == 2
@@ -126,9 +127,9 @@ def test_a_resumed_run_takes_corrected_stages_where_they_are_not_done_yet(tmp_pa
 
     done = BlockStage(2, 0.3)
     with pytest.raises(InterruptedError):
-        run(done, ChannelStage(0.5, 5), callbacks=[StopAtEpochFour()])
+        run(done, ChannelStage(0.5, 5, **PAPER), callbacks=[StopAtEpochFour()])
     with pytest.raises(InputError, match="stage blocks at epoch 2 is done, with remove_ratio=0.3"):
         run(BlockStage(2, 0.5), ChannelStage(0.5, 5))
     with pytest.raises(InputError, match="was not done, and the checkpoint is already at epoch 4"):
         run(done, ChannelStage(0.5, 3))
-    assert run(done, ChannelStage(0.6, 5, "mid")) == ["blocks", "mid"]
+    assert run(done, ChannelStage(0.6, 5, "mid", **PAPER)) == ["blocks", "mid"]
