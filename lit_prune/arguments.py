@@ -9,7 +9,8 @@ from typing import Any, ParamSpec, TypeVar
 
 from lit_prune.errors import InputError
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:

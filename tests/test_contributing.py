@@ -8,6 +8,11 @@ import torch
 from torch import nn
 
 import lit_prune
+from lit_prune.lab.analyze.analysis import analyze
+from lit_prune.lab.analyze.extras import PARTS, extra_names
+from lit_prune.lab.analyze.request import AnalyzeRequest
+from lit_prune.models import find_blocks
+from lit_prune.models.families import FAMILIES
 from lit_prune.scores import SCORES
 from lit_prune.task.base import TASKS
 
@@ -49,3 +54,32 @@ def test_the_task_gives_a_loss_to_any_network():
 @pytest.mark.parametrize("title", BLOCKS)
 def test_every_example_is_python(title):
     compile(BLOCKS[title], title, "exec")
+
+
+def test_the_family_finds_its_blocks():
+    class Tower(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tower = nn.Sequential(*(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()) for _ in range(3)))
+
+        def forward(self, values):
+            return self.tower(values)
+
+    try:
+        names_of("A family of blocks")
+        blocks = find_blocks(Tower(), torch.randn(1, 3, 4, 4))
+    finally:
+        FAMILIES[:] = [family for family in FAMILIES if family.__module__ != "contributed"]
+    assert [(block.name, block.stage) for block in blocks] == [(f"tower.{i}", "tower") for i in range(3)]
+
+
+def test_the_extra_adds_its_table(tiny_net):
+    extra_names.cache_clear()
+    try:
+        names_of("An extra of `analyze`")
+        batches = [(torch.randn(8, 3, 8, 8), torch.arange(8) % 4)]
+        tables = analyze(tiny_net, batches, AnalyzeRequest(extras=("widths",)))
+    finally:
+        PARTS.pop("widths", None)
+        extra_names.cache_clear()
+    assert tables["widths"]["conv1"].tolist() == [8]

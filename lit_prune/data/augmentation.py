@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -61,13 +61,13 @@ class Draws:
 
 
 @lru_cache(maxsize=4)
-def draw_crops(count: int, pad: int, flip: bool, stream: tuple[int | str, ...]) -> Draws:
+def draw_crops(count: int, pad: int, flip: bool, seed: int, stream: tuple[int | str, ...]) -> Draws:
     """Crop offsets (uniform on 0..2·pad) and mirrorings (probability 1/2 where `flip`) of all `count` images.
 
-    All images are drawn at once and then indexed, so the draws of an image depend on `stream`, which is
-    (seed, purpose, epoch), and on its index, never on batch size, rank or worker.
+    All images are drawn at once and then indexed, so the draws of an image depend on `seed`, on `stream`,
+    which is (purpose, epoch), and on its index, never on batch size, rank or worker.
     """
-    generator = seeded_generator(*stream)
+    generator = seeded_generator(seed, *stream)
     top, left = torch.randint(0, 2 * pad + 1, (2, count), generator=generator)
     return Draws(top, left, torch.rand(count, generator=generator) < (0.5 if flip else 0.0))
 
@@ -77,8 +77,8 @@ def pad_images(pixels: Tensor, pad: int, padding: str) -> Tensor:
     if padding == "zero":
         return F.pad(pixels, (pad,) * 4)
     height, width = pixels.shape[-2:]
-    rows, columns = ((torch.arange(-pad, size + pad, device=pixels.device).abs(), size) for size in (height, width))
-    rows, columns = (torch.where(index < size, index, 2 * (size - 1) - index) for index, size in (rows, columns))
+    far = [(torch.arange(-pad, size + pad, device=pixels.device).abs(), size) for size in (height, width)]
+    rows, columns = (torch.where(index < size, index, 2 * (size - 1) - index) for index, size in far)
     return pixels.index_select(-2, rows).index_select(-1, columns)
 
 
@@ -102,8 +102,8 @@ def crop_and_flip(padded: Tensor, height: int, width: int, draws: Draws) -> Tens
 class Augmentation(Protocol):
     """A random view of one training image, a pure function of (seed, purpose, epoch, index)."""
 
-    def view(self, source: ImageSource, epoch: int, index: int) -> Tensor:
-        """The view of image `index` in `epoch`, uint8 [C, H, W]."""
+    def view(self, source: Any, epoch: int, index: int) -> Tensor:
+        """The view of image `index` of an `ImageSource` of the kind that it is for, in `epoch`, uint8 [C, H, W]."""
 
 
 @dataclass(frozen=True)
@@ -128,11 +128,12 @@ class PadCropFlip:
 
     def draws(self, epoch: int) -> Draws:
         """Draws of all images in `epoch`."""
-        return draw_crops(self.count, self.pad, self.flip, (self.seed, self.stream, "crops", epoch))
+        return draw_crops(self.count, self.pad, self.flip, self.seed, (self.stream, "crops", epoch))
 
     def apply(self, pixels: Tensor, draws: Draws) -> Tensor:
         """Views of the images, uint8 [B, C, H, W] as given, for the draws of these B images."""
-        return crop_and_flip(pad_images(pixels, self.pad, self.padding), *pixels.shape[-2:], draws)
+        height, width = pixels.shape[-2:]
+        return crop_and_flip(pad_images(pixels, self.pad, self.padding), height, width, draws)
 
     def view(self, source: ImageSource, epoch: int, index: int) -> Tensor:
         """The view of image `index` in `epoch`, uint8 [C, H, W]."""

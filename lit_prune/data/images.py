@@ -3,7 +3,7 @@
 import copy
 import math
 from functools import cached_property
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import torch
 from lightning import LightningDataModule
@@ -15,7 +15,7 @@ from lit_prune.data.calibration import stratified_order
 from lit_prune.data.resident import ResidentLoader, choose_place
 from lit_prune.data.sampling import EpochSampler, Shard
 from lit_prune.data.seeding import seeded_generator
-from lit_prune.data.sources import FileImages, ImageSource, MemoryImages, check_label_range, checksums
+from lit_prune.data.sources import ImageSource, MemoryImages, check_label_range, checksums
 from lit_prune.data.workers import BatchDataset, WorkerLoader
 from lit_prune.errors import InputError
 from lit_prune.preparation import Preparation
@@ -209,7 +209,8 @@ class ImageData(LightningDataModule):
         images = self._placed_images(split)
         normalisation = Normalisation(self.mean, self.std)
         if images is not None:
-            return ResidentLoader(images, sampler, normalisation, augmentation)
+            batchwise = cast("PadCropFlip | None", augmentation)  # what works on single files alone is not for these
+            return ResidentLoader(images, sampler, normalisation, batchwise)
         dataset = BatchDataset(self._source(split), augmentation)
         return WorkerLoader(dataset, sampler, normalisation, self.num_workers, self._device())
 
@@ -221,10 +222,9 @@ class ImageData(LightningDataModule):
             place = choose_place(0 if here else source.bytes, device, self.resident)
             if place is None:
                 return None
-            if isinstance(source, FileImages):
-                source = self._sources[split] = source.load()
-            rank_zero_info(f"{split} images in memory: {source.bytes / 2**20:.1f} MiB on {place}")
-            self._placed[split, str(device)] = source.to(place)
+            loaded = self._sources[split] = source.load()
+            rank_zero_info(f"{split} images in memory: {loaded.bytes / 2**20:.1f} MiB on {place}")
+            self._placed[split, str(device)] = loaded.to(place)
         return self._placed[split, str(device)]
 
     def augmentation(self, stream: str) -> Augmentation:
@@ -235,7 +235,7 @@ class ImageData(LightningDataModule):
     def train_dataloader(self) -> Loader:
         """Augmented training batches of this rank, in an order of their own each epoch (fixed with overfit_batches)."""
         indices = torch.arange(len(self._source("train").labels))
-        shuffle = not (self.trainer and self.trainer.overfit_batches)
+        shuffle = not getattr(self.trainer, "overfit_batches", 0)
         sampler = EpochSampler(indices, self.batch_size, shuffle, self.seed, "train", self._shard())
         return self._loader("train", sampler, self.augmentation("train"))
 

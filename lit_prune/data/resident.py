@@ -51,7 +51,7 @@ class ResidentLoader:
         draws = self.augmentation.draws(self.sampler.epoch).to(device) if self.augmentation else None
         for indices in order.split(self.sampler.sizes):
             pixels = self.images.pixels[indices]
-            if draws is not None:
+            if self.augmentation is not None and draws is not None:
                 pixels = self.augmentation.apply(pixels, draws[indices])
             yield self.normalisation(pixels), self.images.labels[indices]
 

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DistributedSampler
+from torch.utils.data import Dataset, DistributedSampler
 
 from lit_prune.data.seeding import seeded_generator
 from lit_prune.errors import InputError
@@ -59,7 +60,8 @@ class EpochSampler(DistributedSampler):
         shard: Shard | None = None,
     ) -> None:
         shard = shard or Shard()
-        super().__init__(range(len(indices)), shard.world_size, shard.rank, shuffle=shuffle, seed=seed)
+        images = cast("Dataset[int]", range(len(indices)))  # only its length is asked
+        super().__init__(images, shard.world_size, shard.rank, shuffle=shuffle, seed=seed)
         self.indices, self.batch_size, self.stream = indices, batch_size, stream
         self.sizes = self._full_batches() if shuffle else self._exact_batches()
 

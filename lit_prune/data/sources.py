@@ -31,13 +31,22 @@ BROKEN_IMAGE = (OSError, SyntaxError, ValueError, MemoryError, Image.Decompressi
 class ImageSource(Protocol):
     """Images of one split with their labels, int64 [N]."""
 
-    labels: Tensor
+    @property
+    def labels(self) -> Tensor:
+        """Classes, int64 [N]."""
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the pixels, once they are there."""
 
     def image(self, index: int) -> Tensor:
         """One image, unaugmented, uint8 [C, H, W]."""
 
     def subset(self, indices: Tensor) -> "ImageSource":
         """The chosen images only, in the order of `indices`."""
+
+    def load(self) -> "MemoryImages":
+        """All images in memory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +68,10 @@ class MemoryImages:
     def bytes(self) -> int:
         """Memory of the pixels."""
         return self.pixels.numel()
+
+    def load(self) -> "MemoryImages":
+        """Itself."""
+        return self
 
     def image(self, index: int) -> Tensor:
         """One image, uint8 [C, H, W]."""
@@ -125,7 +138,7 @@ class FileImages:
         return MemoryImages(pixels, self.labels)
 
     def _decoded(self) -> Iterator[Tensor]:
-        quiet = len(self) < SHOW_PROGRESS_FROM or rank_zero_only.rank != 0
+        quiet = len(self) < SHOW_PROGRESS_FROM or getattr(rank_zero_only, "rank", 0) != 0
         with ThreadPoolExecutor(DECODING_THREADS) as executor:
             try:
                 images = executor.map(self.image, range(len(self)))
@@ -178,7 +191,7 @@ def describe_conversions(files: Sequence[str], probes: int = 32) -> str:
 
     A file that cannot be read is passed over here; decoding it says so.
     """
-    said = {}
+    said: dict[str, None] = {}
     for file in list(files)[:: max(1, len(files) // probes)][:probes]:
         with suppress(*BROKEN_IMAGE), Image.open(file) as image:
             if image.mode in CONVERSIONS:

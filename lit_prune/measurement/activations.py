@@ -25,7 +25,8 @@ from lit_prune.measurement.protocol import DEFAULT_PROTOCOL, Protocol
 from lit_prune.measurement.sums import ActivationSums, LayerSums
 from lit_prune.structure.example import Example
 
-BACKENDS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # that may multiply in less than float32
+MKLDNN: Any = torch.backends.mkldnn  # puts its settings there as it is imported
+BACKENDS = (torch.backends.cuda.matmul, MKLDNN.matmul)  # that may multiply in less than float32
 PRECISION, EXACT = (  # name of their setting, its values that mean float32; the first of them is the one to set
     ("fp32_precision", ("ieee", "none")) if hasattr(BACKENDS[1], "fp32_precision") else ("allow_tf32", (False,))
 )
@@ -225,7 +226,7 @@ def record(
     """
     recording = Recording(protocol)
     chosen, modules = select_layers(model, layers), dict(model.named_modules())
-    norms = following_norms(model, example) if protocol.hook_point == "post_bn" else {}
+    norms = _norms(model, protocol, example)
 
     def observer(name: str, layer: nn.Module):
         if name in norms:
@@ -243,3 +244,12 @@ def record(
     if layers is None:
         sums.left_out |= {name: f"is a {kind}" for name, kind in other_weights(model).items()}
     say_left_out(sums.left_out)
+
+
+def _norms(model: nn.Module, protocol: Protocol, example: Example | None) -> dict[str, str]:
+    """The norms whose outputs are recorded in place of those of the layers before them."""
+    if protocol.hook_point != "post_bn":
+        return {}
+    if example is None:
+        raise InputError("example: hook point post_bn needs what the model is called with, to find the norms; give it")
+    return following_norms(model, example)

@@ -202,7 +202,7 @@ def _axis(task: Tensor, pooled: PooledMoments, live: Tensor, protocol: Protocol)
     every = None if by_task else pooled.pairs(live[:, None], live)
     partners = target_axis.find_partners(task, every, protocol)
     redundancy = target_axis.target_redundancy(task, partners)
-    between = pooled.pairs(live[:, None], live[partners]) if by_task else every.gather(1, partners)
+    between = pooled.pairs(live[:, None], live[partners]) if every is None else every.gather(1, partners)
     return [information, redundancy, target_axis.partner_excess(task, between, partners)]
 
 

@@ -35,7 +35,7 @@ def select_layers(model: nn.Module, layers: Sequence[str] | str | None = None) -
     Raises:
         InputError: a pattern matches no layer.
     """
-    found = {n: m for n, m in model.named_modules() if isinstance(m, CHANNEL_LAYERS)}
+    found: dict[str, nn.Module] = {n: m for n, m in model.named_modules() if isinstance(m, CHANNEL_LAYERS)}
     if layers is None:
         return found
     patterns = [layers] if isinstance(layers, str) else list(layers)

@@ -113,7 +113,7 @@ class Moments:
                 self._pending[start:stop, start:].addmm_(left[start:stop], part[:, start:])
 
     def _settle(self) -> None:
-        if self._rows:
+        if self._pending is not None and self._rows:
             if self._settled is None:
                 self._settled = torch.zeros_like(self._pending, dtype=torch.float64)
             self._settled += self._pending

@@ -53,6 +53,7 @@ def find_partners(task: Tensor, between: Tensor | None, protocol: Protocol = DEF
     channels = len(task)
     count = min(protocol.partners, channels - 1)
     information = task_information(task)
+    between = task.new_zeros(0, 0) if between is None else between  # the rules of `TASK_RULES` do not look at it
     if protocol.partner_rule == "task":
         return _most_informative(information, count)
     if protocol.partner_rule in ("random", "excess_of_redundant"):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
-from lit_prune.models.families import FAMILIES, Block
+from lit_prune.models.families import FAMILIES, Block, sequences
 from lit_prune.models.residual import Skip, residual_blocks
 
 
@@ -101,7 +101,7 @@ def find_head(model: nn.Module) -> str:
 
 def _candidates(model: nn.Module) -> tuple[Block, ...]:
     """Blocks by structure alone, of the first family that has any."""
-    return next((blocks for family in FAMILIES if (blocks := tuple(family(model)))), ())
+    return next((blocks for family in (*FAMILIES, sequences) if (blocks := tuple(family(model)))), ())
 
 
 def _all_blocks(model: nn.Module, example_input: Tensor) -> tuple[Block, ...]:

@@ -7,6 +7,7 @@ Blocks are children of an `nn.Sequential`, because that is what can be left out 
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from torch import nn
 
@@ -28,6 +29,17 @@ class Block:
     protected: str = ""
 
 
+Family = Callable[[nn.Module], Iterator[Block]]
+FAMILIES: list[Family] = []
+
+
+def register_family(family: Family) -> Family:
+    """Function decorator: `find_blocks` asks this family too, after those before it and before `sequences`."""
+    FAMILIES.append(family)
+    return family
+
+
+@register_family
 def residual_stages(model: nn.Module) -> Iterator[Block]:
     """ResNets: the children of `layer1`, `layer2`, ...; one stage each."""
     for stage, sequence in model.named_children():
@@ -35,6 +47,7 @@ def residual_stages(model: nn.Module) -> Iterator[Block]:
             yield from _children_as_blocks(stage, sequence)
 
 
+@register_family
 def inverted_residuals(model: nn.Module) -> Iterator[Block]:
     """MobileNets of torchvision: InvertedResiduals of `features`; a new stage at each one without a residual sum."""
     features = getattr(model, "features", None)
@@ -48,19 +61,21 @@ def inverted_residuals(model: nn.Module) -> Iterator[Block]:
             yield Block(f"features.{name}", f"stage{max(stage, 1)}", (f"features.{name}",), obstacle)
 
 
+@register_family
 def plain_convolutions(model: nn.Module) -> Iterator[Block]:
     """VGG and its like, one `features` of leaves: a convolution with what follows it; stages between the pools."""
     features = getattr(model, "features", None)
     if not _is_sequence(features) or not all(_is_leaf(child) for child in features):
         return
-    stage, members, obstacle = 1, [], ""
+    members: list[str] = []
+    stage, obstacle = 1, ""
     for name, child in features.named_children():
-        starts, pools = isinstance(child, nn.Conv2d), "Pool" in type(child).__name__
-        if members and (starts or pools):
+        pools = "Pool" in type(child).__name__
+        if members and (isinstance(child, nn.Conv2d) or pools):
             yield Block(members[0], f"stage{stage}", tuple(members), obstacle)
             members = []
         stage += pools
-        if starts:
+        if isinstance(child, nn.Conv2d):
             members, obstacle = [f"features.{name}"], _convolution_obstacle(child)
         elif members:
             members.append(f"features.{name}")
@@ -76,14 +91,6 @@ def sequences(model: nn.Module) -> Iterator[Block]:
     for stage, sequence in found.items():
         if not any(other != stage and _is_inside(other, stage) for other in found):
             yield from _children_as_blocks(stage, sequence)
-
-
-FAMILIES: tuple[Callable[[nn.Module], Iterator[Block]], ...] = (
-    residual_stages,
-    inverted_residuals,
-    plain_convolutions,
-    sequences,
-)
 
 
 def _children_as_blocks(stage: str, sequence: nn.Sequential) -> Iterator[Block]:
@@ -110,12 +117,12 @@ def _convolution_obstacle(convolution: nn.Conv2d) -> str:
     return "" if convolution.stride == (1, 1) else f"has stride {convolution.stride[0]}"
 
 
-def _is_sequence(module: nn.Module | None) -> bool:
+def _is_sequence(module: nn.Module | None) -> TypeGuard[nn.Sequential]:
     """Runs its children one after the other, whatever they are (a subclass may add names, not another forward)."""
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 
-def _is_sequence_of_blocks(module: nn.Module) -> bool:
+def _is_sequence_of_blocks(module: nn.Module) -> TypeGuard[nn.Sequential]:
     if not _is_sequence(module):
         return False
     return len({type(child) for child in module}) == 1 and not any(_is_leaf(child) for child in module)

@@ -186,10 +186,9 @@ def _build_timm(name: str, *, num_classes: int, in_channels: int, pretrained: bo
 
 def _remove_auxiliary_heads(model: nn.Module) -> None:
     """Makes the forward in training return logits, not a tuple."""
-    model.aux_logits = False
-    for head in ("AuxLogits", "aux1", "aux2"):
+    for head, absent in {"aux_logits": False, "AuxLogits": None, "aux1": None, "aux2": None}.items():
         if hasattr(model, head):
-            setattr(model, head, None)
+            setattr(model, head, absent)
 
 
 def _resize_head(model: nn.Module, num_classes: int) -> None:

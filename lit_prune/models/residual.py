@@ -13,8 +13,10 @@ from torch.utils._pytree import tree_leaves
 from lit_prune.models.families import Block
 
 _ADDITIONS = (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
-_TRANSPARENT = (F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.relu6, F.hardtanh, F.dropout)
-_TRANSPARENT += (Tensor.contiguous, Tensor.clone, Tensor.to, Tensor.type_as)
+_TRANSPARENT = (
+    *(F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.relu6, F.hardtanh, F.dropout),
+    *(Tensor.contiguous, Tensor.clone, Tensor.to, Tensor.type_as),
+)
 
 
 class Skip(nn.Module):

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -151,7 +152,7 @@ def group_cuts(
 def distortion_ladders(
     model: nn.Module,
     graph: ChannelGraph,
-    scores: Mapping[str, Sequence[float]],
+    scores: Mapping[str, Sequence[float] | np.ndarray],
     batches: Iterable[Any],
     moments: Mapping[str, ReaderMoments],
     task: Task | str | None = None,

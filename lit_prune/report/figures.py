@@ -150,10 +150,10 @@ def _path_points(stage: Mapping[str, Any], first: bool) -> list[tuple[str, float
 
 
 def _draw_path_arrows(axes: Axes, path: Sequence[tuple[str, float, float]]) -> None:
-    for (_, *begin), (kind, *end) in zip(path, path[1:], strict=False):
+    for (_, *begin), (kind, x, y) in zip(path, path[1:], strict=False):
         colour = drawing.VERMILLION if kind == "after_surgery" else drawing.BLUE
         arrow = {"arrowstyle": "-|>", "color": colour, "linewidth": 1.4, "shrinkA": 5, "shrinkB": 5}
-        axes.annotate("", tuple(end), tuple(begin), arrowprops=arrow)
+        axes.annotate("", (x, y), (begin[0], begin[1]), arrowprops=arrow)
     for kind, x, y in path:
         marker, face, edge, _ = PATH_MARKS[kind]
         axes.plot([x], [y], marker, color=face, markeredgecolor=edge, markeredgewidth=1.4, markersize=8, zorder=3)

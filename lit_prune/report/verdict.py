@@ -23,6 +23,7 @@ USE = """import lit_prune
 
 network = lit_prune.load_compact("{folder}")
 """
+Level = Literal["good", "fair", "poor", "open"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Verdict:
         use: lines of code and the command for the hand-over.
     """
 
-    level: Literal["good", "fair", "poor", "open"]
+    level: Level
     headline: str
     reasons: tuple[str, ...]
     removed: tuple[str, ...]
@@ -68,7 +69,7 @@ def find_verdict(run: RunFolder) -> Verdict | None:
     return Verdict(level, headline, (*figure, *(sentence for sentence, _ in budget)), removed, trust, use)
 
 
-def _figure(run: RunFolder, result: Mapping[str, Any], stages: Sequence[Mapping[str, Any]]) -> tuple[list[str], str]:
+def _figure(run: RunFolder, result: Mapping[str, Any], stages: Sequence[Mapping[str, Any]]) -> tuple[list[str], Level]:
     """Sentences on the figure, and the level that follows from it alone."""
     quantity = figure_of(result)
     before, after = (result[name].get(quantity.key) for name in ("dense", "compact"))
@@ -78,7 +79,7 @@ def _figure(run: RunFolder, result: Mapping[str, Any], stages: Sequence[Mapping[
     loss = (after - before) if less_is_better else (before - after)
     share = min(before, after) >= 0 and max(before, after) <= 1 and not less_is_better
     loss = loss if share else loss / max(abs(before), 1e-12)
-    level = "good" if loss <= SLIGHT else "fair" if loss <= CLEAR else "poor"
+    level: Level = "good" if loss <= SLIGHT else "fair" if loss <= CLEAR else "poor"
     sentence = f"{quantity.title} {quantity.format(after)}, dense {quantity.format(before)}"
     sentence += f" ({quantity.change(after, before)})"
     said = [sentence + _interval(run, before, after, share) + "."]

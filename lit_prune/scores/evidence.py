@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 import torch
@@ -24,6 +24,7 @@ from lit_prune.structure.groups import ChannelGraph, Group, trace_groups
 from lit_prune.task import Task, peek, settle
 
 Couplings = dict[str, list[tuple[str, Tensor]]]
+Found = TypeVar("Found")
 
 
 class Evidence:
@@ -51,9 +52,9 @@ class Evidence:
         self._table, self._task = table, task
         self.passes = 0
         self._collected: dict[str, Any] = {}
-        self._known: dict[tuple, dict[str, Tensor]] = {}
+        self._known: dict[tuple, Any] = {}
 
-    def once(self, function: Callable[..., dict[str, Tensor]], *parameters: object) -> dict[str, Tensor]:
+    def once(self, function: Callable[..., Found], *parameters: object) -> Found:
         """`function(evidence, *parameters)`, computed at the first call and remembered."""
         key = (function, *parameters)
         if key not in self._known:

@@ -86,7 +86,7 @@ class Independence:
                 matrices = position_view(module, output.detach(), token=None).mT  # [B, N, P]
                 nodes = int((HIGHEST - LOWEST) / STEP) + 1
                 images = max(1, CHUNK_VALUES // (matrices.shape[1] * max(nodes, matrices.shape[2])))
-                drops = sum(nuclear_drops(part).sum(0) for part in matrices.split(images)).cpu()
+                drops = torch.stack([nuclear_drops(part).sum(0) for part in matrices.split(images)]).sum(0).cpu()
                 self.totals[name] = self.totals.get(name, 0.0) + drops
 
             return hook

@@ -40,7 +40,7 @@ def parse_method(name: str, known: Mapping[str, Score]) -> Method:
         hint = f"other tools' {plain} is {here} here" if here else did_you_mean(plain, known)
         raise InputError(f"score: {name!r} is unknown; {hint} (`lit-prune choices` lists them)")
     entry = known[plain]
-    given = _arguments(match[2]) if match[2] is not None else []
+    given = _arguments(match[2]) if match and match[2] is not None else []
     if len(given) > len(entry.defaults):
         names = list(inspect.signature(entry.function).parameters)[1:]
         raise InputError(f"score: {name!r} has too many parameters; {plain} takes ({', '.join(names)})")

@@ -69,8 +69,8 @@ def group_norm(evidence: Evidence) -> dict[str, Tensor]:
     """
     means = {}
     for group in evidence.graph.groups:
-        rows = [_member_power(evidence.model, member) for member in group.members]
-        rows = [row for row in rows if row is not None]
+        powers = [_member_power(evidence.model, member) for member in group.members]
+        rows = [power for power in powers if power is not None]
         if rows:
             means[group.name] = _over_mean(torch.stack(rows).mean(0))
     return to_layers(evidence, means)

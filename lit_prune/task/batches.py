@@ -114,8 +114,8 @@ def describe(value: Any, depth: int = 2) -> str:
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     if isinstance(value, Mapping):
-        inner = (f"{key}: {describe(item, depth - 1)}" for key, item in list(value.items())[:6])
-        return f"{type(value).__name__} of {{{', '.join(inner)}}}" if depth else type(value).__name__
+        inner = ", ".join(f"{key}: {describe(item, depth - 1)}" for key, item in list(value.items())[:6])
+        return f"{type(value).__name__} of {{{inner}}}" if depth else type(value).__name__
     if isinstance(value, list | tuple):
         inner = ", ".join(describe(item, depth - 1) for item in value[:4])
         more = ", ..." if len(value) > 4 else ""

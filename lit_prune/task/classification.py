@@ -41,7 +41,7 @@ def _one_vs_rest(logits: Tensor, labels: Tensor) -> Tensor:
     return F.one_hot(labels, logits.shape[1])
 
 
-TARGETS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+TARGETS: dict[str, Callable[..., Tensor]] = {
     "true_margin": _true_margin,
     "true_logit": _true_logit,
     "negative_loss": _negative_loss,
@@ -72,18 +72,18 @@ def task_variable(name: str, logits: Tensor, labels: Tensor | None) -> Tensor:
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
         raise InputError("model: its output is not logits [B, K] with K ≥ 2, as classification needs; give task=")
     if name not in LABEL_FREE:
-        check_labels(labels, *logits.shape)
-        labels = labels.to(logits.device, torch.int64)
+        labels = check_labels(labels, *logits.shape).to(logits.device, torch.int64)
     return TARGETS[name](logits.double(), labels).double()
 
 
-def check_labels(labels: Tensor | None, images: int, classes: int) -> None:
-    """Raises InputError unless `labels` is an integer tensor [images] with values 0 to classes-1."""
+def check_labels(labels: Tensor | None, images: int, classes: int) -> Tensor:
+    """The labels; raises InputError unless they are an integer tensor [images] with values 0 to classes-1."""
     if not isinstance(labels, Tensor) or labels.shape != (images,) or labels.is_floating_point():
         raise InputError(f"batches: labels are {describe(labels)}; give int64 of shape [{images}]")
     low, high = torch.stack(labels.aminmax()).tolist() if images else (0, 0)  # waits for the device once
     if not 0 <= low <= high < classes:
         raise InputError(f"batches: labels from {low} to {high}, but 0 to {classes - 1} expected; mend the labels")
+    return labels
 
 
 @register_task("classification")
@@ -115,8 +115,7 @@ class Classification(Task):
             raise InputError(f"model: its output is {describe(logits)}, not logits [B, K]; give task=")
         if isinstance(labels, Tensor) and labels.is_floating_point() and labels.shape == logits.shape:
             return labels.to(logits)
-        check_labels(labels, *logits.shape)
-        return labels.to(logits.device, torch.int64)
+        return check_labels(labels, *logits.shape).to(logits.device, torch.int64)
 
     def loss(self, output: Any, batch: Any) -> Tensor:
         """Cross-entropy of each sample in nats."""

@@ -80,7 +80,7 @@ class Detection(Task):
         """
         if not output.losses:
             raise InputError("batches: no targets in a batch, but this needs some; give ([image], [{boxes, labels}])")
-        return sum(output.losses.values())
+        return torch.stack(list(output.losses.values())).sum()
 
     def prediction(self, output: Detected) -> Tensor:
         """Head outputs of each image, [B, D]; proposals of an image with fewer of them count as zeros.

@@ -13,7 +13,7 @@ def pixels(count=16, size=12):
 
 
 def test_offsets_and_flips_are_uniform_and_independent():
-    draws = draw_crops(90_000, 4, True, (0, "uniform", 0))
+    draws = draw_crops(90_000, 4, True, 0, ("uniform", 0))
     for offsets in (draws.top, draws.left):
         assert chisquare(torch.bincount(offsets, minlength=9)).pvalue > 0.01
     joint = (draws.top * 9 + draws.left) * 2 + draws.flip
@@ -42,7 +42,7 @@ def test_pixels_equal_torchvision_for_equal_draws(padding):
 
 
 def test_without_flip_no_image_is_mirrored():
-    assert not draw_crops(1000, 4, False, (0, "train", 0)).flip.any()
+    assert not draw_crops(1000, 4, False, 0, ("train", 0)).flip.any()
 
 
 def test_one_image_at_a_time_gives_the_pixels_of_the_batch():
