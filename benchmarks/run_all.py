@@ -31,6 +31,7 @@ NO_BENCHMARKS = (  # no times, or weights and images that are not here
     "silenced",
     "architectures",
     "compression",
+    "compression_cases",
     "fuzz_files",
     "tasks",
     "task_cases",

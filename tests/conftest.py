@@ -109,8 +109,9 @@ def make_run():
     from lit_prune.train.stages import BlockStage, ChannelStage
 
     def make(run_dir, stages=(("blocks", 2), ("channels", 4)), max_epochs=6, callbacks=(), trainer=None, **pruning):
+        keeps = iter((0.5, 0.4, 0.3))
         parts = [
-            BlockStage(epoch, remove_ratio=0.3) if part == "blocks" else ChannelStage(0.5, epoch, part)
+            BlockStage(epoch, remove_ratio=0.3) if part == "blocks" else ChannelStage(next(keeps), epoch, part)
             for part, epoch in stages
         ]
         os.environ["PL_GLOBAL_SEED"] = "7"

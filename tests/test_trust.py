@@ -253,7 +253,7 @@ def test_what_builds_no_network_is_one_line(backbone, arguments):
 
 def test_a_run_folders_configuration_is_compared_without_importing_what_it_names(tmp_path, marker, capsys):
     run_dir = tmp_path / "run"
-    (run_dir / "trace").mkdir(parents=True)
+    (run_dir / "checkpoints").mkdir(parents=True)
     for text in (
         "model: {backbone: cifar_resnet20, optimizer: hostile.touch}",
         "trainer: {callbacks: [{class_path: hostile.touch}]}",
