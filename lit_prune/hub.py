@@ -1,6 +1,7 @@
 """A compact network under Hugging Face's conventions: `save_pretrained`, `push_to_hub`, `from_pretrained`."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,9 @@ from huggingface_hub import ModelHubMixin, snapshot_download
 from torch import nn
 
 from lit_prune.preparation import Preparation
-from lit_prune.structure import load_compact, save_compact
-from lit_prune.structure.compact import CARD, REPORT, STRUCTURE, WEIGHTS
-from lit_prune.structure.record import record_of
+from lit_prune.structure import load_compact
+from lit_prune.structure.compact import CARD, REPORT, STRUCTURE, WEIGHTS, save_recorded
+from lit_prune.structure.record import note_record, record_of
 
 FILES = (WEIGHTS, STRUCTURE, REPORT, CARD)
 
@@ -32,27 +33,22 @@ class HubNetwork(nn.Module, ModelHubMixin, library_name="lit_prune", tags=["prun
         self, network: nn.Module, report: dict[str, Any] | None = None, preparation: Preparation | None = None
     ) -> None:
         super().__init__()
+        if preparation is not None:
+            note_record(network, replace(record_of(network), preparation=preparation))
         self.network = network
         self.report = report or {}
-        self.preparation = preparation or record_of(network).preparation
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Output of the network."""
         return self.network(*args, **kwargs)
 
+    @property
+    def preparation(self) -> Preparation | None:
+        """How images are prepared for the network; None where its record does not say."""
+        return record_of(self.network).preparation
+
     def _save_pretrained(self, save_directory: Path) -> None:
-        record = record_of(self.network)
-        save_compact(
-            save_directory,
-            self.network,
-            backbone=record.backbone,
-            arguments=record.arguments,
-            input_shape=record.image_shape,
-            plans=record.plans,
-            report=self.report,
-            inputs=None if record.image_shape else record.inputs,
-            preparation=self.preparation,
-        )
+        save_recorded(save_directory, self.network, self.report)
 
     @classmethod
     def _from_pretrained(

@@ -21,12 +21,37 @@ from lit_prune.structure.card import model_card
 from lit_prune.structure.description import Description
 from lit_prune.structure.latency import own_tensors
 from lit_prune.structure.plan import Plan
-from lit_prune.structure.record import note_record
+from lit_prune.structure.record import note_record, record_of
 from lit_prune.tensor_files import read_safetensors, write_safetensors
 
 FORMAT = "lit_prune.compact"
 VERSION = 1
 WEIGHTS, STRUCTURE, REPORT, CARD = "model.safetensors", "structure.json", "report.json", "README.md"
+
+
+def save_recorded(folder: str | Path, network: nn.Module, report: dict[str, Any] | None = None) -> None:
+    """`save_compact` of a network with what its record says of it.
+
+    Args:
+        folder: as for `save_compact`.
+        network: as `apply_plan`, `load_compact` or `StagedPruning` leave it.
+        report: figures of the networks.
+
+    Raises:
+        InputError: as `save_compact`.
+    """
+    record = record_of(network)
+    save_compact(
+        folder,
+        network,
+        backbone=record.backbone,
+        arguments=record.arguments,
+        input_shape=record.image_shape,
+        plans=record.plans,
+        report=report,
+        inputs=None if record.image_shape else record.inputs,
+        preparation=record.preparation,
+    )
 
 
 @checked

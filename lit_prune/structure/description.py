@@ -13,11 +13,17 @@ from lit_prune.models import build_network
 from lit_prune.models.registry import check_arguments
 from lit_prune.structure.example import Example
 from lit_prune.structure.plan import Plan
-from lit_prune.structure.record import Record, describe_inputs, example_input, largest_input, rebuild_inputs
+from lit_prune.structure.record import (
+    LARGEST_INPUT,
+    Record,
+    check_inputs,
+    describe_inputs,
+    example_input,
+    rebuild_inputs,
+)
 from lit_prune.structure.surgery import apply_plan
 from lit_prune.structure.tracing import copy_network
 
-LARGEST_INPUT = 2**28
 FETCHED = ("pretrained", "weights")
 """Arguments that only say where the first weights came from; a network is rebuilt without them."""
 
@@ -57,8 +63,8 @@ class Description:
             shape = () if inputs else tuple(_whole(size) for size in input_shape)
             if not inputs and (not shape or min(shape) < 1 or torch.Size(shape).numel() > LARGEST_INPUT):
                 raise InputError(f"input_shape {list(shape)} is no shape of one image")
-            if inputs and largest_input(inputs) > LARGEST_INPUT:
-                raise InputError("inputs are larger than any network reads")
+            if inputs:
+                check_inputs(inputs)
             if not isinstance(plans, list | tuple):
                 raise InputError(f"plans is a {type(plans).__name__}, no list")
             arguments = {key: value for key, value in arguments.items() if key not in FETCHED}

@@ -14,6 +14,7 @@ from lit_prune.structure.example import Example
 from lit_prune.structure.plan import Plan
 
 ATTRIBUTE = "lit_prune_record"
+LARGEST_INPUT = 2**28  # values
 
 
 @dataclass(frozen=True)
@@ -66,18 +67,35 @@ def describe_inputs(example: Example) -> dict[str, Any]:
     return {"args": [_describe(value) for value in example.args], "kwargs": _describe(example.kwargs)}
 
 
-def rebuild_inputs(described: Mapping[str, Any], device: torch.device | str = "cpu") -> Example:
-    """Arguments as described; floating-point values are zeros, in tensors of up to two dimensions 0, 1, 2, ..."""
-    kwargs = _rebuild(described["kwargs"], device)
-    return Example(tuple(_rebuild(value, device) for value in described["args"]), kwargs)
-
-
-def largest_input(described: Any) -> int:
-    """Values of the largest tensor among described arguments; checks sizes before anything is built from them.
+def rebuild_inputs(described: Mapping[str, Any] | None, device: torch.device | str = "cpu") -> Example:
+    """Arguments as described; floating-point values are zeros, in tensors of up to two dimensions 0, 1, 2, ...
 
     Raises:
-        InputError: a size that is no whole number, or below 0.
+        InputError: as `check_inputs`, or a description that is damaged.
     """
+    check_inputs(described)
+    try:
+        kwargs = _rebuild(described["kwargs"], device)
+        return Example(tuple(_rebuild(value, device) for value in described["args"]), kwargs)
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        problem = f"{type(error).__name__} {error}"
+        raise InputError(f"inputs: what the network is called with is damaged ({problem}); save it again") from error
+
+
+def check_inputs(described: Any) -> None:
+    """Refuses a description of a call before anything is built from it.
+
+    Raises:
+        InputError: it is missing, or a size is no whole number, below 0 or larger than any network reads.
+    """
+    if not isinstance(described, Mapping):
+        raise InputError("inputs: nothing says what the network is called with, so its plans cannot be carried out")
+    if _largest(described) > LARGEST_INPUT:
+        raise InputError("inputs are larger than any network reads")
+
+
+def _largest(described: Any) -> int:
+    """Values of the largest tensor among described arguments."""
     if isinstance(described, Mapping) and "shape" in described:
         sizes = described["shape"]
         if not isinstance(sizes, list) or any(type(size) is not int or size < 0 for size in sizes):
@@ -86,7 +104,7 @@ def largest_input(described: Any) -> int:
     inner = described.values() if isinstance(described, Mapping) else described
     if not isinstance(described, Mapping | list):
         return 0
-    return max((largest_input(value) for value in inner), default=0)
+    return max((_largest(value) for value in inner), default=0)
 
 
 def example_input(example: Example) -> Any:

@@ -136,6 +136,7 @@ OPTIONS = {  # option of fit -> values that it does not have
         "FILES/stateless.ckpt",
         "FILES/planless.ckpt",
         "FILES/foreign_plans.ckpt",
+        "FILES/inputless.ckpt",
         "FILES/weights_only.ckpt",
         "FILES/other.ckpt",
         "https://127.0.0.1:1/last.ckpt",
@@ -249,6 +250,7 @@ SAID = {  # end of a command -> what its line speaks of, where that is another w
     "lr x": "--lr",
     "/planless.ckpt": "'arguments'",
     "/foreign_plans.ckpt": "'nowhere'",
+    "/inputless.ckpt": "called with",
     "/weights_only.ckpt": "optimizer",
     "--config FILES": "not a file",
     "/latin.yaml": "utf-8",
@@ -327,6 +329,7 @@ def write_checkpoints(folder: Path, weights: dict, nan: dict) -> None:
     plan |= {"keep_channels": {"nowhere": [0]}, "sizes": {"nowhere": 10**12}}
     structure = {"network": "backbone", "backbone": "cifar_convnet", "plans": [], "inputs": None}
     structure |= {"arguments": {"num_classes": 10, "in_channels": 1}}
+    inputs = {"args": [{"dtype": "float32", "shape": [1, 1, 10, 10]}], "kwargs": {"dict": {}}}
     state = {f"backbone.{name}": value for name, value in weights.items()}
     good = {"state_dict": state, "epoch": 0, "global_step": 1, "pytorch-lightning_version": "2.6.6"}
     good["optimizer_states"] = [{}]
@@ -336,7 +339,8 @@ def write_checkpoints(folder: Path, weights: dict, nan: dict) -> None:
         "nan": {**whole, "state_dict": {f"backbone.{key}": value for key, value in nan.items()}},
         "stateless": {"lit_prune_structure": structure},
         "planless": {**good, "lit_prune_structure": {"backbone": "cifar_convnet"}},
-        "foreign_plans": {**whole, "lit_prune_structure": {**structure, "plans": [plan]}},
+        "foreign_plans": {**whole, "lit_prune_structure": {**structure, "plans": [plan], "inputs": inputs}},
+        "inputless": {**whole, "lit_prune_structure": {**structure, "plans": [plan]}},
         "weights_only": {**whole, "optimizer_states": []},
         "other": {**whole, "lit_prune_structure": {**structure, "backbone": "cifar_resnet20"}},
     }.items():
