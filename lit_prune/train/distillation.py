@@ -113,13 +113,13 @@ class Calls:
     Args:
         network: the student, or the teacher.
         layer: name of the layer whose inputs are the features; None keeps none.
-        student: keep the calls of the network too, and nothing outside of training.
+        student: keep the calls of the network too, and nothing without gradients.
     """
 
     def __init__(self, network: nn.Module, layer: str | None, student: bool = True) -> None:
         self.network, self._student = network, student
-        self.calls: list[tuple[tuple, dict, Any]] = []
-        self.features: list[Tensor] = []
+        self._calls: list[tuple[bool, tuple[tuple, dict, Any]]] = []  # whether it was training, and the call
+        self._features: list[tuple[bool, Tensor]] = []
         self._heads: list[Tensor] = []
         self._handles = [head.register_forward_hook(self._keep_head) for head in detector_heads(network)]
         if student:
@@ -127,12 +127,17 @@ class Calls:
         if layer is not None:
             self._handles.append(network.get_submodule(layer).register_forward_pre_hook(self._keep_features))
 
+    @property
+    def _counts(self) -> bool:
+        """Whether what runs now is kept."""
+        return not self._student or torch.is_grad_enabled()
+
     def _keep_call(self, network: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        if network.training and torch.is_grad_enabled():
-            self.calls.append((args, kwargs, (output, self.take_heads())))
+        if self._counts:
+            self._calls.append((network.training, (args, kwargs, (output, self.take_heads()))))
 
     def _keep_head(self, head: nn.Module, args: tuple, output: Any) -> None:
-        if not self._student or (head.training and torch.is_grad_enabled()):
+        if self._counts:
             self._heads.append(output)
 
     def take_heads(self) -> list[Any]:
@@ -141,14 +146,15 @@ class Calls:
         return found
 
     def _keep_features(self, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if not self._student or (layer.training and torch.is_grad_enabled()):
-            self.features.append(args[0])
+        if self._counts:
+            self._features.append((self.network.training, args[0]))
 
     def take(self) -> tuple[list[tuple[tuple, dict, Any]], list[Tensor]]:
-        """Calls and features since the last time."""
-        found = self.calls, self.features
-        self.calls, self.features = [], []
-        return found
+        """Calls and features since the last time: those in training mode, or all where the network never was in it."""
+        trained = any(training for training, _ in self._calls)
+        calls, features = ([v for training, v in kept if training == trained] for kept in (self._calls, self._features))
+        self._calls, self._features = [], []
+        return calls, features
 
     def remove(self) -> None:
         """Takes the hooks off."""
@@ -203,7 +209,7 @@ class Distillation:
         calls, features = self._student.take()
         if not calls:
             raise InputError(
-                "distillation: training_step did not call the network in training mode since the last step; name the "
+                "distillation: training_step did not call the network with gradients since the last step; name the "
                 "submodule that it calls by network=, or set the weights of repair to 0"
             )
         if alpha == beta == 0:

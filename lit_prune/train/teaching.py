@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from lit_prune.errors import InputError
@@ -81,6 +82,11 @@ class Teaching:
         """
         if not self.wanted:
             return
+        if not lesson.student.training:
+            rank_zero_warn(
+                "the network was given in evaluation mode and Lightning leaves it there: norms and dropout stay as they "
+                "are while it is repaired; call train() on it before fit where that is not meant"
+            )
         columns = self._find_features(lesson)
         self._term = Distillation(self.repair, lesson.student, lesson.teacher, lesson.progress, self.layer, columns)
         self._added = add_term(module, TERM, self._term)
@@ -119,6 +125,7 @@ class Teaching:
         """An epoch of the phase begins."""
         if self._term is not None:
             self._added.begin_epoch()
+            self._term.forget()
             self._term.evaluations = 0
 
     def end_epoch(self, module: LightningModule, record: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from lightning_modules import MEAN, STD, images, loaders, trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lit_prune import AxisTrace, ChannelStage, InputError, LitClassifier, Repair, StagedPruning
+from lit_prune import AxisTrace, ChannelStage, GradientTrace, InputError, LitClassifier, Repair, StagedPruning
 from lit_prune.data import DigitsData
 
 
@@ -101,6 +101,16 @@ def test_two_heads_are_taught_at_the_one_that_has_a_direction(tmp_path):
     trainer(tmp_path, staged, epochs=2).fit(module := Heads(), *loaders())
     assert is_cut(module.net.trunk)
     assert record(tmp_path)["distillation"]["evaluations"] == 3
+
+
+def test_a_network_in_evaluation_mode_stays_there_is_taught_at_its_steps_alone_and_it_is_said(tmp_path):
+    staged = pruning(monitor="val/acc", repair=Repair(ramp=False))
+    module = modules.Classifier()
+    module.net.eval()
+    with pytest.warns(UserWarning, match="in evaluation mode"):
+        trainer(tmp_path, GradientTrace(), staged, epochs=3).fit(module, *loaders())
+    assert is_cut(module.net) and not any(part.training for part in module.net.modules())
+    assert record(tmp_path)["distillation"]["evaluations"] == 6, "two epochs of three steps"
 
 
 @dataclass
