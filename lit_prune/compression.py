@@ -89,8 +89,9 @@ def compress(
         `layers` (see `Reduced.report`), `images`, `seconds` by step, and `repair` (see `distil`) where asked for.
 
     Raises:
-        InputError: no batches, a budget outside (0, 1] or out of reach, fewer images than a solve needs, nothing to
-            prune.
+        InputError: no batches, a budget outside (0, 1] or out of reach, nothing to prune; fewer images than a solve
+            needs, where the recipe's replacement refuses (else the layer is pulled towards its weights, with a warning
+            that says how many are needed).
     """
     task, batches = settle(task, model, batches)
     batches = take_batches(batches, recipe.replacement.images, task)
@@ -100,6 +101,7 @@ def compress(
     example = task.inputs(task.to(task.take(batches[0], 1), model))
     with clock.step("stand_in"):
         reduced = replace_mechanisms(model, plan, batches, recipe.kind, example, settings=recipe.replacement, task=task)
+    _say_undetermined(reduced.report["layers"])
     repair = {}
     if seconds is not None:
         with clock.step("repair"):
@@ -115,6 +117,18 @@ def compress(
             stacklevel=2,
         )
     return reduced.model, report | repair | {"seconds": clock.seconds}
+
+
+def _say_undetermined(layers: dict[str, Any]) -> None:
+    """Warns of layers that had too few positions to be solved for."""
+    needed = {name: found["undetermined"] for name, found in layers.items() if "undetermined" in found}
+    if needed:
+        most = max(needed, key=needed.__getitem__)
+        warnings.warn(
+            f"compress: {len(needed)} layers have fewer positions than weights to solve for and are pulled towards "
+            f"those they have; {needed[most]} calibration images determine all of them (most for {most!r})",
+            stacklevel=3,
+        )
 
 
 def plan_compression(model: nn.Module, batches: Iterable[Any], request: Budget, task: Task, recipe: Recipe) -> Plan:

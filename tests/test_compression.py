@@ -7,6 +7,7 @@ from torch import nn
 import lit_prune
 from lit_prune.compression import Recipe
 from lit_prune.errors import InputError
+from lit_prune.replace import Replacement
 from lit_prune.structure import Plan, apply_plan, cost
 
 
@@ -106,11 +107,24 @@ def test_no_batches_are_refused(net):
         lit_prune.compress(net, [], keep=0.5)
 
 
-def test_too_few_images_are_refused_with_the_number_that_is_needed(net):
+def few_images() -> list:
     torch.manual_seed(2)
-    few = [(torch.randn(2, 3, 4, 4), torch.tensor([0, 1]))]
+    return [(torch.randn(2, 3, 4, 4), torch.tensor([0, 1]))]
+
+
+def test_layers_with_too_few_positions_are_pulled_to_their_weights_and_the_number_that_is_needed_is_said(net):
+    few = few_images()
+    with pytest.warns(UserWarning, match=r"fewer positions than weights .*; \d+ calibration images determine all"):
+        _, report = lit_prune.compress(net, few, keep=0.6)
+    _, deleted = lit_prune.compress(net, few, keep=0.6, recipe=Recipe(kind="delete"))
+    assert report["distortion"] < deleted["distortion"]
+
+
+def test_a_refit_that_may_leave_nothing_refuses_too_few_images_with_the_number_that_is_needed(net):
+    few = few_images()
+    refusing = Recipe(replacement=Replacement())
     with pytest.raises(InputError, match=r"from 32 positions of 2 images; give at least \d+ calibration images"):
-        lit_prune.compress(net, few, keep=0.6)
+        lit_prune.compress(net, few, keep=0.6, recipe=refusing)
 
 
 def test_seconds_of_repair_never_end_worse_on_held_out_samples_and_leave_norm_statistics_alone(net, batches):

@@ -164,9 +164,11 @@ class _Solver:
     def finish(self) -> tuple[dict, bool]:
         """Solves, writes weights and bias; the layer's report, and whether it gained a bias."""
         everything = self.sums[False] + self.sums[True]
-        if self.settings.towards == "zero" and everything.rows <= len(everything.inputs):
+        few = self.settings.towards == "zero" and everything.rows <= len(everything.inputs)
+        if few and not (self.reader.removed and self.settings.unsupported == "delete"):
             return self._left(everything), False
-        prior = kernel_of(self.module).double().flatten(1) if self.settings.towards == "weights" else None
+        pulled = few or self.settings.towards == "weights"
+        prior = kernel_of(self.module).double().flatten(1) if pulled else None
         ridges = RIDGES if self.settings.ridge == "held_out" else (self.settings.ridge,)
         fit, held_out = solve_held_out(self.sums[False], self.sums[True], ridges, prior)
         if self.stop.clip is not None and self.settings.clipped:
@@ -181,7 +183,12 @@ class _Solver:
             "ridge": fit.ridge,
             "fit_error": everything.covariance().error(fit),
             "held_out_error": held_out,
+            **({"undetermined": self._needed(everything)} if few else {}),
         }, created
+
+    def _needed(self, sums: PairSums) -> int:
+        """Images that have more positions than the layer has weights an output."""
+        return -(-self.images * (len(sums.inputs) + 1) // int(sums.rows))
 
     def _left(self, sums: PairSums) -> dict:
         """Report of a layer that stays as it is, because there are fewer rows than weights to solve for.
@@ -191,10 +198,9 @@ class _Solver:
         """
         rows, wide = int(sums.rows), len(sums.inputs)
         if self.reader.removed:
-            needed = -(-self.images * (wide + 1) // rows)
             raise InputError(
                 f"layer {self.stop.layer!r} reads {wide} values and is to be solved again from {rows} positions of "
-                f"{self.images} images; give at least {needed} calibration images, or set towards='weights'"
+                f"{self.images} images; give at least {self._needed(sums)} calibration images, or set towards='weights'"
             )
         return {"rows": rows, "left": f"{rows} positions do not determine {wide} weights"}
 

@@ -34,7 +34,8 @@ class Replacement:
         rows: refit: most positions (over all images) in one regression, but at least `ROWS_A_WEIGHT` times the length
             of a patch; where there are more, equally many of each image are sampled, seeded.
         held_out: share of the batches that choose the ridge.
-        unsupported: "refuse" raises for a layer in which nothing can stand in; "delete" leaves it with what is kept.
+        unsupported: "refuse" raises for a layer in which nothing can stand in, or that has fewer positions than weights
+            to solve for; "delete" leaves the one with what is kept, and pulls the other towards the weights it has.
         seed: of sampled positions, drawn labels, probes and random parents.
     """
 

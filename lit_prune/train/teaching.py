@@ -84,8 +84,8 @@ class Teaching:
             return
         if not lesson.student.training:
             rank_zero_warn(
-                "the network was given in evaluation mode and Lightning leaves it there: norms and dropout stay as they "
-                "are while it is repaired; call train() on it before fit where that is not meant"
+                "the network was given in evaluation mode and Lightning leaves it there: its norms and dropout stay as "
+                "they are while it is repaired; call train() on it before fit where that is not meant"
             )
         columns = self._find_features(lesson)
         self._term = Distillation(self.repair, lesson.student, lesson.teacher, lesson.progress, self.layer, columns)
