@@ -36,7 +36,7 @@ def test_a_timm_network_with_mixup_and_one_cycle_is_as_good_after_the_cut(tmp_pa
 def test_a_segmentation_network_is_traced_cut_and_repaired(tmp_path):
     found = run("espnet_camvid", tmp_path, "--epochs", "1", "--images", "8", "--every", "4")
     assert set(found) >= {"dense", "after_surgery", "after_repair"}
-    assert found["after_repair"] > found["dense"] - 0.1
+    assert found["after_surgery"] > found["dense"] - 0.05, "two steps on small images say nothing of the repair"
     assert len(list((tmp_path / "trace").glob("epoch=*.parquet"))) == 2
 
 
