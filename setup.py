@@ -10,5 +10,5 @@ RECIPES = {".".join(("lit_prune.recipes", *folder.parts[1:])): folder.as_posix()
 setup(
     packages=[*find_packages(include=["lit_prune*"]), *RECIPES],
     package_dir=RECIPES,
-    package_data={"lit_prune": ["py.typed", "**/*.txt", "**/*.jinja"], "": ["*.yaml"]},
+    package_data={"lit_prune": ["py.typed", "**/*.txt", "report/page.*"], "": ["*.yaml"]},
 )

@@ -13,6 +13,7 @@ from matplotlib.patches import Rectangle
 from lit_prune.measurement.summaries import coupling
 from lit_prune.report import drawing
 from lit_prune.report.drawing import Picture, new_figure
+from lit_prune.report.epoch_frames import epoch_frames
 from lit_prune.report.run_folder import AbsentInput, RunFolder, layer_order, stages_if_any
 from lit_prune.report.sections import register_section
 
@@ -27,6 +28,9 @@ def draw_plane(run: RunFolder) -> Picture:
     if not layers:
         raise AbsentInput("a layer with live channels at the first and the last traced epoch")
     figure = new_figure(0.7 + 2.5 * len(layers))
+    widths = table.groupby(["layer", "epoch"])["channel"].transform("size")
+    titles = {epoch: _epoch_title(epoch) for epoch in sorted(table["epoch"].unique())}
+    frames = epoch_frames(live.assign(width=widths), titles, layer_order(live), layers) if len(titles) > 1 else None
     grid = figure.subplots(len(layers), len(epochs), sharex="row", sharey="row", squeeze=False)
     overlap = live.loc[live["layer"].isin(layers), "peer_overlap"].dropna()
     norm = Normalize(0.0, max(float(overlap.quantile(0.98)) if len(overlap) else 0.0, 1e-9))
@@ -47,6 +51,7 @@ def draw_plane(run: RunFolder) -> Picture:
         "One dot a channel: how much of its input it captures (x), how much its pooled output tells of the task (y), "
         "how much its peers repeat it (colour). Axes are shared within a row, so compare left with right; thin lines "
         "lead from each channel's place in the first epoch (absent where channels were removed between).",
+        frames,
     )
 
 
@@ -108,7 +113,7 @@ def _draw_channels(axes: Axes, channels: pd.DataFrame, norm: Normalize) -> Any:
         cmap=drawing.OVERLAP_COLOURS,
         s=size,
         linewidths=0.4,
-        edgecolors="white",
+        edgecolors=drawing.HALO,
     )
 
 

@@ -14,7 +14,10 @@ from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, told apart with every common form of colour blindness.
 BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-INK, GREY, PALE = "#262626", "#737373", "#D9DDE1"
+INK, GREY, PALE, GRID = "#262626", "#737373", "#D9DDE1", "#ECEEF0"
+HALO = "#FFFFFE"  # around dots: what sets the dark ones off on a dark page
+# On coloured cells: not the colours that a dark page exchanges.
+ON_DARK, ON_LIGHT = "#FEFEFE", "#1F1F1F"
 WIDTH_INCHES = 9.6
 # Without the yellow end of viridis, which is hard to see on white.
 OVERLAP_COLOURS = LinearSegmentedColormap.from_list(
@@ -32,7 +35,7 @@ STYLE: Mapping[str, Any] = {
     "axes.labelcolor": INK,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.color": "#ECEEF0",
+    "grid.color": GRID,
     "xtick.color": GREY,
     "ytick.color": GREY,
     "xtick.labelcolor": INK,
@@ -47,10 +50,17 @@ STYLE: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure of the page and the caption that says what to read from it."""
+    """A figure of the page, the caption that says what to read from it, and what its slider over epochs shows.
+
+    Attributes:
+        figure: as it is drawn.
+        caption: what to read from it.
+        frames: `titles` of the epochs, `layers` with a frame each epoch, `colours`, `overlap` (see `epoch_frames`).
+    """
 
     figure: Figure
     caption: str
+    frames: Mapping[str, Any] | None = None
 
 
 def new_figure(height_inches: float) -> Figure:

@@ -2,20 +2,25 @@
 
 import base64
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
+from markupsafe import Markup
 
 from lit_prune.errors import InputError
 from lit_prune.files import whole_file, write_text
 from lit_prune.report import axes_figures, dynamics_figures, figures, tables  # noqa: F401  (they register sections)
-from lit_prune.report.drawing import render_png, styled
+from lit_prune.report.drawing import Picture, render_png, styled
+from lit_prune.report.makers import commands_for
 from lit_prune.report.run_folder import AbsentInput, RunFolder
 from lit_prune.report.sections import Section, question_of, register_section, sections
 from lit_prune.report.tables import Cell, Table, Text, format_bytes
+from lit_prune.report.vector import LARGEST, render_svg, themed
 from lit_prune.report.verdict import find_verdict
 
 LOGGER = logging.getLogger(__name__)
@@ -30,26 +35,43 @@ def _show_config(run: RunFolder) -> Text:
 def list_files(run: RunFolder) -> Table:
     """Returns the files of the run folder with their sizes."""
     files = run.files
-    rows = tuple((Cell(name), Cell(format_bytes(size), exact=f"{size} bytes")) for name, size in files)
+    rows = tuple(
+        (Cell(name, link=quote(name, safe="/=")), Cell(format_bytes(size), exact=f"{size} bytes"))
+        for name, size in files
+    )
     total = format_bytes(sum(size for _, size in files))
     return Table(("file", "size"), rows, "Paths relative to the run folder.", folded=f"{len(rows)} files, {total}")
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A section as the template takes it: exactly one of picture (data URI), table, text is set."""
+    """A section as the template takes it: exactly one of picture, table, text is set.
+
+    Attributes:
+        key: anchor.
+        title: heading.
+        question: what it answers, one of `sections.GROUPS`.
+        caption: text below a picture or table.
+        picture: markup of a figure.
+        file: path of the figure's own file in the run folder.
+        frames: see `Picture`.
+        table: rows.
+        text: preformatted.
+    """
 
     key: str
     title: str
     question: str
     caption: str = ""
-    picture: str = ""
+    picture: Markup = Markup("")  # noqa: RUF009  (Markup is a str)
+    file: str = ""
+    frames: Mapping[str, Any] | None = None
     table: Table | None = None
     text: Text | None = None
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Writes `report.html` and `figures/*.png` of a run folder and returns the page's path.
+    """Writes `report.html` and `figures/*.svg` of a run folder and returns the page's path.
 
     The page holds its figures and loads nothing from elsewhere. Sections whose inputs the run does not have are left
     out and named at the end of the page; inputs that are there and cannot be used are named with the reason, and logged
@@ -66,16 +88,16 @@ def write_report(run_dir: str | Path) -> Path:
     """
     run = RunFolder(run_dir)
     shown: list[Rendered] = []
-    absent: list[tuple[str, str]] = []
+    absent: list[tuple[str, str, tuple[tuple[str, str], ...]]] = []
     with styled():
         for section in sections():
             try:
                 shown.append(_render(section, run))
             except AbsentInput as reason:
-                absent.append((section.title, f"needs {reason}{_command(str(reason), run)}"))
+                absent.append((section.title, f"needs {reason}", commands_for(str(reason), run)))
             except Exception as error:  # one damaged input must not take the rest of the page with it
                 LOGGER.warning("report section %r left out: %s", section.title, error, exc_info=_is_defect(error))
-                absent.append((section.title, f"could not be made: {_describe(error)}"))
+                absent.append((section.title, f"could not be made: {_describe(error)}", ()))
     page = run.path / "report.html"
     write_text(page, _template().render(**_first_screen(run), sections=shown, absent=absent))
     return page
@@ -84,30 +106,6 @@ def write_report(run_dir: str | Path) -> Path:
 def _first_screen(run: RunFolder) -> dict[str, Any]:
     """What stands above the sections."""
     return {"name": run.name, "verdict": find_verdict(run), "headline": _headline(run)}
-
-
-MAKERS = {
-    "trace/": "fit with the callback AxisTrace",
-    "tensorboard/": "fit with a logger",
-    "stages.jsonl": "fit with the callback StagedPruning",
-    "compact/": "fit with the callback StagedPruning",
-    "channels.parquet": "lit-prune analyze",
-    "layers.parquet": "lit-prune analyze",
-    "analysis/": "lit-prune analyze",
-    "lesions": "lit-prune lesion",
-    "sensitivity": "lit-prune sensitivity",
-    "sweep": "lit-prune sweep",
-    "reduction": "lit-prune reduce",
-    "latency": "lit-prune latency",
-}
-"""What would make an input, by how its name begins."""
-
-
-def _command(reason: str, run: RunFolder) -> str:
-    """What would make the input that a section needs."""
-    maker = next((command for start, command in MAKERS.items() if reason.startswith(start)), None)
-    where = f" --run_dir {run.path}" if maker and maker.startswith("lit-prune") else ""
-    return f"; `{maker}{where}` makes it" if maker else ""
 
 
 def _is_defect(error: Exception) -> bool:
@@ -125,10 +123,22 @@ def _render(section: Section, run: RunFolder) -> Rendered:
         return Rendered(*named, part.caption, table=part)
     if isinstance(part, Text):
         return Rendered(*named, text=part)
-    png = render_png(part.figure)
-    with whole_file(run.path / "figures" / f"{section.key}.png") as partial:
-        partial.write_bytes(png)
-    return Rendered(*named, part.caption, picture=base64.b64encode(png).decode("ascii"))
+    picture, file = _draw(part, section, run)
+    return Rendered(*named, part.caption, picture=picture, file=file, frames=part.frames)
+
+
+def _draw(part: Picture, section: Section, run: RunFolder) -> tuple[Markup, str]:
+    """Markup of a figure and the file that holds it: SVG, or PNG where that would weigh too much."""
+    svg = render_svg(part.figure, section.key)
+    large = len(svg) > LARGEST
+    file = f"figures/{section.key}.{'png' if large else 'svg'}"
+    content = render_png(part.figure) if large else svg.encode()
+    with whole_file(run.path / file) as partial:
+        partial.write_bytes(content)
+    if not large:
+        return Markup(themed(svg)), file  # drawn here; names from the run are escaped by matplotlib
+    data = base64.b64encode(content).decode("ascii")
+    return Markup('<img alt="{}" src="data:image/png;base64,{}">').format(section.title, data), file
 
 
 def _headline(run: RunFolder) -> tuple[tuple[str, str, str, str], ...]:
@@ -143,8 +153,13 @@ def _headline(run: RunFolder) -> tuple[tuple[str, str, str, str], ...]:
 
 
 def _template() -> jinja2.Template:
-    source = resources.files("lit_prune.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    return environment.from_string(source)
+    for name, file in (("style", "page.css"), ("script", "page.js")):
+        environment.globals[name] = Markup(_source(file))
+    return environment.from_string(_source("page.html.jinja"))
+
+
+def _source(name: str) -> str:
+    return resources.files("lit_prune.report").joinpath(name).read_text(encoding="utf-8")

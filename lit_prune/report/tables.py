@@ -21,11 +21,12 @@ MINUS = "−"
 
 @dataclass(frozen=True)
 class Cell:
-    """One table cell: what is shown, a small remark beside it, and the exact value for the tooltip."""
+    """One table cell: what is shown, a small remark beside it, the exact value for the tooltip, where it leads."""
 
     text: str
     note: str = ""
     exact: str = ""
+    link: str = ""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
@@ -13,9 +14,10 @@ from scipy.stats import spearmanr
 
 from lit_prune.errors import InputError
 from lit_prune.lab import sections as lab_sections  # noqa: F401  (they register)
-from lit_prune.report import write_report
+from lit_prune.report import drawing, epoch_frames, write_report
 from lit_prune.report.axes_figures import couple_axes, draw_plane
 from lit_prune.report.drawing import spread_apart
+from lit_prune.report.epoch_frames import AXES
 from lit_prune.report.figures import collect_widths, draw_path, draw_training
 from lit_prune.report.run_folder import CHANNEL_COLUMNS, RunFolder, layer_order
 from lit_prune.report.sections import sections as registered
@@ -32,37 +34,41 @@ PICTURES += tuple(name for name in (*LESIONED, *REDUCED, *SWEPT) if name not in 
 
 
 class Page(HTMLParser):
-    """Section ids, link targets, and the exact values of the result table."""
+    """Section ids, what is loaded, where links lead, and the exact values of the result table."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
-        self.sections, self.targets, self.exact, self.open = [], [], {}, []
+        self.sections, self.targets, self.links, self.exact, self.open = [], [], [], {}, []
         self.feed(html)
         self.close()
 
     def handle_starttag(self, tag: str, attributes: list) -> None:
         given = dict(attributes)
-        self.targets += [value for name, value in attributes if name in ("src", "href", "data", "action", "srcset")]
+        if tag == "a":
+            self.links.append(given["href"])
+        else:
+            loads = ("src", "href", "xlink:href", "data", "action", "srcset")
+            self.targets += [value for name, value in attributes if name in loads]
         if tag == "section":
             self.sections.append(given["id"])
         if tag == "td" and "title" in given:
             self.exact.setdefault(self.sections[-1], []).append(given["title"])
-        if tag not in ("meta", "img"):
+        if tag not in ("meta", "img", "input"):
             self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list) -> None:  # of SVG: <path .../>
+        self.handle_starttag(tag, attributes)
+        if tag not in ("meta", "img"):
+            self.open.pop()
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
 
 
-@pytest.fixture(scope="module")
-def page(full_run: Path) -> str:
-    return write_report(full_run).read_text(encoding="utf-8")
-
-
 @pytest.fixture
 def without_drawing(monkeypatch):
     """Figures are made but not rendered: the tests that use this look at the text of the page."""
-    monkeypatch.setattr("lit_prune.report.page.render_png", lambda figure: b"\x89PNG")
+    monkeypatch.setattr("lit_prune.report.page.render_svg", lambda figure, name: "<svg></svg>")
 
 
 def test_full_run_shows_every_section_in_order_and_misses_none(page: str):
@@ -71,17 +77,68 @@ def test_full_run_shows_every_section_in_order_and_misses_none(page: str):
     assert parsed.open == []
 
 
-def test_figures_are_embedded_and_also_written(page: str, full_run: Path):
-    embedded = re.findall(r'<section id="(\w+)">\s*<h2>[^<]*</h2>\s*<figure><img alt="[^"]*" src="data:image/png', page)
-    assert embedded == list(PICTURES)
+def test_figures_stand_in_the_page_and_also_in_files_that_it_links(page: str, full_run: Path):
+    drawn = re.findall(r'<section id="(\w+)">\s*<h2>[^<]*</h2>\s*<figure><div class="scroll"><svg', page)
+    assert drawn == list(PICTURES)
     for name in PICTURES:
-        assert (full_run / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert ElementTree.parse(full_run / "figures" / f"{name}.svg").getroot().tag.endswith("svg")
 
 
-def test_page_loads_nothing_from_elsewhere(page: str):
-    targets = Page(page).targets
-    assert targets and all(target.startswith(("data:", "#")) for target in targets)
-    assert not re.search(r"@import|url\(|<script[^>]+src", page)
+def test_a_figure_that_would_weigh_too_much_is_a_picture(full_run: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("lit_prune.report.page.LARGEST", 10)
+    shutil.copy(full_run / "stages.jsonl", tmp_path)
+    html = write_report(tmp_path).read_text(encoding="utf-8")
+    assert '<img alt="Layer widths" src="data:image/png;base64,' in html and 'href="figures/widths.png"' in html
+    assert (tmp_path / "figures" / "widths.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ids_of_the_page_are_unique_and_what_refers_to_one_finds_it(page: str):
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', page)) <= {(i, "") for i in ids} | {("", i) for i in ids}
+
+
+def test_page_loads_nothing_from_elsewhere_and_links_lead_to_files_of_the_run(page: str, full_run: Path):
+    parsed = Page(page)
+    assert parsed.targets and all(target.startswith(("data:", "#")) for target in parsed.targets)
+    assert not re.search(r"@import|url\((?!#)|<script[^>]+src", page)
+    files = [link for link in parsed.links if not link.startswith("#")]
+    assert "compact/report.json" in files and "trace/epoch=000.parquet" in files
+    assert all((full_run / link).is_file() for link in files)
+
+
+def test_figures_take_the_colours_of_the_page(page: str):
+    named = set(re.findall(r"var\(--(\w+)\)", page))
+    light, dark = (set(re.findall(r"--(\w+): ", rule)) for rule in re.findall(r":root \{(.*?)\}", page, re.DOTALL))
+    assert named == light == dark
+    assert not any(colour.lower() in page.split("</style>")[1] for colour in (drawing.INK, drawing.GREY, drawing.BLUE))
+
+
+def test_the_slider_has_every_live_channel_of_every_traced_epoch(made_up, full_run: Path):
+    frames = draw_plane(RunFolder(full_run)).frames
+    assert [layer["name"] for layer in frames["layers"]] == list(made_up.WIDTHS)
+    assert frames["titles"][0] == "at initialisation" and len(frames["titles"]) == made_up.EPOCHS + 1
+    for layer in frames["layers"]:
+        for epoch, frame in enumerate(layer["frames"]):
+            table = made_up.channel_table(epoch)
+            rows = table[table["layer"] == layer["name"]]
+            assert (frame is None) == rows.empty
+            if frame is not None:
+                assert frame["width"] == len(rows) and frame["channel"] == list(rows.dropna()["channel"])
+                np.testing.assert_allclose(frame["x"], rows.dropna()["input_capture"], rtol=0.006)
+
+
+def test_the_slider_leaves_out_epochs_and_then_layers_before_the_page_grows_heavy(monkeypatch):
+    monkeypatch.setattr(epoch_frames, "MOST_CHANNELS", 60)
+    names = ["a", "b", "c"]
+    rows = [(name, epoch, channel) for name in names for epoch in range(20) for channel in range(4)]
+    live = pd.DataFrame(rows, columns=["layer", "epoch", "channel"]).assign(width=4, **dict.fromkeys(AXES, 1.0))
+    frames = epoch_frames.epoch_frames(live, {i: str(i) for i in range(20)}, names, ["b"])
+    assert frames["titles"][0] == "0" and frames["titles"][-1] == "19" and len(frames["titles"]) == 5
+    assert [layer["name"] for layer in frames["layers"]] == names
+    monkeypatch.setattr(epoch_frames, "MOST_CHANNELS", 20)
+    frames = epoch_frames.epoch_frames(live, {i: str(i) for i in range(20)}, names, ["b"])
+    assert [layer["name"] for layer in frames["layers"]] == ["b"]
 
 
 def test_result_table_carries_the_exact_values(made_up, page: str):
@@ -269,4 +326,14 @@ def test_what_is_not_there_names_the_command_that_makes_it(full_run: Path, tmp_p
     (run / "sensitivity.parquet").unlink()
     (run / "lesions.parquet").unlink()
     html = write_report(run).read_text(encoding="utf-8")
-    assert f"`lit-prune sensitivity --run_dir {run}` makes it" in html and "`lit-prune lesion --run_dir" in html
+    assert f"<code>lit-prune sensitivity -c {run}/config.yaml --run_dir {run}</code> makes it" in html
+    assert "<code>lit-prune lesion -c " in html
+
+
+@pytest.mark.usefixtures("without_drawing")
+def test_every_absent_section_of_a_bare_run_names_a_command(tmp_path: Path):
+    (tmp_path / "config.yaml").write_text("seed_everything: 1\n")
+    html = write_report(tmp_path).read_text(encoding="utf-8")
+    absent = re.findall(r"<li>(.*?)</li>", html[html.index("Not in this run") :])
+    assert len(absent) == len(registered()) - 2  # but the configuration and the list of files
+    assert [entry for entry in absent if "<code>lit-prune " not in entry] == []

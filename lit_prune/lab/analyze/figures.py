@@ -50,7 +50,7 @@ def _draw_heat(axes: Axes, matrix: pd.DataFrame, limit: float = 1.0) -> Any:
     values = matrix.to_numpy(dtype=float)
     image = axes.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit)
     for (row, column), value in np.ndenumerate(values):
-        colour = "white" if abs(value) > 0.6 * limit else drawing.INK
+        colour = drawing.ON_DARK if abs(value) > 0.6 * limit else drawing.ON_LIGHT
         axes.text(column, row, _two_digits(value), ha="center", va="center", color=colour)
     axes.set_xticks(range(len(matrix.columns)), [SYMBOLS[name] for name in matrix.columns])
     axes.set_yticks(range(len(matrix)), [SYMBOLS[name] for name in matrix.index])
@@ -78,7 +78,7 @@ def draw_collapse(run: RunFolder) -> Picture:
     figure = new_figure(4.4)
     axes = figure.subplots()
     x, y = shown["task_information"], shown["target_redundancy"]
-    scatter = axes.scatter(x, y, c=shown["depth"], cmap=drawing.OVERLAP_COLOURS, s=10, lw=0.2, edgecolors="white")
+    scatter = axes.scatter(x, y, c=shown["depth"], cmap=drawing.OVERLAP_COLOURS, s=10, lw=0.2, edgecolors=drawing.HALO)
     ends = np.quantile(np.concatenate([x, y]), [0.01, 1])
     axes.plot(ends, ends, color=drawing.GREY, linewidth=1, linestyle="--", zorder=0)
     axes.set(xscale="log", yscale="log", xlim=(ends[0], ends[1] * 1.2), ylim=(ends[0], ends[1] * 1.2))

@@ -158,7 +158,7 @@ def _scatter_thirds(axes: Axes, x: pd.Series, y: pd.Series, thirds: pd.Series) -
     for third, colour in THIRD_COLOURS.items():
         some = thirds == third
         if some.any():
-            axes.scatter(x[some], y[some], color=colour, s=16, linewidths=0.3, edgecolors="white", label=third)
+            axes.scatter(x[some], y[some], color=colour, s=16, linewidths=0.3, edgecolors=drawing.HALO, label=third)
 
 
 def _lesions(run: RunFolder) -> pd.DataFrame:

@@ -1,0 +1,32 @@
+"""What would make an input that a run does not have, as a command."""
+
+import re
+
+from lit_prune.report.run_folder import RunFolder
+
+FIT = "lit-prune fit"
+ANALYZE = "lit-prune analyze -c {run}/config.yaml --run_dir {run}"
+MAKERS = (
+    (r"trace/gradients", FIT, "with the callback lit_prune.GradientTrace"),
+    (r"trace/|traced epoch", FIT, "with the callback lit_prune.AxisTrace"),
+    (r"tensorboard/", FIT, "with a logger"),
+    (r"stages\.jsonl|compact/", FIT, "with the callback lit_prune.StagedPruning"),
+    (r"stages\.jsonl|compact/", "lit-prune compress", "on a trained network"),
+    (r"run\.json|config\.yaml", FIT, "and every verb that reads data"),
+    (r"rand_index|local_group", ANALYZE + " --request.extras '[groupings]'", ""),
+    (r"graphs\.table|modularity", ANALYZE + " --request.extras '[groupings,graphs,hulls,triplets]'", ""),
+    (r"propagation\.table", ANALYZE + " --request.extras '[propagation]'", ""),
+    (r"channels\.parquet(?! with local)|layers\.parquet(?! with (rand|mod))", ANALYZE, ""),
+    (r"lesions?\b", "lit-prune lesion -c {run}/config.yaml --run_dir {run}", ""),
+    (r"sensitivity", "lit-prune sensitivity -c {run}/config.yaml --run_dir {run}", ""),
+    (r"sweep", "lit-prune sweep -c sweep_cifar --run_dir {run}", ""),
+    (r"reduction\.json with the extra 'stress'", "lit-prune reduce", "with stress: true"),
+    (r"reduction\.json(?! with the extra)", "lit-prune reduce -c reduce_mnist_mlp --run_dir {run}", ""),
+)
+"""Pattern of an absent input, the command that makes it, and with what."""
+
+
+def commands_for(reason: str, run: RunFolder) -> tuple[tuple[str, str], ...]:
+    """Commands, each with what has to be said besides, that make the input which `reason` names; none is known: ()."""
+    found = [(command, said) for pattern, command, said in MAKERS if re.search(pattern, reason)]
+    return tuple((command.format(run=run.path), said) for command, said in found)
