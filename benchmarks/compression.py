@@ -65,7 +65,7 @@ class Cell:
     seed: int
 
 
-def run_cell(cell: Cell, samples: Path, repair_images: int) -> dict:
+def run_cell(cell: Cell, samples: Path, repair_images: int, answers: Path) -> dict:
     """Compresses, repairs and measures; the line of the cell."""
     bench = CASES[cell.network](samples)
     generator = torch.Generator().manual_seed(cell.seed)
@@ -73,13 +73,14 @@ def run_cell(cell: Cell, samples: Path, repair_images: int) -> dict:
     calibration = split(bench.train, bench.batch, order)
     before = peak()
     small, seconds = compressed(bench, cell, calibration)
-    found = {"peak_mb": peak() - before, "seconds": seconds}
+    found = {"peak_mb": peak() - before, "process_mb": peak(), "seconds": seconds}
     example = bench.test[0][:1]
     found["macs"] = cost(small, example).macs / cost(bench.model, example).macs
+    judge = Judge(bench, answers)
     if cell.epochs:
-        found["before_repair"] = compared(bench, small)
+        found["before_repair"] = judge(small)
         found["repair"] = repaired(bench, small, cell, repair_images)
-    return asdict(cell) | found | compared(bench, small)
+    return asdict(cell) | found | judge(small)
 
 
 def peak() -> int:
@@ -141,33 +142,64 @@ def moved_batch(batch: tuple, generator: torch.Generator) -> tuple:
     return (moved(batch[0], generator), *batch[1:])
 
 
-def compared(bench: Bench, small: nn.Module) -> dict[str, float]:
-    """Figure and agreement on the test part."""
-    task, batches = settle(bench.task, bench.model, split(bench.test, bench.batch))
-    comparison = Comparison()
-    with undisturbed(bench.model), undisturbed(small):
-        for batch in batches:
-            comparison.add(task, *(task.run(net, batch) for net in (bench.model, small)), batch)
-    figures = {name: found[task.metric_name] for name, found in comparison.figures(task).items()}
-    return {"figure": figures["compact"], "dense": figures["dense"], **comparison.distances()}
+class Judge:
+    """Figure and agreement on the test part; the dense network's answers are kept in a file where they are few.
+
+    Args:
+        bench: the network and its images.
+        answers: file of the dense network's answers, read where it is there.
+    """
+
+    def __init__(self, bench: Bench, answers: Path) -> None:
+        self.bench = bench
+        self.task, self.batches = settle(bench.task, bench.model, split(bench.test, bench.batch))
+        self.answers = torch.load(answers) if answers.exists() else None
+        if self.answers is None and bench.test[1].ndim == 1:
+            with undisturbed(bench.model):
+                self.answers = [self.task.run(bench.model, batch) for batch in self.batches]
+            torch.save(self.answers, answers)
+
+    def __call__(self, small: nn.Module) -> dict[str, float]:
+        """What `small` answers, beside the dense network."""
+        comparison = Comparison()
+        with undisturbed(self.bench.model), undisturbed(small):
+            for place, batch in enumerate(self.batches):
+                dense = self.answers[place] if self.answers else self.task.run(self.bench.model, batch)
+                comparison.add(self.task, dense, self.task.run(small, batch), batch)
+        figures = {name: found[self.task.metric_name] for name, found in comparison.figures(self.task).items()}
+        return {"figure": figures["compact"], "dense": figures["dense"], **comparison.distances()}
 
 
 def table(rows: list[dict]) -> str:
-    """Mean and standard deviation over seeds, in percent."""
-    lines = ["| network | method | images | epochs | MACs | figure | agreement | seeds | seconds | MB |"]
-    lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
-    keys = ("network", "method", "images", "epochs", "keep")
-    for key in dict.fromkeys(tuple(row[k] for k in keys) for row in rows):
+    """A row for each network, share of the MACs, method, number of images and of repair epochs; means over seeds.
+
+    Figures in percent, with the standard deviation over seeds where there are several; seconds of the compression (and
+    of the repair), and most memory of a whole process.
+    """
+    lines = ["| network | MACs | method | images | epochs | dense | compact | agreement | seeds | seconds | MB |"]
+    lines.append("| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    keys = ("network", "keep", "method", "images", "epochs")
+    order = {name: place for place, name in enumerate((*RECIPES, *IMPORTANCES))}
+    wanted = sorted(
+        {tuple(row[k] for k in keys) for row in rows},
+        key=lambda key: (list(CASES).index(key[0]), -key[1], key[4], order[key[2]], key[3]),
+    )
+    for key in wanted:
         found = [row for row in rows if tuple(row[k] for k in keys) == key]
-        shown = []
-        for name in ("figure", "agreement"):
-            values = 100 * np.array([row[name] for row in found])
-            shown.append(f"{values.mean():.2f} ± {values.std():.2f}")
-        seconds = np.mean([sum(row["seconds"].values()) for row in found])
-        memory = max(row["peak_mb"] for row in found)
-        parts = (*key[:4], f"{key[4]:.0%}", *shown, len(found), f"{seconds:.0f}", memory)
+        seconds = f"{np.mean([sum(row['seconds'].values()) for row in found]):.0f}"
+        if key[4]:
+            seconds += f" + {np.mean([row['repair']['seconds'] for row in found]):.0f}"
+        dense, figure, agreement = (shown([row[name] for row in found]) for name in ("dense", "figure", "agreement"))
+        seeds, memory = ", ".join(str(row["seed"]) for row in found), max(row["process_mb"] for row in found)
+        parts = (key[0], f"{key[1]:.0%}", *key[2:4], f"{key[4]:g}", dense, figure, agreement, seeds, seconds, memory)
         lines.append(f"| {' | '.join(map(str, parts))} |")
     return "\n".join(lines)
+
+
+def shown(values: list[float]) -> str:
+    """Mean in percent, and the standard deviation where there are several and they differ."""
+    percent = 100 * np.array(values)
+    return f"{percent.mean():.2f}" + (f" ± {percent.std():.2f}" if percent.std() > 1e-9 else "")
 
 
 def draw(rows: list[dict], to: Path) -> None:
@@ -229,7 +261,9 @@ def main() -> None:
     """Runs the cells that are missing, each in a process of its own, and prints the table."""
     arguments = parse()
     if arguments.cell:
-        row = run_cell(Cell(**json.loads(arguments.cell)), arguments.samples, arguments.repair_images)
+        cell = Cell(**json.loads(arguments.cell))
+        answers = arguments.out.with_suffix(f".{cell.network}.pt")
+        row = run_cell(cell, arguments.samples, arguments.repair_images, answers)
         with arguments.out.open("a") as file:
             file.write(json.dumps(row) + "\n")
         return

@@ -85,7 +85,8 @@ def compress(
     Returns:
         The network, in the mode of `model`, and plain values: `plan` (a `Plan` dict; replayed on `model` it gives the
         structure), `dense` and `compact` (macs, params, and the task's figure on `batches` where they have targets),
-        `distortion` (squared change of the prediction over its variance), `agreement` (see `Task.agreement`),
+        `distortion` (squared change of the prediction over its variance), `agreement` (see `Task.agreement`; of a task
+        without decisions 1 - `distortion`),
         `layers` (see `Reduced.report`), `images`, `seconds` by step, and `repair` (see `distil`) where asked for.
 
     Raises:
@@ -111,9 +112,11 @@ def compress(
     with clock.step("verify"):
         report = verify(model, reduced, batches, example, task)
     if report["agreement"] < TOLERABLE:
+        share = f"{1 - report['agreement']:.0%}"
+        found = f"decides otherwise on {share} of the samples" if task.decides else f"is off by {share} of the variance"
         warnings.warn(
-            f"compress: the compact network decides otherwise on {1 - report['agreement']:.0%} of the samples; repair "
-            "it (seconds=, or StagedPruning in a fit), keep more, or give more samples",
+            f"compress: the compact network {found}; repair it (seconds=, or StagedPruning in a fit), keep more, or "
+            "give more samples",
             stacklevel=2,
         )
     return reduced.model, report | repair | {"seconds": clock.seconds}
@@ -177,6 +180,7 @@ class Comparison:
     """Sums over samples of two networks' outputs, the original's first."""
 
     count: int = 0
+    decides: bool = False
     agreed: float = 0.0
     squared: float = 0.0
     first: Tensor | float = 0.0
@@ -191,6 +195,7 @@ class Comparison:
         self.agreed += float(task.agreement(task.prediction(original), task.prediction(other)).sum())
         self.squared += float((after - before).square().sum())
         self.first, self.second = self.first + before.sum(0), self.second + before.square().sum(0)
+        self.decides = task.decides
         if task.needs_target and task.target(batch) is not None:
             found = (task.metric(output, batch) for output in (original, other))
             self.metrics = [total + value for total, value in zip(self.metrics, found, strict=True)]
@@ -199,10 +204,8 @@ class Comparison:
         """`distortion` and `agreement`."""
         mean = self.first / self.count
         variance = float((self.second / self.count - mean.square()).sum()) * self.count
-        return {
-            "distortion": self.squared / variance if variance else self.squared,
-            "agreement": self.agreed / self.count,
-        }
+        distortion = self.squared / variance if variance else self.squared
+        return {"distortion": distortion, "agreement": self.agreed / self.count if self.decides else 1 - distortion}
 
     def figures(self, task: Task) -> dict[str, dict[str, float]]:
         """The task's figure of both networks, under its name; empty without targets."""

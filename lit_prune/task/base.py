@@ -36,10 +36,12 @@ class Task:
         scalar_loss: the loss is one number for a batch; samples are then run one by one where each one's is needed.
         metric_name: name of the figure, for tables.
         higher_is_better: of the figure.
+        decides: whether its answers are decisions, on which two networks agree or not (`agreement` is then a share).
     """
 
     name: ClassVar[str] = ""
     needs_target: ClassVar[bool] = True
+    decides: bool = False
     scalar_loss: bool = False
     metric_name: str = "loss"
     higher_is_better: bool = False

@@ -96,6 +96,7 @@ class Classification(Task):
 
     metric_name = "accuracy"
     higher_is_better = True
+    decides = True
     variables = tuple(TARGETS)
 
     def prediction(self, output: Any) -> Tensor:

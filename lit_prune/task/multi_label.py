@@ -22,6 +22,7 @@ class MultiLabel(Task):
 
     metric_name = "f1"
     higher_is_better = True
+    decides = True
 
     def prediction(self, output: Any) -> Tensor:
         """Logits [B, ...]."""

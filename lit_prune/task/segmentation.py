@@ -30,6 +30,7 @@ class Segmentation(Task):
 
     metric_name = "miou"
     higher_is_better = True
+    decides = True
 
     def __init__(self, void: int | Sequence[int] = VOID) -> None:
         self.void = (void,) if isinstance(void, int) else tuple(void)

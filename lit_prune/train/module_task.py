@@ -52,6 +52,7 @@ class SeenTask(_OnSeen):
         self.inner = inner
         self.name, self.needs_target, self.scalar_loss = inner.name, inner.needs_target, inner.scalar_loss
         self.metric_name, self.higher_is_better = inner.metric_name, inner.higher_is_better
+        self.decides = inner.decides
 
     def inputs(self, batch: Seen) -> Example:
         """What of the network's call it answers to."""

@@ -47,6 +47,18 @@ def test_one_number_a_sample():
     assert small(images()).shape == (24,) and report["distortion"] < 1
 
 
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+def test_answers_that_are_no_decisions_are_judged_by_their_variance(offset):
+    """A number near 0 for one image, or a large mean of all, says nothing of how near two networks are."""
+    model = One().eval()
+    with torch.no_grad():
+        model.head.bias += offset
+    recipe = Recipe(score="cmr_logit", allocation="global", kind="delete")
+    with pytest.warns(UserWarning, match=r"is off by \d+% of the variance"):
+        _, report = compress(model, [(images(), images().mean((1, 2, 3)))], keep=0.2, recipe=recipe)
+    assert report["agreement"] == 1 - report["distortion"]
+
+
 def test_a_loss_for_a_batch_is_taken_image_by_image():
     targets = [{"boxes": torch.rand(1, 4), "labels": torch.ones(1).long()} for _ in range(8)]
     batches = [(list(images(8)), targets)]
