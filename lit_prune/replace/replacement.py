@@ -106,6 +106,15 @@ def replace_mechanisms(
     return Reduced(job.reduced, report, final, job.carriers)
 
 
+def refitted(
+    model: nn.Module, plan: Plan, batches: Sequence[Any], example_input: Any, settings: Replacement, task: Task
+) -> nn.Module:
+    """The network of `replace_mechanisms(kind="refit")` alone, without a report: for trials."""
+    job = Job.prepare(model, plan, example_input, "refit", settings, task)
+    _refit(job, batches, settings)
+    return job.reduced
+
+
 def example_of(task: Task, model: nn.Module, batch: Any) -> Example:
     """What the network is called with for a batch."""
     return task.inputs(task.to(batch, model))

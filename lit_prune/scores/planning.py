@@ -14,6 +14,7 @@ from lit_prune.scores.evidence import Evidence
 from lit_prune.scores.method import OwnScore
 from lit_prune.scores.outputs import moments_of_readers
 from lit_prune.scores.table import find_score
+from lit_prune.scores.trials import corrected_damage
 from lit_prune.structure.allocation import Measured, plan_channels, plan_ladders, plan_latency
 from lit_prune.structure.budgets import find_budget
 from lit_prune.structure.cost import CostModel, cost
@@ -47,7 +48,10 @@ def plan_method(
     sparsity = channel_sparsity(graph, cost_model, request)
     ranks = find_score(method).at(sparsity).ranks(evidence)
     if request.allocation == "measured":
-        plan_at = partial(plan_ladders, graph, cost_model, ranks, measured_damage(evidence, graph, ranks, request))
+        measured = measured_damage(evidence, graph, ranks, request)
+        first = plan_ladders(graph, cost_model, ranks, measured, _arithmetic(request))
+        measured = corrected_damage(evidence, graph, measured, first)
+        plan_at = partial(plan_ladders, graph, cost_model, ranks, measured)
     else:
         plan_at = partial(plan_channels, graph, cost_model, ranks)
     if find_budget(request.kind).measured and request.allocation != "layerwise":
@@ -55,6 +59,11 @@ def plan_method(
     else:
         plan = plan_at(request)
     return replace(plan, notes={**plan.notes, "method": method if isinstance(method, str) else find_score(method).name})
+
+
+def _arithmetic(request: Budget) -> Budget:
+    """The request, or as many multiply-adds where it can only be measured."""
+    return replace(request, kind="macs") if find_budget(request.kind).measured else request
 
 
 def measured_damage(evidence: Evidence, graph: ChannelGraph, ranks: Ranks, request: Budget) -> Measured:

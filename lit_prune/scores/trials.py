@@ -1,0 +1,101 @@
+"""How much of a predicted damage is left once the layers behind it are solved again too: trials of a plan's parts."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lit_prune.replace import Replacement
+from lit_prune.replace.replacement import refitted
+from lit_prune.scores.evidence import Evidence
+from lit_prune.structure import ChannelGraph, Plan
+from lit_prune.structure.allocation import Measured
+from lit_prune.structure.ladders import Ladder
+from lit_prune.task import Task
+from lit_prune.task.running import undisturbed
+
+TRIAL = Replacement(ridge=1e-4, rows=25_000, clipped=False, unsupported="delete")
+IMAGES = 128  # for the solves of a trial, and as many others to judge it by
+DEPTHS = 3  # parts of a role in forward order
+SMALLEST = 4  # groups in a part, where a role is divided
+BOUNDS = (0.1, 10.0)
+
+
+def corrected_damage(evidence: Evidence, graph: ChannelGraph, measured: Measured, plan: Plan) -> Measured:
+    """The tables of damage, each times a factor that is measured for its part of the network.
+
+    A table says what the prediction loses when one group is cut and its readers are solved again. In `refit` all later
+    layers are solved too, and repair more of a cut in an early block than of one near the end, and more of one inside a
+    block than of one in the trunk. So each part of a plan (role, and place in forward order) is tried alone on a few
+    samples: the squared change of the prediction over the one predicted is the factor of all groups of the part.
+
+    Args:
+        evidence: the network and its calibration batches.
+        graph: groups of the network.
+        measured: group -> widths, damage at each.
+        plan: which widths to try; a plan of a single part needs no trial.
+    """
+    parts = plan_parts(graph, plan)
+    if len(parts) < 2:
+        return measured
+    fitted, judged = _samples(evidence)
+    factors: dict[str, float] = {}
+    for names in parts:
+        part = Plan((), {n: plan.keep_channels[n] for n in names}, {n: plan.sizes[n] for n in names})
+        small = refitted(evidence.model, part, fitted, evidence.example, TRIAL, evidence.task)
+        found = _change(evidence.model, small, judged, evidence.task)
+        expected = sum(_predicted(measured[name], len(plan.keep_channels[name])) for name in names)
+        factors |= dict.fromkeys(names, float(np.clip(found / expected, *BOUNDS)) if expected else 1.0)
+    return {name: (widths, _scaled(errors, factors.get(name, 1.0))) for name, (widths, errors) in measured.items()}
+
+
+def plan_parts(graph: ChannelGraph, plan: Plan) -> list[list[str]]:
+    """The groups that lose units, by role, and by place in forward order where a role has many."""
+    roles: dict[str, list[str]] = {}
+    for group in graph.prunable:
+        if plan.removed(group.name):
+            roles.setdefault(group.role, []).append(group.name)
+    parts = []
+    for names in roles.values():
+        count = min(DEPTHS, max(1, len(names) // SMALLEST))
+        parts += [part.tolist() for part in np.array_split(names, count)]
+    return parts
+
+
+def _samples(evidence: Evidence) -> tuple[list[Any], list[Any]]:
+    """Samples to solve with, and others to judge by; the same where there is one only."""
+    task, batches = evidence.task, list(evidence.batches)
+    half = min(IMAGES, sum(map(task.size, batches)) // 2)
+    taken: tuple[list[Any], list[Any]] = ([], [])
+    counts = [0, 0]
+    for batch in batches:
+        start = 0
+        for place in (0, 1):
+            count = min(half - counts[place], task.size(batch) - start)
+            if count > 0:
+                taken[place].append(task.take(batch, slice(start, start + count)))
+                counts[place], start = counts[place] + count, start + count
+    return taken if half else (batches, batches)
+
+
+def _change(model: nn.Module, small: nn.Module, batches: Sequence[Any], task: Task) -> float:
+    """Squared change of the prediction, mean over samples."""
+    total, count = 0.0, 0
+    with undisturbed(model), undisturbed(small), torch.no_grad():
+        for batch in batches:
+            batch = task.to(batch, model)
+            before, after = (task.prediction(task.run(net, batch)).double() for net in (model, small))
+            total, count = total + float((after - before).square().sum()), count + len(before)
+    return total / count
+
+
+def _predicted(table: tuple[Sequence[int], Sequence[float]], width: int) -> float:
+    """Damage at a width, between those measured."""
+    widths, errors = table
+    return float(Ladder.interpolated(widths, errors, np.arange(1, max(widths) + 1)).errors[width - 1])
+
+
+def _scaled(errors: Sequence[float], factor: float) -> list[float]:
+    return [factor * error for error in errors]
