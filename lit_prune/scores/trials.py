@@ -1,6 +1,6 @@
 """How much of a predicted damage is left once the layers behind it are solved again too: trials of a plan's parts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
