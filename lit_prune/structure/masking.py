@@ -58,7 +58,8 @@ def mask_channels(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> nn.Mod
         width = axes.width(layer, "out")
         if not all(0 <= channel < width for channel in channels):
             raise InputError(f"kept[{name!r}]: channels must lie in 0..{width - 1}, got {list(channels)[:8]}")
-        layer.register_forward_hook(_Mask(channels, width, axis=-1 if isinstance(layer, nn.Linear) else 1))
+        mask = _Mask(channels, width, axis=-1 if isinstance(layer, nn.Linear) else 1)
+        layer.register_forward_hook(mask, prepend=True)
     return masked
 
 

@@ -160,7 +160,10 @@ def with_inputs(module: nn.Module, args: tuple, change: Callable[[Tensor], Tenso
 
 @contextmanager
 def _watching(sites: Sites, marks: _Marks) -> Iterator[dict[str, list[np.ndarray]]]:
-    """Hooks that mark, note and clean; yields name -> marks found on each call, bool [channels]."""
+    """Hooks that mark (before any of the network's own), note and clean.
+
+    Yields name -> marks found on each call, bool [channels].
+    """
     seen: dict[str, list[np.ndarray]] = {}
     held: dict[str, Tensor] = {}
 
@@ -193,9 +196,9 @@ def _watching(sites: Sites, marks: _Marks) -> Iterator[dict[str, list[np.ndarray
     handles += [
         module.register_forward_pre_hook(note(name, name in sites.norms)) for name, module in sites.passers.items()
     ]
-    handles += [module.register_forward_hook(again(name)) for name, module in sites.norms.items()]
+    handles += [module.register_forward_hook(again(name), prepend=True) for name, module in sites.norms.items()]
     handles += [
-        module.register_forward_hook(mark(marks[name, "out"]))
+        module.register_forward_hook(mark(marks[name, "out"]), prepend=True)
         for name, module in sites.writers.items()
         if (name, "out") in marks
     ]

@@ -12,41 +12,10 @@ from torch.utils._pytree import tree_leaves
 
 from lit_prune.errors import InputError
 from lit_prune.structure.example import Example, as_example, first_sample
-
-_HOOK_TABLES = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
+from lit_prune.structure.hooks import bare, copy_hooks, without_hooks
 
 _TABLES = frozenset(vars(nn.Module())) - {"_buffers"}
 _PLAIN = frozenset({bool, int, float, str, type(None)})
-
-
-@contextmanager
-def without_hooks(model: nn.Module) -> Iterator[None]:
-    """Takes the forward and backward hooks off every module of `model` and puts them back on exit.
-
-    Recorders must not see probe images, and a copy must not drag a trainer along. The hooks of torch.nn.utils
-    (weight norm, spectral norm, masks) stay: without them their layers do not compute.
-    """
-    taken = []
-    for module in model.modules():
-        for table in _HOOK_TABLES:
-            hooks = getattr(module, table)
-            if hooks:
-                kept = {key: hook for key, hook in hooks.items() if type(hook).__module__.startswith("torch.nn.utils")}
-                taken.append((module, table, hooks))
-                module.__dict__[table] = type(hooks)(kept)
-    try:
-        yield
-    finally:
-        for module, table, hooks in taken:
-            module.__dict__[table] = hooks
 
 
 @contextmanager
@@ -111,7 +80,7 @@ def run(model: nn.Module, sample: Example) -> Any:
     """
     try:
         return model(*sample.args, **sample.kwargs)
-    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         message = f"the network does not take example_input of shape {sample.shapes}: {reason}"
         raise InputError(message) from error
@@ -132,7 +101,7 @@ def without(tensor: Tensor, idxs: Sequence[int], dim: int) -> Tensor:
 
 
 def copy_network(model: nn.Module) -> nn.Module:
-    """Deep copy of `model` without the hooks (and so without the trainer) that are attached to it.
+    """Deep copy of `model` with its own hooks, and without those (and so without the trainer) that others put on it.
 
     Tensors that a module keeps and that autograd made (weights derived by a hook, activations kept by the forward pass)
     are copied by value: torch refuses to copy them deeply.
@@ -148,17 +117,19 @@ def sketch_network(model: nn.Module) -> nn.Module:
 def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """Deep copy, module by module: most of what a module holds are empty tables."""
     modules = list(model.modules())
-    if any(hasattr(type(module), "__deepcopy__") or "__getstate__" in vars(type(module)) for module in modules):
-        memo |= {id(tensor): tensor.detach().clone() for tensor in _derived(modules)}
-        with without_hooks(model):
-            return copy.deepcopy(model, memo)
-    memo |= {id(module): object.__new__(type(module)) for module in modules}
+    odd = any(hasattr(type(module), "__deepcopy__") or "__getstate__" in vars(type(module)) for module in modules)
+    memo |= {} if odd else {id(module): object.__new__(type(module)) for module in modules}
     memo |= {id(tensor): tensor.detach().clone() for tensor in _derived(modules)}
-    with without_hooks(model):
-        for module in modules:
-            held = vars(module).items()
-            vars(memo[id(module)]).update({key: _value(value, memo) for key, value in held})
-    return memo[id(model)]
+    with bare(model):
+        if odd:
+            twin = copy.deepcopy(model, memo)
+        else:
+            twin = memo[id(model)]
+            for module in modules:
+                held = vars(module).items()
+                vars(memo[id(module)]).update({key: _value(value, memo) for key, value in held})
+    copy_hooks(model, twin, memo)
+    return twin
 
 
 def _value(value: Any, memo: dict[int, Any]) -> Any:
@@ -166,7 +137,7 @@ def _value(value: Any, memo: dict[int, Any]) -> Any:
     if type(value) in _PLAIN:
         return value
     if type(value) in (dict, set, OrderedDict) and not value:
-        return type(value)()
+        return memo.setdefault(id(value), type(value)())
     return copy.deepcopy(value, memo)
 
 

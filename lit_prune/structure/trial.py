@@ -193,7 +193,7 @@ def _silenced(model: nn.Module, lost: Mapping[axes.Axis, Sequence[int]], sites: 
     }
     handles = [sites.readers[name].register_forward_pre_hook(zeros(positions)) for name, positions in readers.items()]
     handles += [
-        sites.norms[name].register_forward_hook(over_the_rest(name, list(positions)))
+        sites.norms[name].register_forward_hook(over_the_rest(name, list(positions)), prepend=True)
         for name, positions in norms.items()
     ]
     try:

@@ -176,7 +176,7 @@ def _run_together(layer: nn.Module, rows: Sequence[Tensor], forward: Forward) ->
 
 
 def _run_edited(layer: nn.Module, row: Sequence[Tensor], forward: Forward) -> Tensor:
-    hook = layer.register_forward_hook(lambda module, _, output: edit_output(module, output, row))
+    hook = layer.register_forward_hook(lambda module, _, output: edit_output(module, output, row), prepend=True)
     with removing([hook]):
         return forward()
 
