@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lit_prune.data import ImageFolderData
 from lit_prune.models import build_backbone, load_weights
-from lit_prune.replace import KINDS, replace_mechanisms
+from lit_prune.replace import STAND_INS, replace_mechanisms
 from lit_prune.scores import score
 from lit_prune.structure import Budget, CostModel, plan_channels, trace_groups
 from lit_prune.train.batchnorm import recalibrate_batchnorm
@@ -70,7 +70,7 @@ class Bench:
             ranks = score(self.model, name, self.calibration)
             for keep in arguments.keep:
                 plan = plan_channels(graph, costs, ranks, Budget("macs", keep, allocation, only="mid"))
-                for kind in KINDS:
+                for kind in STAND_INS:
                     reduced = replace_mechanisms(self.model, plan, self.calibration, kind, self.example).model
                     yield Row(name, allocation, keep, kind, *self.accuracies(reduced))
 
@@ -103,7 +103,7 @@ def draw(rows: list[Row], file: Path) -> None:
     """One panel a plan: accuracy over the share of MACs kept, a line a kind."""
     from lit_prune.report import drawing
 
-    colours = dict(zip(KINDS, (drawing.GREY, drawing.ORANGE, drawing.BLUE, drawing.VERMILLION), strict=True))
+    colours = dict(zip(STAND_INS, (drawing.GREY, drawing.ORANGE, drawing.BLUE, drawing.VERMILLION), strict=True))
     plans = list(dict.fromkeys((row.score, row.allocation) for row in rows[1:]))
     with drawing.styled():
         figure = drawing.new_figure(3.4)

@@ -7,7 +7,7 @@ from torch import nn
 
 import lit_prune
 from lit_prune.data import DigitsData
-from lit_prune.replace import KINDS
+from lit_prune.replace import STAND_INS
 from lit_prune.scores import SCORES
 from lit_prune.train.evaluation import evaluate
 
@@ -69,7 +69,7 @@ def test_plan_and_surgery(device):
     assert lit_prune.cost(small, example(device)).macs == lit_prune.cost(wanted, example("cpu")).macs
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", STAND_INS)
 def test_every_stand_in(device, kind):
     found = []
     for place in (device, "cpu"):

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
 from textwrap import shorten
 from typing import Any
 
@@ -22,12 +23,6 @@ LIGHTNING = {
     "predict": "Lightning's predictions; with --compact DIR the classes of image files: predict --compact DIR a.jpg",
 }
 OURS = ("compress", "analyze", "sensitivity", "lesion", "sweep", "reduce")
-KINDS = {
-    "delete": "nothing",
-    "constant": "their means, folded into the readers",
-    "affine": "affine combinations of kept inputs, folded into the readers",
-    "refit": "the readers solved again, layer after layer, against the dense network's outputs",
-}
 ALLOCATIONS = {
     "global": "one threshold over all groups",
     "uniform": "the same share of every group",
@@ -57,7 +52,7 @@ def verb_list(functions: Mapping[str, Callable[..., Any]]) -> str:
 
 
 def choices(of: list[str] = []) -> None:  # noqa: B006
-    """Lists the names that options take: scores, budgets, allocations, stand-ins, tasks, backbones.
+    """Lists the names that options take: scores, budgets, stand-ins, tasks, data sets and so on.
 
     Args:
         of: which of these; default: all.
@@ -66,8 +61,13 @@ def choices(of: list[str] = []) -> None:  # noqa: B006
         "scores": scores,
         "budgets": _budgets,
         "allocations": lambda: _named(ALLOCATIONS.items()),
-        "stand-ins": lambda: _named(KINDS.items()),
+        "stand-ins": _stand_ins,
+        "layers": _layers,
+        "families": _families,
         "tasks": _tasks,
+        "data": _data,
+        "extras": _extras,
+        "sections": _sections,
         "backbones": _backbones,
     }
     for name in of:
@@ -95,13 +95,57 @@ def scores() -> Table:
 def _budgets() -> Table:
     from lit_prune.structure.budgets import BUDGETS
 
-    return _named((name, first_sentence(type(quantity))) for name, quantity in BUDGETS.items())
+    return _named((name, first_sentence(quantity)) for name, quantity in BUDGETS.items())
+
+
+def _stand_ins() -> Table:
+    from lit_prune.replace import STAND_INS
+
+    return _named((name, first_sentence(method)) for name, method in STAND_INS.items())
 
 
 def _tasks() -> Table:
     from lit_prune.task import TASKS
 
     return _named((name, first_sentence(task)) for name, task in TASKS.items())
+
+
+def _layers() -> Table:
+    from lit_prune.structure.layers import LAYERS
+
+    return _named((name, first_sentence(kind)) for name, kind in LAYERS.items())
+
+
+def _families() -> Table:
+    from lit_prune.models.families import FAMILIES
+
+    return _named((name, first_sentence(family)) for name, family in FAMILIES.items())
+
+
+def _data() -> Table:
+    from lit_prune.data import ImageData
+
+    return _named((cls.__name__, first_sentence(cls)) for cls in _below(ImageData))
+
+
+def _below(cls: type) -> Iterator[type]:
+    """The classes that derive from a class."""
+    for derived in cls.__subclasses__():
+        yield derived
+        yield from _below(derived)
+
+
+def _extras() -> Table:
+    from lit_prune.lab.analyze.extras import PARTS, extra_names
+
+    return _named((name, first_sentence(PARTS[name].build)) for name in extra_names())
+
+
+def _sections() -> Table:
+    from lit_prune.report.sections import sections
+
+    import_module("lit_prune.lab.sections")  # those of the lab register themselves
+    return _named((section.key, section.title) for section in sections())
 
 
 def _backbones() -> Table:

@@ -8,6 +8,7 @@ from lit_prune.data.imagenet100 import ImageNet100Data
 from lit_prune.data.images import ImageData
 from lit_prune.data.mnist import MNISTData
 from lit_prune.data.tiny_imagenet import TinyImageNetData
+from lit_prune.registry import import_files
 
 __all__ = [
     "BooleanCircuitData",
@@ -20,3 +21,5 @@ __all__ = [
     "MNISTData",
     "TinyImageNetData",
 ]
+
+import_files(__file__, __package__)

@@ -1,10 +1,15 @@
 """The lab's sections of the report page: importing this module registers them."""
 
-from lit_prune.lab.analyze import figures as analyze
-from lit_prune.lab.lesion import figures as lesion
-from lit_prune.lab.lesion import report_tables as lesion_tables
-from lit_prune.lab.reduce import figures as reduce
-from lit_prune.lab.sensitivity import figures as sensitivity
-from lit_prune.lab.sweep import figures as sweep
+from importlib import import_module
+from pkgutil import iter_modules
 
-__all__ = ["analyze", "lesion", "lesion_tables", "reduce", "sensitivity", "sweep"]
+from lit_prune import lab
+
+DRAWING = ("figures", "report_tables")
+"""Modules of a verb's folder that have sections."""
+
+for verb in iter_modules(lab.__path__, f"{lab.__name__}."):
+    if verb.ispkg:
+        for module in iter_modules(import_module(verb.name).__path__):
+            if module.name in DRAWING:
+                import_module(f"{verb.name}.{module.name}")

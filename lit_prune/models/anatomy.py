@@ -101,7 +101,7 @@ def find_head(model: nn.Module) -> str:
 
 def _candidates(model: nn.Module) -> tuple[Block, ...]:
     """Blocks by structure alone, of the first family that has any."""
-    return next((blocks for family in (*FAMILIES, sequences) if (blocks := tuple(family(model)))), ())
+    return next((blocks for family in (*FAMILIES.values(), sequences) if (blocks := tuple(family(model)))), ())
 
 
 def _all_blocks(model: nn.Module, example_input: Tensor) -> tuple[Block, ...]:

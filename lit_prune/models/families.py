@@ -11,6 +11,8 @@ from typing import TypeGuard
 
 from torch import nn
 
+from lit_prune.registry import Registry
+
 
 @dataclass(frozen=True)
 class Block:
@@ -30,13 +32,12 @@ class Block:
 
 
 Family = Callable[[nn.Module], Iterator[Block]]
-FAMILIES: list[Family] = []
+FAMILIES: Registry[Family] = Registry("family")
 
 
 def register_family(family: Family) -> Family:
     """Function decorator: `find_blocks` asks this family too, after those before it and before `sequences`."""
-    FAMILIES.append(family)
-    return family
+    return FAMILIES.add(family.__name__, family)
 
 
 @register_family

@@ -75,8 +75,8 @@ def _rest(width: int, removed: list[int]) -> tuple[int, ...]:
 
 def _obstacle(module: nn.Module) -> str:
     """Why the input columns of `module` can neither be folded nor solved again, or ""."""
-    if isinstance(module, axes.PaddedShortcut):
-        return "it is a padded shortcut, which has no weights that could stand in for the channels it loses"
+    if not axes.is_weighted(module):
+        return f"it is a {type(module).__name__}, whose weights are not known to be those of an affine map"
     if not is_solvable(module):
         return "its convolution is grouped"
     return ""

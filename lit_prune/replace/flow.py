@@ -107,7 +107,7 @@ class _Watch(TorchFunctionMode):
                 self.norms[source[0]] = name
             self.outputs[id(output)] = (name, output)
 
-        if axes.is_weighted(module) or isinstance(module, axes.PaddedShortcut):
+        if axes.is_weighted(module) or axes.is_boundary(module):
             return [module.register_forward_hook(wrote)]
         foldable = isinstance(module, axes.BATCH_NORMS) and module.running_mean is not None
         return [module.register_forward_hook(normed)] if foldable else []

@@ -10,8 +10,10 @@ from lit_prune.errors import InputError
 from lit_prune.replace.carrier import with_carriers
 from lit_prune.replace.consumers import Reader, find_readers
 from lit_prune.replace.flow import Flow, observe
+from lit_prune.replace.methods import StandInMethod
 from lit_prune.replace.settings import Replacement
 from lit_prune.structure import ChannelGraph, Plan, apply_plan, trace_groups
+from lit_prune.structure.example import Example
 from lit_prune.structure.opened import open_copy
 from lit_prune.task import Task
 
@@ -46,7 +48,7 @@ class Job:
 
     @classmethod
     def prepare(
-        cls, model: nn.Module, plan: Plan, example_input: Any, kind: str, settings: Replacement, task: Task
+        cls, model: nn.Module, plan: Plan, example_input: Any, method: StandInMethod, settings: Replacement, task: Task
     ) -> "Job":
         """Surgery, and who reads what goes.
 
@@ -57,16 +59,16 @@ class Job:
         dense = apply_plan(model, Plan(plan.drop_blocks), example_input) if plan.drop_blocks else model
         graph, flow = trace_groups(dense, example_input), observe(dense, example_input)
         readers = find_readers(dense, plan, graph, flow)
-        refused = {r.name: r.obstacle for r in readers.values() if r.removed and r.obstacle and kind != "delete"}
+        refused = {r.name: r.obstacle for r in readers.values() if r.removed and r.obstacle and method.changes}
         if refused and settings.unsupported == "refuse":
             name, reason = next(iter(refused.items()))
             groups = ", ".join(readers[name].groups)
             raise InputError(
-                f"kind={kind!r}: layer {name!r} reads units of group {groups} that the plan removes, but {reason}; "
-                "protect the group or set unsupported='delete'"
+                f"kind={method.name!r}: layer {name!r} reads units of group {groups} that the plan removes, "
+                f"but {reason}; protect the group or set unsupported='delete'"
             )
         carriers: dict[str, int] = {}
-        if settings.border == "carrier" and kind in ("constant", "affine"):
+        if settings.border == "carrier" and method.carries:
             plan, carriers = with_carriers(dense, plan, readers)
             wider = find_readers(dense, plan, graph, flow)
             readers = {name: replace(reader, written=wider[name].outputs) for name, reader in readers.items()}
@@ -78,3 +80,8 @@ class Job:
     def losing(self) -> list[Reader]:
         """The layers that lose input channels and can be changed."""
         return [reader for reader in self.readers.values() if reader.removed and not reader.obstacle]
+
+
+def example_of(task: Task, model: nn.Module, batch: Any) -> Example:
+    """What the network is called with for a batch."""
+    return task.inputs(task.to(batch, model))

@@ -9,24 +9,19 @@ from torch import nn
 from lit_prune.arguments import checked
 from lit_prune.errors import InputError
 from lit_prune.measurement.layers import Batches
-from lit_prune.replace.carrier import carried_value, carrier_columns, light_carriers, pads_with_zeros
 from lit_prune.replace.consumers import Reader
 from lit_prune.replace.errors import output_errors
 from lit_prune.replace.finite import check_finite
-from lit_prune.replace.fitting import check_objective, collect_evidence, fit_stand_in
 from lit_prune.replace.flow import observe
-from lit_prune.replace.folding import add_to_output
-from lit_prune.replace.job import Job
-from lit_prune.replace.kernels import kernel_of, set_kernel
+from lit_prune.replace.job import Job, example_of
+from lit_prune.replace.methods import Done, StandInMethod, find_stand_in, register_stand_in
 from lit_prune.replace.refit import Pair, refit
-from lit_prune.replace.settings import KINDS, Replacement
-from lit_prune.replace.stand_ins import Folded, fold
+from lit_prune.replace.settings import Replacement
 from lit_prune.structure import Plan
 from lit_prune.structure.example import Example
 from lit_prune.task import Task, settle
 
 DEFAULT_REPLACEMENT = Replacement()
-Done = tuple[dict[str, dict], list[str]]  # report by layer, layers that gained a bias
 
 
 @dataclass(frozen=True)
@@ -71,7 +66,7 @@ def replace_mechanisms(
         model: the original network.
         plan: what to keep; its blocks are dropped first.
         batches: unaugmented; targets are read only where `settings.objective` is a loss.
-        kind: "delete", "constant", "affine" or "refit".
+        kind: "delete", "constant", "affine", "refit", or `package.module:Class` of a `StandInMethod`.
         example_input: what the network is called with, for tracing; None takes the first batch.
         settings: see `Replacement`.
         task: what a batch and an output mean; None recognises it.
@@ -82,15 +77,14 @@ def replace_mechanisms(
 
     Source: causal mechanism reduction, section 3.2; refit: He et al. 2017, made sequential.
     """
-    if kind not in KINDS:
-        raise InputError(f"kind={kind!r} is unknown; use one of {', '.join(KINDS)}")
-    check_objective(kind, settings)
+    method = find_stand_in(kind)
+    method.check(settings)
     task, batches = settle(task, model, batches)
     taken = take_batches(batches, settings.images, task)
     check_finite(model, taken, task)
     example_input = example_of(task, model, taken[0]) if example_input is None else example_input
-    job = Job.prepare(model, plan, example_input, kind, settings, task)
-    layers, gained = _METHODS[kind](job, taken, settings)
+    job = Job.prepare(model, plan, example_input, method, settings, task)
+    layers, gained = method.put(job, taken, settings)
     readers = [job.readers[name] for name in layers]
     errors = output_errors(job.dense, job.reduced, readers, job.flow.norms, taken, task)
     for name, entry in layers.items():
@@ -110,14 +104,10 @@ def refitted(
     model: nn.Module, plan: Plan, batches: Sequence[Any], example_input: Any, settings: Replacement, task: Task
 ) -> nn.Module:
     """The network of `replace_mechanisms(kind="refit")` alone, without a report: for trials."""
-    job = Job.prepare(model, plan, example_input, "refit", settings, task)
-    _refit(job, batches, settings)
+    method = Refit()
+    job = Job.prepare(model, plan, example_input, method, settings, task)
+    method.put(job, batches, settings)
     return job.reduced
-
-
-def example_of(task: Task, model: nn.Module, batch: Any) -> Example:
-    """What the network is called with for a batch."""
-    return task.inputs(task.to(batch, model))
 
 
 def take_batches(batches: Batches, limit: int, task: Task) -> list[Any]:
@@ -137,59 +127,28 @@ def take_batches(batches: Batches, limit: int, task: Task) -> list[Any]:
     return taken
 
 
-def _delete(job: Job, batches: Sequence[Any], settings: Replacement) -> Done:
-    return {reader.name: {} for reader in job.losing()}, []
+@register_stand_in("delete")
+class Delete(StandInMethod):
+    """Nothing."""
+
+    changes = False
+
+    def put(self, job: Job, batches: Sequence[Any], settings: Replacement) -> Done:
+        """Leaves the readers as they are."""
+        return {reader.name: {} for reader in job.losing()}, []
 
 
-def _constant(job: Job, batches: Sequence[Any], settings: Replacement) -> Done:
-    return _folded(job, batches, "constant", settings)
+@register_stand_in("refit")
+class Refit(StandInMethod):
+    """The readers solved again, layer after layer, against the dense network's outputs."""
 
-
-def _affine(job: Job, batches: Sequence[Any], settings: Replacement) -> Done:
-    return _folded(job, batches, "affine", settings)
-
-
-def _folded(job: Job, batches: Sequence[Any], kind: str, settings: Replacement) -> Done:
-    """Constants or affine combinations, fitted on the network before the surgery."""
-    readers = job.losing()
-    inputs = collect_evidence(job.dense, [reader.name for reader in readers], batches, job.task, kind, settings)
-    gained = light_carriers(job.reduced, job.graph, job.plan, job.carriers, job.flow)
-    report = {}
-    for reader in readers:
-        module, found = job.dense.get_submodule(reader.name), inputs[reader.name]
-        stand_in, said = fit_stand_in(reader, kernel_of(module), found, kind, settings)
-        folded = fold(module, reader, stand_in, found.size)
-        border, created = _write(job, reader, folded, job.task.take(batches[0], 2))
-        gained += [reader.name] if created else []
-        report[reader.name] = {"rows": found.inputs.count, "unexplained": stand_in.unexplained, "border": border}
-        report[reader.name] |= said
-    light_carriers(job.reduced, job.graph, job.plan, job.carriers, job.flow)  # a reader may write carriers itself
-    return report, gained
-
-
-def _write(job: Job, reader: Reader, folded: Folded, batch: Any) -> tuple[float, bool]:
-    """Puts a folded map into the reduced network; the border error left, and whether the reader gained a bias."""
-    columns = carrier_columns(job.graph, job.carriers, reader)
-    module = job.reduced.get_submodule(reader.name)
-    places = {column: place for place, column in enumerate(sorted((*reader.kept, *columns)))}
-    weight = folded.weight.new_zeros(len(folded.weight), len(places), *folded.weight.shape[2:])
-    weight[:, [places[column] for column in reader.kept]] = folded.weight
-    carried = bool(columns) and pads_with_zeros(module)
-    if carried:
-        value = carried_value(job.reduced, reader.name, places[columns[0]], example_of(job.task, job.reduced, batch))
-        weight[:, places[columns[0]]] = folded.carried[:, 0] / value
-    set_kernel(module, weight)
-    if carried:
-        return 0.0, False
-    return folded.border, add_to_output(job.reduced, reader.name, job.flow.norms.get(reader.name, ""), folded.shift)
-
-
-def _refit(job: Job, batches: Sequence[Any], settings: Replacement) -> Done:
-    names = [reader.name for reader in job.losing()]
-    if settings.scope == "all" or not names:
-        names = _downstream(job, example_of(job.task, job.model, job.task.take(batches[0], 1)))
-    stops = job.flow.stops(names)
-    return refit(Pair(job.model, job.reduced, job.task), stops, dict(job.readers), batches, settings)
+    def put(self, job: Job, batches: Sequence[Any], settings: Replacement) -> Done:
+        """See `refit`."""
+        names = [reader.name for reader in job.losing()]
+        if settings.scope == "all" or not names:
+            names = _downstream(job, example_of(job.task, job.model, job.task.take(batches[0], 1)))
+        stops = job.flow.stops(names)
+        return refit(Pair(job.model, job.reduced, job.task), stops, dict(job.readers), batches, settings)
 
 
 def _downstream(job: Job, example: Example) -> list[str]:
@@ -201,9 +160,6 @@ def _downstream(job: Job, example: Example) -> list[str]:
         original = dict.fromkeys(observe(job.model, example).layers)
         first = min(first, next(position for position, name in enumerate(original) if name not in job.readers))
     return [name for name in order[first:] if not job.readers[name].obstacle]
-
-
-_METHODS = {"delete": _delete, "constant": _constant, "affine": _affine, "refit": _refit}
 
 
 def _shape(reader: Reader) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from typing import Literal
 from lit_prune.errors import InputError
 
 ROWS_A_WEIGHT = 20
-KINDS = ("delete", "constant", "affine", "refit")
 
 
 @dataclass(frozen=True)

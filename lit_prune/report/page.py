@@ -14,12 +14,11 @@ from markupsafe import Markup
 
 from lit_prune.errors import InputError
 from lit_prune.files import whole_file, write_text
-from lit_prune.report import axes_figures, dynamics_figures, figures, tables  # noqa: F401  (they register sections)
 from lit_prune.report.drawing import Picture, render_png, styled
 from lit_prune.report.makers import commands_for
 from lit_prune.report.run_folder import AbsentInput, RunFolder
 from lit_prune.report.sections import Section, question_of, register_section, sections
-from lit_prune.report.tables import Cell, Table, Text, format_bytes
+from lit_prune.report.tables import Cell, Table, Text, format_bytes, tabulate_result
 from lit_prune.report.vector import LARGEST, render_svg, themed
 from lit_prune.report.verdict import find_verdict
 
@@ -144,7 +143,7 @@ def _draw(part: Picture, section: Section, run: RunFolder) -> tuple[Markup, str]
 def _headline(run: RunFolder) -> tuple[tuple[str, str, str, str], ...]:
     """Returns quantity, dense value, compact value and change of what the run was for; empty without a result."""
     try:
-        table = tables.tabulate_result(run)
+        table = tabulate_result(run)
     except (AbsentInput, InputError):
         return ()
     dense, compact = table.rows[0], table.rows[-1]

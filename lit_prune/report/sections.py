@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
+from lit_prune.registry import Registry
+
 if TYPE_CHECKING:  # those modules register their sections here
     from lit_prune.report.drawing import Picture
     from lit_prune.report.run_folder import RunFolder
@@ -49,14 +51,14 @@ def question_of(place: int) -> str:
     return next(title for begin, title in reversed(GROUPS) if place >= begin)
 
 
-_SECTIONS: dict[str, Section] = {}
+SECTIONS: Registry[Section] = Registry("section")
 
 
 def register_section(key: str, title: str, place: int) -> Callable[[Build], Build]:
     """Puts the decorated function on the page; see `Section`."""
 
     def register(build: Build) -> Build:
-        _SECTIONS[key] = Section(key, title, place, build)
+        SECTIONS.add(key, Section(key, title, place, build))
         return build
 
     return register
@@ -64,4 +66,4 @@ def register_section(key: str, title: str, place: int) -> Callable[[Build], Buil
 
 def sections() -> list[Section]:
     """The sections registered so far, from top to bottom."""
-    return sorted(_SECTIONS.values(), key=lambda section: section.place)
+    return sorted(SECTIONS.values(), key=lambda section: section.place)

@@ -2,8 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
-from importlib import import_module
+from collections.abc import Mapping
 from typing import Any
 
 from lit_prune.errors import InputError, did_you_mean
@@ -46,22 +45,6 @@ def parse_method(name: str, known: Mapping[str, Score]) -> Method:
         raise InputError(f"score: {name!r} has too many parameters; {plain} takes ({', '.join(names)})")
     values = [_value(text, default, plain, known) for text, default in zip(given, entry.defaults, strict=False)]
     return Method(entry, (*values, *entry.defaults[len(given) :]))
-
-
-def imported(name: str, argument: str) -> Callable[..., Any]:
-    """The function that `package.module:function` names. Importing runs code: the name must be the caller's own word.
-
-    Raises:
-        InputError: the module cannot be imported, or has no such function.
-    """
-    module, _, attribute = name.partition(":")
-    try:
-        found = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f"{argument}: {name!r} cannot be imported ({error}); give package.module:function") from error
-    if not callable(found):
-        raise InputError(f"{argument}: {name!r} is a {type(found).__name__}; give package.module:function")
-    return found
 
 
 def _arguments(text: str) -> list[str]:

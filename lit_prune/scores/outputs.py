@@ -13,7 +13,7 @@ from lit_prune.scores.hulls import full_explanation, greedy_hulls
 from lit_prune.scores.inputs import input_weight_power, reads
 from lit_prune.scores.relations import correlations
 from lit_prune.scores.units import to_layers
-from lit_prune.structure.cost import CostModel
+from lit_prune.structure.cost_model import CostModel
 from lit_prune.structure.groups import Group
 
 

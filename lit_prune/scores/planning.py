@@ -15,9 +15,10 @@ from lit_prune.scores.method import OwnScore
 from lit_prune.scores.outputs import moments_of_readers
 from lit_prune.scores.table import find_score
 from lit_prune.scores.trials import corrected_damage
-from lit_prune.structure.allocation import Measured, plan_channels, plan_ladders, plan_latency
+from lit_prune.structure.allocation import Measured, plan_channels, plan_ladders, plan_measured
 from lit_prune.structure.budgets import find_budget
-from lit_prune.structure.cost import CostModel, cost
+from lit_prune.structure.cost import cost
+from lit_prune.structure.cost_model import CostModel
 from lit_prune.structure.groups import ChannelGraph, Group
 from lit_prune.structure.masking import mask_channels, plan_masks
 from lit_prune.structure.plan import Plan
@@ -55,7 +56,7 @@ def plan_method(
     else:
         plan_at = partial(plan_channels, graph, cost_model, ranks)
     if find_budget(request.kind).measured and request.allocation != "layerwise":
-        plan = plan_latency(evidence.model, plan_at, request, evidence.example.args[0])
+        plan = plan_measured(evidence.model, plan_at, request, evidence.example.args[0])
     else:
         plan = plan_at(request)
     return replace(plan, notes={**plan.notes, "method": method if isinstance(method, str) else find_score(method).name})
@@ -116,11 +117,11 @@ def channel_sparsity(graph: ChannelGraph, cost_model: CostModel, request: Budget
     """Share of the selected channels that a budget takes away, whatever the scores, in [0, 1).
 
     What is asked for where the budget counts channels; else the share that a uniform plan within the budget removes
-    (for latency, a uniform plan with that share of the multiply-adds).
+    (for what is measured, a uniform plan with that share of the multiply-adds).
     """
     if request.kind == "channels" and not isinstance(request.keep, Mapping):
         return 1 - request.keep
-    kind = "macs" if request.kind == "latency" else request.kind
+    kind = "macs" if find_budget(request.kind).measured else request.kind
     allocation = "uniform" if request.allocation in ("global", "measured") else request.allocation
     groups = selected_groups(graph, request)
     zeros = {name: torch.zeros(graph.widths[name, "out"]) for group in groups for name in group.producers}

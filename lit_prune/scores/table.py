@@ -1,18 +1,15 @@
 """The table of scores, and `score`, which looks one up and applies it."""
 
-import pkgutil
-from importlib import import_module
-from pathlib import Path
-
 import pandas as pd
 from torch import Tensor, nn
 
 from lit_prune.arguments import checked
 from lit_prune.measurement.layers import Batches
+from lit_prune.registry import import_files, imported
 from lit_prune.scores import axes, clusters, gradients, labels, mixtures, outputs, second_order, weights
 from lit_prune.scores.evidence import Evidence
 from lit_prune.scores.method import SCORES, SPARSITY, Method, OwnScore, Score
-from lit_prune.scores.names import imported, parse_method
+from lit_prune.scores.names import parse_method
 from lit_prune.task import Task
 
 _SUMS, _TARGET, _TABLE, _LABELS = ("sums",), ("task_sums",), ("table",), ("pooled",)
@@ -118,10 +115,4 @@ def _own_method(function: OwnScore) -> Method:
     return Method(known, known.defaults)
 
 
-def _find_files() -> None:
-    """Imports every file of this folder: a score that lies in a new one registers itself."""
-    for module in pkgutil.iter_modules([str(Path(__file__).parent)], f"{__package__}."):
-        import_module(module.name)
-
-
-_find_files()
+import_files(__file__, __package__)

@@ -2,7 +2,8 @@
 
 from lit_prune.structure.allocation import make_plan, plan_channels
 from lit_prune.structure.compact import load_compact, read_preparation, save_compact
-from lit_prune.structure.cost import Cost, CostModel, LayerCost, cost
+from lit_prune.structure.cost import Cost, LayerCost, cost
+from lit_prune.structure.cost_model import CostModel
 from lit_prune.structure.groups import ChannelGraph, Group, Member, group_role, trace_groups
 from lit_prune.structure.latency import compare_latencies, compare_profiles, measure_latency, profile
 from lit_prune.structure.masking import MaskPlan, mask_channels, plan_masks

@@ -12,16 +12,15 @@ from torch import nn
 from lit_prune.arguments import checked
 from lit_prune.errors import InputError
 from lit_prune.structure.budgets import find_budget
-from lit_prune.structure.cost import CostModel
+from lit_prune.structure.cost_model import CostModel
 from lit_prune.structure.groups import ChannelGraph, trace_groups
 from lit_prune.structure.ladders import Ladder, cheapest_damage
-from lit_prune.structure.latency import compare_latencies
 from lit_prune.structure.plan import Plan
 from lit_prune.structure.ranking import Budget, Ranks, group_scores
 from lit_prune.structure.surgery import apply_plan
 from lit_prune.structure.widths import Price, Steps, allowed_widths, global_widths, uniform_widths
 
-LATENCY_TRIALS = 6
+MEASURED_TRIALS = 6
 STABLE = 0.2
 Measured = Mapping[str, tuple[Sequence[int], Sequence[float]]]  # group -> widths, damage at each
 _TOLERANCE = 0.01
@@ -70,7 +69,7 @@ def make_plan(
     cost_model = CostModel.build(model, graph, example_input)
     if find_budget(budget).measured and allocation != "layerwise":
         plan_at = partial(plan_channels, graph, cost_model, ranks)
-        return plan_latency(model, plan_at, request, example_input)
+        return plan_measured(model, plan_at, request, example_input)
     return plan_channels(graph, cost_model, ranks, request)
 
 
@@ -203,8 +202,8 @@ def _plan_layerwise(
     return replace(plan, notes=notes | found)
 
 
-def plan_latency(model: nn.Module, plan_at: Callable[[Budget], Plan], request: Budget, example_input: Any) -> Plan:
-    """Bisection over the share of MACs with trial surgery, until the measured latency of the batch is within budget.
+def plan_measured(model: nn.Module, plan_at: Callable[[Budget], Plan], request: Budget, example_input: Any) -> Plan:
+    """Bisection over the share of MACs with trial surgery, until what is measured is within the budget.
 
     Each trial takes turns with the dense network; `notes["spread"]` says by how much the latter's figures differ from
     trial to trial, relative to their median. Above `STABLE` a warning says so.
@@ -212,37 +211,38 @@ def plan_latency(model: nn.Module, plan_at: Callable[[Budget], Plan], request: B
     Args:
         model: the network.
         plan_at: plan for a budget of MACs.
-        request: the budget of latency.
-        example_input: the batch whose latency counts.
+        request: the budget of a measured quantity, such as latency.
+        example_input: the batch that is measured with.
     """
-    shape, batch = tuple(example_input.shape[1:]), len(example_input)
+    quantity = find_budget(request.kind)
+    quantity.check(example_input)
     low, high, best, fastest, dense = 0.0, 1.0, None, None, []
-    for _ in range(LATENCY_TRIALS):
+    for _ in range(MEASURED_TRIALS):
         share = (low + high) / 2
         plan = plan_at(replace(request, kind="macs", keep=share))
         trial = model if plan.removes_nothing else apply_plan(model, plan, example_input)
-        whole, seconds = compare_latencies([model, trial], shape, batch)
+        whole, found = quantity.compare([model, trial], example_input)
         dense.append(whole)
-        ratio = seconds / whole
+        ratio = found / whole
         fastest = min(fastest or (ratio, plan), (ratio, plan), key=lambda pair: pair[0])
         if ratio <= request.keep:
             low, best = share, (ratio, plan)
         else:
             high = share
     ratio, plan = best or fastest
-    reason = "" if best else f"the fastest of {LATENCY_TRIALS} trials still takes {ratio:.3f} of the dense latency"
-    found = {"budget": "latency", "requested": request.keep, "achieved": ratio, "met": not reason, "reason": reason}
-    found |= {"spread": _spread(dense), "macs_achieved": plan.notes["achieved"]}
-    return replace(plan, notes={**plan.notes, **found})
+    reason = "" if best else f"the best of {MEASURED_TRIALS} trials still takes {ratio:.3f} of the dense {request.kind}"
+    notes = {"budget": request.kind, "requested": request.keep, "achieved": ratio, "met": not reason, "reason": reason}
+    notes |= {"spread": _spread(dense, request.kind), "macs_achieved": plan.notes["achieved"]}
+    return replace(plan, notes={**plan.notes, **notes})
 
 
-def _spread(seconds: Sequence[float]) -> float:
+def _spread(values: Sequence[float], kind: str) -> float:
     """Range over median of repeated measurements; warns where the device has no stable timing."""
-    spread = (max(seconds) - min(seconds)) / float(np.median(seconds))
+    spread = (max(values) - min(values)) / float(np.median(values))
     if spread > STABLE:
         warnings.warn(
-            f"latency: the dense network took {1000 * min(seconds):.3g} to {1000 * max(seconds):.3g} ms in "
-            f"{len(seconds)} measurements, a spread of {spread:.0%}; the budget is met no more exactly than that: "
+            f"{kind}: the dense network took {min(values):.3g} to {max(values):.3g} in {len(values)} "
+            f"measurements, a spread of {spread:.0%}; the budget is met no more exactly than that: "
             "repeat it on an idle device, or give budget='macs'",
             stacklevel=3,
         )

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
-from lit_prune.errors import InputError, did_you_mean
+from lit_prune.errors import InputError
+from lit_prune.registry import Registry
 
 if TYPE_CHECKING:
-    from lit_prune.structure.cost import CostModel
+    from lit_prune.structure.cost_model import CostModel
 
 Price = Callable[[np.ndarray], int]
 
@@ -19,24 +20,38 @@ Price = Callable[[np.ndarray], int]
 class Quantity:
     """A cost of a network, of which a budget keeps a share.
 
-    A subclass answers from arithmetic (`whole`), so that a budget is met without a forward pass, or sets
-    `measured` and answers from the network alone (`of`); then the share is found by trial surgery.
+    A subclass answers from arithmetic (`whole`), so that a budget is met without a forward pass, or sets `measured` and
+    answers from the network alone (`of`); then the share is found by trial surgery.
 
     Attributes:
         name: under which it is registered.
         measured: whether it has to run the network.
+        of_network: whether a network has such a cost, so that a stage keeps a share of the dense one's; else a stage
+            keeps a share of what is there.
     """
 
-    name: ClassVar[str] = ""
+    name: str = ""
     measured: ClassVar[bool] = False
+    of_network: ClassVar[bool] = True
+
+    def check(self, example_input: Any) -> None:
+        """Refuses inputs that the quantity cannot be told with, before anything is trained."""
 
     def of(self, model: nn.Module, example_input: Any) -> float:
-        """The cost of a network."""
-        raise InputError(f"budget={self.name!r} cannot be told from a network alone; use make_plan or plan_method")
+        """The cost of a network; here by the arithmetic of its groups at their present width."""
+        from lit_prune.structure.cost_model import CostModel
+        from lit_prune.structure.groups import trace_groups
+
+        cost_model = CostModel.build(model, trace_groups(model, example_input), example_input)
+        return self.whole(cost_model, cost_model.sizes)
+
+    def compare(self, models: Sequence[nn.Module], example_input: Any) -> list[float]:
+        """The costs of networks that are measured together."""
+        return [self.of(model, example_input) for model in models]
 
     def whole(self, cost_model: CostModel, widths: np.ndarray) -> int:
         """The cost of the network whose groups have these widths."""
-        raise InputError(f"budget={self.name!r} has to run the network; use make_plan or plan_method")
+        raise InputError(f"budget={self.name!r} is not counted by arithmetic; use make_plan or plan_method")
 
     def price(self, cost_model: CostModel, columns: np.ndarray) -> Price:
         """Widths of the groups in `columns` -> cost of the whole network, the other groups at their present width."""
@@ -49,7 +64,7 @@ class Quantity:
         return price
 
 
-BUDGETS: dict[str, Quantity] = {}
+BUDGETS: Registry[type[Quantity]] = Registry("budget")
 
 
 def register_budget(name: str) -> Callable[[type[Quantity]], type[Quantity]]:
@@ -57,24 +72,25 @@ def register_budget(name: str) -> Callable[[type[Quantity]], type[Quantity]]:
 
     def register(cls: type[Quantity]) -> type[Quantity]:
         cls.name = name
-        BUDGETS[name] = cls()
-        return cls
+        return BUDGETS.add(name, cls)
 
     return register
 
 
 def find_budget(name: str) -> Quantity:
-    """The quantity of a name.
+    """The quantity of a name, or the class that `package.module:Class` names.
 
     >>> find_budget("params").of(nn.Linear(3, 2), None)
     8
 
     Raises:
-        InputError: unknown name.
+        InputError: unknown name, or no `Quantity`.
     """
-    if name not in BUDGETS:
-        raise InputError(f"budget={name!r} is unknown: {did_you_mean(name, BUDGETS)}; use one of {', '.join(BUDGETS)}")
-    return BUDGETS[name]
+    found = BUDGETS.find(name)()
+    if not isinstance(found, Quantity):
+        raise InputError(f"budget: {name!r} makes a {type(found).__name__}; give a Quantity of structure.budgets")
+    found.name = name
+    return found
 
 
 @register_budget("macs")
@@ -109,6 +125,8 @@ class Params(Quantity):
 class Channels(Quantity):
     """Units of the groups that may be pruned; the others are not counted."""
 
+    of_network = False
+
     def price(self, cost_model: CostModel, columns: np.ndarray) -> Price:
         """The sum of the widths."""
         return lambda widths: int(widths.sum())
@@ -120,8 +138,18 @@ class Latency(Quantity):
 
     measured = True
 
+    def check(self, example_input: Any) -> None:
+        """One tensor, since a batch of it is made."""
+        if not isinstance(example_input, Tensor):
+            raise InputError("budget=latency: the network reads more than one tensor; use macs or params")
+
     def of(self, model: nn.Module, example_input: Any) -> float:
         """The median of some passes."""
-        from lit_prune.structure.latency import measure_latency
+        return self.compare([model], example_input)[0]
 
-        return measure_latency(model, tuple(example_input.shape[1:]), len(example_input))
+    def compare(self, models: Sequence[nn.Module], example_input: Any) -> list[float]:
+        """Medians of passes in turns."""
+        from lit_prune.structure.latency import compare_latencies
+
+        self.check(example_input)
+        return compare_latencies(models, tuple(example_input.shape[1:]), len(example_input))

@@ -102,8 +102,7 @@ def assemble_group(model: nn.Module, members: tuple[Member, ...], taken: set[str
         heard: reasons from the way of its channels through the network.
     """
     order = {name: position for position, (name, _) in enumerate(model.named_modules())}
-    weighted = [m for m in members if m.module in order and axes.is_weighted(model.get_submodule(m.module))]
-    mixing = [m for m in weighted if not axes.is_depthwise(model.get_submodule(m.module))]
+    mixing = [m for m in members if m.module in order and axes.is_mixing(model.get_submodule(m.module))]
     producers = sorted({m.module for m in mixing if m.axis == "out"}, key=order.__getitem__)
     consumers = sorted({m.module for m in mixing if m.axis == "in"}, key=order.__getitem__)
     free = [name for name in producers if name not in taken]

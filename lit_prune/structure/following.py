@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lit_prune.structure import layer_rules, operations, protection
+from lit_prune.structure import operations, reasons
 from lit_prune.structure.labels import FIXED, NOBODY, Labels, compact, varies
+from lit_prune.structure.layers import layer_type
 
 _BARE = 1 << 20  # values of a bare parameter or buffer that is followed; a larger one is a matrix of weights
 
@@ -28,9 +29,9 @@ class Follower(TorchDispatchMode):
         super().__init__()
         self.labels = Labels()
         self.fixed = self.labels.axis("", "fixed", FIXED)  # the network's input, zeros of a padding, the unknown
-        self.labels.keep([self.fixed[:1]], protection.INPUT)
-        self.labels.keep([self.fixed[1:2]], protection.PADDING)
-        self.labels.keep([self.fixed[2:]], protection.UNTRACKED)
+        self.labels.keep([self.fixed[:1]], reasons.INPUT)
+        self.labels.keep([self.fixed[1:2]], reasons.PADDING)
+        self.labels.keep([self.fixed[2:]], reasons.UNTRACKED)
         self._shadows: dict[tuple, tuple[Tensor, Tensor]] = {}
         self._inside = 0
         self._bare = {_key(t): (name, t) for name, t in _bare_tensors(model)}
@@ -70,7 +71,7 @@ class Follower(TorchDispatchMode):
 
             return hook
 
-        rules = {name: rule for name, module in model.named_modules() if (rule := layer_rules.rule_for(module))}
+        rules = {name: kind.follow for name, module in model.named_modules() if (kind := layer_type(module))}
         handles = [model.get_submodule(name).register_forward_pre_hook(enter) for name in rules]
         handles += [
             model.get_submodule(name).register_forward_hook(leave(name, rule), with_kwargs=True)
@@ -114,7 +115,7 @@ class Follower(TorchDispatchMode):
             rule(args, output)
         else:
             products = name in operations.PRODUCTS and self._two(args)
-            self._keep(args, kwargs, protection.ATTENTION if products else protection.operation(name))
+            self._keep(args, kwargs, reasons.ATTENTION if products else reasons.operation(name))
             for tensor in _tensors(output):
                 self.put(tensor, self.fixed[2].expand(tensor.shape))
 
@@ -146,7 +147,7 @@ class Follower(TorchDispatchMode):
         for place, (tensor, labels) in enumerate(found):
             others = set().union(*(dims for other, dims in enumerate(changing) if other != place))
             if any(operations.is_spread(tensor, dim, result.dim()) for dim in others):
-                self.labels.keep([labels], protection.SPREAD)
+                self.labels.keep([labels], reasons.SPREAD)
             else:
                 together.append((tensor, labels))
         whole = torch.zeros((), dtype=torch.float64).expand(result.shape)
@@ -196,10 +197,10 @@ class Follower(TorchDispatchMode):
             fits = plain and length and not size % length and not start % length
             self._tie_parts(labels, dim, length) if fits else self._unequal(labels)
         elif name != "unbind":
-            self.labels.keep([labels], protection.operation(name))
+            self.labels.keep([labels], reasons.operation(name))
 
     def _unequal(self, labels: Tensor) -> None:
-        self.labels.keep([labels], protection.FIXED_PARTS)
+        self.labels.keep([labels], reasons.FIXED_PARTS)
 
     def _tie_parts(self, labels: Tensor, dim: int, length: int) -> None:
         """Parts of equal length lose the same positions."""
@@ -262,7 +263,7 @@ class Follower(TorchDispatchMode):
         dims = [dim % max(labels.dim(), 1) for dim in dims]
         mixed = [dim for dim in dims if varies(labels, dim)]
         if mixed and not any(varies(labels, dim) for dim in range(labels.dim()) if dim not in mixed):
-            self.labels.keep([labels], protection.operation(name))
+            self.labels.keep([labels], reasons.operation(name))
             return
         for dim in mixed:
             self.labels.tie(labels.narrow(dim, 0, 1).expand(labels.shape), labels)
@@ -302,7 +303,7 @@ def _shadow(follower: Follower, tensor: Tensor) -> Tensor:
 def _bare_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers that no layer with a rule of its own holds."""
     for prefix, module in model.named_modules():
-        if layer_rules.rule_for(module) is None:
+        if layer_type(module) is None:
             for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
                 if tensor.is_floating_point():
                     yield f"{prefix}.{name}" if prefix else name, tensor

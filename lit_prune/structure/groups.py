@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from lit_prune.structure import axes, probe, protection, trial
+from lit_prune.structure import axes, probe, protection, reasons, trial
 from lit_prune.structure.coupling import Draft, Group, Member, assign_roles, group_role, lost_positions, with_kind
 from lit_prune.structure.cutting import cut_layer
 from lit_prune.structure.example import Example
@@ -114,10 +114,10 @@ def trace_groups(model: nn.Module, example_input: Any) -> ChannelGraph:
         except Exception:
             run(model, sample)  # says so if it is the network that fails
             raise
-        reasons = _contradictions(model, sample, drafts, sites)
+        wrong = _contradictions(model, sample, drafts, sites)
         heads = head_groups(model, sample)
         widths = sites.widths | axis_widths(model, [*heads, *(draft.group for draft in drafts)])
-    protected = [replace(d.group, protected=d.group.protected or reasons.get(d.group.name, "")) for d in drafts]
+    protected = [replace(d.group, protected=d.group.protected or wrong.get(d.group.name, "")) for d in drafts]
     groups = with_heads(assign_roles(model, protected, drafts), heads)
     return ChannelGraph(tuple(with_kind(model, group) for group in groups), widths)
 
@@ -125,5 +125,5 @@ def trace_groups(model: nn.Module, example_input: Any) -> ChannelGraph:
 def _contradictions(model: nn.Module, sample: Example, drafts: list[Draft], sites: probe.Sites) -> dict[str, str]:
     """Name -> reason for the groups that the network itself contradicts."""
     free = [draft.group for draft in drafts if not draft.group.protected]
-    reasons = dict.fromkeys(probe.find_misled(model, sample, free, sites), protection.MISLED)
-    return reasons | trial.find_impossible(model, sample, [group for group in free if group.name not in reasons], sites)
+    found = dict.fromkeys(probe.find_misled(model, sample, free, sites), reasons.MISLED)
+    return found | trial.find_impossible(model, sample, [group for group in free if group.name not in found], sites)

@@ -61,7 +61,7 @@ def find_sites(model: nn.Module) -> Sites:
         if axes.is_boundary(module):
             sites.writers[name] = sites.readers[name] = module
             sites.widths |= {(name, axis): axes.width(module, axis) for axis in ("out", "in")}
-        elif axes.is_channelwise(module) and not axes.is_single_prelu(module):
+        elif axes.is_channelwise(module):
             sites.passers[name] = module
             sites.widths[name, "out"] = axes.width(module, "out")
         elif axes.is_layer_norm(module):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lit_prune.structure import axes, protection
+from lit_prune.structure import axes, protection, reasons
 from lit_prune.structure.coupling import Draft, Member, assemble_group
 from lit_prune.structure.example import Example
 from lit_prune.structure.following import Follower
@@ -34,7 +34,7 @@ def propose_groups(model: nn.Module, sample: Example) -> list[Draft]:
     with torch.no_grad(), follower.watching(model), follower:
         output = model(*sample.args, **sample.kwargs)
     labels = follower.labels
-    labels.keep([found for t in _results(output) if (found := follower.of(t)) is not None], protection.OUTPUT)
+    labels.keep([found for t in _results(output) if (found := follower.of(t)) is not None], reasons.OUTPUT)
     _tie_shared(model, labels)
     return _with_attributes(model, list(_drafts(model, labels)))
 
@@ -75,7 +75,7 @@ def _tie_shared(model: nn.Module, labels: Labels) -> None:
                 for positions in found[1:]:
                     labels.tie(found[0], positions)
             else:
-                labels.keep(found, protection.SHARED)
+                labels.keep(found, reasons.SHARED)
 
 
 def _drafts(model: nn.Module, labels: Labels) -> Iterator[Draft]:
@@ -126,7 +126,7 @@ def _in_order(model: nn.Module, labels: Labels, component: np.ndarray) -> list[i
     """Components that a layer writes, each once, in module order."""
     found: dict[int, None] = {}
     for name, module in model.named_modules():
-        if axes.is_weighted(module) and not axes.is_depthwise(module) and (name, "out") in labels.axes:
+        if axes.is_mixing(module) and (name, "out") in labels.axes:
             first = labels.axes[name, "out"]
             found |= dict.fromkeys(component[first : first + labels.widths[name, "out"]].tolist())
     return list(found)

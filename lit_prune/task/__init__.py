@@ -1,5 +1,6 @@
 """What a batch and an output mean. Nothing else in the library looks into either."""
 
+from lit_prune.registry import import_files
 from lit_prune.task.base import TASKS, Task, Term, register_task
 from lit_prune.task.classification import TARGETS, Classification, check_labels, task_variable
 from lit_prune.task.custom import Custom
@@ -30,3 +31,5 @@ __all__ = [
     "settle",
     "task_variable",
 ]
+
+import_files(__file__, __package__)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError, UndefinedLossError
+from lit_prune.registry import Registry
 from lit_prune.structure.example import Example
 from lit_prune.task.batches import describe, find_layout, is_listed, size_of, slice_batch, to_network
 from lit_prune.task.outputs import joined
 
-TASKS: dict[str, type[Task]] = {}
+TASKS: Registry[type[Task]] = Registry("task")
 """Tasks that can be named."""
 
 
@@ -206,7 +207,6 @@ def register_task(name: str) -> Callable[[type[Task]], type[Task]]:
 
     def register(cls: type[Task]) -> type[Task]:
         cls.name = name
-        TASKS[name] = cls
-        return cls
+        return TASKS.add(name, cls)
 
     return register

@@ -34,16 +34,15 @@ def settle(task: Task | str | None, model: nn.Module, batches: Iterable[Any]) ->
 
 
 def find_task(task: Task | str) -> Task:
-    """A task, or a new one by its name.
+    """A task, or a new one by its name or `package.module:Class`.
 
     Raises:
-        InputError: there is none of that name.
+        InputError: there is none of that name, or it is no task.
     """
-    if isinstance(task, Task):
-        return task
-    if task not in TASKS:
-        raise InputError(f"task: {task!r} is not one of {', '.join(TASKS)}, nor a Task of lit_prune.task")
-    return TASKS[task]()
+    found = task if isinstance(task, Task) else TASKS.find(task)()
+    if not isinstance(found, Task):
+        raise InputError(f"task: {task!r} makes a {type(found).__name__}; give a subclass of lit_prune.task.Task")
+    return found
 
 
 def peek(batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:

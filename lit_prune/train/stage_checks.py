@@ -11,16 +11,14 @@ from lit_prune.errors import InputError
 from lit_prune.models import Block, find_blocks
 from lit_prune.structure import CostModel
 from lit_prune.structure.allocation import plan_channels
+from lit_prune.structure.budgets import find_budget
 from lit_prune.structure.groups import ChannelGraph, Group, trace_groups
 from lit_prune.structure.ranking import selected_groups
 from lit_prune.structure.tracing import one_sample, run, traceable
 from lit_prune.task.detection import detector_heads
 from lit_prune.train.distillation import Repair, nothing_shared, shared_outputs
 from lit_prune.train.features import input_width, last_layer
-from lit_prune.train.stages import BlockStage, ChannelStage, DenseCost, Stage, choose_blocks
-
-BY_ARITHMETIC = ("macs", "params", "channels")
-"""Budgets that need no measurement."""
+from lit_prune.train.stages import BlockStage, ChannelStage, Stage, budgets_of, choose_blocks, dense_costs
 
 
 def check_stages(network: nn.Module, stages: Sequence[Stage], example: Any, is_dense: bool = True) -> list[Group]:
@@ -62,7 +60,7 @@ def _check_order(stages: Sequence[Stage]) -> None:
     least: dict[str, tuple[float, str]] = {}
     for stage in stages:
         keep, budget = getattr(stage, "keep", None), getattr(stage, "budget", None) or "macs"
-        if keep is None or budget == "channels":
+        if keep is None or not find_budget(budget).of_network:
             continue
         before, name = least.get(budget, (1.0, "the dense network"))
         if keep >= before:
@@ -81,7 +79,7 @@ def _check_blocks(
         raise InputError(f"stage blocks: {type(network).__name__} has no block that could go; use a ChannelStage")
     if first or (whole and stage.keep_blocks is not None):
         sizes = {block.name: -_size(network, block) for block in blocks}
-        choose_blocks(network, stage, blocks, sizes, example, DenseCost.of(network, example))
+        choose_blocks(network, stage, blocks, sizes, example, dense_costs(network, example, budgets_of([stage])))
 
 
 def _size(network: nn.Module, block: Block) -> int:
@@ -103,9 +101,9 @@ def _check_channels(
             f"stage {stage.name}: no group of channels may be cut (part={stage.part}, protect={list(stage.protect)}; "
             f"protected: {'; '.join(reasons) or 'none'}); leave the stage out, or choose another part"
         )
-    if stage.budget == "latency" and not isinstance(example, torch.Tensor):
-        raise InputError("budget=latency: the network reads more than one tensor; use macs or params")
-    if first and stage.budget in BY_ARITHMETIC:
+    quantity = find_budget(stage.budget)
+    quantity.check(example)
+    if first and not quantity.measured:
         _check_amount(network, stage, graph, groups, example)
     return groups
 

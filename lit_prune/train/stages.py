@@ -4,19 +4,22 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from lit_prune.errors import InputError
 from lit_prune.measurement.labels import block_information
 from lit_prune.models import Block, dropped_by_keep_configuration, find_blocks
-from lit_prune.replace import KINDS, Replacement, replace_mechanisms
+from lit_prune.replace import Replacement, find_stand_in, replace_mechanisms
 from lit_prune.scores import Evidence, find_score, plan_method
-from lit_prune.structure import Budget, CostModel, Plan, apply_plan, cost, measure_latency
+from lit_prune.structure import Budget, CostModel, Plan, apply_plan
+from lit_prune.structure.budgets import find_budget
 from lit_prune.task import Task
 
 Batches = Iterable[Any]
+Costs = Mapping[str, float]  # budget -> cost of the dense network, which stages keep a share of
 BLOCK_AMOUNTS = ("remove_ratio", "remove_count", "keep_blocks", "keep")
 
+STAND_IN_SETTINGS = Replacement(unsupported="delete", towards="weights")  # determined by however few samples
 LEAST_KEEP = 1e-3
 """A smaller share of a network is a slip of the keyboard: no group can lose its last unit."""
 
@@ -52,7 +55,7 @@ class BlockStage(Stage):
         remove_count: how many blocks to drop.
         keep_blocks: hand-written keep configuration `{stage: [indices of the blocks kept]}`.
         keep: share of the *dense* network's `budget` left after this stage, in (0, 1].
-        budget: what `keep` counts: `macs` (the default) or `params`.
+        budget: what `keep` counts: `macs` (the default), `params`, or another cost of a network.
     """
 
     epoch: int = 0
@@ -60,7 +63,7 @@ class BlockStage(Stage):
     remove_count: int | None = None
     keep_blocks: dict[str, list[int]] | None = None
     keep: float | None = None
-    budget: Literal["macs", "params"] | None = None
+    budget: str | None = None
 
     name = "blocks"
 
@@ -82,6 +85,8 @@ class BlockStage(Stage):
             raise InputError(f"stage blocks: remove_count must be at least 1, got {self.remove_count}")
         if self.budget is not None and self.keep is None:
             raise InputError(f"stage blocks: budget={self.budget} has no effect without keep; leave it out")
+        if self.budget is not None and not find_budget(self.budget).of_network:
+            raise InputError(f"stage blocks: budget={self.budget} counts no blocks; use macs or params")
 
 
 PARTS = {"channels": None, "planes": "planes", "mid": "mid", "heads": "heads", "width": "width"}
@@ -96,7 +101,8 @@ class ChannelStage(Stage):
         epoch: epoch (from 0) at whose start it happens; `compress` fills it in.
         part: `planes` slices the residual trunk, `mid` the channels inside the blocks, `heads` whole heads, `width`
             what norms read (see `group_role`), `channels` all but the last.
-        budget: what `keep` counts: `macs`, `params`, `latency`, or `channels` (the share of this stage's channels).
+        budget: what `keep` counts: `macs`, `params`, `latency`, `channels` (the share of this stage's channels), or
+            `package.module:Class`.
         score: name of the method that ranks the channels (`lit_prune.scores.SCORES`), such as `proxy` (the paper's).
         allocation: `measured` (by what the width of each group does to the prediction), `global` (one threshold), or
             `uniform` (the same share everywhere).
@@ -106,20 +112,20 @@ class ChannelStage(Stage):
         protect: names of groups that stay whole.
         replace: what stands in for removed channels (`lit_prune.replace_mechanisms`): `refit` (every layer from the
             first cut on is solved again), combinations of kept channels (`affine`), their means (`constant`), or
-            nothing (`delete`).
+            nothing (`delete`); or `package.module:Class`.
     """
 
     keep: float
     epoch: int = 0
     part: Literal["channels", "planes", "mid", "heads", "width"] = "channels"
-    budget: Literal["macs", "params", "latency", "channels"] = "macs"
+    budget: str = "macs"
     score: str = "reconstruction"
     allocation: Literal["global", "uniform", "measured"] = "measured"
     normalisation: Literal["none", "layer_mean", "layer_max", "rank", "z", "isomorphic"] | None = None
     round_to: int = 1
     cap: float = 0.95
     protect: tuple[str, ...] = ()
-    replace: Literal["delete", "constant", "affine", "refit"] = "refit"
+    replace: str = "refit"
 
     @property
     def name(self) -> str:
@@ -142,8 +148,10 @@ class ChannelStage(Stage):
                 f"stage {self.name}: normalisation={self.normalisation} has no effect with "
                 f"allocation={self.allocation}; leave it out, or set allocation=global"
             )
-        if self.replace not in KINDS:
-            raise InputError(f"stage {self.name}: replace={self.replace!r} is none of {', '.join(KINDS)}")
+        try:
+            find_stand_in(self.replace).check(STAND_IN_SETTINGS)
+        except InputError as error:
+            raise InputError(f"stage {self.name}: replace: {error}") from error
         if self.cap == 0:
             raise InputError(f"stage {self.name}: cap=0 keeps every channel; give the largest share that may go")
         self.request(self.keep)
@@ -163,22 +171,15 @@ class ChannelStage(Stage):
         )
 
 
-@dataclass(frozen=True)
-class DenseCost:
-    """Cost of the dense network, which budgets refer to; `latency` in seconds at batch 1, NaN where not measured."""
+def budgets_of(stages: Iterable[Stage]) -> list[str]:
+    """Budgets of which the stages keep a share of the dense network's cost; multiply-adds and parameters first."""
+    named = ("macs", "params", *(budget for stage in stages if (budget := getattr(stage, "budget", None))))
+    return [name for name in dict.fromkeys(named) if find_budget(name).of_network]
 
-    macs: int
-    params: int
-    latency: float = float("nan")
 
-    @classmethod
-    def of(cls, model: nn.Module, example_input: Tensor, with_latency: bool = False) -> "DenseCost":
-        """Counts `model`; the latency is measured only where a budget needs it."""
-        counted = cost(model, example_input)
-        if with_latency and not isinstance(example_input, Tensor):
-            raise InputError("budget=latency: the network reads more than one tensor; use macs or params")
-        seconds = measure_latency(model, tuple(example_input.shape[1:])) if with_latency else float("nan")
-        return cls(counted.macs, counted.params, seconds)
+def dense_costs(model: nn.Module, example: Any, budgets: Iterable[str] = ("macs", "params")) -> dict[str, float]:
+    """Cost of the dense network under each budget."""
+    return {name: find_budget(name).of(model, example) for name in budgets}
 
 
 @dataclass(frozen=True)
@@ -212,7 +213,7 @@ def removable_in_order(blocks: tuple[Block, ...], information: Mapping[str, floa
     return order
 
 
-def plan_blocks(model: nn.Module, stage: BlockStage, batches: Batches, dense: DenseCost, probe: Probe) -> Plan:
+def plan_blocks(model: nn.Module, stage: BlockStage, batches: Batches, dense: Costs, probe: Probe) -> Plan:
     """Plan that drops the blocks with the least information about the label.
 
     Args:
@@ -243,7 +244,7 @@ def choose_blocks(
     blocks: tuple[Block, ...],
     information: Mapping[str, float],
     example: Any,
-    dense: DenseCost,
+    dense: Costs,
 ) -> list[str]:
     """Names of the blocks that a stage drops.
 
@@ -269,7 +270,7 @@ def _block_count(
     blocks: tuple[Block, ...],
     stage: BlockStage,
     example: Any,
-    dense: DenseCost,
+    dense: Costs,
 ) -> int:
     """How many blocks of `order` go: `floor(r * free)`, or as few as bring the cost under the budget."""
     if stage.remove_ratio is not None:
@@ -277,28 +278,26 @@ def _block_count(
     if stage.remove_count is not None:
         return min(len(order), stage.remove_count)
     budget = stage.budget or "macs"
-    target = stage.keep * getattr(dense, budget)
+    quantity, target = find_budget(budget), stage.keep * dense[budget]
     for count in range(len(order) + 1):
         plan = Plan(drop_blocks=tuple(order[:count]), keep_channels={}, sizes={}, notes={})
         smaller = apply_plan(model, plan, example) if count else model
-        if getattr(cost(smaller, example), budget) <= target:
+        if quantity.of(smaller, example) <= target:
             return count
     raise InputError(
         f"stage blocks cannot reach keep={stage.keep} of {budget}: all {len(order)} removable blocks are too few"
     )
 
 
-def plan_channels(model: nn.Module, stage: ChannelStage, batches: Batches, dense: DenseCost, probe: Probe) -> Plan:
+def plan_channels(model: nn.Module, stage: ChannelStage, batches: Batches, dense: Costs, probe: Probe) -> Plan:
     """Plan that slices channels by `stage.score` until the budget, a share of the dense network's cost, is met.
 
     Raises:
         InputError: the network is already within the budget, or a score or budget is invalid.
     """
-    keep = stage.keep
-    if stage.budget in ("macs", "params"):
-        keep = stage.keep * getattr(dense, stage.budget) / getattr(cost(model, probe.example), stage.budget)
-    elif stage.budget == "latency":
-        keep = stage.keep * dense.latency / measure_latency(model, tuple(probe.example.shape[1:]))
+    keep, quantity = stage.keep, find_budget(stage.budget)
+    if quantity.of_network:
+        keep = stage.keep * dense[stage.budget] / quantity.of(model, probe.example)
     if keep >= 1:
         raise InputError(
             f"stage {stage.name} removes nothing: the network already costs {stage.keep / keep:.1%} of the dense "
@@ -319,12 +318,12 @@ def cut(
     """
     if isinstance(stage, BlockStage) or stage.replace == "delete":
         return apply_plan(model, plan, example_input), plan
-    settings = Replacement(unsupported="delete", towards="weights")  # determined by however few samples
+    settings = STAND_IN_SETTINGS
     reduced = replace_mechanisms(model, plan, batches, stage.replace, example_input, settings=settings, task=task)
     return reduced.model, reduced.plan
 
 
-def plan_stage(model: nn.Module, stage: Stage, batches: Batches, dense: DenseCost, probe: Probe) -> Plan:
+def plan_stage(model: nn.Module, stage: Stage, batches: Batches, dense: Costs, probe: Probe) -> Plan:
     """Plan of any stage; see `plan_blocks` and `plan_channels`."""
     plan = plan_blocks if isinstance(stage, BlockStage) else plan_channels
     return plan(model, stage, batches, dense, probe)

@@ -19,7 +19,7 @@ from lit_prune.train.phase_optimizer import PhaseOptimizer
 from lit_prune.train.rewire import begin_anew, rewired, share_state
 from lit_prune.train.samples import Samples, calibration_samples, recalibration_samples
 from lit_prune.train.stage_record import figures_of, note_cost, plain
-from lit_prune.train.stages import ChannelStage, DenseCost, Probe, Stage, cut, plan_stage
+from lit_prune.train.stages import ChannelStage, Probe, Stage, budgets_of, cut, dense_costs, plan_stage
 from lit_prune.train.subject import Subject
 
 RECALIBRATION_BATCHES = 50
@@ -105,10 +105,11 @@ class Surgeon:
         return calibration_samples(trainer, subject.path, self.calibration)
 
     def _plan(self, subject: Subject, stage: Stage, samples: Samples, task: Task, record: dict[str, Any]) -> Plan:
-        dense = DenseCost(record["macs"]["dense"], record["params"]["dense"])
-        if isinstance(stage, ChannelStage) and stage.budget == "latency":
+        dense = {name: record[name]["dense"] for name in ("macs", "params")}
+        further = [name for name in budgets_of([stage]) if name not in dense]
+        if further:
             base = subject.before(len(subject.plans) - record["stage"]).to(next(subject.network.parameters()).device)
-            dense = DenseCost.of(base, subject.example, with_latency=True)
+            dense |= dense_costs(base, subject.example, further)
         return plan_stage(subject.network, stage, samples, dense, Probe(subject.example, task, self.probe_limit))
 
     def _limit(self, stage: Stage | None) -> int:

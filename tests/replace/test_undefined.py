@@ -6,7 +6,7 @@ from torch import nn
 
 import lit_prune
 from lit_prune.errors import InputError
-from lit_prune.replace import KINDS
+from lit_prune.replace import STAND_INS
 
 EXAMPLE = torch.randn(1, 3, 8, 8)
 PLAN = lit_prune.Plan((), {"conv1": (0, 1, 2, 3)}, {"conv1": 8})
@@ -34,7 +34,7 @@ USES = {
     "compress": lambda net, data: lit_prune.compress(net, data, keep=0.6),
     **{
         kind: lambda net, data, kind=kind: lit_prune.replace_mechanisms(net, PLAN, data, kind, example_input=EXAMPLE)
-        for kind in KINDS
+        for kind in STAND_INS
         if kind != "delete"
     },
 }
@@ -53,7 +53,7 @@ def test_a_network_with_nan_weights_is_refused(tiny_net, use):
         USES[use](broken(tiny_net), batches())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", STAND_INS)
 def test_an_interchange_with_a_network_that_answers_nan_certifies_nothing(tiny_net, kind):
     reduced = lit_prune.replace_mechanisms(tiny_net, PLAN, batches(), kind, example_input=EXAMPLE)
     with torch.no_grad():

@@ -153,7 +153,7 @@ def test_what_needs_no_targets_does_not_mind_strange_ones():
 
 def test_a_task_can_be_named():
     assert isinstance(find_task("regression"), Regression)
-    with pytest.raises(InputError, match="'regresion' is not one of classification"):
+    with pytest.raises(InputError, match="task='regresion' is unknown: did you mean regression"):
         find_task("regresion")
 
 

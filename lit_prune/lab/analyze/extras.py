@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 import pandas as pd
+
+from lit_prune.registry import import_files
 
 if TYPE_CHECKING:
     from lit_prune.lab.analyze.evidence import Analysis
@@ -51,8 +51,5 @@ def register_extra(*outputs: str, settings: tuple[str, ...] = ()) -> Callable[[B
 @cache
 def extra_names() -> tuple[str, ...]:
     """Names of all extras; the modules of this folder are imported, so that theirs are known."""
-    package = __name__.rpartition(".")[0]
-    for module in pkgutil.iter_modules(import_module(package).__path__):
-        if module.name not in ABOVE:
-            import_module(f"{package}.{module.name}")
+    import_files(__file__, __package__, ABOVE)
     return tuple(name for name in PARTS if name != BASE)

@@ -11,13 +11,16 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from lit_prune.errors import InputError
 from lit_prune.measurement.layers import Batches, removing
 from lit_prune.measurement.moments import Moments
+from lit_prune.replace import find_stand_in
 from lit_prune.replace.consumers import Reader
-from lit_prune.replace.fitting import InputEvidence, check_objective, fit_stand_in
+from lit_prune.replace.fitting import Affine, Folding, InputEvidence
 from lit_prune.replace.interchange import Interchange
 from lit_prune.replace.pairs import Swaps, draw_pairs
 from lit_prune.replace.regression import RIDGES, PairSums, solve_held_out
+from lit_prune.replace.replacement import Refit
 from lit_prune.replace.risk import SoftmaxHead
 from lit_prune.replace.settings import Replacement
 from lit_prune.replace.stand_ins import fold
@@ -127,12 +130,12 @@ class HeadEvidence:
         moments.add(self.values[:, None])
         return moments
 
-    def inputs(self, kind: str, settings: Replacement) -> InputEvidence:
-        """What `fit_stand_in` needs."""
-        by_loss = settings.objective != "distortion"
-        curvature = self.softmax.curvature() if by_loss and kind == "constant" else None
-        rows = self.softmax.rows() if by_loss and kind == "affine" else None
-        return InputEvidence(self.moments, (), curvature, rows)
+    def inputs(self, method: Folding, settings: Replacement) -> InputEvidence:
+        """What `Folding.fit` needs; the risk in closed form."""
+        if settings.objective == "distortion":
+            return InputEvidence(self.moments)
+        risk = self.softmax.rows() if isinstance(method, Affine) else self.softmax.curvature()
+        return InputEvidence(self.moments, (), risk)
 
 
 def compile_head(evidence: HeadEvidence, kept: Sequence[int], kind: str, settings: Replacement) -> Head:
@@ -141,23 +144,29 @@ def compile_head(evidence: HeadEvidence, kept: Sequence[int], kind: str, setting
     Args:
         evidence: of the head as it is.
         kept: columns of the original classifier, all of them read by the head now.
-        kind: "delete", "constant", "affine" or "refit".
-        settings: as in `replace_mechanisms`.
+        kind: as in `replace_mechanisms`.
+        settings: likewise.
+
+    Raises:
+        InputError: a kind that is neither folded into its reader nor solved for.
     """
-    check_objective(kind, settings)
+    method = find_stand_in(kind)
+    method.check(settings)
     head = evidence.head
     places = [head.kept.index(column) for column in sorted(kept)]
     removed = tuple(sorted(set(range(len(head.kept))) - set(places)))
     outputs = tuple(range(len(head.bias)))
     reader = Reader(head.name, removed, tuple(places), outputs, outputs, (), "")
     weight, bias, said = head.weight[:, places], head.bias, {}
-    if kind == "refit":
+    if isinstance(method, Refit):
         weight, bias, said = _refit(evidence, places, settings)
-    elif kind != "delete":
-        stand_in, said = fit_stand_in(reader, head.weight, evidence.inputs(kind, settings), kind, settings)
+    elif isinstance(method, Folding):
+        stand_in, said = method.fit(reader, head.weight, evidence.inputs(method, settings), settings)
         folded = fold(head.module(), reader, stand_in, ())
         weight, bias = folded.weight, head.bias + folded.shift
         said = {"unexplained": stand_in.unexplained, **said}
+    elif method.changes:
+        raise InputError(f"kind={kind!r} is not for a classifier's inputs, which take what folds into the classifier")
     return Head(head.name, weight, bias, tuple(sorted(kept)), {"kind": kind, **said})
 
 

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from lit_prune.errors import InputError
-from lit_prune.replace import Replacement, Swaps
+from lit_prune.replace import Replacement, Swaps, find_stand_in
 from lit_prune.train.distillation import Repair
 
 Extra = Literal["stress", "curvature"]
@@ -16,7 +16,7 @@ class Method:
 
     Attributes:
         score: a name of `lit_prune.scores.SCORES`; for attention heads see `lit_prune.replace.heads.HEAD_SCORES`.
-        kind: "delete", "constant", "affine" or "refit".
+        kind: what stands in, a name of `lit_prune.replace.STAND_INS` or `package.module:Class`.
         objective: of constants and affine stand-ins: "distortion", "curvature", "loss" or "joint_loss" (see
             `Replacement`).
         parents: affine: kept units that stand in for a removed one; None: all.
@@ -28,7 +28,7 @@ class Method:
     """
 
     score: str = "cmr_logit"
-    kind: Literal["delete", "constant", "affine", "refit"] = "constant"
+    kind: str = "constant"
     objective: Literal["distortion", "curvature", "loss", "joint_loss"] = "distortion"
     parents: int | None = 16
     parent_rule: Literal["pearson", "weighted_pearson", "random"] = "pearson"
@@ -45,7 +45,7 @@ class Method:
         """
         if self.steps < 1:
             raise InputError(f"method {self.score}: steps={self.steps} must be at least 1")
-        self.settings(0)
+        find_stand_in(self.kind).check(self.settings(0))
 
     @property
     def label(self) -> str:

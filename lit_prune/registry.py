@@ -1,0 +1,86 @@
+"""What can be named: registries, each filled where its things are written."""
+
+import pkgutil
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lit_prune.errors import InputError, did_you_mean
+
+Thing = TypeVar("Thing")
+
+
+class Registry(dict[str, Thing]):
+    """Things by the name that configurations and arguments use.
+
+    Args:
+        argument: what that argument is called, such as `budget`: refusals begin with it.
+    """
+
+    def __init__(self, argument: str) -> None:
+        super().__init__()
+        self.argument = argument
+
+    def add(self, name: str, thing: Thing) -> Thing:
+        """The thing, which now goes by that name.
+
+        Raises:
+            ValueError: another thing has the name.
+        """
+        if self.setdefault(name, thing) is not thing:
+            raise ValueError(f"{self.argument}: two things are named {name!r}; give one of them another name")
+        return thing
+
+    def find(self, name: str) -> Thing:
+        """The thing of a name, or what `package.module:name` imports.
+
+        Importing runs code, so such a name may come from the caller's own words only, never from a file of a run.
+
+        >>> colours = Registry("colour")
+        >>> colours.add("red", 1)
+        1
+        >>> colours.find("rad")
+        Traceback (most recent call last):
+        lit_prune.errors.InputError: colour='rad' is unknown: did you mean red?; use one of red
+
+        Raises:
+            InputError: there is none of that name.
+        """
+        if name in self:
+            return self[name]
+        if ":" in name:
+            found: Any = imported(name, self.argument)
+            return found
+        raise InputError(
+            f"{self.argument}={name!r} is unknown: {did_you_mean(name, self)}; use one of {', '.join(self)}"
+        )
+
+
+def imported(name: str, argument: str) -> Callable[..., Any]:
+    """The function or class that `package.module:name` names. Importing runs code: the name must be the caller's own.
+
+    Raises:
+        InputError: the module cannot be imported, or has nothing callable of that name.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"{argument}: {name!r} cannot be imported ({error}); give package.module:function") from error
+    if not callable(found):
+        raise InputError(f"{argument}: {name!r} is a {type(found).__name__}; give package.module:function")
+    return found
+
+
+def import_files(file: str, package: str, above: tuple[str, ...] = ()) -> None:
+    """Imports every module beside a file: what lies in a new one registers itself.
+
+    Args:
+        file: `__file__` of the caller.
+        package: the package that its folder is.
+        above: modules that use the registry, and are left out.
+    """
+    for module in pkgutil.iter_modules([str(Path(file).parent)]):
+        if module.name not in above:
+            import_module(f"{package}.{module.name}")

@@ -1,0 +1,27 @@
+"""Why channels may not be cut, in the words of every report."""
+
+from torch import nn
+
+OUTPUT = "it is the network's output"
+INPUT = "it is joined with the network's input"
+ATTENTION = "its channels take part in attention"
+PADDING = "its channels pass through a parameter-free channel padding, which shifts their positions"
+UNTRACKED = "its channels cannot be followed through a split, reshape or unknown operation"
+MIXES = "it mixes places, and channels pass through it one by one"
+FIXED_PARTS = "its channels are cut into unequal parts or at a fixed position"
+SPREAD = "it is spread over several channels"
+SHARED = "it shares weights with a layer of another kind"
+TOGETHER = "its channels could only go all at once, since each is tied to the others"
+MISLED = "its channels do not keep their positions (shuffle, reshape, mixing or an operation that is not known)"
+ORDER = (ATTENTION, INPUT, SHARED, FIXED_PARTS, UNTRACKED, SPREAD, MIXES, OUTPUT, PADDING)
+"""Which of several is said."""
+
+
+def operation(name: str) -> str:
+    """The reason where an operation is not known to treat channels one by one."""
+    return f"its channels do not keep their positions through the operation {name}"
+
+
+def statistics(name: str, module: nn.Module) -> str:
+    """The reason where a norm takes statistics over channels."""
+    return f"they pass through {name} ({type(module).__name__}), whose statistics would change"
