@@ -31,9 +31,9 @@ from lit_prune import recalibrate_batchnorm
 from lit_prune.compression import Comparison, Recipe, compress
 from lit_prune.replace import Replacement
 from lit_prune.replace.distil import Distilling, distil
+from lit_prune.running import undisturbed
 from lit_prune.structure import cost, trace_groups
 from lit_prune.task import settle
-from lit_prune.task.running import undisturbed
 
 _GREEDY = Replacement(scope="consumers", clipped=False, unsupported="delete")
 _ALL = Replacement(clipped=False, unsupported="delete")

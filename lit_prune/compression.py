@@ -14,10 +14,10 @@ from lit_prune.measurement.layers import Batches
 from lit_prune.replace import Reduced, Replacement, replace_mechanisms
 from lit_prune.replace.distil import Distilling, distil
 from lit_prune.replace.replacement import take_batches
+from lit_prune.running import undisturbed
 from lit_prune.scores import Evidence, plan_method
 from lit_prune.structure import Budget, CostModel, Plan, apply_plan, cost
 from lit_prune.task import Task, settle
-from lit_prune.task.running import undisturbed
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,8 @@ def verify(model: nn.Module, reduced: Reduced, batches: Iterable[Any], example: 
     comparison = Comparison()
     with undisturbed(model), undisturbed(reduced.model):
         for piece in (piece for batch in batches for piece in task.pieces(batch)):
-            comparison.add(task, *(task.run(net, task.to(piece, net)) for net in (model, reduced.model)), piece)
+            original, other = (task.run(net, task.to(piece, net)) for net in (model, reduced.model))
+            comparison.add(task, original, other, piece)
     figures = comparison.figures(task)
     report = {"plan": reduced.plan.to_dict(), "layers": reduced.report["layers"], "images": comparison.count}
     for name, net in (("dense", model), ("compact", reduced.model)):
@@ -183,9 +184,8 @@ class Comparison:
     decides: bool = False
     agreed: float = 0.0
     squared: float = 0.0
-    first: Tensor | float = 0.0
-    second: Tensor | float = 0.0
-    metrics: list[Tensor | float] = field(default_factory=lambda: [0.0, 0.0])
+    moments: tuple[Tensor, Tensor] | None = None  # sums of the original's values and of their squares
+    metrics: tuple[Tensor, ...] = ()
 
     def add(self, task: Task, original: Any, other: Any, batch: Any) -> None:
         """Adds one batch."""
@@ -194,22 +194,24 @@ class Comparison:
         self.count += len(before)
         self.agreed += float(task.agreement(task.prediction(original), task.prediction(other)).sum())
         self.squared += float((after - before).square().sum())
-        self.first, self.second = self.first + before.sum(0), self.second + before.square().sum(0)
+        first, second = self.moments or (0.0, 0.0)
+        self.moments = first + before.sum(0), second + before.square().sum(0)
         self.decides = task.decides
         if task.needs_target and task.target(batch) is not None:
-            found = (task.metric(output, batch) for output in (original, other))
-            self.metrics = [total + value for total, value in zip(self.metrics, found, strict=True)]
+            found = tuple(task.metric(output, batch) for output in (original, other))
+            self.metrics = tuple(a + b for a, b in zip(self.metrics, found, strict=True)) if self.metrics else found
 
     def distances(self) -> dict[str, float]:
         """`distortion` and `agreement`."""
-        mean = self.first / self.count
-        variance = float((self.second / self.count - mean.square()).sum()) * self.count
+        assert self.moments is not None, "there was a batch"
+        first, second = (total / self.count for total in self.moments)
+        variance = float((second - first.square()).sum()) * self.count
         distortion = self.squared / variance if variance else self.squared
         return {"distortion": distortion, "agreement": self.agreed / self.count if self.decides else 1 - distortion}
 
     def figures(self, task: Task) -> dict[str, dict[str, float]]:
         """The task's figure of both networks, under its name; empty without targets."""
-        if not isinstance(self.metrics[0], Tensor):
+        if not self.metrics:
             return {}
         names = ("dense", "compact")
         return {

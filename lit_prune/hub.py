@@ -66,7 +66,14 @@ class HubNetwork(nn.Module, ModelHubMixin, library_name="lit_prune", tags=["prun
     ) -> "HubNetwork":
         folder = Path(model_id)
         if not folder.is_dir():
-            settings = {"revision": revision, "cache_dir": cache_dir, "token": token}
-            settings |= {"force_download": force_download, "local_files_only": local_files_only}
-            folder = Path(snapshot_download(model_id, allow_patterns=list(FILES), **settings))
+            found = snapshot_download(
+                model_id,
+                revision=revision,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                token=token,
+                local_files_only=local_files_only,
+                allow_patterns=list(FILES),
+            )
+            folder = Path(str(found))
         return cls(load_compact(folder, model=model, trust=trust))

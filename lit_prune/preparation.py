@@ -92,7 +92,8 @@ class Preparation:
             raise InputError(f"preparation: {type(model).__name__} has no pretrained_cfg of timm; give the values")
         _, height, width = said["input_size"]
         resize = math.floor(min(height, width) / (said.get("crop_pct") or 1.0))
-        kind = said.get("interpolation") if said.get("interpolation") in INTERPOLATIONS else "bilinear"
+        wanted = str(said.get("interpolation"))
+        kind = wanted if wanted in INTERPOLATIONS else "bilinear"
         return cls(said["mean"], said["std"], (height, width), resize, interpolation=kind, classes=tuple(classes))
 
 

@@ -57,6 +57,54 @@ class Registry(dict[str, Thing]):
         )
 
 
+Base = TypeVar("Base", bound="Named")
+
+
+class Named:
+    """Something that a user names.
+
+    Attributes:
+        name: what it was asked for by.
+    """
+
+    name: str = ""
+
+
+class Kinds(Registry[type[Base]]):
+    """Classes by name; asked for, one is made.
+
+    Args:
+        argument: as in `Registry`.
+        base: what all of them derive from.
+    """
+
+    def __init__(self, argument: str, base: type[Base]) -> None:
+        super().__init__(argument)
+        self.base = base
+
+    def register(self, name: str) -> Callable[[type[Base]], type[Base]]:
+        """Class decorator: the class goes by that name."""
+
+        def register(cls: type[Base]) -> type[Base]:
+            cls.name = name
+            return self.add(name, cls)
+
+        return register
+
+    def make(self, name: str) -> Base:
+        """A new one by its name, or of the class that `package.module:Class` imports.
+
+        Raises:
+            InputError: as `find`, or the class is of another kind.
+        """
+        found = self.find(name)()
+        if not isinstance(found, self.base):
+            home = f"{self.base.__module__}.{self.base.__qualname__}"
+            raise InputError(f"{self.argument}: {name!r} makes a {type(found).__name__}; give a subclass of {home}")
+        found.name = name
+        return found
+
+
 def imported(name: str, argument: str) -> Callable[..., Any]:
     """The function or class that `package.module:name` names. Importing runs code: the name must be the caller's own.
 

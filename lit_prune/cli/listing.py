@@ -130,7 +130,8 @@ def _data() -> Table:
 
 def _below(cls: type) -> Iterator[type]:
     """The classes that derive from a class."""
-    for derived in cls.__subclasses__():
+    found: list[type] = cls.__subclasses__()
+    for derived in found:
         yield derived
         yield from _below(derived)
 

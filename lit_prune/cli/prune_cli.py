@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from lit_prune.train.checkpoints import checkpoint_writer
 from lit_prune.train.classifier import LitClassifier
 from lit_prune.train.execution import check_precision
 from lit_prune.train.run_record import write_run
+from lit_prune.train.trainer_state import callbacks_of
 
 TRAINING_VERBS = ("fit", "compress")
 LAB_VERBS = ("analyze", "lesion", "reduce", "sensitivity", "sweep")
@@ -82,7 +84,8 @@ class PruneCLI(LightningCLI):
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         """Lightning's parser of a verb, whose help has the trainer's many options last."""
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        parser._action_groups.sort(key=lambda group: "lightning.pytorch.Trainer" in str(group.title))
+        groups: Any = parser._action_groups
+        groups.sort(key=lambda group: "lightning.pytorch.Trainer" in str(group.title))
         return parser
 
     def _parse_ckpt_path(self) -> None:
@@ -137,7 +140,7 @@ class PruneCLI(LightningCLI):
         plugins = given if isinstance(given, list) else [given]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, checkpoint_writer()]
-        trainer = super().instantiate_trainer(callbacks=callbacks, logger=logger, **kwargs)
+        trainer: Any = super().instantiate_trainer(callbacks=callbacks, logger=logger, **kwargs)
         check_precision(str(trainer.precision), trainer.strategy.root_device, asked=settings.get("precision"))
         return trainer
 
@@ -200,14 +203,15 @@ class PruneCLI(LightningCLI):
         if ratios is None:
             self.trainer.compress(**arguments)
             return
-        terminal().print(schedule_sweep(self.run_dir, ratios, lambda *run: self._one_ratio(*run, arguments)))
+        one = partial(self._one_ratio, arguments=arguments)
+        terminal().print(schedule_sweep(self.run_dir, ratios, one))
 
     def _one_ratio(self, ratio: float, run_dir: Path, arguments: dict[str, Any]) -> None:
         """One run of a schedule sweep in its own folder, with a network and a trainer of its own."""
         settings = self.config[self.subcommand]
         settings["run_dir"] = settings["trainer"]["default_root_dir"] = str(run_dir)
         self.instantiate_classes()
-        for callback in self.trainer.callbacks:
+        for callback in callbacks_of(self.trainer):
             if hasattr(callback, "set_block_ratio"):
                 callback.set_block_ratio(ratio)
         last = run_dir / "checkpoints" / "last.ckpt"
@@ -295,7 +299,7 @@ class PruneCLI(LightningCLI):
 def build_cli(args: Sequence[str], run: bool = True) -> PruneCLI:
     """Parses the command line of a verb that needs a model and data, and carries it out unless `run` is off."""
     sys.argv[1:] = args = with_recipes(args)  # Lightning's launchers start the other ranks with this command line
-    chosen = PruneCLI if run else ParsedCLI
+    chosen: Any = PruneCLI if run else ParsedCLI
     if args and args[0] in PruneCLI.subcommands():  # the parsers of the other verbs would take seconds to build
         verb = {args[0]: PruneCLI.subcommands()[args[0]]}
         chosen = type(chosen.__name__, (chosen,), {"subcommands": staticmethod(lambda: verb)})

@@ -19,6 +19,7 @@ from lit_prune.lab.sensitivity.table import Asked
 from lit_prune.lab.sweep.request import SweepRequest
 from lit_prune.lab.sweep.run import sweep_run
 from lit_prune.train.classifier import LitClassifier
+from lit_prune.train.trainer_state import callbacks_of
 
 
 @runtime_checkable
@@ -65,7 +66,7 @@ class Trainer(pl.Trainer):
                 `[0.1, 0.25, 0.4, 0.5]`, and one table of all. None: a single run.
             ckpt_path: checkpoint of an interrupted compression to go on from; found by itself in the run folder.
         """
-        staged = [callback for callback in self.callbacks if isinstance(callback, StagedCallback)]
+        staged = [callback for callback in callbacks_of(self) if isinstance(callback, StagedCallback)]
         if len(staged) != 1:
             raise InputError(
                 f"compress needs one StagedPruning callback, found {len(staged)}: add -c configs/prune/refit.yaml"

@@ -1,4 +1,4 @@
-"""The base of all data modules: splits, loaders, the calibration subset, the fingerprint."""
+"""The base of all data modules: loaders, the calibration subset, the fingerprint."""
 
 import copy
 import math
@@ -6,7 +6,6 @@ from functools import cached_property
 from typing import Any, Literal, Self, cast
 
 import torch
-from lightning import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
@@ -15,17 +14,17 @@ from lit_prune.data.calibration import stratified_order
 from lit_prune.data.resident import ResidentLoader, choose_place
 from lit_prune.data.sampling import EpochSampler, Shard
 from lit_prune.data.seeding import seeded_generator
-from lit_prune.data.sources import ImageSource, MemoryImages, check_label_range, checksums
+from lit_prune.data.sources import MemoryImages, checksums
+from lit_prune.data.splits import Splits
 from lit_prune.data.workers import BatchDataset, WorkerLoader
 from lit_prune.errors import InputError
 from lit_prune.preparation import Preparation
 
 Loader = ResidentLoader | WorkerLoader
 LARGEST_SIDE = 8192
-STAGE_SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
 
 
-class ImageData(LightningDataModule):
+class ImageData(Splits):
     """Labelled images as batches `(images float32 [B, C, H, W], labels int64 [B])`, normalised.
 
     A data set implements `load_split` and sets `image_shape`, `classes` and the class attributes below. Every random
@@ -93,7 +92,6 @@ class ImageData(LightningDataModule):
         self.mean, self.std = tuple(mean or self.MEAN), tuple(std or self.STD)
         self.classes: tuple[str, ...] = ()
         self.num_classes = self.CLASSES
-        self._sources: dict[str, ImageSource] = {}
         self._placed: dict[tuple[str, str], MemoryImages] = {}
         self._said = False
         self._check_arguments()
@@ -112,56 +110,6 @@ class ImageData(LightningDataModule):
         ):
             raise InputError(f"mean={self.mean} and std={self.std} need one value a channel each, std above 0")
 
-    def load_split(self, split: str) -> ImageSource:
-        """Images of an official split.
-
-        Args:
-            split: `"train"`, `"test"`, or `"val"` where `has_validation`.
-
-        Raises:
-            InputError: The files are missing or damaged.
-        """
-        raise NotImplementedError
-
-    @property
-    def has_validation(self) -> bool:
-        """Whether the data set has a validation split beside its test split."""
-        return False
-
-    @property
-    def available_splits(self) -> tuple[str, ...]:
-        """The splits that `load_split` can give, and validation."""
-        return "train", "val", "test"
-
-    def setup(self, stage: str | None = None) -> None:
-        """Loads the splits of `stage` (all for None), once; without a trainer it also prepares the data.
-
-        Raises:
-            InputError: Files are missing or damaged, or the sizes asked for exceed the training split.
-        """
-        if self.trainer is None:
-            self.prepare_data()
-        for split in STAGE_SPLITS.get(str(stage), self.available_splits):
-            self._source(split)
-
-    def _stored_as(self, split: str) -> str:
-        return "test" if split == "val" and not self.val_size and not self.has_validation else split
-
-    def _source(self, split: str) -> ImageSource:
-        split = self._stored_as(split)
-        if split not in self._sources:
-            if split == "train" or (split == "val" and self.val_size):
-                self._divide_training_split()
-            else:
-                self._sources[split] = self._checked(split)
-        return self._sources[split]
-
-    def _checked(self, split: str) -> ImageSource:
-        self._check_shape()
-        source = self.load_split(split)
-        check_label_range(source.labels, self.num_classes, f"the {split} split in {self.root}")
-        return source
-
     def _check_shape(self) -> None:
         channels, *sides = self.image_shape
         if not 1 <= min(sides) <= max(sides) <= LARGEST_SIDE:
@@ -172,31 +120,6 @@ class ImageData(LightningDataModule):
             raise InputError(f"pad={self.pad} is more than the images of {sides} themselves; use less")
         if self.padding == "reflect" and self.pad >= min(sides):
             raise InputError(f"pad={self.pad} is too large to reflect images of {sides}; use at most {min(sides) - 1}")
-
-    def _divide_training_split(self) -> None:
-        source = self._checked("train")
-        total, wanted = len(source.labels), self.val_size + (self.train_size or 1)
-        if wanted > total:
-            raise InputError(
-                f"train_size={self.train_size} with val_size={self.val_size} needs {wanted} images, the training split"
-                f" has {total}; lower one of them"
-            )
-        order = stratified_order(source.labels, seeded_generator(self.seed, "split"))
-        held_out, rest = order[: self.val_size].sort().values, order[self.val_size :]
-        if self.val_size:
-            self._sources["val"] = source.subset(held_out)
-        self.train_positions = rest[: self.train_size].sort().values  # in the official training split, int64 [N]
-        whole = len(self.train_positions) == total
-        self._sources["train"] = source if whole else source.subset(self.train_positions)
-
-    def size(self, split: str) -> int:
-        """Number of images that a split of `available_splits` has."""
-        return len(self._source(split).labels)
-
-    @property
-    def validation_split(self) -> str:
-        """The split that validation really reads: `val`, or `test` where there is neither `val_size` nor `val`."""
-        return self._stored_as("val")
 
     def _shard(self) -> Shard:
         return Shard(self.trainer.global_rank, self.trainer.world_size) if self.trainer else Shard()

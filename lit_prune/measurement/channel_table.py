@@ -18,8 +18,8 @@ from lit_prune.measurement.moments import Moments
 from lit_prune.measurement.protocol import DEFAULT_PROTOCOL, Protocol
 from lit_prune.measurement.summaries import coupling, live_rows
 from lit_prune.measurement.sums import ActivationSums, LayerSums
+from lit_prune.running import undisturbed
 from lit_prune.task import Task, peek, settle
-from lit_prune.task.running import undisturbed
 
 MINIMUM_IMAGES = 4  # three correlated variables (T and two channels) need one image more
 NO_TARGET = "none"  # what `target` says to leave T out

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lit_prune.errors import InputError
+from lit_prune.running import undisturbed
 from lit_prune.structure.axes import CONVOLUTIONS, width
 from lit_prune.structure.example import Example
-from lit_prune.task.running import undisturbed
 
 Batches = Iterable[Any]  # see `lit_prune.task`
 CHANNEL_LAYERS = (*CONVOLUTIONS, nn.Linear)

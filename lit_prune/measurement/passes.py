@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from lit_prune.errors import InputError, UndefinedLossError
 from lit_prune.measurement.layers import Batches, removing
+from lit_prune.running import undisturbed
 from lit_prune.task import Task
-from lit_prune.task.running import undisturbed
 
 
 class Collector(Protocol):

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from lit_prune.errors import InputError
 from lit_prune.measurement.layers import Batches, position_view, removing
+from lit_prune.running import undisturbed
 from lit_prune.task import Task, settle
-from lit_prune.task.running import undisturbed
 
 
 def pooled_outputs(

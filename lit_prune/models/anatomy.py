@@ -11,12 +11,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
 from lit_prune.models.families import FAMILIES, Block, sequences
 from lit_prune.models.residual import Skip, residual_blocks
+from lit_prune.running import undisturbed
 
 
 def find_blocks(model: nn.Module, example_input: Tensor) -> tuple[Block, ...]:
@@ -107,7 +107,7 @@ def _candidates(model: nn.Module) -> tuple[Block, ...]:
 def _all_blocks(model: nn.Module, example_input: Tensor) -> tuple[Block, ...]:
     """Blocks by structure, and residual blocks anywhere else."""
     blocks = _candidates(model)
-    with _undisturbed(model, example_input):
+    with undisturbed(model):
         return blocks + tuple(residual_blocks(model, example_input, [name for b in blocks for name in b.members]))
 
 
@@ -131,7 +131,7 @@ class _Passage:
 def _measured(model: nn.Module, blocks: tuple[Block, ...], example_input: Tensor) -> tuple[Block, ...]:
     """The blocks in forward order, protected also by the shapes that one forward pass shows."""
     passages = {block.name: _Passage() for block in blocks}
-    with _recording(model, blocks, passages), _undisturbed(model, example_input):
+    with _recording(model, blocks, passages), undisturbed(model):
         model(example_input)
     in_order = sorted(blocks, key=lambda block: passages[block.name].order)
     return tuple(replace(block, protected=passages[block.name].obstacle or block.protected) for block in in_order)
@@ -162,20 +162,6 @@ def _recording(model: nn.Module, blocks: Sequence[Block], passages: dict[str, _P
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _undisturbed(model: nn.Module, example_input: Tensor) -> Iterator[None]:
-    """Evaluation mode without gradients; the mode of every module and the random state come back on exit."""
-    training = [(module, module.training) for module in model.modules()]
-    devices = [example_input.device] if example_input.is_cuda else []
-    try:
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
-            model.eval()
-            yield
-    finally:
-        for module, mode in training:
-            module.training = mode
 
 
 def _shape(value: Tensor | tuple) -> tuple[int, ...]:

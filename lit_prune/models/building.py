@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lit_prune.errors import InputError
 from lit_prune.models.registry import build_backbone, check_arguments, first_line
+from lit_prune.running import undisturbed
 
 
 def build_network(
@@ -58,18 +59,14 @@ def check_forward(model: nn.Module, image_shape: Sequence[int], num_classes: int
     Raises:
         InputError: it does not take such images, or has fewer outputs than there are classes.
     """
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            output = model.eval()(torch.zeros(1, *image_shape))
+        with undisturbed(model):
+            output = model(torch.zeros(1, *image_shape))
     except Exception as error:  # whatever its layers say of an image that is too small, or of other channels
         raise InputError(
             f"backbone {name!r} does not take the data's images of shape {list(image_shape)}: {first_line(error)}; "
             "choose another backbone, its arguments (stem, in_channels, img_size) or the data's resolution"
         ) from error
-    finally:
-        for module, training in modes:
-            module.training = training
     if not isinstance(output, Tensor) or output.shape[:1] != (1,) or output.dim() != 2:
         raise InputError(f"backbone {name!r} returns no logits [N, num_classes] for images of {list(image_shape)}")
     if output.shape[1] < num_classes:

@@ -10,9 +10,9 @@ from lit_prune.errors import InputError
 from lit_prune.measurement.layers import removing
 from lit_prune.replace.consumers import Reader
 from lit_prune.replace.flow import Flow
+from lit_prune.running import undisturbed
 from lit_prune.structure import ChannelGraph, Group, Plan
 from lit_prune.structure.example import Example
-from lit_prune.task.running import undisturbed
 
 FLATNESS = 1e-5  # largest deviation of a carrier from its mean, over the mean
 
@@ -66,7 +66,7 @@ def light_carriers(
     gained = []
     for name, unit in carriers.items():
         for rank, producer in enumerate(graph.by_name[name].producers):
-            rows = [_after(row, lost.get((producer, "out"), ())) for row in _rows(graph.by_name[name], producer, unit)]
+            rows = [_after(row, lost.get((producer, "out"), [])) for row in _rows(graph.by_name[name], producer, unit)]
             if _send(reduced, producer, flow.norms.get(producer, ""), rows, float(rank == 0)):
                 gained.append(producer)
     return gained
@@ -74,7 +74,7 @@ def light_carriers(
 
 def carrier_columns(graph: ChannelGraph, carriers: Mapping[str, int], reader: Reader) -> list[int]:
     """Input columns of `reader`, as in the network before, that belong to carriers."""
-    columns = []
+    columns: list[int] = []
     for name in reader.groups:
         for member in graph.by_name[name].members if name in carriers else ():
             if member.module == reader.name and member.axis == "in":

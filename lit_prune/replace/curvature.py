@@ -166,8 +166,8 @@ class CurvatureSums(InputGradients):
         size = self.task.size(batch)
         for part in loss_parts(self.task, output, batch, self.generator):
             for name, gradients in self.gradients_of(part.values).items():
-                rows = (channel_rows(self.model, name, values, size) for values in (self.inputs[name], gradients))
-                self._add(name, *rows, part)
+                values, slopes = (channel_rows(self.model, name, rows, size) for rows in (self.inputs[name], gradients))
+                self._add(name, values, slopes, part)
         self.inputs.clear()
         self.count += size
 
@@ -187,7 +187,11 @@ class CurvatureSums(InputGradients):
 
     def result(self) -> dict[str, Curvature]:
         """Layer -> means over the images."""
-        return {name: Curvature(*(total / self.count for total in totals)) for name, totals in self.sums.items()}
+        found = {}
+        for name, totals in self.sums.items():
+            first, product, square, mixed, diagonal = (total / self.count for total in totals)
+            found[name] = Curvature(first, product, square, mixed, diagonal)
+        return found
 
 
 def measure_curvature(

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
+from lit_prune.running import undisturbed
 from lit_prune.task import Task
-from lit_prune.task.running import undisturbed
 
 Augment = Callable[[Any, torch.Generator], Any]
 CHECKS = 10  # how often the held-out distortion is looked at
@@ -48,7 +48,7 @@ class Distilling:
         """
         if (self.seconds is None) == (self.epochs is None):
             raise InputError(f"seconds={self.seconds}, epochs={self.epochs}: give one of them")
-        if (self.seconds or self.epochs) <= 0 or self.learning_rate <= 0 or self.batch < 1:
+        if (self.seconds or self.epochs or 0) <= 0 or self.learning_rate <= 0 or self.batch < 1:
             raise InputError(
                 f"seconds={self.seconds}, epochs={self.epochs}, learning_rate={self.learning_rate} and "
                 f"batch={self.batch} must be above 0"
@@ -106,11 +106,11 @@ def _pieces(
     places = [
         (index, start) for index, batch in enumerate(batches) for start in range(0, task.size(batch), settings.batch)
     ]
-    steps = None if settings.epochs is None else math.ceil(settings.epochs * len(places))
+    steps = math.ceil((settings.epochs or 0) * len(places))
     began, step = time.perf_counter(), 0
     while True:
         for place in torch.randperm(len(places), generator=generator).tolist():
-            progress = (time.perf_counter() - began) / settings.seconds if steps is None else step / steps
+            progress = (time.perf_counter() - began) / settings.seconds if settings.seconds else step / steps
             if progress >= 1:
                 return
             index, start = places[place]
@@ -181,14 +181,14 @@ class _Race:
     def _predict(self, model: nn.Module, batch: Any) -> Tensor:
         return self.task.prediction(self.task.run(model, batch))
 
+    def _predictions(self, model: nn.Module) -> Tensor:
+        """Of the held-out samples, float64 [n, D]."""
+        with torch.no_grad():
+            batches = (self.task.to(batch, self.reduced) for batch in self.held_out)
+            return torch.cat([self._predict(model, batch).double().flatten(1) for batch in batches])
+
     def _distortion(self, model: nn.Module | None) -> float:
         """Mean squared change of the held-out prediction, scaled; without a model its variance."""
-        pairs = []
-        with torch.no_grad():
-            for batch in self.held_out:
-                batch = self.task.to(batch, self.reduced)
-                wanted = self._predict(self.original, batch).double().flatten(1)
-                pairs.append((wanted, None if model is None else self._predict(model, batch).double().flatten(1)))
-        wanted = torch.cat([pair[0] for pair in pairs])
-        other = wanted.mean(0) if model is None else torch.cat([pair[1] for pair in pairs])
+        wanted = self._predictions(self.original)
+        other = wanted.mean(0) if model is None else self._predictions(model)
         return self.scale * float((wanted - other).square().sum(1).mean())

@@ -72,7 +72,7 @@ def elimination_costs(readers: Sequence[Elimination], units: int) -> Tensor:
     costs = torch.zeros(units, dtype=torch.float64)
     highest = 0.0
     while len(left) > 1:
-        rises = sum(reader.costs(left) for reader in readers)
+        rises = torch.stack([reader.costs(left) for reader in readers]).sum(0)
         place = int(rises.argmin())
         unit = int(left[place])
         highest = max(highest * (1 + 1e-12), float(rises[place]))

@@ -11,8 +11,8 @@ from lit_prune.measurement.layers import removing
 from lit_prune.replace.consumers import Reader
 from lit_prune.replace.patches import channel_dim
 from lit_prune.replace.slopes import pieces
+from lit_prune.running import undisturbed
 from lit_prune.task import Task
-from lit_prune.task.running import undisturbed
 
 MOST_IMAGES = 512
 

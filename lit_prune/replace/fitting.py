@@ -111,7 +111,7 @@ class Folding(StandInMethod):
         run_pass(model, batches, [moments, *risks], task)
         found = risks[0].result() if risks else {}
         seen = moments.result()
-        return {name: InputEvidence(one.moments, one.size, found.get(name)) for name, one in seen.items()}
+        return {str(name): InputEvidence(one.moments, one.size, found.get(name)) for name, one in seen.items()}
 
 
 @register_stand_in("constant")

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -60,13 +61,13 @@ class Flow:
         for addition in self.additions:
             candidates = [name for name in addition.operands if name in place]
             if candidates:
-                last = max(candidates, key=place.get)
+                last = max(candidates, key=place.__getitem__)
                 found[last] = replace(found[last], joined=True, clip=addition.clip)
                 place[last] = (addition.before - 1, 1)
-        return [found[name] for name in sorted(place, key=place.get)]
+        return [found[name] for name in sorted(place, key=place.__getitem__)]
 
 
-def observe(model: nn.Module, example_input: Tensor) -> Flow:
+def observe(model: nn.Module, example_input: Any) -> Flow:
     """Runs the model on one image; it is left as found.
 
     Args:
@@ -92,7 +93,7 @@ class _Watch(TorchFunctionMode):
         self.reads: dict[str, int] = {}
         self.norms: dict[str, str] = {}
         self.additions: list[tuple[tuple[str, ...], int]] = []
-        self.clips: dict[str, Clip] = {}
+        self.clips: dict[str, Clip | None] = {}
 
     def hooks(self, name: str, module: nn.Module) -> list:
         """Hooks on one module."""

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +12,8 @@ from lit_prune.errors import InputError
 from lit_prune.measurement.layers import Batches, removing
 from lit_prune.measurement.passes import differentiable
 from lit_prune.replace.curvature import Part, loss_parts
+from lit_prune.running import undisturbed
 from lit_prune.task import Task, settle
-from lit_prune.task.running import undisturbed
 
 HEAD_SCORES = ("cmr_const", "head_removal", "variance", "cmr_logit", "random")
 
@@ -82,14 +83,14 @@ class HeadMoments:
         return self._by_head(spread * weight.detach().double().cpu().square().sum(0))
 
 
-def find_attention(model: nn.Module, name: str) -> nn.Module:
+def find_attention(model: nn.Module, name: str) -> Any:
     """The attention module `name`, which must have `qkv`, `proj`, `num_heads` and `head_dim`, as timm's has.
 
     Raises:
         InputError: there is none, or it has norms or gates across heads.
     """
     module = dict(model.named_modules()).get(name)
-    if not is_attention(module):
+    if module is None or not is_attention(module):
         some = [key for key, value in model.named_modules() if is_attention(value)]
         raise InputError(f"layer={name!r} is no attention with qkv and proj; there are: {', '.join(some) or 'none'}")
     if not isinstance(getattr(module, "norm", nn.Identity()), nn.Identity) or getattr(module, "gate", None) is not None:

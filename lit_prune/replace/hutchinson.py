@@ -42,8 +42,8 @@ class HutchinsonSums(InputGradients):
         for name, gradients in self.gradients_of(self.task.losses(output, batch), create_graph=True).items():
             for inputs, gradient in zip(self.inputs[name], gradients, strict=True):
                 part = self._batch_sums(name, inputs, gradient, size)
-                known = self.sums.get(name, [0.0] * len(part))
-                self.sums[name] = [a + b for a, b in zip(known, part, strict=True)]
+                known = self.sums.get(name)
+                self.sums[name] = part if known is None else [a + b for a, b in zip(known, part, strict=True)]
         self.inputs.clear()
         self.count += size
 

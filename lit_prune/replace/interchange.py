@@ -19,10 +19,10 @@ from lit_prune.replace.flow import observe
 from lit_prune.replace.pairs import Images, Swaps, draw_pairs, gather_images
 from lit_prune.replace.patches import channel_dim
 from lit_prune.replace.replacement import Reduced
+from lit_prune.running import undisturbed
 from lit_prune.structure import Plan, apply_plan, trace_groups
 from lit_prune.task import Classification, Task, settle
 from lit_prune.task.batches import to_network
-from lit_prune.task.running import undisturbed
 
 
 @dataclass(frozen=True)

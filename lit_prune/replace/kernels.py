@@ -4,6 +4,8 @@ A transposed convolution with stride s is a plain one with stride 1 and flipped 
 between its values, so that what is solved or folded for one serves the other.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -50,7 +52,8 @@ def spread(module: nn.Module, inputs: Tensor) -> Tensor:
         return F.pad(inputs, padding, mode=mode) if any(padding) else inputs
     sizes = [(size - 1) * step + 1 for size, step in zip(inputs.shape[2:], module.stride, strict=True)]
     wide = inputs.new_zeros(*inputs.shape[:2], *sizes)
-    wide[(..., *(slice(None, None, step) for step in module.stride))] = inputs
+    apart: tuple[Any, ...] = (..., *(slice(None, None, step) for step in module.stride))
+    wide[apart] = inputs
     sides = zip(module.kernel_size, module.dilation, module.padding, module.output_padding, strict=True)
     pads = [((taps - 1) * far - cut, (taps - 1) * far - cut + more) for taps, far, cut, more in sides]
     return F.pad(wide, [side for pair in reversed(pads) for side in pair])

@@ -94,15 +94,17 @@ def measured_distortion(
     """
     task, batches = settle(task, model, batches)
     readers = sorted({reader for found in cuts.values() for reader in found})
-    sums, count = {group: 0.0 for group in cuts}, 0
+    sums: dict[str, Tensor] = {}
+    count = 0
     for sample in gradient_samples(model, batches, readers, task, seed):
         for group, found in cuts.items():
-            moved = sum(
+            moves = [
                 _moved(model.get_submodule(reader), *call, cut)
                 for reader, cut in found.items()
                 for call in sample.at[reader]
-            )
-            sums[group] = sums[group] + moved.double().square().sum(0).cpu()
+            ]
+            moved = torch.stack(moves).sum(0).double().square().sum(0).cpu()
+            sums[group] = sums[group] + moved if group in sums else moved
         count += sample.size
         if count >= IMAGES:
             break
@@ -130,7 +132,7 @@ def ladder_widths(size: int) -> list[int]:
 
 
 def group_cuts(
-    model: nn.Module, group: Group, scores: Sequence[float], moments: Mapping[str, ReaderMoments], widths: Sequence[int]
+    model: nn.Module, group: Group, scores: Any, moments: Mapping[str, ReaderMoments], widths: Sequence[int]
 ) -> dict[str, Cut]:
     """The cuts of a group's readers, in the order of its units' scores.
 

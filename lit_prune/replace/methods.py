@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lit_prune.errors import InputError
-from lit_prune.registry import Registry
+from lit_prune.registry import Kinds, Named
 
 if TYPE_CHECKING:
     from lit_prune.replace.job import Job
@@ -16,18 +16,16 @@ Done = tuple[dict[str, dict], list[str]]
 """Report by layer, and the layers that gained a bias."""
 
 
-class StandInMethod:
+class StandInMethod(Named):
     """A way to fill the place of what a plan removes. Most are a `Folding` of `replace.fitting`: they say how to fit.
 
     Attributes:
-        name: under which it is registered.
         objectives: values of `Replacement.objective` that it can be fitted to.
         curvatures: values of `Replacement.curvature` where the objective is one of a loss.
         changes: whether it changes the layers that read what goes; those that cannot be changed are then refused.
         carries: whether a carrier may hold its constants (`Replacement.border`).
     """
 
-    name: str = ""
     objectives: ClassVar[tuple[str, ...]] = ("distortion",)
     curvatures: ClassVar[tuple[str, ...]] = ("gauss_newton",)
     changes: ClassVar[bool] = True
@@ -57,27 +55,18 @@ class StandInMethod:
                 )
 
 
-STAND_INS: Registry[type[StandInMethod]] = Registry("kind")
+STAND_INS = Kinds("kind", StandInMethod)
 
 
 def register_stand_in(name: str) -> Callable[[type[StandInMethod]], type[StandInMethod]]:
     """Class decorator: what goes may be replaced so, under this name."""
-
-    def register(cls: type[StandInMethod]) -> type[StandInMethod]:
-        cls.name = name
-        return STAND_INS.add(name, cls)
-
-    return register
+    return STAND_INS.register(name)
 
 
 def find_stand_in(name: str) -> StandInMethod:
-    """The method of a name, or the class that `package.module:Class` names.
+    """The method of a name, or of the class that `package.module:Class` names.
 
     Raises:
         InputError: unknown name, or no `StandInMethod`.
     """
-    found = STAND_INS.find(name)()
-    if not isinstance(found, StandInMethod):
-        raise InputError(f"kind: {name!r} makes a {type(found).__name__}; give a subclass of StandInMethod")
-    found.name = name
-    return found
+    return STAND_INS.make(name)

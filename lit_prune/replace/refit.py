@@ -18,9 +18,9 @@ from lit_prune.replace.patches import PositionSample, channel_dim, input_rows, o
 from lit_prune.replace.regression import RIDGES, CrossSums, Fit, PairSums, solve, solve_held_out
 from lit_prune.replace.settings import ROWS_A_WEIGHT, Replacement
 from lit_prune.replace.slopes import pieces
-from lit_prune.replace.walk import Seen, Stop, watching
+from lit_prune.replace.walk import Seen, Stop, Walk, watching
+from lit_prune.running import undisturbed
 from lit_prune.task import Task
-from lit_prune.task.running import undisturbed
 
 PIECE = 32  # images unfolded at once
 KEPT = 1 << 26  # most values of patches that are kept for the rounds; others are cut out anew
@@ -85,7 +85,14 @@ def _walked(pair: Pair, stops: Sequence[Stop], batches: Sequence[Any]) -> Iterat
     ):
         walks = [(start_original(batch), start_reduced(batch)) for batch in batches if stops]
         for stop in stops:
-            yield stop, ([tuple(walk.advance(stop.layer) for walk in both)] for both in walks)
+            yield stop, ([(_at(original, stop), _at(reduced, stop))] for original, reduced in walks)
+
+
+def _at(walk: Walk, stop: Stop) -> Seen:
+    """What a pass has at hand at a stop."""
+    seen = walk.advance(stop.layer)
+    assert seen is not None, "only the end of a pass has nothing"
+    return seen
 
 
 def _passed(pair: Pair, stops: Sequence[Stop], batches: Sequence[Any]) -> Iterator[tuple[Stop, Iterable[Calls]]]:
@@ -119,6 +126,7 @@ class _Solver:
     def add(self, original: Seen, reduced: Seen, held_out: bool) -> None:
         """Adds one batch."""
         dim = channel_dim(self.module)
+        assert original.output is not None, "the original's layer has run"
         output = taken(original.output, self.reader.outputs, dim)
         chosen = self.positions.draw(len(output), output[0].numel() // output.shape[dim])
         for start in range(0, len(output), PIECE):
@@ -145,6 +153,8 @@ class _Solver:
         clip that follows, every z that takes the sum beyond it too is as good as the target.
         """
         norm = self.pair.reduced.get_submodule(self.stop.norm) if self.stop.norm else None
+        rest: Tensor | float
+        scale: Tensor | float
         if norm is None or (other is None and self.stop.clip is None):
             rest, scale, live = 0.0 if other is None else other, 1.0, None
         else:

@@ -76,10 +76,10 @@ def weighted_affine(rows: RiskRows, replaced: Sequence[int], parents: Tensor, ri
             f"parents={count}: {len(rows.values)} calibration samples are too few for {count} parents and an offset; "
             "use more images or fewer parents"
         )
-    replaced = torch.as_tensor(list(replaced))
+    places = torch.as_tensor(list(replaced))
     shift = rows.values.mean(0)
     values = (rows.values - shift).T.contiguous()  # [C, n]
-    a, g, h = values[replaced], rows.gradient.T[replaced], rows.curvature.T[replaced]  # [R, n]
+    a, g, h = values[places], rows.gradient.T[places], rows.curvature.T[places]  # [R, n]
     flat = h.sum(1) <= 1e-12 * rows.curvature.sum(0).amax()
     h, g = torch.where(flat[:, None], 1.0, h), torch.where(flat[:, None], 0.0, g)
     total, pull = h.sum(1), g.sum(1)
@@ -90,7 +90,7 @@ def weighted_affine(rows: RiskRows, replaced: Sequence[int], parents: Tensor, ri
     theta, singular = solve_ridged(gram, wanted[..., None], ridge)
     theta = theta[..., 0]
     offsets = (a - centred)[:, 0] - (theta * centre).sum(1) - pull / total
-    offsets += shift[replaced] - (theta * shift[parents]).sum(1)
+    offsets += shift[places] - (theta * shift[parents]).sum(1)
     alone = (0.5 * h * centred.square() - g * centred).sum(1) - 0.5 * pull.square() / total
     gained = (theta * (wanted - 0.5 * (gram @ theta[..., None])[..., 0])).sum(1)
     risk = torch.where(flat, 0.0, (alone - gained) / rows.images)

@@ -69,8 +69,8 @@ class RiskSamples(InputGradients):
                 else:
                     curvature[name] += self._weights(name, part.weights, chosen[name])[:, None] * rows.square()
         for name in wanted:
-            rows = tuple(table[name].cpu() for table in (values, gradient, curvature))
-            self.parts.setdefault(name, []).append(rows)
+            part_of = (values[name].cpu(), gradient[name].cpu(), curvature[name].cpu())
+            self.parts.setdefault(name, []).append(part_of)
         self.inputs.clear()
 
     def _draw(self, name: str, inputs: Tensor, size: int, first: bool) -> Tensor | None:
@@ -94,7 +94,8 @@ class RiskSamples(InputGradients):
 
     def result(self) -> dict[str, RiskRows]:
         """Layer -> samples."""
-        columns = {
-            name: [torch.cat(column) for column in zip(*parts, strict=True)] for name, parts in self.parts.items()
-        }
-        return {name: RiskRows(*rows, self.images[name], "gauss_newton") for name, rows in columns.items()}
+        found = {}
+        for name, parts in self.parts.items():
+            values, gradient, curvature = (torch.cat(column) for column in zip(*parts, strict=True))
+            found[name] = RiskRows(values, gradient, curvature, self.images[name], "gauss_newton")
+        return found

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.measurement.layers import removing
+from lit_prune.running import undisturbed
 from lit_prune.task import Task
-from lit_prune.task.running import undisturbed
 
 MOST_SAMPLES = 32
 MOST_VALUES = 1 << 21  # of the inputs, in one pass with gradients
@@ -62,7 +62,7 @@ def gradient_samples(
             probe = torch.randn(values.shape, generator=generator).to(values)
             outputs = [output for _, _, output in seen]
             gradients = torch.autograd.grad((probe * values).sum(), outputs, materialize_grads=True)
-            found = {name: [] for name in layers}
+            found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
             for (name, inputs, _), gradient in zip(seen, gradients, strict=True):
                 found[name].append((inputs, gradient))
             yield GradientSample(found, task.size(batch))

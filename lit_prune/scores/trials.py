@@ -9,12 +9,12 @@ from torch import nn
 
 from lit_prune.replace import Replacement
 from lit_prune.replace.replacement import refitted
+from lit_prune.running import undisturbed
 from lit_prune.scores.evidence import Evidence
 from lit_prune.structure import ChannelGraph, Plan
 from lit_prune.structure.allocation import Measured
 from lit_prune.structure.ladders import Ladder
 from lit_prune.task import Task
-from lit_prune.task.running import undisturbed
 
 TRIAL = Replacement(ridge=1e-4, rows=25_000, clipped=False, unsupported="delete")
 IMAGES = 128  # for the solves of a trial, and as many others to judge it by

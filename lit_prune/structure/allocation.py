@@ -138,11 +138,11 @@ def _plan_widths(
     steps = Steps.build(list(scores.values()), request.round_to, request.cap)
     price = find_budget(request.kind).price(cost_model, columns)
     dense = price(steps.sizes)
-    target = request.keep * dense
+    target = request.share * dense
     widths = choose(steps, price, target)
     achieved = price(widths) / dense
     reason = _shortfall(graph, steps, scores, widths, price, target)
-    notes |= {"budget": request.kind, "requested": float(request.keep), "achieved": achieved, "met": not reason}
+    notes |= {"budget": request.kind, "requested": request.share, "achieved": achieved, "met": not reason}
     return _plan(scores, dict(zip(scores, widths.tolist(), strict=True)), notes | {"reason": reason})
 
 
@@ -163,7 +163,7 @@ def _shortfall(
         )
     larger = {name: steps.wider(index, widths) for index, name in enumerate(names)}
     rises = {name: price(wide) - achieved for name, wide in larger.items() if wide is not None}
-    name = min(rises, key=rises.get) if rises else ""
+    name = min(rises, key=rises.__getitem__) if rises else ""
     return (
         f"widths are too coarse: the smallest step back, in {name!r}, is {rises[name] / dense:.4f} of the dense cost"
         if name
@@ -185,20 +185,20 @@ def _plan_layerwise(
     graph: ChannelGraph, cost_model: CostModel, scores: dict[str, np.ndarray], request: Budget, notes: dict[str, Any]
 ) -> Plan:
     """Given shares: widths to the nearest allowed one."""
-    for name in request.keep:
+    for name in request.shares:
         if name not in scores:
             known = graph.by_name.get(name)
             why = (
                 "there is no such group" if known is None else known.protected or "it is not selected or has no scores"
             )
             raise InputError(f"keep[{name!r}]: {why}; the groups are {', '.join(list(scores)[:6])}")
-    chosen = {name: scores[name] for name in scores if name in request.keep}
+    chosen = {name: scores[name] for name in scores if name in request.shares}
     steps = Steps.build(list(chosen.values()), request.round_to, request.cap)
-    shares = np.array([request.keep[name] for name in chosen])
+    shares = np.array([request.shares[name] for name in chosen])
     widths = dict(zip(chosen, steps.nearest(shares * steps.sizes).tolist(), strict=True))
     plan = _plan(chosen, widths, notes)
     macs = cost_model.macs(cost_model.widths(plan.keep_channels)) / cost_model.macs(cost_model.sizes)
-    found = {"budget": "layerwise", "requested": dict(request.keep), "achieved": macs, "met": True, "reason": ""}
+    found = {"budget": "layerwise", "requested": dict(request.shares), "achieved": macs, "met": True, "reason": ""}
     return replace(plan, notes=notes | found)
 
 
@@ -216,7 +216,8 @@ def plan_measured(model: nn.Module, plan_at: Callable[[Budget], Plan], request: 
     """
     quantity = find_budget(request.kind)
     quantity.check(example_input)
-    low, high, best, fastest, dense = 0.0, 1.0, None, None, []
+    low, high, best, dense = 0.0, 1.0, None, []
+    trials: list[tuple[float, Plan]] = []
     for _ in range(MEASURED_TRIALS):
         share = (low + high) / 2
         plan = plan_at(replace(request, kind="macs", keep=share))
@@ -224,14 +225,14 @@ def plan_measured(model: nn.Module, plan_at: Callable[[Budget], Plan], request: 
         whole, found = quantity.compare([model, trial], example_input)
         dense.append(whole)
         ratio = found / whole
-        fastest = min(fastest or (ratio, plan), (ratio, plan), key=lambda pair: pair[0])
-        if ratio <= request.keep:
+        trials.append((ratio, plan))
+        if ratio <= request.share:
             low, best = share, (ratio, plan)
         else:
             high = share
-    ratio, plan = best or fastest
+    ratio, plan = best or min(trials, key=lambda pair: pair[0])
     reason = "" if best else f"the best of {MEASURED_TRIALS} trials still takes {ratio:.3f} of the dense {request.kind}"
-    notes = {"budget": request.kind, "requested": request.keep, "achieved": ratio, "met": not reason, "reason": reason}
+    notes = {"budget": request.kind, "requested": request.share, "achieved": ratio, "met": not reason, "reason": reason}
     notes |= {"spread": _spread(dense, request.kind), "macs_achieved": plan.notes["achieved"]}
     return replace(plan, notes={**plan.notes, **notes})
 

@@ -12,6 +12,7 @@ of relative positions, temperatures, gates and norms within a head come out the 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -107,8 +108,11 @@ class Stack(TorchFunctionMode):
         self.calls_of.setdefault(name, (args, kwargs))
 
 
+Watching = TypeVar("Watching", bound=Stack)
+
+
 @contextmanager
-def watching(model: nn.Module, stack: Stack) -> Iterator[Stack]:
+def watching(model: nn.Module, stack: Watching) -> Iterator[Watching]:
     """The mode switched on, with hooks that keep `running`."""
     handles = []
     for name, module in model.named_modules():
@@ -171,7 +175,10 @@ def _columns(calls: Sequence[_Call], reads: Sequence[_Read]) -> list[tuple[int, 
     plain, by_column, by_read = (_gradients(reads, outputs, code) for code in (_ones, _column_code, _read_code))
     found: list[tuple[int, Tensor] | str] = []
     for ones, column, read in zip(plain, by_column, by_read, strict=True):
-        found.append("no layer reads it" if ones is None else _one_reader(ones, column, read))
+        if ones is None or column is None or read is None:
+            found.append("no layer reads it")
+        else:
+            found.append(_one_reader(ones, column, read))
     return found
 
 
@@ -220,7 +227,7 @@ def _attention(model: nn.Module, call: _Call, reads: Sequence[_Read], found: tup
     if not read.weight or sorted(p for row in places for p in row) != list(range(width)):
         return Attention(call.owner, heads, reason="no layer alone reads all its heads and nothing else")
     owners = dict(_owners(model, read, columns, heads))
-    slices = {name: found for name, owner in owners.items() if (found := _slices(name, owner, heads))}
+    slices = {name: part for name, owner in owners.items() if (part := _slices(name, owner, heads))}
     slices |= _likewise(model, slices, owners)
     return Attention(call.owner, heads, read.weight, places, tuple(slices.values()))
 

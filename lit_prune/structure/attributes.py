@@ -46,7 +46,7 @@ def _entries(model: nn.Module) -> list[dict[str, Any]]:
     known = isinstance(info, list) and all(
         isinstance(one, dict) and {"module", "num_chs"} <= one.keys() for one in info
     )
-    return info if known else []
+    return info if known and info is not None else []
 
 
 def _outputs(model: nn.Module, example_input: Any, named: Iterable[str]) -> Mapping[str, Tensor]:
@@ -79,7 +79,7 @@ def _moved(width: Any, before: Tensor | None, after: Tensor | None) -> int | Non
     return None if axis is None else int(after.shape[axis])
 
 
-def _follow_head(head: nn.Module) -> None:
+def _follow_head(head: Any) -> None:
     """A head that writes down the width of its last layer (`fc`) writes down the present one."""
     last = getattr(head, "fc", None)
     if not (

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
-from lit_prune.registry import Registry
+from lit_prune.registry import Kinds, Named
 
 if TYPE_CHECKING:
     from lit_prune.structure.cost_model import CostModel
@@ -17,20 +17,18 @@ if TYPE_CHECKING:
 Price = Callable[[np.ndarray], int]
 
 
-class Quantity:
+class Quantity(Named):
     """A cost of a network, of which a budget keeps a share.
 
     A subclass answers from arithmetic (`whole`), so that a budget is met without a forward pass, or sets `measured` and
     answers from the network alone (`of`); then the share is found by trial surgery.
 
     Attributes:
-        name: under which it is registered.
         measured: whether it has to run the network.
         of_network: whether a network has such a cost, so that a stage keeps a share of the dense one's; else a stage
             keeps a share of what is there.
     """
 
-    name: str = ""
     measured: ClassVar[bool] = False
     of_network: ClassVar[bool] = True
 
@@ -64,21 +62,16 @@ class Quantity:
         return price
 
 
-BUDGETS: Registry[type[Quantity]] = Registry("budget")
+BUDGETS = Kinds("budget", Quantity)
 
 
 def register_budget(name: str) -> Callable[[type[Quantity]], type[Quantity]]:
     """Class decorator: a budget may count this quantity, under this name."""
-
-    def register(cls: type[Quantity]) -> type[Quantity]:
-        cls.name = name
-        return BUDGETS.add(name, cls)
-
-    return register
+    return BUDGETS.register(name)
 
 
 def find_budget(name: str) -> Quantity:
-    """The quantity of a name, or the class that `package.module:Class` names.
+    """The quantity of a name, or of the class that `package.module:Class` names.
 
     >>> find_budget("params").of(nn.Linear(3, 2), None)
     8
@@ -86,11 +79,7 @@ def find_budget(name: str) -> Quantity:
     Raises:
         InputError: unknown name, or no `Quantity`.
     """
-    found = BUDGETS.find(name)()
-    if not isinstance(found, Quantity):
-        raise InputError(f"budget: {name!r} makes a {type(found).__name__}; give a Quantity of structure.budgets")
-    found.name = name
-    return found
+    return BUDGETS.make(name)
 
 
 @register_budget("macs")

@@ -89,8 +89,8 @@ def save_compact(
         raise InputError(f"save_compact: model is a {type(model).__name__}; give the network")
     if not all(isinstance(plan, Plan) for plan in plans):
         raise InputError("save_compact: plans holds something else than plans; give those that were applied")
-    plans = [plan.to_dict() for plan in plans]
-    values = {"backbone": backbone, "arguments": arguments or {}, "plans": plans, "inputs": inputs}
+    replayed = [plan.to_dict() for plan in plans]
+    values = {"backbone": backbone, "arguments": arguments or {}, "plans": replayed, "inputs": inputs}
     shape = None if input_shape is None else tuple(input_shape)
     described = Description.read(values, shape, f"save_compact to {folder}")
     tensors = own_tensors(model)

@@ -48,11 +48,11 @@ class CostModel:
                 inner = rows.get((f"{name}.in_proj_weight", "dim:1"))
                 projections = 0 if inner is None else _projections(module, layer)
                 macs[-1] += (layer.macs - projections) // int(heads @ np.append(sizes, 1)) * heads
-                if projections:
+                if inner is not None:
                     macs += projections // _dense(heads, inner, sizes) * np.outer(heads, inner)
                 continue
-            out, inner = _row(rows, graph, module, name, "out"), _row(rows, graph, module, name, "in")
-            macs += layer.macs // _dense(out, inner, sizes) * np.outer(out, inner)
+            out, read = _row(rows, graph, module, name, "out"), _row(rows, graph, module, name, "in")
+            macs += layer.macs // _dense(out, read, sizes) * np.outer(out, read)
         for parameter_name, parameter in model.named_parameters():
             params += _parameter_terms(model, parameter_name, parameter, rows, graph)
         return cls(tuple(group.name for group in graph.groups), sizes, macs, params)
@@ -71,7 +71,7 @@ class CostModel:
         return np.array(kept, dtype=np.int64)
 
 
-def _projections(module: nn.MultiheadAttention, layer: LayerCost) -> int:
+def _projections(module: Any, layer: LayerCost) -> int:
     """What the four projections take of `h·(2LE + 2SE + 2LS)` multiply-adds; h = heads · their width, L = queries."""
     inner, width, queries = module.num_heads * module.head_dim, module.embed_dim, layer.positions
     keys = (layer.macs // inner - 2 * queries * width) // (2 * (width + queries))

@@ -12,7 +12,7 @@ from lit_prune.structure.tracing import without
 def cut_layer(model: nn.Module, name: str, axis: str, positions: list[int]) -> None:
     """Removes positions from one axis of one layer or bare parameter; flags and memory format stay."""
     target = axes.find(model, name)
-    if axes.stated(axis):
+    if axes.stated(axis) and isinstance(target, nn.Module):
         setattr(open_layer(target), axes.stated(axis), axes.width(target, axis) - len(positions))
         return
     around = model.get_submodule(name.rpartition(".")[0])
@@ -20,8 +20,10 @@ def cut_layer(model: nn.Module, name: str, axis: str, positions: list[int]) -> N
         open_layer(around)  # an attention whose width changes
     holder = around if isinstance(target, Tensor) else target
     before = dict(holder.named_parameters(recurse=False))
-    if holder is target:
-        layer_type(target).cut(target, axis, positions)
+    if isinstance(target, nn.Module):
+        layer = layer_type(target)
+        assert layer is not None, f"{name} is a {type(target).__name__}, which no group holds"
+        layer.cut(target, axis, positions)
     else:
         longest = max(range(target.dim()), key=lambda d: target.shape[d])
         dim = int(axis[4:]) if axis.startswith("dim:") else longest

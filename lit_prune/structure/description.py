@@ -108,9 +108,10 @@ class Description:
         return model
 
     def _build(self, trust: Iterable[str]) -> nn.Module:
+        assert self.backbone is not None, "said where there is none"
         if ":" not in self.backbone:
             _check_memory(self.backbone, self.arguments)
-        return build_network(self.backbone, self.arguments, trust=trust)
+        return build_network(self.backbone, dict(self.arguments), trust=trust)
 
 
 def rebuilt(

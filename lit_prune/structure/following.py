@@ -46,6 +46,11 @@ class Follower(TorchDispatchMode):
             return self.put(tensor, self.labels.axis(name, "out", tensor.numel()).view(tensor.shape))
         return None
 
+    def shadow(self, tensor: Tensor) -> Tensor:
+        """Labels of a tensor; nobody's where it has none."""
+        labels = self.of(tensor)
+        return torch.zeros((), dtype=torch.float64).expand(tensor.shape) if labels is None else labels
+
     def put(self, tensor: Tensor, labels: Tensor) -> Tensor:
         """Remembers the labels of a tensor (and the tensor, so that its memory is not given to another)."""
         self._shadows[_key(tensor)] = (tensor, labels)
@@ -96,8 +101,9 @@ class Follower(TorchDispatchMode):
         strides = args[0].stride() if name in operations.RESTRIDES else ()
         output = function(*args, **kwargs)
         if before is not None and any(labels is not None for labels in before):
-            if strides and operations.same_places(before[0].shape, strides, output):
-                self.put(output, before[0])
+            first = before[0]
+            if strides and first is not None and operations.same_places(first.shape, strides, output):
+                self.put(output, first)
             else:
                 self._follow(name, function, args, kwargs, output)
         return output
@@ -126,7 +132,7 @@ class Follower(TorchDispatchMode):
     def _rule(self, name: str) -> Callable | None:
         """What an operation with a rule of its own does, given its arguments and output."""
         if name in operations.SAME:
-            return lambda args, output: self.put(output, self.of(args[0]))
+            return lambda args, output: self.put(output, self.shadow(args[0]))
         if name in operations.SPATIAL:
             return lambda args, output: self._merge(operations.spatial_dims(name), args, _tensors(output)[0])
         if name in operations.BATCH_NORM:
@@ -167,13 +173,13 @@ class Follower(TorchDispatchMode):
         if labels is not None and isinstance(args[0], Tensor):
             self._hold_together(name, labels, args, output)
         if name in operations.VIEWS:
-            self.put(output, labels.reshape(output.shape))
+            self.put(output, self.shadow(source).reshape(output.shape))
             return
         sources = {id(tensor) for tensor in _tensors(args[:1]) if self.of(tensor) is not None}
 
         def shadow(leaf: Any) -> Any:  # integers that are no source say where values go
             moves = isinstance(leaf, Tensor) and (leaf.is_floating_point() or id(leaf) in sources)
-            return _shadow(self, leaf) if moves else leaf
+            return self.shadow(leaf) if moves else leaf
 
         moved = function(*tree_map(shadow, args), **kwargs)
         for tensor, moved_labels in zip(_tensors(output), _tensors(moved), strict=True):
@@ -218,14 +224,14 @@ class Follower(TorchDispatchMode):
 
     def _glu(self, args: tuple, output: Tensor) -> None:
         """The two halves go together."""
-        labels = self.of(args[0])
+        labels = self.shadow(args[0])
         dim = (args[1] if len(args) > 1 else -1) % labels.dim()
         self._tie_parts(labels, dim, output.shape[dim])
         self.put(output, labels.narrow(dim, 0, output.shape[dim]))
 
     def _shuffle(self, args: tuple, output: Tensor) -> None:
         """Rows of channels become columns; the same places of every row go together."""
-        labels, rows = self.of(args[0]), args[1]
+        labels, rows = self.shadow(args[0]), args[1]
         seen = (len(labels), rows, -1, *labels.shape[2:])
         table = labels.reshape(seen)
         self._split_dims(labels, tuple(table.shape))
@@ -233,7 +239,7 @@ class Follower(TorchDispatchMode):
 
     def _pad(self, args: tuple, output: Tensor) -> None:
         """Around a map the border belongs to its channel; zeros beside channels stay where they are."""
-        labels, pads = self.of(args[0]), list(args[1])
+        labels, pads = self.shadow(args[0]), list(args[1])
         for place in range(len(pads) // 2):
             dim, (before, after) = labels.dim() - 1 - place, pads[2 * place : 2 * place + 2]
             if not varies(labels, dim):
@@ -249,13 +255,14 @@ class Follower(TorchDispatchMode):
         labels = self.of(args[0])
         if labels is None:
             return
-        one = labels[(..., *[slice(0, 1)] * spatial)]
+        first: tuple[Any, ...] = (..., *[slice(0, 1)] * spatial)
+        one = labels[first]
         self.labels.tie(one.expand(labels.shape), labels)
         self.put(output, one.expand(output.shape))
 
     def _along(self, name: str, args: tuple, kwargs: dict, output: Any) -> None:
         """Statistics of one channel's values are the channel's; those over several tie them, or keep them all."""
-        labels = self.of(args[0])
+        labels = self.shadow(args[0])
         dims = args[1] if len(args) > 1 else kwargs.get("dim")
         if name in ("linalg_vector_norm", "norm"):
             dims = args[2] if len(args) > 2 else kwargs.get("dim")
@@ -293,11 +300,6 @@ def _key(tensor: Tensor) -> tuple:
 
 def _tensors(values: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
-
-
-def _shadow(follower: Follower, tensor: Tensor) -> Tensor:
-    labels = follower.of(tensor)
-    return torch.zeros((), dtype=torch.float64).expand(tensor.shape) if labels is None else labels
 
 
 def _bare_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -66,12 +66,12 @@ def cheapest_damage(ladders: Sequence[Ladder], price: Price, target: float) -> n
         The smallest widths there are if even they cost more than `target`.
     """
     places = np.array([len(ladder.widths) - 1 for ladder in ladders])
-    best, least = None, np.inf
+    best, least = places, np.inf
     for _ in range(ROUNDS):
         moved = _sweep(ladders, _marginal_prices(ladders, places, price), price, target)
         filled = _fill(ladders, moved, price, target)
         damage = sum(ladder.errors[place] for ladder, place in zip(ladders, filled, strict=True))
-        if best is None or damage < least:
+        if damage < least:
             best, least = filled, damage
         if (moved == places).all():
             break
@@ -142,6 +142,6 @@ def _fill(ladders: Sequence[Ladder], places: np.ndarray, price: Price, target: f
                 worth[index, place, cost] = saved / max(cost - spent, 1e-12)
         if not worth:
             break
-        index, place, spent = max(worth, key=worth.get)
+        index, place, spent = max(worth, key=worth.__getitem__)
         places[index] = place
     return places

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lit_prune.errors import InputError
+from lit_prune.running import modes_kept
 from lit_prune.structure.cost import cost
 from lit_prune.structure.example import Example
 from lit_prune.timing import Timing, time_runs
@@ -46,16 +47,11 @@ def time_networks(
     """
     if batch_size < 1 or repeats < 1:
         raise InputError(f"batch_size={batch_size} and repeats={repeats} must both be at least 1")
-    modes = [(module, module.training) for model in models for module in model.modules()]
     runs = [_pass(model, _arguments(model, input_shape, batch_size)) for model in models]
-    try:
-        with torch.inference_mode():
-            for model in models:
-                model.eval()
-            return time_runs(runs, repeats, seconds=0.0)
-    finally:
-        for module, training in modes:
-            module.training = training
+    with modes_kept(*models), torch.inference_mode():
+        for model in models:
+            model.eval()
+        return time_runs(runs, repeats, seconds=0.0)
 
 
 def profile(model: nn.Module, example_input: Tensor, accuracy: float | None = None) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def plan_masks(graph: ChannelGraph, counted: Cost, ranks: Ranks, request: Budget
     macs = _counter(graph, counted, places)
     sizes = np.array([len(values) for values in scores])
     price: Callable[[np.ndarray], int] = macs if request.kind == "macs" else lambda widths: int(widths.sum())
-    target = request.keep * price(sizes)
+    target = request.share * price(sizes)
     choose = global_widths if request.allocation == "global" else uniform_widths
     widths = choose(Steps.build(scores, request.round_to, request.cap), price, target)
     kept = {

@@ -31,7 +31,7 @@ class Network:
     model: nn.Module
     backbone: str
     arguments: dict[str, Any]
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, ...]
     plans: tuple[Plan, ...]
 
     @classmethod
@@ -42,7 +42,7 @@ class Network:
 
     @classmethod
     def from_checkpoint(
-        cls, path: Path, image_shape: tuple[int, int, int], trust: Iterable[str] = (), argument: str = "checkpoint"
+        cls, path: Path, image_shape: tuple[int, ...], trust: Iterable[str] = (), argument: str = "checkpoint"
     ) -> "Network":
         """Network of a Lightning checkpoint written during `fit`.
 
@@ -60,7 +60,7 @@ class Network:
 
     @classmethod
     def of_checkpoint(
-        cls, checkpoint: Any, image_shape: tuple[int, int, int], trust: Iterable[str], source: str
+        cls, checkpoint: Any, image_shape: tuple[int, ...], trust: Iterable[str], source: str
     ) -> "Network":
         """As `from_checkpoint`, of the values that were read."""
         saved = structure_of(checkpoint)
@@ -170,9 +170,9 @@ def backbone_weights(checkpoint: Mapping[str, Any], source: str) -> dict[str, Te
     Raises:
         InputError: there is none, or it is not finite.
     """
-    state = checkpoint.get("state_dict")
-    names = list(state) if isinstance(state, Mapping) else []
-    weights = {name.removeprefix(PREFIX): state[name] for name in names if str(name).startswith(PREFIX)}
+    found = checkpoint.get("state_dict")
+    state = found if isinstance(found, Mapping) else {}
+    weights = {name.removeprefix(PREFIX): value for name, value in state.items() if str(name).startswith(PREFIX)}
     if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
         raise InputError(f"{source} holds no weights of a backbone; give a checkpoint of a fit")
     check_defined(weights, source)

@@ -72,7 +72,7 @@ class OpenMultiheadAttention(nn.MultiheadAttention):
             q, k, v = map(F.linear, inputs, self.in_proj_weight.chunk(3), biases)
         else:
             q, k, v = map(F.linear, inputs, (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight), biases)
-        if self.bias_k is not None:
+        if self.bias_k is not None and self.bias_v is not None:
             k = torch.cat([k, self.bias_k.expand(len(k), -1, -1)], 1)
             v = torch.cat([v, self.bias_v.expand(len(v), -1, -1)], 1)
         return q, k, v

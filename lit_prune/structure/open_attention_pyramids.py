@@ -1,6 +1,7 @@
 """The attention layers of timm's pyramids (PVT v2, Twins, Swin v2) whose heads can go only with another forward."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from lit_prune.structure.open_attention import join_heads, split_heads
 from lit_prune.structure.opened import opens
 
 
-class _OpenReduced:
+class _OpenReduced(nn.Module):
     """Queries of all tokens, keys and values of fewer: `num_heads` heads of width `head_dim`."""
 
     @staticmethod
@@ -22,7 +23,7 @@ class _OpenReduced:
         """What changes when a layer is opened; it states the width of a head."""
         return {"head_dim": module.proj.in_features // module.num_heads}
 
-    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+    def attended(self, x: Tensor, size: Sequence[int]) -> Tensor:
         """Tokens [B, L, C] of a map of `size` to tokens of the same shape."""
         q = split_heads(self.q(x), self.num_heads)
         k, v = (split_heads(part, self.num_heads) for part in self.kv(self._reduced(x, size)).chunk(2, -1))
@@ -30,7 +31,7 @@ class _OpenReduced:
         output = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.scale)
         return self.proj_drop(self.proj(join_heads(output)))
 
-    def _reduced(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+    def _reduced(self, x: Tensor, size: Sequence[int]) -> Tensor:
         if self.sr is None:
             return x
         maps = x.transpose(1, 2).unflatten(2, tuple(size))
@@ -44,10 +45,18 @@ class _OpenReduced:
 class OpenPyramidAttention(_OpenReduced, PyramidAttention):
     """timm's PVT v2 attention."""
 
+    def forward(self, x: Tensor, feat_size: Sequence[int]) -> Tensor:
+        """See `attended`."""
+        return self.attended(x, feat_size)
+
 
 @opens(GlobalSubSampleAttn)
 class OpenGlobalSubSampleAttn(_OpenReduced, GlobalSubSampleAttn):
     """timm's global attention of Twins."""
+
+    def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        """See `attended`."""
+        return self.attended(x, size)
 
 
 @opens(LocallyGroupedAttn)

@@ -1,5 +1,7 @@
 """The attention layers of timm whose heads can go only with another forward, see `opened`."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from timm.layers import apply_rot_embed_cat
@@ -12,8 +14,10 @@ from lit_prune.structure.open_attention import join_heads, split_heads
 from lit_prune.structure.opened import opens
 
 
-class _OpenTokens:
+class _OpenTokens(nn.Module):
     """What the open attentions of timm share: the projections of tokens, fused or not, with their separate biases."""
+
+    k_bias: Any
 
     @staticmethod
     def opened_attributes(module: nn.Module) -> dict[str, int]:
@@ -49,7 +53,8 @@ class OpenBeitAttention(_OpenTokens, BeitAttention):
         """Tokens [B, L, C] to tokens of the same shape."""
         biases = [] if self.relative_position_bias_table is None else [self._get_rel_pos_bias()]
         biases += [] if shared_rel_pos_bias is None else [shared_rel_pos_bias]
-        output = self._attend(*self._project(x), sum(biases[1:], biases[0]) if biases else None)
+        q, k, v = self._project(x)
+        output = self._attend(q, k, v, sum(biases[1:], biases[0]) if biases else None)
         return self.proj_drop(self.proj(output))
 
 

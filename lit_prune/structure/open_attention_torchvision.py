@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
 
@@ -10,7 +10,7 @@ from lit_prune.structure.open_attention import join_heads, split_heads
 from lit_prune.structure.opened import opens
 
 
-class _OpenWindows:
+class _OpenWindows(nn.Module):
     """Forward of torchvision's shifted window attention, with heads of width `head_dim`."""
 
     @staticmethod

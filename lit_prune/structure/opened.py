@@ -9,12 +9,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from typing import Any
 
 from torch import nn
 
 from lit_prune.structure.tracing import copy_network
 
-OPENED: dict[type, type] = {}
+OPENED: dict[type, Any] = {}
 """Class of an attention layer -> class that computes the same function with heads that can go."""
 LIBRARIES = {
     "lit_prune.structure.open_attention": "torch",
@@ -35,7 +36,7 @@ def opens(kind: type) -> Callable[[type], type]:
     return register
 
 
-def open_classes() -> dict[type, type]:
+def open_classes() -> dict[type, Any]:
     """`OPENED` with the layers of every library that is in use: a network of another one cannot hold them."""
     for module, library in LIBRARIES.items():
         if library in sys.modules:

@@ -138,7 +138,7 @@ def _has_share(plan: Plan) -> bool:
     return isinstance(plan.notes.get("achieved"), float)
 
 
-def _typed(values: Mapping[str, Any], key: str, kind: type) -> Any:
+def _typed(values: Mapping[str, Any], key: str, kind: Any) -> Any:
     value = values[key]
     if not isinstance(value, kind):
         raise TypeError(f"{key} is {type(value).__name__}, not {kind.__name__}")

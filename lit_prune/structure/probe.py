@@ -7,10 +7,12 @@ cleans them, and a group is right exactly if the marks are at the positions that
 A shifted padding, a channel shuffle, a norm over channels, attention or an unknown operation all fail the check.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,19 +22,10 @@ from torch.utils._pytree import tree_leaves
 from lit_prune.structure import axes
 from lit_prune.structure.example import Example
 
+if TYPE_CHECKING:  # which imports this
+    from lit_prune.structure.coupling import Group
+
 _Marks = dict[tuple[str, str], np.ndarray]  # (module, axis) -> bool [width], True where NaN is put or expected
-
-
-class _Member(Protocol):
-    module: str
-    axis: str
-    positions: tuple[tuple[int, ...], ...]
-
-
-class _Group(Protocol):
-    name: str
-    size: int
-    members: tuple[_Member, ...]
 
 
 @dataclass
@@ -77,7 +70,7 @@ def find_sites(model: nn.Module) -> Sites:
     return sites
 
 
-def find_misled(model: nn.Module, sample: Example, groups: Sequence[_Group], sites: Sites) -> set[str]:
+def find_misled(model: nn.Module, sample: Example, groups: Sequence[Group], sites: Sites) -> set[str]:
     """Names of the groups whose claimed positions the network contradicts.
 
     All groups are marked at once with random halves of their units, then with the complements; only if some mark is
@@ -92,7 +85,7 @@ def find_misled(model: nn.Module, sample: Example, groups: Sequence[_Group], sit
     return _blame(model, sample, groups, sites)
 
 
-def _blame(model: nn.Module, sample: Example, groups: Sequence[_Group], sites: Sites) -> set[str]:
+def _blame(model: nn.Module, sample: Example, groups: Sequence[Group], sites: Sites) -> set[str]:
     """The groups that fail, found by halves: a few wrong ones among many cost a few passes."""
     pair = _halves(groups, np.random.default_rng(len(groups)))
     if all(_holds(model, sample, groups, code, sites) for code in pair):
@@ -109,7 +102,7 @@ def _entrance(sites: Sites, name: str, axis: str) -> bool:
     return (axis in ("in", "dim:1") and name in sites.readers) or name in sites.passers
 
 
-def _halves(groups: Iterable[_Group], generator: np.random.Generator) -> tuple[dict[str, np.ndarray], ...]:
+def _halves(groups: Iterable[Group], generator: np.random.Generator) -> tuple[dict[str, np.ndarray], ...]:
     """A random half of the units of each group and its complement, as bool arrays [size]."""
     half = {}
     for group in groups:
@@ -117,7 +110,7 @@ def _halves(groups: Iterable[_Group], generator: np.random.Generator) -> tuple[d
     return half, {name: ~chosen for name, chosen in half.items()}
 
 
-def _marks(groups: Iterable[_Group], chosen: dict[str, np.ndarray], sites: Sites) -> _Marks:
+def _marks(groups: Iterable[Group], chosen: dict[str, np.ndarray], sites: Sites) -> _Marks:
     """Bool array [width] for each axis that a member claims: True at the positions of the chosen units."""
     marks: _Marks = {}
     for group in groups:
@@ -130,7 +123,7 @@ def _marks(groups: Iterable[_Group], chosen: dict[str, np.ndarray], sites: Sites
     return marks
 
 
-def _holds(model: nn.Module, sample: Example, groups: Sequence[_Group], chosen: dict, sites: Sites) -> bool:
+def _holds(model: nn.Module, sample: Example, groups: Sequence[Group], chosen: dict, sites: Sites) -> bool:
     """Whether marks put on the chosen units arrive exactly where the groups say."""
     marks = _marks(groups, chosen, sites)
     with _watching(sites, marks) as seen:

@@ -1,7 +1,9 @@
 """Why a group of channels may not be pruned, and whether it is trunk or inside of a block."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Mapping, Sequence, Set
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -9,20 +11,11 @@ from torch.nn.utils import parametrize
 from lit_prune.structure import axes, reasons
 from lit_prune.structure.layers import layer_type
 
-
-class _Member(Protocol):
-    module: str
-    axis: str
-    positions: tuple[tuple[int, ...], ...]
+if TYPE_CHECKING:  # which imports this
+    from lit_prune.structure.coupling import Group, Member
 
 
-class _Group(Protocol):
-    members: tuple[_Member, ...]
-    producers: tuple[str, ...]
-    consumers: tuple[str, ...]
-
-
-def structural_reason(model: nn.Module, members: Sequence[_Member], heard: Set[str]) -> str:
+def structural_reason(model: nn.Module, members: Sequence[Member], heard: Set[str]) -> str:
     """Why a group may not be pruned as far as its layers tell; "" where they allow it.
 
     Args:
@@ -67,17 +60,17 @@ def shared_parameters(model: nn.Module) -> list[list[tuple[str, str]]]:
     return [sites for sites in holders.values() if len(sites) > 1]
 
 
-def has_depthwise(model: nn.Module, members: Iterable[_Member]) -> bool:
+def has_depthwise(model: nn.Module, members: Iterable[Member]) -> bool:
     """Whether a depthwise convolution follows the channels."""
     return any(axes.is_depthwise(axes.find(model, member.module)) for member in members)
 
 
-def has_layer_norm(model: nn.Module, members: Iterable[_Member]) -> bool:
+def has_layer_norm(model: nn.Module, members: Iterable[Member]) -> bool:
     """Whether a norm takes its statistics over the channels."""
     return any(axes.is_layer_norm(axes.find(model, member.module)) for member in members)
 
 
-def is_trunk(model: nn.Module, group: _Group, joined: set[str]) -> bool:
+def is_trunk(model: nn.Module, group: Group, joined: set[str]) -> bool:
     """Whether the channels pass through a padded shortcut or are read by a block and by its projection shortcut.
 
     Args:
@@ -91,7 +84,7 @@ def is_trunk(model: nn.Module, group: _Group, joined: set[str]) -> bool:
     return len(group.producers) == 1 and 0 < sum(name in joined for name in group.consumers) < len(group.consumers)
 
 
-def is_projection(model: nn.Module, group: _Group, read: Mapping[str, tuple[str, ...]]) -> bool:
+def is_projection(model: nn.Module, group: Group, read: Mapping[str, tuple[str, ...]]) -> bool:
     """Whether the channels leave an inverted residual: they read its depthwise width, and no gate leads back to it.
 
     Args:

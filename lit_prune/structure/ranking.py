@@ -86,13 +86,24 @@ class Budget:
             object.__setattr__(self, "only", _names("only", self.only))
         self._check_keep()
 
+    @property
+    def share(self) -> float:
+        """The share kept of all groups together; "layerwise" has none."""
+        assert not isinstance(self.keep, Mapping), "layerwise has a share for each group"
+        return self.keep
+
+    @property
+    def shares(self) -> Mapping[str, float]:
+        """The shares of "layerwise", by group; empty otherwise."""
+        return self.keep if isinstance(self.keep, Mapping) else {}
+
     def _check_keep(self) -> None:
         if (self.allocation == "layerwise") != isinstance(self.keep, Mapping):
             raise InputError(
                 f"allocation={self.allocation!r} does not go with keep={self.keep!r}; 'layerwise' takes a dict "
                 "{group: share kept}, the others one number"
             )
-        for share in self.keep.values() if isinstance(self.keep, Mapping) else (self.keep,):
+        for share in self.shares.values() if self.shares else (self.share,):
             if not 0 < share <= 1:
                 raise InputError(f"budget outside (0,1]: keep={share}; give the share to keep, such as 0.5")
 
@@ -138,7 +149,7 @@ def _quantiles_by_kind(graph: ChannelGraph, scores: Mapping[str, np.ndarray]) ->
     kinds: dict[str, list[str]] = {}
     for name in scores:
         kinds.setdefault(graph.by_name[name].kind, []).append(name)
-    found = {}
+    found: dict[str, np.ndarray] = {}
     for names in kinds.values():
         pooled = np.concatenate([scores[name] for name in names])
         ends = np.cumsum([len(scores[name]) for name in names])[:-1]

@@ -73,17 +73,17 @@ def rebuild_inputs(described: Mapping[str, Any] | None, device: torch.device | s
     Raises:
         InputError: as `check_inputs`, or a description that is damaged.
     """
-    check_inputs(described)
+    checked = check_inputs(described)
     try:
-        kwargs = _rebuild(described["kwargs"], device)
-        return Example(tuple(_rebuild(value, device) for value in described["args"]), kwargs)
+        kwargs = _rebuild(checked["kwargs"], device)
+        return Example(tuple(_rebuild(value, device) for value in checked["args"]), kwargs)
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         problem = f"{type(error).__name__} {error}"
         raise InputError(f"inputs: what the network is called with is damaged ({problem}); save it again") from error
 
 
-def check_inputs(described: Any) -> None:
-    """Refuses a description of a call before anything is built from it.
+def check_inputs(described: Any) -> Mapping[str, Any]:
+    """The description of a call; what nothing can be built from is refused.
 
     Raises:
         InputError: it is missing, or a size is no whole number, below 0 or larger than any network reads.
@@ -92,6 +92,7 @@ def check_inputs(described: Any) -> None:
         raise InputError("inputs: nothing says what the network is called with, so its plans cannot be carried out")
     if _largest(described) > LARGEST_INPUT:
         raise InputError("inputs are larger than any network reads")
+    return described
 
 
 def _largest(described: Any) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lit_prune.errors import InputError
+from lit_prune.running import undisturbed
 from lit_prune.structure.example import Example, as_example, first_sample
 from lit_prune.structure.hooks import bare, copy_hooks, without_hooks
 
@@ -30,26 +31,19 @@ def traceable(model: nn.Module) -> Iterator[None]:
     """
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise InputError("model: a TorchScript module hides its layers; give the nn.Module that it was made from")
-    modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     device = _device(model)
-    devices = [device] if device.type == "cuda" else []
     with (
-        torch.random.fork_rng(devices),
-        torch.inference_mode(False),
-        torch.enable_grad(),
+        undisturbed(model, gradients=True),
         torch.autocast(device.type, enabled=False),
         torch.compiler.set_stance("force_eager"),
         without_hooks(model),
     ):
         try:
-            model.eval()
             for parameter, _ in flags:
                 parameter.requires_grad_(parameter.is_floating_point())
             yield
         finally:
-            for module, training in modes:
-                module.training = training
             for parameter, required in flags:
                 parameter.requires_grad_(required)
 

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError, UndefinedLossError
-from lit_prune.registry import Registry
+from lit_prune.registry import Kinds, Named
 from lit_prune.structure.example import Example
 from lit_prune.task.batches import describe, find_layout, is_listed, size_of, slice_batch, to_network
 from lit_prune.task.outputs import joined
-
-TASKS: Registry[type[Task]] = Registry("task")
-"""Tasks that can be named."""
 
 
 class Term(NamedTuple):
@@ -25,14 +22,13 @@ class Term(NamedTuple):
     weights: Tensor
 
 
-class Task:
+class Task(Named):
     """How a batch goes through a network, what its output is compared with, and what must stay as it is.
 
     A subclass says what it knows: `loss`, `prediction`, `metric`, further task variables. Everything here reads a batch
     by its layout (`find_layout`), so most tasks need no more.
 
     Attributes:
-        name: under which the task is registered.
         needs_target: whether its loss reads a target from the batch.
         scalar_loss: the loss is one number for a batch; samples are then run one by one where each one's is needed.
         metric_name: name of the figure, for tables.
@@ -40,8 +36,7 @@ class Task:
         decides: whether its answers are decisions, on which two networks agree or not (`agreement` is then a share).
     """
 
-    name: ClassVar[str] = ""
-    needs_target: ClassVar[bool] = True
+    needs_target: bool = True
     decides: bool = False
     scalar_loss: bool = False
     metric_name: str = "loss"
@@ -202,11 +197,10 @@ def unknown_variable(name: str, known: Iterable[str]) -> InputError:
     return InputError(f"target: {name!r} is not one of {', '.join(known)}")
 
 
+TASKS = Kinds("task", Task)
+"""Tasks that can be named."""
+
+
 def register_task(name: str) -> Callable[[type[Task]], type[Task]]:
     """Class decorator: the task can be named, and `recognise` tries it before those registered earlier."""
-
-    def register(cls: type[Task]) -> type[Task]:
-        cls.name = name
-        return TASKS.add(name, cls)
-
-    return register
+    return TASKS.register(name)

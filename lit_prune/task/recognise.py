@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from lit_prune.errors import InputError
+from lit_prune.running import undisturbed
 from lit_prune.task.base import TASKS, Task
 from lit_prune.task.batches import HOW_TO_GIVE, describe, find_layout
-from lit_prune.task.running import undisturbed
 from lit_prune.task.unlabelled import Unlabelled
 
 SAMPLES = 2  # run to see what the network gives
@@ -39,10 +39,7 @@ def find_task(task: Task | str) -> Task:
     Raises:
         InputError: there is none of that name, or it is no task.
     """
-    found = task if isinstance(task, Task) else TASKS.find(task)()
-    if not isinstance(found, Task):
-        raise InputError(f"task: {task!r} makes a {type(found).__name__}; give a subclass of lit_prune.task.Task")
-    return found
+    return task if isinstance(task, Task) else TASKS.make(task)
 
 
 def peek(batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:

@@ -84,7 +84,7 @@ def add_term(module: LightningModule, name: str, term: Term) -> AddedLoss:
     added = getattr(step, "added_loss", None)
     if added is None:
         added = AddedLoss()
-        module.training_step = _wrapped(module, step, added)
+        module.__dict__["training_step"] = _wrapped(module, step, added)
     added.terms[name] = term
     return added
 
@@ -118,7 +118,7 @@ def _wrapped(module: LightningModule, step: Callable[..., Any], added: AddedLoss
         output = step(*args, **kwargs)
         return _plus(output, added, module) if module.automatic_optimization else output
 
-    with_terms.added_loss = added
+    vars(with_terms)["added_loss"] = added
     return with_terms
 
 

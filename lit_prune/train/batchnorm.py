@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lit_prune.arguments import checked
 from lit_prune.errors import InputError
+from lit_prune.running import modes_kept
 from lit_prune.task import Task, Unlabelled, find_task
 
 
@@ -95,22 +96,20 @@ def _check_finite(norms: Mapping[str, nn.Module], place: int) -> None:
 def _measuring(model: nn.Module, norms: Iterable[nn.Module]) -> Iterator[None]:
     """The norms start anew and average over what they see; on an exception their statistics are as before."""
     norms = list(norms)
-    modes = {module: module.training for module in model.modules()}
     before = [(norm, norm.momentum, {key: value.clone() for key, value in norm.named_buffers()}) for norm in norms]
-    model.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # None is torch's cumulative average
-        norm.train()
-    try:
-        yield
-    except BaseException:
-        for norm, _, statistics in before:
-            for key, value in norm.named_buffers():
-                value.copy_(statistics[key])
-        raise
-    finally:
-        for norm, momentum, _ in before:
-            norm.momentum = momentum
-        for module, mode in modes.items():
-            module.training = mode
+    with modes_kept(model):
+        model.eval()
+        for norm in norms:
+            norm.reset_running_stats()
+            vars(norm)["momentum"] = None  # None is torch's cumulative average
+            norm.train()
+        try:
+            yield
+        except BaseException:
+            for norm, _, statistics in before:
+                for key, value in norm.named_buffers():
+                    value.copy_(statistics[key])
+            raise
+        finally:
+            for norm, momentum, _ in before:
+                norm.momentum = momentum

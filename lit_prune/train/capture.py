@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from lit_prune.errors import InputError
+from lit_prune.running import modes_kept
 from lit_prune.task.batches import size_of, slice_batch
 from lit_prune.train.locate import network_at
 
@@ -131,14 +132,14 @@ def step_arguments(step: Any, batch: Any, index: int, loader: int) -> list[Any]:
 def as_found(trainer: Trainer, module: LightningModule, network: nn.Module) -> Iterator[None]:
     """Silences the module's log and puts back what a step may have changed before it called the network."""
     stage = trainer.state.stage
-    modes = [(part, part.training) for part in module.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
     own = {id(buffer) for buffer in network.buffers()}
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers() if id(buffer) not in own]
     attributes = dict(module.__dict__)
     module.__dict__.update(log=_silent, log_dict=_silent)
     try:
-        yield
+        with modes_kept(module):
+            yield
     finally:
         module.__dict__.clear()
         module.__dict__.update(attributes)
@@ -146,8 +147,6 @@ def as_found(trainer: Trainer, module: LightningModule, network: nn.Module) -> I
             buffer.copy_(value)
         for parameter, required in flags:
             parameter.requires_grad_(required)
-        for part, training in modes:
-            part.training = training
         trainer.state.stage = stage
 
 

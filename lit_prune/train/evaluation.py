@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
+from lit_prune.running import undisturbed
 from lit_prune.task import Task, settle
-from lit_prune.task.running import undisturbed
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,9 @@ def evaluate(
         InputError: no batches at all.
     """
     task, batches = settle(task, model, batches)
-    sums, losses, count = None, 0.0, 0
+    sums: Tensor | None = None
+    losses: list[Tensor] = []
+    count = 0
     with undisturbed(model):
         for batch in batches:
             for piece in task.pieces(batch):
@@ -57,11 +59,12 @@ def evaluate(
                 output = task.run(model, piece)
                 found = task.metric(output, piece)
                 sums = found if sums is None else sums + found
-                losses = losses + _summed(task, output, piece)
+                losses.append(_summed(task, output, piece))
                 count += task.size(piece)
     if sums is None:
         raise InputError("evaluation got no batches: give at least one")
-    ends = torch.stack([losses, losses.new_tensor(count)])
+    loss = torch.stack(losses).sum()
+    ends = torch.stack([loss, loss.new_tensor(count)])
     together = torch.cat([sums.flatten(), ends.to(sums.device)]).cpu()  # the one time that it waits for the device
     together = together if reduce is None else reduce(together)
     figure = task.figure(together[:-2].reshape(sums.shape))

@@ -1,6 +1,7 @@
 """What a pruned run leaves in its folder: the teacher's weights, the stages, the compact network."""
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from lit_prune.structure import Plan, apply_plan
 from lit_prune.structure.compact import save_recorded
 from lit_prune.structure.example import Example
 from lit_prune.structure.latency import compare_profiles, own_tensors
-from lit_prune.structure.record import Record, example_input, rebuild_inputs, record_of
+from lit_prune.structure.record import Record, check_inputs, example_input, rebuild_inputs, record_of
 from lit_prune.structure.tracing import copy_network
 from lit_prune.tensor_files import write_safetensors
 from lit_prune.timing import circumstances
@@ -80,7 +81,7 @@ def set_aside(run_dir: Path, run: str) -> None:
     (run_dir / "stages.jsonl").unlink(missing_ok=True)
 
 
-def stage_profiles(dense: nn.Module, inputs: dict[str, Any], first: dict[str, Any], records: list[dict[str, Any]]):
+def stage_profiles(dense: nn.Module, inputs: Mapping[str, Any], first: dict[str, Any], records: list[dict[str, Any]]):
     """Measured figures of the dense network, of each stage's network and of the compact one.
 
     Latency and throughput depend on the structure alone, so the intermediate networks are rebuilt with random weights;
@@ -128,7 +129,7 @@ def write_compact(
     """
     record = record_of(network)
     dense = dense.to(next(network.parameters()).device)  # times are those of the device that it was trained on
-    report = {"run": run, **stage_profiles(dense.eval(), record.inputs, first, records)}
+    report = {"run": run, **stage_profiles(dense.eval(), check_inputs(record.inputs), first, records)}
     write_stages(run_dir, records)
     save_network(run_dir / "compact", network, record, report)
     return result_table(report)
@@ -149,10 +150,10 @@ def write_program(network: nn.Module, record: Record, file: Path) -> str:
     model = copy_network(network).cpu().eval().requires_grad_(False)
     example = doubled(rebuild_inputs(record.inputs))
     for free in (True, False):
-        sizes = tree_map(_batch_axis, (example.args, example.kwargs)) if free else None
+        args, kwargs = tree_map(_batch_axis, (example.args, example.kwargs))
+        shapes = (*args, *kwargs.values()) if free else None
         try:
-            shapes = {"dynamic_shapes": (*sizes[0], *sizes[1].values())} if free else {}
-            program = torch.export.export(model, example.args, example.kwargs, **shapes)
+            program = torch.export.export(model, example.args, example.kwargs, dynamic_shapes=shapes)
             with whole_file(file) as partial:
                 torch.export.save(program, partial)
             return f"{file.name}: for {'any number of' if free else 'batches of 2'} samples"

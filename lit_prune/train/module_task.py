@@ -11,10 +11,10 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
+from lit_prune.running import undisturbed
 from lit_prune.structure.example import Example
 from lit_prune.task import TASKS, Task, Term, find_task
 from lit_prune.task.batches import describe, find_layout, map_tensors
-from lit_prune.task.running import undisturbed
 from lit_prune.train.capture import Seen, as_found, step_arguments
 from lit_prune.train.locate import network_at
 

@@ -69,7 +69,7 @@ class PhaseOptimizer:
             self._check(found)
             return found
 
-        module.configure_optimizers = configure_optimizers
+        module.__dict__["configure_optimizers"] = configure_optimizers
 
     def detach(self, module: LightningModule) -> None:
         """Takes the wrapper off again."""

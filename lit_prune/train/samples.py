@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from lit_prune.errors import InputError
 from lit_prune.train.capture import Seen, see, step_for_evaluation
 from lit_prune.train.rewire import sum_over_ranks, training_loader, validation_loader
+from lit_prune.train.trainer_state import datamodule_of
 
 SAMPLES = 1024  # of the validation loader, where nobody says how many
 Numbered = tuple[Any, int, int]  # batch, its index, number of its loader
@@ -64,7 +65,7 @@ class Samples:
         """
         found, ranks = next(iter(self), None), self.trainer.world_size
         without = int(sum_over_ranks(self.trainer, torch.tensor([float(found is None)])))
-        if without:
+        if without or found is None:
             which = f" on {without} of {ranks} ranks; give more samples, or fewer devices" if ranks > 1 else ""
             raise InputError(f"{self.origin}: it holds no batch{which or '; give at least one'}")
         return found
@@ -86,7 +87,7 @@ def calibration_samples(trainer: Trainer, path: str, given: Any = None) -> Sampl
     number = given if isinstance(given, int) else None
     if number is not None and number < 1:
         raise InputError(f"calibration: {number} samples; give at least 1, or a loader")
-    own = getattr(trainer.datamodule, "calibration_dataloader", None)
+    own = getattr(datamodule_of(trainer), "calibration_dataloader", None)
     if given is not None and number is None:
         _refuse_shuffling(given, "the loader given")
         return Samples(trainer, path, lambda: given, step, "calibration: the loader given", shared=True)
@@ -104,7 +105,7 @@ def calibration_samples(trainer: Trainer, path: str, given: Any = None) -> Sampl
 
 def recalibration_samples(trainer: Trainer, path: str, batches: int) -> Samples:
     """Batches of the training distribution: the DataModule's `recalibration_dataloader`, else the training loader."""
-    own = getattr(trainer.datamodule, "recalibration_dataloader", None)
+    own = getattr(datamodule_of(trainer), "recalibration_dataloader", None)
     loader = own if own is not None else lambda: training_loader(trainer)
     return Samples(trainer, path, loader, "training_step", "recalibration", batches=batches)
 

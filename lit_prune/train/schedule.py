@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -48,7 +48,7 @@ class PhaseCosine(LRScheduler):
             return (step + 1) / (warm + 1)
         return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1.0, self.phase_steps - warm))))
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | Tensor]:
         """Learning rate of every parameter group at the current step."""
         return [base * self.factor(max(0, self.last_epoch)) for base in self.base_lrs]
 

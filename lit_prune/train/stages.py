@@ -24,16 +24,24 @@ LEAST_KEEP = 1e-3
 """A smaller share of a network is a slip of the keyboard: no group can lose its last unit."""
 
 
+@dataclass(frozen=True)
 class Stage:
-    """What happens at the start of an epoch of `fit`: a `BlockStage` or a `ChannelStage`.
+    """What happens at the start of an epoch of `fit`: a `BlockStage` or a `ChannelStage`."""
 
-    Attributes:
-        epoch: epoch (from 0) at whose start it happens; `compress` fills it in.
-        name: in records, checkpoints and tables.
-    """
+    @property
+    def epoch(self) -> int:
+        """Epoch (from 0) at whose start it happens; `compress` fills it in."""
+        raise NotImplementedError
 
-    epoch: int
-    name: str
+    @property
+    def name(self) -> str:
+        """In records, checkpoints and tables."""
+        raise NotImplementedError
+
+    @property
+    def stands_in(self) -> str:
+        """What stands in for what goes (`lit_prune.replace_mechanisms`)."""
+        return "delete"
 
     def check_epoch(self) -> None:
         """Raises InputError where the epoch is below 0."""
@@ -65,7 +73,10 @@ class BlockStage(Stage):
     keep: float | None = None
     budget: str | None = None
 
-    name = "blocks"
+    @property
+    def name(self) -> str:
+        """Blocks."""
+        return "blocks"
 
     def __post_init__(self) -> None:
         """Checks the values.
@@ -131,6 +142,11 @@ class ChannelStage(Stage):
     def name(self) -> str:
         """The part that is sliced."""
         return self.part
+
+    @property
+    def stands_in(self) -> str:
+        """As asked for."""
+        return self.replace
 
     def __post_init__(self) -> None:
         """Checks the values.
@@ -278,7 +294,7 @@ def _block_count(
     if stage.remove_count is not None:
         return min(len(order), stage.remove_count)
     budget = stage.budget or "macs"
-    quantity, target = find_budget(budget), stage.keep * dense[budget]
+    quantity, target = find_budget(budget), (stage.keep or 0.0) * dense[budget]
     for count in range(len(order) + 1):
         plan = Plan(drop_blocks=tuple(order[:count]), keep_channels={}, sizes={}, notes={})
         smaller = apply_plan(model, plan, example) if count else model
@@ -316,14 +332,16 @@ def cut(
 
     Layers in which nothing can stand in (a reader that is not affine) are left with what is kept.
     """
-    if isinstance(stage, BlockStage) or stage.replace == "delete":
+    if stage.stands_in == "delete":
         return apply_plan(model, plan, example_input), plan
     settings = STAND_IN_SETTINGS
-    reduced = replace_mechanisms(model, plan, batches, stage.replace, example_input, settings=settings, task=task)
+    reduced = replace_mechanisms(model, plan, batches, stage.stands_in, example_input, settings=settings, task=task)
     return reduced.model, reduced.plan
 
 
 def plan_stage(model: nn.Module, stage: Stage, batches: Batches, dense: Costs, probe: Probe) -> Plan:
     """Plan of any stage; see `plan_blocks` and `plan_channels`."""
-    plan = plan_blocks if isinstance(stage, BlockStage) else plan_channels
-    return plan(model, stage, batches, dense, probe)
+    if isinstance(stage, BlockStage):
+        return plan_blocks(model, stage, batches, dense, probe)
+    assert isinstance(stage, ChannelStage), "a stage is one of the two"
+    return plan_channels(model, stage, batches, dense, probe)

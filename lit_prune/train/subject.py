@@ -59,8 +59,8 @@ class Subject:
         return record_of(self.network).plans
 
     @property
-    def inputs(self) -> dict[str, Any]:
-        """What it is called with, described."""
+    def inputs(self) -> dict[str, Any] | None:
+        """What it is called with, described; None before a batch has been seen."""
         return record_of(self.network).inputs
 
     @property

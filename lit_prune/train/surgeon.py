@@ -142,16 +142,16 @@ def on_rank_zero(trainer: Trainer, make: Callable[[], Any]) -> Any:
     Raises:
         InputError: what rank 0 raised, on every rank.
     """
-    message: dict[str, Any] | None = None
+    message: dict[str, Any] = {}
     if trainer.is_global_zero:
         try:
             message = {"found": make()}
         except InputError as error:
             message = {"error": str(error)}
-    message = trainer.strategy.broadcast(message)
-    if "error" in message:
-        raise InputError(message["error"])
-    return message["found"]
+    heard = trainer.strategy.broadcast(message)
+    if "error" in heard:
+        raise InputError(heard["error"])
+    return heard["found"]
 
 
 @contextmanager

@@ -179,7 +179,7 @@ class Tutor(Callback):
         """Adds the term to the loss."""
         student = network_at(pl_module, find_path(pl_module, self.network))
         teacher = self.teacher.to(next(student.parameters()).device)
-        lesson = Lesson(student, teacher, None, None, lambda: (trainer.current_epoch, trainer.max_epochs))
+        lesson = Lesson(student, teacher, None, None, lambda: (trainer.current_epoch, trainer.max_epochs or 1))
         self.teaching.begin(pl_module, lesson)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

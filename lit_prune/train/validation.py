@@ -7,6 +7,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from lit_prune.train.trainer_state import callbacks_of, put
+
 CONNECTOR = ("_progress_bar_metrics", "_logged_metrics", "_callback_metrics", "_first_loop_iter", "_current_fx")
 
 
@@ -31,15 +33,17 @@ def _aside(trainer: Trainer) -> Iterator[None]:
     connector, loop = trainer._logger_connector, trainer.fit_loop.epoch_loop.val_loop
     kept = {name: getattr(connector, name) for name in CONNECTOR}
     progress, restarting, stage = loop.batch_progress.state_dict(), loop.restarting, trainer.state.stage
-    callbacks, loggers = trainer.callbacks, trainer.loggers
-    trainer.callbacks, trainer.loggers = [], [DummyLogger() for _ in loggers]
+    callbacks, loggers = callbacks_of(trainer), trainer.loggers
+    put(trainer, callbacks=[])
+    trainer.loggers = [DummyLogger() for _ in loggers]
     connector.reset_metrics()
     connector._first_loop_iter = None
     trainer.validating, loop.restarting = True, False
     try:
         yield
     finally:
-        trainer.callbacks, trainer.loggers = callbacks, loggers
+        put(trainer, callbacks=callbacks)
+        trainer.loggers = loggers
         trainer.state.stage, loop.restarting = stage, restarting
         loop.batch_progress.load_state_dict(progress)
         for name, value in kept.items():

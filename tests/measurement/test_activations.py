@@ -12,8 +12,8 @@ from lit_prune.measurement.layers import following_norms, select_layers
 from lit_prune.measurement.moments import Moments
 from lit_prune.measurement.pooled import pooled_outputs
 from lit_prune.measurement.protocol import Protocol
+from lit_prune.running import undisturbed
 from lit_prune.structure.example import Example
-from lit_prune.task.running import undisturbed
 
 
 def images(count=24, size=6, channels=3):

@@ -14,6 +14,7 @@ from lit_prune.lab.analyze.extras import Frames, register_extra
 from lit_prune.measurement.channel_table import channel_table, target_correlations, target_deviation
 from lit_prune.measurement.summaries import coupling, live_rows, rank_correlation
 from lit_prune.measurement.target_axis import task_information
+from lit_prune.running import undisturbed
 from lit_prune.scores.groupings import (
     CLUSTERS,
     LOCAL_FEATURES,
@@ -22,7 +23,6 @@ from lit_prune.scores.groupings import (
     grouping_agreement,
     standardise,
 )
-from lit_prune.task.running import undisturbed
 
 CALIBRATED = ("input_capture", "peer_overlap", "task_information", "target_excess")
 

@@ -19,9 +19,9 @@ from lit_prune.measurement.activations import Recording, record
 from lit_prune.measurement.channel_table import channel_table, target_correlations, target_deviation
 from lit_prune.measurement.layers import Batches, following_norms, position_view, removing, select_layers
 from lit_prune.measurement.sums import ActivationSums, LayerSums
+from lit_prune.running import undisturbed
 from lit_prune.structure.example import Example
 from lit_prune.task import Task, peek, settle
-from lit_prune.task.running import undisturbed
 
 SAMPLED = ("broja", "ksg")
 

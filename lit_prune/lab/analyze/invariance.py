@@ -19,9 +19,9 @@ from lit_prune.measurement import local_axis
 from lit_prune.measurement.channel_table import NO_TARGET, channel_table, collect_sums
 from lit_prune.measurement.layers import following_norms, position_view, removing, select_layers, weight_rows
 from lit_prune.measurement.summaries import rank_correlation
+from lit_prune.running import undisturbed
 from lit_prune.structure.hooks import without_hooks
 from lit_prune.task import Task
-from lit_prune.task.running import undisturbed
 
 EXACT_LAYERS, EXACT_INPUTS, EXACT_SHARE = 6, 4608, 8
 LARGEST_EXPONENT = 3

@@ -18,9 +18,9 @@ from lit_prune.lab.lesion.statistics import lesion_tables
 from lit_prune.measurement.channel_table import channel_table, collect_sums
 from lit_prune.measurement.layers import CHANNEL_LAYERS, Batches, removing, select_layers
 from lit_prune.progress import Watch, unwatched
+from lit_prune.running import undisturbed
 from lit_prune.structure.networks import fingerprint
 from lit_prune.task import Unlabelled, peek
-from lit_prune.task.running import undisturbed
 from lit_prune.train.evaluation import Evaluation, evaluate
 
 Frames = dict[str, pd.DataFrame]

@@ -22,8 +22,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from lit_prune.measurement.layers import Batches, removing
+from lit_prune.running import undisturbed
 from lit_prune.task import Task, settle
-from lit_prune.task.running import undisturbed
 
 LOGGER = logging.getLogger(__name__)
 CPU_VALUES = 2**19  # 2 MB: what follows each other stays in the cache; larger batches are up to 2.5 times slower

@@ -24,8 +24,8 @@ from lit_prune.replace.replacement import Refit
 from lit_prune.replace.risk import SoftmaxHead
 from lit_prune.replace.settings import Replacement
 from lit_prune.replace.stand_ins import fold
+from lit_prune.running import undisturbed
 from lit_prune.task import Classification
-from lit_prune.task.running import undisturbed
 
 
 @dataclass(frozen=True)

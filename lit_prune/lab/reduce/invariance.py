@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from lit_prune.errors import InputError
 from lit_prune.replace.flow import observe
+from lit_prune.running import undisturbed
 from lit_prune.structure import Group, trace_groups
 from lit_prune.task.batches import to_network
-from lit_prune.task.running import undisturbed
 
 TOLERANCE = 1e-3  # of the logits' spread: more than that and the two networks are not the same function
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from lit_prune.errors import InputError
 from lit_prune.measurement.layers import removing
 from lit_prune.replace.flow import Flow
+from lit_prune.running import undisturbed
 from lit_prune.task.batches import to_network
-from lit_prune.task.running import undisturbed
 
 CROSS_ENTROPY = math.sqrt(2) ** 3 / (6 * math.sqrt(3))
 """κ: largest third derivative of log-sum-exp along a unit vector. Along v it is the third central moment of v's entries

@@ -16,11 +16,11 @@ from lit_prune.measurement.layers import removing
 from lit_prune.replace import Interchange, Reduced, Replacement, Swaps, interchange, replace_mechanisms
 from lit_prune.replace.curvature import Curvature, measure_curvature
 from lit_prune.replace.heads import find_attention, is_attention
+from lit_prune.running import undisturbed
 from lit_prune.scores import score
 from lit_prune.structure import Budget, ChannelGraph, Group, Plan, trace_groups
 from lit_prune.structure.ranking import group_scores
 from lit_prune.task.batches import to_network
-from lit_prune.task.running import undisturbed
 from lit_prune.train.evaluation import evaluate
 
 Batches = list[tuple[Tensor, Tensor]]

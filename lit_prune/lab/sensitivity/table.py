@@ -12,10 +12,10 @@ from lit_prune.errors import InputError
 from lit_prune.progress import Watch, unwatched
 from lit_prune.replace import Replacement, replace_mechanisms
 from lit_prune.replace.replacement import take_batches
+from lit_prune.running import undisturbed
 from lit_prune.scores import Evidence, find_score, plan_method
 from lit_prune.structure import Budget, CostModel, Group, Plan, apply_plan, cost
 from lit_prune.task import Task, settle
-from lit_prune.task.running import undisturbed
 
 
 @dataclass(frozen=True)

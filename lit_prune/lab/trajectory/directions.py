@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from lit_prune.errors import InputError
 from lit_prune.lab.trajectory.gradients import GradientSums, direction_cosines, gradient_sums, information_directions
 from lit_prune.measurement.layers import Batches, removing, select_layers
+from lit_prune.running import undisturbed
 from lit_prune.task import Task, settle
-from lit_prune.task.running import undisturbed
 
 SUMMED = ("inputs", "outputs", "target", "input_output", "input_target")
 

@@ -96,36 +96,35 @@ class LayerType:
         out = follower.labels.axis(name, "out", self.width(module, "out"))
         if self.sort == "mixing":
             own = follower.labels.axis(name, "in", self.width(module, "in"))
-            if self.read(follower, module, args[0], own):
-                self.write(follower, module, output, out)
-            else:  # it mixes places; channels pass it one by one
+            passing = self.read(follower, module, args[0], own)
+            if passing is not None:  # it mixes places; channels pass it one by one
                 follower.labels.keep([out], reasons.MIXES)
-                self.let_pass(follower, module, args[0], output)
-        elif self.read(follower, module, args[0], out):
+        else:
+            passing = self.read(follower, module, args[0], out)
+        if passing is None:
             self.write(follower, module, output, out)
         elif self.sort == "statistics":
-            labels = follower.of(args[0])
-            follower.labels.keep([labels], reasons.statistics(name, module))
-            follower.put(output, labels)
+            follower.labels.keep([passing], reasons.statistics(name, module))
+            follower.put(output, passing)
         else:
-            self.let_pass(follower, module, args[0], output)
+            self.let_pass(follower, module, passing, output)
 
-    def read(self, follower: Follower, module: Any, values: Tensor, own: Tensor) -> bool:
-        """Ties what a layer reads to its own labels; False where channels lie along another dimension than its own."""
+    def read(self, follower: Follower, module: Any, values: Tensor, own: Tensor) -> Tensor | None:
+        """Ties what a layer reads to its own labels; the labels instead, where channels lie along another dimension."""
         labels = follower.of(values)
         if labels is None:
             follower.labels.keep([own], reasons.UNTRACKED)
-            return True
+            return None
         rows = labels.movedim(self.channel_dim(module, labels), -1)
         if not varies(rows, rows.dim() - 1) and any(varies(rows, dim) for dim in range(rows.dim() - 1)):
             follower.labels.keep([own], reasons.MIXES)
-            return False
+            return labels
         for place, fixed in enumerate(follower.fixed):
             if bool((compact(rows) == fixed).all()):
                 follower.labels.keep([own], follower.labels.reasons[int(follower.fixed[place])])
-                return True
+                return None
         follower.labels.tie(rows, own.expand(rows.shape))
-        return True
+        return None
 
     def write(self, follower: Follower, module: Any, output: Tensor, own: Tensor) -> None:
         """Gives an output the layer's labels."""
@@ -133,9 +132,8 @@ class LayerType:
         shape[self.channel_dim(module, output)] = len(own)
         follower.put(output, own.view(shape).expand(output.shape))
 
-    def let_pass(self, follower: Follower, module: Any, values: Tensor, output: Tensor) -> None:
+    def let_pass(self, follower: Follower, module: Any, labels: Tensor, output: Tensor) -> None:
         """Channels that lie along another dimension pass one by one, unless the layer mixes that dimension too."""
-        labels = follower.of(values)
         dim = self.channel_dim(module, labels)
         kernel = getattr(module, "kernel_size", ())
         mixed = [labels.dim() - len(kernel) + place for place, size in enumerate(kernel) if size > 1] if kernel else []

@@ -1,11 +1,11 @@
 """Convolutions and linear layers: where channels end and begin, and depthwise ones, which they pass one by one."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
-from lit_prune.structure.layers.base import LayerCost, LayerType, drop, register_layer
+from lit_prune.structure.layers.base import LayerCost, LayerType, Sort, drop, register_layer
 
 if TYPE_CHECKING:
     from lit_prune.structure.following import Follower
@@ -68,7 +68,7 @@ class Convolution(LayerType):
     """Convolutions of one group, transposed ones too."""
 
     modules = CONVOLUTIONS
-    sort = "mixing"
+    sort: ClassVar[Sort] = "mixing"
     counts = True
 
     def width(self, module: Any, axis: str) -> int:

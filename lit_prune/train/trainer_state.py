@@ -1,0 +1,25 @@
+"""What Lightning's connectors leave on a Trainer, with its type: the class itself does not declare it."""
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningDataModule, Trainer
+
+
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """The callbacks, in the order in which they are called; the list itself."""
+    return vars(trainer)["callbacks"]
+
+
+def datamodule_of(trainer: Trainer) -> LightningDataModule | None:
+    """The DataModule, where the run has one."""
+    return vars(trainer).get("datamodule")
+
+
+def is_trial(trainer: Trainer) -> bool:
+    """Whether it runs a few batches to see that nothing breaks (`fast_dev_run`)."""
+    return bool(vars(trainer)["fast_dev_run"])
+
+
+def put(trainer: Trainer, **attributes: Any) -> None:
+    """Sets attributes that the class does not declare."""
+    vars(trainer).update(attributes)
