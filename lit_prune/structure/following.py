@@ -13,52 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from lit_prune.structure import operations, reasons
-from lit_prune.structure.labels import FIXED, NOBODY, Labels, compact, varies
+from lit_prune.structure.labelled import Labelled, tensors_in
+from lit_prune.structure.labels import NOBODY, compact, varies
 from lit_prune.structure.layers import layer_type
 
-_BARE = 1 << 20  # values of a bare parameter or buffer that is followed; a larger one is a matrix of weights
 
-
-class Follower(TorchDispatchMode):
+class Follower(Labelled, TorchDispatchMode):
     """Carries labels along while a network runs; see the module."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.labels = Labels()
-        self.fixed = self.labels.axis("", "fixed", FIXED)  # the network's input, zeros of a padding, the unknown
-        self.labels.keep([self.fixed[:1]], reasons.INPUT)
-        self.labels.keep([self.fixed[1:2]], reasons.PADDING)
-        self.labels.keep([self.fixed[2:]], reasons.UNTRACKED)
-        self._shadows: dict[tuple, tuple[Tensor, Tensor]] = {}
+        super().__init__(model)
         self._inside = 0
-        self._bare = {_key(t): (name, t) for name, t in _bare_tensors(model)}
-
-    def of(self, tensor: Tensor) -> Tensor | None:
-        """Labels of a tensor, or None where it belongs to nobody."""
-        found = self._shadows.get(_key(tensor))
-        if found is not None:
-            return found[1]
-        if _key(tensor) in self._bare and 1 < tensor.numel() <= _BARE:
-            name = self._bare[_key(tensor)][0]
-            return self.put(tensor, self.labels.axis(name, "out", tensor.numel()).view(tensor.shape))
-        return None
-
-    def shadow(self, tensor: Tensor) -> Tensor:
-        """Labels of a tensor; nobody's where it has none."""
-        labels = self.of(tensor)
-        return torch.zeros((), dtype=torch.float64).expand(tensor.shape) if labels is None else labels
-
-    def put(self, tensor: Tensor, labels: Tensor) -> Tensor:
-        """Remembers the labels of a tensor (and the tensor, so that its memory is not given to another)."""
-        self._shadows[_key(tensor)] = (tensor, labels)
-        return labels
-
-    def put_input(self, tensor: Tensor) -> None:
-        """Marks a tensor as the network's input."""
-        self.put(tensor, self.fixed[0].expand(tensor.shape))
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
@@ -72,7 +40,7 @@ class Follower(TorchDispatchMode):
                 self._inside -= 1
                 if not self._inside:
                     with _disable_current_modes():
-                        rule(self, name, module, tuple(_tensors((args, kwargs))), output)
+                        rule(self, name, module, tuple(tensors_in((args, kwargs))), output)
 
             return hook
 
@@ -97,7 +65,7 @@ class Follower(TorchDispatchMode):
                 output = function.decompose(*args, **kwargs)
             if output is not NotImplemented:
                 return output
-        before = None if self._inside else [self.of(t) for t in _tensors((args, kwargs))]
+        before = None if self._inside else [self.of(t) for t in tensors_in((args, kwargs))]
         strides = args[0].stride() if name in operations.RESTRIDES else ()
         output = function(*args, **kwargs)
         if before is not None and any(labels is not None for labels in before):
@@ -122,31 +90,31 @@ class Follower(TorchDispatchMode):
         else:
             products = name in operations.PRODUCTS and self._two(args)
             self._keep(args, kwargs, reasons.ATTENTION if products else reasons.operation(name))
-            for tensor in _tensors(output):
+            for tensor in tensors_in(output):
                 self.put(tensor, self.fixed[2].expand(tensor.shape))
 
     def _two(self, args: tuple) -> bool:
         """Whether two tensors that depend on the input are multiplied."""
-        return sum(self.of(t) is not None and _key(t) not in self._bare for t in _tensors(args)) > 1
+        return sum(self.of(t) is not None and not self.is_bare(t) for t in tensors_in(args)) > 1
 
     def _rule(self, name: str) -> Callable | None:
         """What an operation with a rule of its own does, given its arguments and output."""
         if name in operations.SAME:
             return lambda args, output: self.put(output, self.shadow(args[0]))
         if name in operations.SPATIAL:
-            return lambda args, output: self._merge(operations.spatial_dims(name), args, _tensors(output)[0])
+            return lambda args, output: self._merge(operations.spatial_dims(name), args, tensors_in(output)[0])
         if name in operations.BATCH_NORM:
             return self._batch_norm
         shuffles = dict.fromkeys(("channel_shuffle", "native_channel_shuffle"), self._shuffle)
         return {"constant_pad_nd": self._pad, "glu": self._glu, **shuffles}.get(name)
 
     def _keep(self, args: tuple, kwargs: dict, reason: str) -> None:
-        self.labels.keep([labels for t in _tensors((args, kwargs)) if (labels := self.of(t)) is not None], reason)
+        self.labels.keep([labels for t in tensors_in((args, kwargs)) if (labels := self.of(t)) is not None], reason)
 
     def _pointwise(self, name: str, args: tuple, kwargs: dict, output: Any) -> None:
         """Values at the same place go together; one value that is spread over several channels must stay."""
-        result = _tensors(output)[0]
-        found = [(t, labels) for t in _tensors((args, kwargs)) if (labels := self.of(t)) is not None]
+        result = tensors_in(output)[0]
+        found = [(t, labels) for t in tensors_in((args, kwargs)) if (labels := self.of(t)) is not None]
         found = [(t, labels.expand(result.shape)) for t, labels in found if operations.fits(labels, result.shape)]
         changing = [{dim for dim in range(result.dim()) if varies(labels, dim)} for _, labels in found]
         together = []
@@ -162,7 +130,7 @@ class Follower(TorchDispatchMode):
             nobody = compact(whole) == NOBODY
             if bool(nobody.any()):
                 whole = labels if bool(nobody.all()) else torch.where(whole == NOBODY, labels, whole)
-        if name in operations.ADDITIONS and sum(_key(t) not in self._bare for t, _ in together) > 1:
+        if name in operations.ADDITIONS and sum(not self.is_bare(t) for t, _ in together) > 1:
             self.labels.join([labels for _, labels in together])
         self.put(result, whole)
 
@@ -175,14 +143,14 @@ class Follower(TorchDispatchMode):
         if name in operations.VIEWS:
             self.put(output, self.shadow(source).reshape(output.shape))
             return
-        sources = {id(tensor) for tensor in _tensors(args[:1]) if self.of(tensor) is not None}
+        sources = {id(tensor) for tensor in tensors_in(args[:1]) if self.of(tensor) is not None}
 
         def shadow(leaf: Any) -> Any:  # integers that are no source say where values go
             moves = isinstance(leaf, Tensor) and (leaf.is_floating_point() or id(leaf) in sources)
             return self.shadow(leaf) if moves else leaf
 
         moved = function(*tree_map(shadow, args), **kwargs)
-        for tensor, moved_labels in zip(_tensors(output), _tensors(moved), strict=True):
+        for tensor, moved_labels in zip(tensors_in(output), tensors_in(moved), strict=True):
             self.put(tensor, moved_labels)
 
     def _hold_together(self, name: str, labels: Tensor, args: tuple, output: Any) -> None:
@@ -274,7 +242,7 @@ class Follower(TorchDispatchMode):
             return
         for dim in mixed:
             self.labels.tie(labels.narrow(dim, 0, 1).expand(labels.shape), labels)
-        for tensor in _tensors(output):
+        for tensor in tensors_in(output):
             left = labels
             if tensor.dim() == labels.dim():
                 for dim in dims:
@@ -291,21 +259,4 @@ class Follower(TorchDispatchMode):
             if labels is not None and other is not None:
                 self.labels.tie(labels, other.view(shape).expand(labels.shape))
         if labels is not None:
-            self.put(_tensors(output)[0], labels)
-
-
-def _key(tensor: Tensor) -> tuple:
-    return (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
-
-
-def _bare_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers that no layer with a rule of its own holds."""
-    for prefix, module in model.named_modules():
-        if layer_type(module) is None:
-            for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-                if tensor.is_floating_point():
-                    yield f"{prefix}.{name}" if prefix else name, tensor
+            self.put(tensors_in(output)[0], labels)

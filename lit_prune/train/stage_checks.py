@@ -18,7 +18,8 @@ from lit_prune.structure.tracing import one_sample, run, traceable
 from lit_prune.task.detection import detector_heads
 from lit_prune.train.distillation import Repair, nothing_shared, shared_outputs
 from lit_prune.train.features import input_width, last_layer
-from lit_prune.train.stages import BlockStage, ChannelStage, Stage, budgets_of, choose_blocks, dense_costs
+from lit_prune.train.stage_plans import choose_blocks, dense_costs
+from lit_prune.train.stages import BlockStage, ChannelStage, Stage, budgets_of
 
 
 def check_stages(network: nn.Module, stages: Sequence[Stage], example: Any, is_dense: bool = True) -> list[Group]:

@@ -18,8 +18,9 @@ from lit_prune.train.module_task import SeenTask, task_in
 from lit_prune.train.phase_optimizer import PhaseOptimizer
 from lit_prune.train.rewire import begin_anew, rewired, share_state
 from lit_prune.train.samples import Samples, calibration_samples, recalibration_samples
+from lit_prune.train.stage_plans import Probe, cut, dense_costs, plan_stage
 from lit_prune.train.stage_record import figures_of, note_cost, plain
-from lit_prune.train.stages import ChannelStage, Probe, Stage, budgets_of, cut, dense_costs, plan_stage
+from lit_prune.train.stages import ChannelStage, Stage, budgets_of
 from lit_prune.train.subject import Subject
 
 RECALIBRATION_BATCHES = 50

@@ -7,7 +7,8 @@ from lit_prune.compression import Recipe
 from lit_prune.errors import InputError
 from lit_prune.models import Block, build_backbone
 from lit_prune.structure import trace_groups
-from lit_prune.train.stages import BlockStage, ChannelStage, Probe, cut, dense_costs, plan_stage, removable_in_order
+from lit_prune.train.stage_plans import Probe, cut, dense_costs, plan_stage, removable_in_order
+from lit_prune.train.stages import BlockStage, ChannelStage
 
 
 def block(name: str, protected: str = "") -> Block:

@@ -155,11 +155,16 @@ def test_heads_of_an_attention_are_units():
     ({"methods": (Method("label"),)}, "'label' is unknown"),
     ({"methods": (Method("cmr_logit", "affine", parents=6),), "calibration_sizes": (5,), "kept": (8,)}, "parents=6"),
     ({"methods": (Method(), Method())}, "twice"), ({"extras": ("x",)}, "extras"),
-    ({"methods": (Method("cmr_logit", "refit", objective="loss"),)}, "objective"),
 ])  # fmt: skip
 def test_bad_requests_are_one_clear_line(mlp, values, message):
     with pytest.raises(InputError, match=message):
         reduce(lambda seed: mlp, pictures((1, 4, 4)), request(**values))
+
+
+@pytest.mark.parametrize("values", [{"kind": "refit", "objective": "loss"}, {"kind": "means"}, {"steps": 0}])
+def test_a_method_without_meaning_is_refused_as_it_is_written(values):
+    with pytest.raises(InputError, match="objective='loss'|kind='means'|steps=0"):
+        Method("cmr_logit", **values)
 
 
 @pytest.mark.parametrize(("reader", "message"), [

@@ -1,0 +1,80 @@
+"""Which labels the tensors of a running network have."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lit_prune.structure import reasons
+from lit_prune.structure.labels import FIXED, Labels
+from lit_prune.structure.layers import layer_type
+
+_BARE = 1 << 20  # values of a bare parameter or buffer that is followed; a larger one is a matrix of weights
+
+
+class Labelled:
+    """Tensors by where they lie in memory, each with its labels.
+
+    Attributes:
+        labels: what is known of them.
+        fixed: labels of what cannot go: the network's input, zeros of a padding, what is not followed.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.labels = Labels()
+        self.fixed = self.labels.axis("", "fixed", FIXED)  # the network's input, zeros of a padding, the unknown
+        self.labels.keep([self.fixed[:1]], reasons.INPUT)
+        self.labels.keep([self.fixed[1:2]], reasons.PADDING)
+        self.labels.keep([self.fixed[2:]], reasons.UNTRACKED)
+        self._shadows: dict[tuple, tuple[Tensor, Tensor]] = {}
+        self._bare = {key_of(t): (name, t) for name, t in _bare_tensors(model)}
+
+    def of(self, tensor: Tensor) -> Tensor | None:
+        """Labels of a tensor, or None where it belongs to nobody."""
+        found = self._shadows.get(key_of(tensor))
+        if found is not None:
+            return found[1]
+        if key_of(tensor) in self._bare and 1 < tensor.numel() <= _BARE:
+            name = self._bare[key_of(tensor)][0]
+            return self.put(tensor, self.labels.axis(name, "out", tensor.numel()).view(tensor.shape))
+        return None
+
+    def shadow(self, tensor: Tensor) -> Tensor:
+        """Labels of a tensor; nobody's where it has none."""
+        labels = self.of(tensor)
+        return torch.zeros((), dtype=torch.float64).expand(tensor.shape) if labels is None else labels
+
+    def put(self, tensor: Tensor, labels: Tensor) -> Tensor:
+        """Remembers the labels of a tensor (and the tensor, so that its memory is not given to another)."""
+        self._shadows[key_of(tensor)] = (tensor, labels)
+        return labels
+
+    def put_input(self, tensor: Tensor) -> None:
+        """Marks a tensor as the network's input."""
+        self.put(tensor, self.fixed[0].expand(tensor.shape))
+
+    def is_bare(self, tensor: Tensor) -> bool:
+        """Whether it is a parameter or buffer that no layer with a rule of its own holds."""
+        return key_of(tensor) in self._bare
+
+
+def key_of(tensor: Tensor) -> tuple:
+    """Where a tensor lies in memory."""
+    return (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+
+
+def tensors_in(values: Any) -> list[Tensor]:
+    """The tensors among nested values."""
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def _bare_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers that no layer with a rule of its own holds."""
+    for prefix, module in model.named_modules():
+        if layer_type(module) is None:
+            for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+                if tensor.is_floating_point():
+                    yield f"{prefix}.{name}" if prefix else name, tensor
