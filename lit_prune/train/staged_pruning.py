@@ -192,7 +192,7 @@ class StagedPruning(Callback):
 
     def begin_at_once(self, repair_epochs: int) -> int:
         """Moves the stages to epochs 0, E, 2E, ... with E = `repair_epochs`; returns the epochs needed in all."""
-        self.stages = tuple(replace(stage, epoch=index * repair_epochs) for index, stage in enumerate(self.stages))
+        self.stages = tuple(stage.moved(index * repair_epochs) for index, stage in enumerate(self.stages))
         return len(self.stages) * repair_epochs
 
     def set_block_ratio(self, ratio: float) -> None:

@@ -1,8 +1,8 @@
 """One structural stage: what is asked of it, checked as it is written."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, cast
 
 from lit_prune.errors import InputError
 from lit_prune.replace import Replacement, find_stand_in
@@ -17,9 +17,11 @@ LEAST_KEEP = 1e-3
 """A smaller share of a network is a slip of the keyboard: no group can lose its last unit."""
 
 
-@dataclass(frozen=True)
 class Stage:
-    """What happens at the start of an epoch of `fit`: a `BlockStage` or a `ChannelStage`."""
+    """What happens at the start of an epoch of `fit`: a `BlockStage` or a `ChannelStage`.
+
+    Itself no dataclass, since configurations name the subclass.
+    """
 
     @property
     def epoch(self) -> int:
@@ -43,7 +45,11 @@ class Stage:
 
     def to_dict(self) -> dict[str, Any]:
         """Fields as plain values, for the run's record."""
-        return {"name": self.name, **asdict(self)}
+        return {"name": self.name, **asdict(cast("Any", self))}
+
+    def moved(self, epoch: int) -> "Stage":
+        """The same at another epoch."""
+        return replace(cast("Any", self), epoch=epoch)
 
 
 @dataclass(frozen=True)
