@@ -14,6 +14,7 @@ from torch import nn
 
 from lit_prune.errors import InputError
 from lit_prune.files import read_json, write_json
+from lit_prune.quantise import FILE as INT8
 from lit_prune.structure import load_compact
 from lit_prune.structure.description import Description
 from lit_prune.timing import Timing, busy, circumstances, time_runs
@@ -49,7 +50,8 @@ class Setting:
 def measure_deployment(folder: str | Path, setting: Setting, trust: Sequence[str] = ()) -> dict[str, Any]:
     """Times of the dense and the compact network of a folder, all in turns.
 
-    The dense network has fresh weights, which take the same time. Written to `latency.json` beside `compact/`.
+    The dense network has fresh weights, which take the same time. Where `export --int8` has left its file in `export/`,
+    that is timed too. Written to `latency.json` beside `compact/`.
 
     Args:
         folder: run folder with `compact/`, or a compact folder.
@@ -65,11 +67,13 @@ def measure_deployment(folder: str | Path, setting: Setting, trust: Sequence[str
     folder = Path(folder)
     compact = folder / "compact" if (folder / "compact").is_dir() else folder
     networks = _networks(compact, trust)
+    int8 = compact.parent / "export" / INT8
     threads = torch.get_num_threads()
     torch.set_num_threads(setting.threads or threads)
     try:
         with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
-            rows = [row for size in setting.batch_sizes for row in _rows(networks, size, setting, Path(scratch))]
+            sizes = setting.batch_sizes
+            rows = [row for size in sizes for row in _rows(networks, int8, size, setting, Path(scratch))]
         said = circumstances(setting.device)
     finally:
         torch.set_num_threads(threads)
@@ -89,13 +93,16 @@ def _networks(compact: Path, trust: Sequence[str]) -> dict[str, tuple[nn.Module,
     return {"dense": (described.rebuild(trust=trust).eval(), shape), "compact": (small, shape)}
 
 
-def _rows(networks: dict[str, Any], size: int, setting: Setting, scratch: Path) -> list[dict[str, Any]]:
+def _rows(networks: dict[str, Any], int8: Path, size: int, setting: Setting, scratch: Path) -> list[dict[str, Any]]:
     runs: dict[tuple[str, str], Callable[[], Any]] = {}
     for name, (network, shape) in networks.items():
         images = torch.zeros(size, *shape, device=setting.device)
         runs[name, "eager"] = _eager(network.to(setting.device), images)
         if find_spec("onnxruntime") and find_spec("onnxscript"):
-            runs[name, "ONNX Runtime"] = _runtime(network, images.cpu(), scratch / f"{name}.onnx", setting.threads)
+            file = _exported(network, images.shape[1:], scratch / f"{name}.onnx")
+            runs[name, "ONNX Runtime"] = _runtime(file, images.cpu(), setting.threads)
+    if int8.is_file() and find_spec("onnxruntime"):
+        runs["compact", "ONNX Runtime, INT8"] = _runtime(int8, images.cpu(), setting.threads)
     timings = time_runs(list(runs.values()), setting.rounds)
     return [
         {"network": name, "runtime": kind, "batch": size, "milliseconds": timing.to_dict()}
@@ -113,16 +120,21 @@ def _eager(network: nn.Module, images: torch.Tensor) -> Callable[[], None]:
     return run
 
 
-def _runtime(network: nn.Module, images: torch.Tensor, file: Path, threads: int | None) -> Callable[[], Any]:
-    """A pass of ONNX Runtime; the file is written at the first call for a network."""
-    import onnxruntime
-
+def _exported(network: nn.Module, shape: torch.Size, file: Path) -> Path:
+    """The network's ONNX file, written at the first call."""
     from lit_prune.export import export_module
 
     if not file.exists():
         with torch.inference_mode(False):
-            written = export_module(network, images.shape[1:], file.parent / file.stem, ("onnx",))
+            written = export_module(network, shape, file.parent / file.stem, ("onnx",))
         Path(written["onnx"]["file"]).rename(file)
+    return file
+
+
+def _runtime(file: Path, images: torch.Tensor, threads: int | None) -> Callable[[], Any]:
+    """A pass of ONNX Runtime."""
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])

@@ -129,19 +129,24 @@ def batches_of(data: "ImageData", limit: int = EVALUATION) -> tuple[Iterator[Ten
 def batches_of_folder(
     folder: Path, preparation: Any, limit: int = CALIBRATION
 ) -> tuple[Iterator[Tensor], list[Labelled]]:
-    """Images of a folder, prepared; the same without labels for the comparison.
+    """Images of a folder, prepared: every second one to calibrate on, the others, without labels, to compare on.
+
+    Args:
+        folder: of image files, in folders or not.
+        preparation: of the network.
+        limit: images of either half at the most.
 
     Raises:
-        InputError: there is no image in it.
+        InputError: there are fewer than two images in it.
     """
     from lit_prune.data.sources import list_images
     from lit_prune.predict import read_prepared
 
-    files = list_images(folder)[:limit]
-    if not files:
-        raise InputError(f"calibration: {folder} holds no image; give a folder of images of the kind that it will see")
+    files = list_images(folder)[: 2 * limit]
+    if len(files) < 2:
+        raise InputError(f"calibration: {folder} holds {len(files)} images; give a folder of what it will see")
     images = [read_prepared(file, preparation)[None] for file in files]
-    return iter(images), [(torch.cat(images), None)]
+    return iter(images[::2]), [(batch, None) for batch in torch.cat(images[1::2]).split(64)]
 
 
 def describe(report: dict[str, Any]) -> str:

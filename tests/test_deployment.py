@@ -85,16 +85,34 @@ def test_int8_without_data_of_ours_or_images_is_refused_in_a_line(run_dir, tmp_p
         assert words in capsys.readouterr().err
 
 
-def test_latency_has_both_runtimes_and_every_batch_size_and_says_what_it_holds_for(run_dir):
+@pytest.mark.usefixtures("exported")
+def test_latency_has_every_runtime_the_int8_file_and_every_batch_size_and_says_what_it_holds_for(run_dir):
     found = measure_deployment(run_dir, Setting((1, 2), rounds=3, threads=1))
     rows = [(row["network"], row["runtime"], row["batch"]) for row in found["rows"]]
     kinds = [(name, kind) for name in ("dense", "compact") for kind in ("eager", "ONNX Runtime")]
+    kinds.append(("compact", "ONNX Runtime, INT8"))
     assert rows == [(*kind, batch) for batch in (1, 2) for kind in kinds]
     assert json.loads((run_dir / "latency.json").read_text()) == found
     assert found["circumstances"]["threads"] == 1 and {"device", "date", "load"} <= found["circumstances"].keys()
-    assert latency_table(found).row_count == 8
+    assert latency_table(found).row_count == 10
     with pytest.raises(InputError, match="at least 1"):
         Setting((0,))
+
+
+def test_a_folder_of_images_is_halved_to_calibrate_and_to_compare(run_dir, tmp_path):
+    from PIL import Image
+
+    from lit_prune.quantise import batches_of_folder
+    from lit_prune.structure import read_preparation
+
+    preparation = read_preparation(run_dir / "compact")
+    for value in range(5):
+        Image.new("L", (8, 8), 50 * value).save(tmp_path / f"{value}.png")
+    calibration, [(compared, labels)] = batches_of_folder(tmp_path, preparation)
+    assert len(list(calibration)) == 3 and len(compared) == 2 and labels is None
+    assert compared[0].mean() == pytest.approx(float(preparation.normalise(torch.full((1, 1, 1, 1), 50 / 255))), abs=0.01)
+    with pytest.raises(InputError, match="holds 0 images"):
+        batches_of_folder(tmp_path / "none", preparation)
 
 
 def test_the_median_stands_beside_its_spread_and_a_wide_one_is_said():
