@@ -2,13 +2,17 @@
 
 import inspect
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 
 import lit_prune
-from lit_prune.cli.verbs import export
+from lit_prune.cli import verbs
+from lit_prune.cli.main import FUNCTIONS, with_files_as
+from lit_prune.cli.prune_cli import build_cli
+from lit_prune.cli.recipes import find_recipe
 from lit_prune.models import build_backbone
 from lit_prune.scores import SCORES
 
@@ -44,11 +48,32 @@ def test_the_readme_is_short_and_its_links_lead_somewhere():
             assert link.startswith("http") or (page.parent / link).exists(), f"{page.name}: {link}"
 
 
-def test_options_of_export_in_the_pages_exist():
-    known = set(inspect.signature(export).parameters)
+def commands() -> list[str]:
+    """Command lines of the pages, without their remarks; those in a sentence only where they have options."""
+    found: dict[str, None] = {}
     for page in PAGES:
-        for line in re.findall(r"^lit-prune export (.*)$", page.read_text(), re.MULTILINE):
-            assert set(re.findall(r"--(\w+)", line.split("#")[0])) <= known, f"{page.name}: {line}"
+        text = page.read_text()
+        lines = re.findall(r"^lit-prune (.*?)(?: +#.*)?$", text, re.MULTILINE)
+        lines += [line for line in re.findall(r"`lit-prune ([^`]*)`", text) if " " in line]
+        found |= dict.fromkeys(" ".join(line.split()) for line in lines)
+    return list(found)
+
+
+@pytest.mark.parametrize("line", commands())
+def test_a_command_of_the_pages_is_understood(line: str, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["lit-prune"])
+    (tmp_path / "FILE").touch()
+    verb, *args = shlex.split(line.replace("DATA", str(tmp_path)).replace("FILE", str(tmp_path / "FILE")))
+    if verb == "predict":
+        verb, args, known = "predict", with_files_as(args, "--images"), {"predict": verbs.predict}
+    else:
+        known = FUNCTIONS
+    if verb in known:
+        words = [word.split("=")[0] for word in args if word.startswith("--")]
+        assert {word.removeprefix("--") for word in words} <= {*inspect.signature(known[verb]).parameters, "config"}
+        assert all(find_recipe(name) for option, name in zip(args, args[1:], strict=False) if option == "-c")
+    elif verb != "VERB":
+        build_cli([verb, *args], run=False)
 
 
 def test_the_page_of_scores_has_the_scores_with_their_axes_in_their_order():
