@@ -110,7 +110,9 @@ def test_a_folder_of_images_is_halved_to_calibrate_and_to_compare(run_dir, tmp_p
         Image.new("L", (8, 8), 50 * value).save(tmp_path / f"{value}.png")
     calibration, [(compared, labels)] = batches_of_folder(tmp_path, preparation)
     assert len(list(calibration)) == 3 and len(compared) == 2 and labels is None
-    assert compared[0].mean() == pytest.approx(float(preparation.normalise(torch.full((1, 1, 1, 1), 50 / 255))), abs=0.01)
+    assert compared[0].mean() == pytest.approx(
+        float(preparation.normalise(torch.full((1, 1, 1, 1), 50 / 255))), abs=0.01
+    )
     with pytest.raises(InputError, match="holds 0 images"):
         batches_of_folder(tmp_path / "none", preparation)
 

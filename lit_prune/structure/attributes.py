@@ -1,4 +1,4 @@
-"""Widths that a network writes down of itself (timm's attributes), brought up to date after channels have gone."""
+"""Widths that a network writes down of itself, after a cut: timm's attributes, the `config` of Hugging Face."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -9,21 +9,27 @@ from lit_prune.structure import axes
 from lit_prune.structure.tracing import one_sample, traceable
 
 WIDTHS = ("num_features", "head_hidden_size")
+FIRST, LAST, EACH = ("embedding_size", "embed_dim"), ("hidden_size",), ("hidden_sizes",)
+"""Entries of a `config` that are the width of the first hidden state, of the last, of the last ones in turn."""
 
 
 def follow_widths(dense: nn.Module, smaller: nn.Module, example_input: Any) -> None:
-    """Sets `num_features`, `head_hidden_size` and the channels of `feature_info` to what `smaller` really gives.
+    """Sets `num_features`, `head_hidden_size`, `feature_info` or `config` to the widths that `smaller` really has.
 
-    For networks with timm's interface (`forward_features`, `forward_head`, `feature_info`); any other is left alone.
-    Each width is read off a pass, on the axis on which the dense network has the width that it writes down. After that
-    `reset_classifier` and feature extraction fit the smaller network. Heads that keep their own `in_features` and
-    `num_features` follow too.
+    For networks with timm's interface (`forward_features`, `forward_head`, `feature_info`) and those of Hugging Face
+    (`config`, hidden states: `hidden_size`, `hidden_sizes`, `embed_dim`, `embedding_size`; a `config` has no words for
+    widths inside blocks, which differ after a cut); any other is left alone. Each width is read off a pass, on the
+    axis on which the dense network has the width that it writes down. After that `reset_classifier`, a new classifier
+    and feature extraction fit the smaller network. Heads that keep their own `in_features` and `num_features` follow
+    too.
 
     Args:
         dense: before the cut.
         smaller: after it; changed in place.
         example_input: what the networks are called with, see `trace_groups`.
     """
+    if hasattr(getattr(smaller, "config", None), "model_type"):
+        _follow_config(dense, smaller, example_input)
     if not (callable(getattr(dense, "forward_features", None)) and hasattr(dense, "num_features")):
         return
     named = [entry["module"] for entry in _entries(dense)]
@@ -37,6 +43,34 @@ def follow_widths(dense: nn.Module, smaller: nn.Module, example_input: Any) -> N
         new["num_chs"] = new["num_chs"] if width is None else width
     for head in (module for name, module in smaller.named_modules() if name and not axes.is_weighted(module)):
         _follow_head(head)
+
+
+def _follow_config(dense: Any, smaller: Any, example_input: Any) -> None:
+    before, after = (_hidden_states(network, example_input) for network in (dense, smaller))
+    if not before or len(before) != len(after):
+        return
+    for names, state in ((FIRST, 0), (LAST, -1)):
+        for name in names:
+            width = _moved(getattr(dense.config, name, None), before[state], after[state])
+            if width is not None:
+                setattr(smaller.config, name, width)
+    for name in EACH:
+        widths = getattr(dense.config, name, None)
+        if isinstance(widths, list | tuple) and 0 < len(widths) <= len(before):
+            ends = zip(widths, before[-len(widths) :], after[-len(widths) :], strict=True)
+            moved = [_moved(*end) for end in ends]
+            setattr(smaller.config, name, [new or old for new, old in zip(moved, widths, strict=True)])
+
+
+def _hidden_states(model: Any, example_input: Any) -> tuple[Tensor, ...]:
+    """What the layers pass on for one sample, from the embedding to the last; empty where the network does not say."""
+    with traceable(model):
+        sample = one_sample(model, example_input)
+        try:
+            output = model(*sample.args, **{**sample.kwargs, "output_hidden_states": True})
+        except TypeError:  # it takes no such argument
+            return ()
+    return tuple(getattr(output, "hidden_states", None) or ())
 
 
 def _entries(model: nn.Module) -> list[dict[str, Any]]:
