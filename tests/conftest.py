@@ -1,28 +1,63 @@
 """Shared fixtures: tiny networks and small real images."""
 
 import os
+from contextlib import nullcontext
+from functools import partial, wraps
 from pathlib import Path
 
+import far
 import numpy as np
+import placement
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from PIL import Image
 from torch import nn
 
 
 def pytest_addoption(parser) -> None:
-    """`--device cuda` runs the tests marked device there; `--table FILE` writes what they did and how long it took."""
-    parser.addoption("--device", default="cpu", help="device of the tests that take one: cpu, cuda")
+    """`--device cuda` runs the tests there; `--table FILE` writes what they did and how long it took."""
+    parser.addoption("--device", default="cpu", help="device of the tests: cpu, cuda, or far, which need not be there")
     parser.addoption("--table", default=None, help="file for one table of outcomes and seconds")
 
 
 @pytest.fixture(scope="session")
 def device(pytestconfig) -> torch.device:
     """The device that the core's tests run on."""
-    place = torch.device(pytestconfig.getoption("--device"))
-    if place.type == "cuda" and not torch.cuda.is_available():
+    name = pytestconfig.getoption("--device")
+    if name == "cuda" and not torch.cuda.is_available():
         pytest.fail("--device cuda: there is no CUDA device")
-    return place
+    return {"cuda": torch.device("cuda", 0), "far": far.PLACE}.get(name) or torch.device(name)
+
+
+@pytest.fixture(autouse=True)
+def on_device(request, device, monkeypatch):
+    """What a test builds is built on the device of `--device`, and trainers train there."""
+    if device.type == "cpu":
+        yield
+        return
+    if request.node.get_closest_marker("cpu"):
+        pytest.skip("of the CPU alone")
+    monkeypatch.setattr(Trainer, "__init__", _trains_on(device, Trainer.__init__))
+    compare = partial(torch.testing.assert_close, check_device=False)
+    monkeypatch.setattr(torch.testing, "assert_close", compare)
+    with far.far_device() if device == far.PLACE else nullcontext(), placement.OnDevice(device):
+        yield
+
+
+def _trains_on(device: torch.device, init):
+    """The trainer's constructor with the accelerator of the device where a test asks for the CPU."""
+
+    @wraps(init)
+    def on_device(self, *args, **settings) -> None:
+        if settings.get("accelerator") == "cpu" and settings.get("devices") in (1, None) and "strategy" not in settings:
+            settings |= {"accelerator": "gpu"}
+            if device == far.PLACE:
+                settings |= {"accelerator": far.FarAccelerator(), "strategy": SingleDeviceStrategy(device)}
+        init(self, *args, **settings)
+
+    return on_device
 
 
 def pytest_terminal_summary(terminalreporter, config) -> None:

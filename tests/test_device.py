@@ -97,7 +97,9 @@ class ReachedError(Exception):
 def test_evaluation_waits_for_the_device_once_at_its_end(fake):
     def reduce(sums):
         assert sums.device.type == "cpu" and sums.ndim == 1
-        raise ReachedError
+        if len(sums) > 1:  # more than the question whether a rank has no batch
+            raise ReachedError
+        return sums
 
     with pytest.raises(ReachedError):
         evaluate(network(), batches(), reduce, "classification")

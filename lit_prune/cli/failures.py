@@ -21,7 +21,7 @@ def one_line_failures() -> Iterator[None]:
     Ctrl-C ends with 130, SIGTERM with 143, whatever the verb was doing.
     """
     try:
-        with ended_by_sigterm():
+        with ended_by_sigterm(), one_line_of_threads():
             yield
     except KeyboardInterrupt:
         end("interrupted; the same command goes on from where it stopped", INTERRUPTED)
@@ -70,6 +70,25 @@ def explanation(error: BaseException) -> str | None:
         if isinstance(cause, UnicodeDecodeError):
             return f"a file is no UTF-8 text ({cause}); convert it"
     return None
+
+
+@contextmanager
+def one_line_of_threads() -> Iterator[None]:
+    """As `one_line_failures`, of threads in the background, such as a logger's writer, which end without an exit."""
+    before = threading.excepthook
+
+    def say(failure: threading.ExceptHookArgs) -> None:
+        line = explanation(failure.exc_value) if failure.exc_value is not None else None
+        if line is None:
+            before(failure)
+        else:
+            print(f"warning: in the background: {one_line(line)}", file=sys.stderr)
+
+    threading.excepthook = say
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 @contextmanager

@@ -153,7 +153,7 @@ def reader_moments(
                 _add_inputs(sums, name, module, inputs, gradient, samples[name])
                 slopes = output_rows(module, gradient, None)
                 metrics[name] = metrics.get(name, 0) + (slopes.T @ slopes).double().cpu()
-    return {name: ReaderMoments(found.covariance(), metrics[name] / count) for name, found in sums.items()}
+    return {name: ReaderMoments(found.covariance().cpu(), metrics[name] / count) for name, found in sums.items()}
 
 
 def _add_inputs(

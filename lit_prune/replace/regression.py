@@ -140,6 +140,10 @@ class Covariance:
     cross: Tensor
     targets: Tensor
 
+    def cpu(self) -> Covariance:
+        """The same on the CPU."""
+        return Covariance(*(getattr(self, field.name).cpu() for field in fields(self)))
+
     def error(self, fit: Fit) -> float:
         """Mean squared error of `fit` on this data, summed over outputs, divided by their summed variance."""
         bias = self.target_mean - fit.weight @ self.input_mean - fit.bias

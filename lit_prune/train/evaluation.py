@@ -42,13 +42,33 @@ def evaluate(
     Args:
         model: any network.
         batches: what the task reads, such as (images, labels).
-        reduce: sums a float64 tensor over ranks; None where this process holds all samples.
+        reduce: sums a float64 tensor over ranks, each of which calls this; None where this process has all samples.
         task: what a batch and an output mean; None recognises it.
 
     Raises:
-        InputError: no batches at all.
+        InputError: no batches, or as `settle`; on every rank where it is so on one.
     """
-    task, batches = settle(task, model, batches)
+    refusal = None
+    try:
+        task, batches = settle(task, model, batches)
+        sums, ends = _add_up(model, batches, task)
+    except InputError as error:
+        refusal = error
+    refused = 0.0 if reduce is None else float(reduce(torch.tensor([float(refusal is not None)]).double()))
+    if refusal is not None:
+        raise refusal
+    if refused:
+        raise InputError(f"evaluation: {refused:.0f} other ranks have no batch that they can use; give more samples")
+    together = torch.cat([sums.flatten(), ends.to(sums.device)]).cpu()  # the one time that it waits for the device
+    together = together if reduce is None else reduce(together)
+    figure = task.figure(together[:-2].reshape(sums.shape))
+    return Evaluation(
+        figure, float(together[-2] / together[-1]), int(together[-1]), task.metric_name, task.higher_is_better
+    )
+
+
+def _add_up(model: nn.Module, batches: Iterable[Any], task: Task) -> tuple[Tensor, Tensor]:
+    """Sums of the task's figure, and the summed loss with the number of samples [2]."""
     sums: Tensor | None = None
     losses: list[Tensor] = []
     count = 0
@@ -64,13 +84,7 @@ def evaluate(
     if sums is None:
         raise InputError("evaluation got no batches: give at least one")
     loss = torch.stack(losses).sum()
-    ends = torch.stack([loss, loss.new_tensor(count)])
-    together = torch.cat([sums.flatten(), ends.to(sums.device)]).cpu()  # the one time that it waits for the device
-    together = together if reduce is None else reduce(together)
-    figure = task.figure(together[:-2].reshape(sums.shape))
-    return Evaluation(
-        figure, float(together[-2] / together[-1]), int(together[-1]), task.metric_name, task.higher_is_better
-    )
+    return sums, torch.stack([loss, loss.new_tensor(count)])
 
 
 def _summed(task: Task, output: Any, batch: Any) -> Tensor:

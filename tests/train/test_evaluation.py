@@ -21,7 +21,7 @@ def test_ranks_add_as_sums(tiny_net):
     images, labels = torch.randn(9, 3, 8, 8), torch.randint(0, 4, (9,))
     shares = []
     evaluate(tiny_net, [(images[:2], labels[:2])], lambda sums: shares.append(sums) or sums)
-    both = evaluate(tiny_net, [(images[2:], labels[2:])], lambda sums: sums + shares[0])
+    both = evaluate(tiny_net, [(images[2:], labels[2:])], lambda sums: sums + shares.pop(0))
     whole = evaluate(tiny_net, [(images, labels)])
     assert (both.figure, both.images) == (whole.figure, whole.images)
     assert both.loss == pytest.approx(whole.loss, rel=1e-6)
@@ -30,3 +30,13 @@ def test_ranks_add_as_sums(tiny_net):
 def test_no_batches_is_an_error(tiny_net):
     with pytest.raises(InputError, match="there is no batch in it"):
         evaluate(tiny_net, [])
+
+
+@pytest.mark.parametrize("task", [None, "classification"])
+def test_where_one_rank_has_no_batch_every_rank_says_so_and_none_waits(tiny_net, task):
+    told = []
+    with pytest.raises(InputError, match="batch"):
+        evaluate(tiny_net, [], lambda sums: told.append(sums) or sums, task)
+    assert [sums.tolist() for sums in told] == [[1.0]]
+    with pytest.raises(InputError, match="1 other ranks have no batch"):
+        evaluate(tiny_net, [(torch.randn(2, 3, 8, 8), torch.tensor([0, 1]))], lambda sums: sums + told[0], task)

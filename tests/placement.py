@@ -1,0 +1,84 @@
+"""Tests that say nothing of a device, carried out on one: what a test builds is put there, what it compares comes back.
+
+Tensors and networks that a test makes (also through torchvision, timm and `lit_prune.models`) are made on the CPU with
+the CPU's random numbers and moved, so that their values are those of the test on the CPU. An operation of the test's
+own between two devices is done on the CPU. Nothing of this holds below a frame of the library: there a mistake in
+placement raises.
+"""
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
+from torch.utils._pytree import tree_leaves, tree_map
+
+LIBRARY, BUILDERS = "lit_prune", "lit_prune.models"
+DRAWN_IN_PLACE = {getattr(torch.Tensor, name) for name in ("uniform_", "normal_", "random_", "bernoulli_")}
+DRAWN_IN_PLACE |= {getattr(torch.Tensor, name) for name in ("exponential_", "log_normal_", "geometric_", "cauchy_")}
+READ = {torch.Tensor.numpy, torch.Tensor.__array__}
+MOVES = {torch.Tensor.to, torch.Tensor.copy_, torch.Tensor.cpu, torch.Tensor.__setitem__, torch.Tensor.__getitem__}
+
+
+def library_frames() -> Iterator[str]:
+    """Modules of the library on the stack, innermost first."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        if name.split(".")[0] == LIBRARY:
+            yield name
+        frame = frame.f_back
+
+
+def by_test() -> bool:
+    """Whether a test itself carries out what is being done, not the library."""
+    return next(library_frames(), None) is None
+
+
+def built_by_test() -> bool:
+    """As `by_test`, or through the library's builders of networks alone."""
+    return all(name.startswith(BUILDERS) for name in library_frames())
+
+
+class OnDevice(TorchFunctionMode):
+    """While it lasts, a test's tensors are made on `device`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.constructors = _device_constructors()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None) -> Any:
+        kwargs = kwargs or {}
+        if func in self.constructors:
+            if kwargs.get("device") is None and built_by_test():
+                return self.constructed(func, args, kwargs)
+        elif func in DRAWN_IN_PLACE:
+            if args[0].device == self.device and built_by_test():
+                drawn = func(torch.empty(args[0].shape, dtype=args[0].dtype), *args[1:], **kwargs)
+                with torch.no_grad():
+                    return args[0].copy_(drawn)
+        elif func in READ:
+            if args[0].device == self.device and by_test():
+                return func(args[0].cpu(), *args[1:], **kwargs)
+        elif func not in MOVES and mixed(args, kwargs) and by_test():
+            args, kwargs = tree_map(_on_cpu, args), tree_map(_on_cpu, kwargs)
+        return func(*args, **kwargs)
+
+    def constructed(self, func, args, kwargs) -> torch.Tensor:
+        requires_grad = kwargs.get("requires_grad", False)
+        made = func(*args, **{**kwargs, "requires_grad": False}) if "requires_grad" in kwargs else func(*args, **kwargs)
+        if not isinstance(made, torch.Tensor) or kwargs.get("out") is not None:
+            return made
+        return made.to(self.device).requires_grad_(requires_grad)
+
+
+def mixed(args: tuple, kwargs: dict) -> bool:
+    """Whether there are tensors with a dimension on two devices."""
+    places = {leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.ndim}
+    return len(places) > 1
+
+
+def _on_cpu(value: Any) -> Any:
+    return value.cpu() if isinstance(value, torch.Tensor) else value
