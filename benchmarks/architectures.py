@@ -51,9 +51,10 @@ TIMM = {
     convnextv2_atto convmixer_768_32 fasternet_t0 mobilevit_xxs mobilevitv2_050
     poolformer_s12 edgenext_xx_small starnet_s1 dla34 selecsls42 vovnet39a lcnet_035 tinynet_e rexnet_100
     rexnetr_100 gernet_s inception_next_atto repvit_m0_9 fastvit_t8 efficientvit_b0 efficientvit_m0
-    tresnet_m xcit_nano_12_p16_224 pit_ti_224 convit_tiny""".split(),
-    96: "levit_128s caformer_s18 pvt_v2_b0 mvitv2_tiny hgnet_tiny".split(),
-    128: "bat_resnext26ts inception_v3 inception_v4 xception41 nextvit_small".split(),
+    tresnet_m xcit_nano_12_p16_224""".split(),
+    96: "caformer_s18 pvt_v2_b0 mvitv2_tiny hgnet_tiny".split(),
+    128: "inception_v3 inception_v4 xception41 nextvit_small".split(),
+    256: ["bat_resnext26ts"],
     224: """efficientformer_l1 efficientformerv2_s0 coatnet_nano_rw_224 maxvit_rmlp_pico_rw_256
     crossvit_tiny_240""".split(),
 }
@@ -62,7 +63,7 @@ TIMM = {
 SIZED = {
     64: """vit_tiny_patch16_224 deit_tiny_patch16_224 beit_base_patch16_224 cait_xxs24_224 twins_svt_small
     mixer_s32_224 resmlp_12_224 gmlp_ti16_224 coat_tiny tnt_s_patch16_224 swin_tiny_patch4_window7_224
-    swinv2_tiny_window8_256""".split(),
+    swinv2_tiny_window8_256 pit_ti_224 convit_tiny levit_128s""".split(),
     112: ["eva02_tiny_patch14_224"],
 }
 """Image size -> architectures of timm that are built for one size of images."""
@@ -127,7 +128,8 @@ def architectures() -> dict[str, tuple[Callable[[], nn.Module], tuple[int, int, 
             (3, 96, 96),
         )
     for name in TRANSFORMERS:
-        cases[f"transformers {name}"] = (lambda name=name: _transformer(name), (3, 32, 32))
+        side = 64 if name == "Segformer" else 32
+        cases[f"transformers {name}"] = (lambda name=name: _transformer(name), (3, side, side))
     return cases
 
 
