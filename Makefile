@@ -24,8 +24,8 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-types: $(VENV)/installed  ## mypy over all rooms, those that do not pass yet too
-	$(BIN)/mypy --follow-imports normal -p lit_prune
+types: $(VENV)/installed  ## mypy alone, a part of lint
+	$(BIN)/mypy
 
 bench: $(VENV)/installed  ## every script of benchmarks/, one table: benchmarks/results.md
 	$(BIN)/python benchmarks/run_all.py

@@ -1,6 +1,7 @@
 """INT8 for ONNX Runtime: an exported network quantised on calibration images, accuracy and time beside the float."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,7 +107,7 @@ def compare(files: Sequence[Path], image: np.ndarray, evaluation: Iterable[Label
             right = [
                 sum_ + int((found == labels.cpu().numpy()).sum()) for sum_, found in zip(right, classes, strict=True)
             ]
-    timings = time_runs([lambda run=session.run: run(None, {"images": image}) for session in sessions])
+    timings = time_runs([partial(session.run, None, {"images": image}) for session in sessions])
     figures = {
         name: {
             "accuracy": sum_ / count if labelled else None,

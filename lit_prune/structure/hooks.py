@@ -61,8 +61,8 @@ class OwnHooks:
 
 
 _EMPTY = frozenset(vars(nn.Module()))
-_SHARED = (bool, int, float, str, bytes, tuple, frozenset, type, type(None))
-_SHARED += (types.FunctionType, types.BuiltinFunctionType)
+_PLAIN = (bool, int, float, str, bytes, tuple, frozenset, type, type(None))
+_SHARED = (*_PLAIN, types.FunctionType, types.BuiltinFunctionType)
 """Values that may be one object in unrelated places."""
 
 

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_prune.errors import InputError
-from lit_prune.task.base import Task, Term, register_task, unknown_variable
+from lit_prune.task.answered import Answered
+from lit_prune.task.base import Term, register_task, unknown_variable
 from lit_prune.task.batches import describe
-from lit_prune.task.outputs import answer
 
 CLASSES = 10  # up to so many classes the curvature is exact in the label, above it is sampled
 
@@ -87,7 +87,7 @@ def check_labels(labels: Tensor | None, images: int, classes: int) -> Tensor:
 
 
 @register_task("classification")
-class Classification(Task):
+class Classification(Answered):
     """Cross-entropy of logits [B, K] with labels int64 [B] or probabilities [B, K]; figure: top-1 accuracy.
 
     Images alone are fine where nothing asks for labels: the task variables are then the two `predicted` ones. The
@@ -98,10 +98,6 @@ class Classification(Task):
     higher_is_better = True
     decides = True
     variables = tuple(TARGETS)
-
-    def prediction(self, output: Any) -> Tensor:
-        """Logits [B, K]."""
-        return answer(output)
 
     def labels(self, output: Any, batch: Any) -> Tensor:
         """Labels int64 [B] or probabilities [B, K], checked and on the output's device.
@@ -161,13 +157,9 @@ class Classification(Task):
         return (original.argmax(1) == other.argmax(1)).double()
 
     @classmethod
-    def fits(cls, output: Any, target: Any, size: int) -> bool:
+    def suits(cls, logits: Tensor, target: Tensor, size: int) -> bool:
         """Logits [B, K] with integer labels [B], or with rows of probabilities."""
-        try:
-            logits = answer(output)
-        except InputError:
-            return False
-        if not isinstance(target, Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
+        if logits.ndim != 2 or logits.shape[1] < 2:
             return False
         if not target.is_floating_point():
             return target.shape == (size,)

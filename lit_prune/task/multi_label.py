@@ -7,14 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_prune.errors import InputError
-from lit_prune.task.base import Task, Term, register_task
+from lit_prune.task.answered import Answered
+from lit_prune.task.base import Term, register_task
 from lit_prune.task.batches import describe
 from lit_prune.task.classification import Classification
-from lit_prune.task.outputs import answer
 
 
 @register_task("multi_label")
-class MultiLabel(Task):
+class MultiLabel(Answered):
     """Binary cross-entropy of logits [B, ...] with labels in [0, 1] of the same shape; figure: F1 over all labels.
 
     The loss of a sample is the mean over its labels. F1 is 2·TP / (2·TP + FP + FN) at logit 0 (micro average).
@@ -23,10 +23,6 @@ class MultiLabel(Task):
     metric_name = "f1"
     higher_is_better = True
     decides = True
-
-    def prediction(self, output: Any) -> Tensor:
-        """Logits [B, ...]."""
-        return answer(output)
 
     def labels(self, output: Any, batch: Any) -> Tensor:
         """Labels in the shape of the logits.
@@ -69,14 +65,10 @@ class MultiLabel(Task):
         return ((original > 0) == (other > 0)).double().reshape(len(original), -1).mean(1)
 
     @classmethod
-    def fits(cls, output: Any, target: Any, size: int) -> bool:
+    def suits(cls, logits: Tensor, target: Tensor, size: int) -> bool:
         """Logits with labels of 0 and 1 in the same shape."""
-        try:
-            logits = answer(output)
-        except InputError:
+        if target.numel() != logits.numel() or logits.ndim > 2:
             return False
-        if not isinstance(target, Tensor) or target.numel() != logits.numel() or logits.ndim > 2:
-            return False
-        if Classification.fits(output, target, size):  # one label each: probabilities
+        if Classification.suits(logits, target, size):  # one label each: probabilities
             return False
         return bool(((target == 0) | (target == 1)).all())

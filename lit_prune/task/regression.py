@@ -6,22 +6,18 @@ import torch
 from torch import Tensor
 
 from lit_prune.errors import InputError
-from lit_prune.task.base import Task, Term, register_task
+from lit_prune.task.answered import Answered
+from lit_prune.task.base import Term, register_task
 from lit_prune.task.batches import describe
 from lit_prune.task.classification import Classification
 from lit_prune.task.multi_label import MultiLabel
-from lit_prune.task.outputs import answer
 
 
 @register_task("regression")
-class Regression(Task):
+class Regression(Answered):
     """Mean squared error over a sample's values; figure: the same, averaged over samples."""
 
     metric_name = "mean_squared_error"
-
-    def prediction(self, output: Any) -> Tensor:
-        """The values, [B, ...]."""
-        return answer(output)
 
     def loss(self, output: Any, batch: Any) -> Tensor:
         """Mean over values of (output - target)², [B].
@@ -41,13 +37,9 @@ class Regression(Task):
         return [Term(v, weight * w) for v, w in super().curvature_terms(output, batch, generator)]
 
     @classmethod
-    def fits(cls, output: Any, target: Any, size: int) -> bool:
+    def suits(cls, values: Tensor, target: Tensor, size: int) -> bool:
         """As many values in the target as in the output, and nothing that says they are labels."""
-        try:
-            values = answer(output)
-        except InputError:
-            return False
-        same = isinstance(target, Tensor) and target.numel() == values.numel() and len(target) == size
-        if not same or Classification.fits(output, target, size) or MultiLabel.fits(output, target, size):
+        same = target.numel() == values.numel() and len(target) == size
+        if not same or Classification.suits(values, target, size) or MultiLabel.suits(values, target, size):
             return False
         return target.is_floating_point() or values.shape == target.shape

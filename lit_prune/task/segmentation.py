@@ -8,16 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_prune.errors import InputError
-from lit_prune.task.base import Task, Term, register_task
+from lit_prune.task.answered import Answered
+from lit_prune.task.base import Term, register_task
 from lit_prune.task.batches import describe
-from lit_prune.task.outputs import answer
 
 VOID = (255, -100)  # what data sets and torch take for pixels without a label
 IGNORED = -100
 
 
 @register_task("segmentation")
-class Segmentation(Task):
+class Segmentation(Answered):
     """Cross-entropy of logits [B, K, ...] with labels [B, ...]; figure: mean intersection over union.
 
     Logits smaller than the labels are resized first (linear), as networks that answer at a fraction of the resolution
@@ -34,10 +34,6 @@ class Segmentation(Task):
 
     def __init__(self, void: int | Sequence[int] = VOID) -> None:
         self.void = (void,) if isinstance(void, int) else tuple(void)
-
-    def prediction(self, output: Any) -> Tensor:
-        """Logits [B, K, ...]."""
-        return answer(output)
 
     def labels(self, output: Any, batch: Any) -> Tensor:
         """Labels int64 [B, ...] with `IGNORED` for void.
@@ -106,12 +102,8 @@ class Segmentation(Task):
         return (losses.flatten(1) * seen).sum(1) / seen.sum(1).clamp_min(1)
 
     @classmethod
-    def fits(cls, output: Any, target: Any, size: int) -> bool:
+    def suits(cls, logits: Tensor, target: Tensor, size: int) -> bool:
         """Logits [B, K, ...] with integer labels [B, ...] or [B, 1, ...]."""
-        try:
-            logits = answer(output)
-        except InputError:
-            return False
-        if not isinstance(target, Tensor) or target.is_floating_point() or logits.ndim < 3 or len(target) != size:
+        if target.is_floating_point() or logits.ndim < 3 or len(target) != size:
             return False
         return target.ndim == logits.ndim - 1 or (target.ndim == logits.ndim and target.shape[1] == 1)

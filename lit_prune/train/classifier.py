@@ -19,6 +19,7 @@ from lit_prune.structure.record import Record, note_record
 from lit_prune.train.execution import CompiledForward, check_compile, check_precision
 from lit_prune.train.pruned_checkpoint import restore_structure, save_structure
 from lit_prune.train.schedule import configure
+from lit_prune.train.trainer_state import steps_between_logs
 
 
 class LitClassifier(LightningModule):
@@ -78,7 +79,7 @@ class LitClassifier(LightningModule):
         self.optimizer, self.scheduler = optimizer, scheduler
         self.label_smoothing = label_smoothing
         self.epoch_loss: Tensor | None = None
-        self.accuracy = nn.ModuleDict(
+        self.accuracy: Any = nn.ModuleDict(
             {
                 split: MulticlassAccuracy(num_classes, average="micro", validate_args=False)
                 for split in ("fit", "val", "test")
@@ -123,7 +124,7 @@ class LitClassifier(LightningModule):
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         self._add(loss)
         self.accuracy["fit"].update(logits.detach(), labels)
-        if self.trainer.is_last_batch or (batch_index + 1) % self.trainer.log_every_n_steps == 0:
+        if self.trainer.is_last_batch or (batch_index + 1) % steps_between_logs(self.trainer) == 0:
             self.check_finite()
         return loss
 
@@ -136,7 +137,8 @@ class LitClassifier(LightningModule):
         """Logs the epoch's mean over steps; a loss that is not finite stops the run."""
         self.check_finite()
         steps = self.trainer.fit_loop.epoch_loop.batch_progress.current.completed
-        self.log("train/loss", self.epoch_loss / steps, prog_bar=True, sync_dist=True)
+        if self.epoch_loss is not None:
+            self.log("train/loss", self.epoch_loss / steps, prog_bar=True, sync_dist=True)
         self.log("train/accuracy", self.accuracy["fit"])
 
     def validation_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
@@ -213,12 +215,14 @@ class LitClassifier(LightningModule):
         restore_structure(self, checkpoint)
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **arguments: Any) -> "LitClassifier":
-        """As Lightning's; an import path that only the checkpoint names is not imported.
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **arguments: Any) -> "LitClassifier":
+        """As Lightning's, of a file; an import path that only the checkpoint names is not imported.
 
         Raises:
-            InputError: the checkpoint names one, and `backbone=` was not given.
+            InputError: the checkpoint names one, and `backbone=` was not given; or it is no path of a file.
         """
+        if not isinstance(checkpoint_path, str | Path):
+            raise InputError(f"checkpoint_path is a {type(checkpoint_path).__name__}; give the path of a file")
         if "backbone" not in arguments:
             refuse_import_path(checkpoint_path, cls.CHECKPOINT_HYPER_PARAMS_KEY)
         return super().load_from_checkpoint(checkpoint_path, *args, **{"weights_only": True, **arguments})

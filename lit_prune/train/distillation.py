@@ -152,7 +152,8 @@ class Calls:
     def take(self) -> tuple[list[tuple[tuple, dict, Any]], list[Tensor]]:
         """Calls and features since the last time: those in training mode, or all where the network never was in it."""
         trained = any(training for training, _ in self._calls)
-        calls, features = ([v for training, v in kept if training == trained] for kept in (self._calls, self._features))
+        calls = [call for training, call in self._calls if training == trained]
+        features = [values for training, values in self._features if training == trained]
         self._calls, self._features = [], []
         return calls, features
 
@@ -235,6 +236,7 @@ class Distillation:
 
     def _kept(self, features: Tensor) -> Tensor:
         """The columns that the student has: the last axis of a linear layer's input, else axis 1."""
+        assert self.layer is not None, "features are compared where there is a layer"
         linear = isinstance(self.teacher.get_submodule(self.layer), nn.Linear)
         return features[..., self.columns] if linear else features[:, self.columns]
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lit_prune.errors import InputError
+from lit_prune.train.trainer_state import callbacks_of
 
 INCOMPATIBLE_CALLBACKS = {
     StochasticWeightAveraging: "keeps weights in the shape before pruning",
@@ -45,7 +46,7 @@ def check_supported(trainer: Trainer) -> None:
             f"strategy {type(trainer.strategy).__name__} cannot change the network during fit: it shards or owns the "
             "parameters; use --trainer.strategy ddp or one device"
         )
-    for callback in trainer.callbacks:
+    for callback in callbacks_of(trainer):
         for kind, reason in INCOMPATIBLE_CALLBACKS.items():
             if isinstance(callback, kind):
                 raise InputError(f"callback {type(callback).__name__} {reason}; remove it from trainer.callbacks")
@@ -73,7 +74,7 @@ def rewired(trainer: Trainer, slice_tensors: Callable[[dict[str, Tensor]], dict[
     yield
     strategy.model = module  # bare: drops the DDP wrapper of the old parameters
     strategy.setup(trainer)
-    if carried is not None:
+    if carried is not None and slice_tensors is not None:
         _restore(trainer, carried, positions, slice_tensors)
     check_optimizer(trainer, held)
     check_ranks(trainer)
@@ -170,7 +171,7 @@ def share_state(trainer: Trainer, network: nn.Module) -> None:
     if trainer.world_size == 1:
         return
     state = network.state_dict()
-    own = {name: value.cpu() for name, value in state.items()} if trainer.is_global_zero else None
+    own = {name: value.cpu() for name, value in state.items()} if trainer.is_global_zero else {}
     found = trainer.strategy.broadcast(own)
     with torch.no_grad():
         for name, value in state.items():
@@ -199,7 +200,7 @@ def begin_anew(trainer: Trainer) -> list[str]:
         Names of the callbacks that forgot something.
     """
     forgot = []
-    for callback in trainer.callbacks:
+    for callback in callbacks_of(trainer):
         if isinstance(callback, EarlyStopping):
             callback.wait_count = 0
             callback.best_score = _worst(callback.best_score, callback.monitor_op is torch.lt)

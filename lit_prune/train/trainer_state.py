@@ -20,6 +20,11 @@ def is_trial(trainer: Trainer) -> bool:
     return bool(vars(trainer)["fast_dev_run"])
 
 
+def steps_between_logs(trainer: Trainer) -> int:
+    """Every how many steps figures are logged."""
+    return int(vars(trainer)["log_every_n_steps"])
+
+
 def put(trainer: Trainer, **attributes: Any) -> None:
     """Sets attributes that the class does not declare."""
     vars(trainer).update(attributes)
