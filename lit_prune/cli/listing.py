@@ -125,10 +125,11 @@ def _families() -> Table:
 def _data() -> Table:
     from lit_prune.data import ImageData
 
-    return _named((cls.__name__, first_sentence(cls)) for cls in _below(ImageData))
+    whole = (cls for cls in _below(ImageData) if cls.load_split is not ImageData.load_split)
+    return _named((cls.__name__, first_sentence(cls)) for cls in whole)
 
 
-def _below(cls: type) -> Iterator[type]:
+def _below(cls: type) -> Iterator[Any]:
     """The classes that derive from a class."""
     found: list[type] = cls.__subclasses__()
     for derived in found:

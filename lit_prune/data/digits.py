@@ -1,41 +1,27 @@
 """The digit images that come with scikit-learn: the data set that needs no file and no network."""
 
-from typing import Any, Literal
-
 import torch
 from sklearn.datasets import load_digits
 
 from lit_prune.data.calibration import stratified_order
-from lit_prune.data.images import ImageData
+from lit_prune.data.grey import GreyDigits
 from lit_prune.data.seeding import seeded_generator
-from lit_prune.data.sources import MemoryImages, resize_pixels
+from lit_prune.data.sources import MemoryImages
 
 TEST_IMAGES = 360  # a fifth; scikit-learn ships no split
-MEAN_GREY, STD_GREY = 0.3047, 0.3235  # of the training images at 32x32
 GREY_LEVELS = 16  # pixels are counts 0..16 of 4x4 bitmap blocks
 
 
-class DigitsData(ImageData):
+class DigitsData(GreyDigits):
     """Handwritten digits (Alpaydin, Kaynak 1998, as in scikit-learn): 1,437 training and 360 test images of 8x8 pixels.
 
     The split is class-balanced and always the same, whatever `seed`; `root` and `download` are not used.
 
-    Args:
-        resolution: Height and width after bilinear resizing; null keeps 8.
-        channels: 1 for grey, 3 for three equal channels.
-        flip: Whether half of the training images are mirrored; off, since a mirrored digit is another sign.
-        **options: Those of every data set.
+    The arguments are those of `GreyDigits`.
     """
 
-    CLASSES = 10
-
-    def __init__(
-        self, resolution: int | None = 32, channels: Literal[1, 3] = 1, flip: bool = False, **options: Any
-    ) -> None:
-        self.MEAN, self.STD = (MEAN_GREY,) * channels, (STD_GREY,) * channels
-        super().__init__(flip=flip, **options)
-        self.resolution = 8 if resolution is None else resolution
-        self.image_shape = (channels, self.resolution, self.resolution)
+    SIDE = 8
+    GREY = (0.3047, 0.3235)  # at 32x32
 
     def load_split(self, split: str) -> MemoryImages:
         """Images of the split in memory, resized."""
@@ -44,6 +30,4 @@ class DigitsData(ImageData):
         targets = torch.from_numpy(labels).long()
         order = stratified_order(targets, seeded_generator(0, "digits"))
         chosen = (order[TEST_IMAGES:] if split == "train" else order[:TEST_IMAGES]).sort().values
-        self.classes = tuple(str(digit) for digit in range(10))
-        pixels = resize_pixels(pixels[chosen], self.resolution)  # uint8 [N, 1, S, S]
-        return MemoryImages(pixels.expand(-1, self.image_shape[0], -1, -1).contiguous(), targets[chosen])
+        return self._resized(pixels[chosen], targets[chosen])

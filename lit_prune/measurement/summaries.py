@@ -114,8 +114,8 @@ def velocity(before: pd.DataFrame, after: pd.DataFrame) -> float:
         after: at the later one, the same channels; those dead at either are left out.
     """
     first, second = _matched(before, after)
-    change = second - first
-    return rank_correlation(change["input_capture"], change["task_information"])
+    capture, task = ((second[name] - first[name]).to_numpy() for name in ("input_capture", "task_information"))
+    return rank_correlation(capture, task)
 
 
 def rank_persistence(table: pd.DataFrame, final: pd.DataFrame, column: str) -> float:
@@ -131,10 +131,10 @@ def rank_persistence(table: pd.DataFrame, final: pd.DataFrame, column: str) -> f
 
 
 def _matched(first: pd.DataFrame, second: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Metrics of the channels that live in both tables, indexed by channel, in the same order."""
+    """The rows of the channels that live in both tables, indexed by channel, in the same order."""
     if first["layer"].nunique() > 1 or set(first["channel"]) != set(second["channel"]):
         raise InputError("tables: not the same channels of one layer; give one layer's rows at two checkpoints")
-    first, second = (live_rows(rows).set_index("channel")[list(METRICS)] for rows in (first, second))
+    first, second = (live_rows(rows).set_index("channel") for rows in (first, second))
     both = first.index.intersection(second.index)
     return first.loc[both], second.loc[both]
 
