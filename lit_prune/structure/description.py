@@ -1,7 +1,7 @@
 """A network rebuilt from what a file says of it: its dense form by name, then every plan; refused in one line."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from lit_prune.structure.record import (
     example_input,
     rebuild_inputs,
 )
-from lit_prune.structure.surgery import apply_plan
+from lit_prune.structure.surgery import replay
 from lit_prune.structure.tracing import copy_network
 
 FETCHED = ("pretrained", "weights")
@@ -98,8 +98,7 @@ class Description:
             try:
                 model = self._build(trust) if dense is None else copy_network(dense)
                 example = example_input(rebuild_inputs(self.record.inputs))
-                for plan in self.plans:
-                    model = apply_plan(model, plan, example)
+                model = replay(model, self.plans, example)
             except InputError as error:
                 raise InputError(f"{self.source}: {error}") from error
             except Exception as error:  # surgery of a plan that was made for another network
@@ -112,13 +111,6 @@ class Description:
         if ":" not in self.backbone:
             _check_memory(self.backbone, self.arguments)
         return build_network(self.backbone, dict(self.arguments), trust=trust)
-
-
-def rebuilt(
-    backbone: str, arguments: Mapping[str, Any], shape: Sequence[int], plans: Sequence[Plan], source: str
-) -> nn.Module:
-    """The network that the caller himself describes, after all plans, with fresh weights."""
-    return Description(backbone, arguments, tuple(shape), tuple(plans), source).rebuild(trust=(backbone,))
 
 
 def _check_memory(backbone: str, arguments: Mapping[str, Any]) -> None:

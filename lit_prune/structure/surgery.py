@@ -43,6 +43,13 @@ def apply_plan(model: nn.Module, plan: Plan, example_input: Any) -> nn.Module:
     return smaller
 
 
+def replay(model: nn.Module, plans: Iterable[Plan], example_input: Any) -> nn.Module:
+    """The network after all the plans, one after the other; the model itself where there is none."""
+    for plan in plans:
+        model = apply_plan(model, plan, example_input)
+    return model
+
+
 def transfer_tensors(
     model: nn.Module, plan: Plan, example_input: Any, tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:

@@ -12,9 +12,10 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 from lit_prune.errors import InputError
-from lit_prune.structure import Plan, apply_plan
+from lit_prune.structure import Plan
 from lit_prune.structure.networks import STRUCTURE_KEY, structure_of
-from lit_prune.structure.record import example_input, note_plan, note_record, rebuild_inputs, record_of
+from lit_prune.structure.record import example_input, note_record, rebuild_inputs, record_of
+from lit_prune.structure.surgery import replay
 from lit_prune.structure.tracing import copy_network
 from lit_prune.tensor_files import read_torch
 from lit_prune.train.locate import find_path, network_at, put_network
@@ -66,7 +67,7 @@ def restore_structure(module: LightningModule, checkpoint: dict[str, Any], dense
                 f"({len(record_of(network).plans)} cuts); build the module anew and load into that"
             )
         network = copy_network(dense).to(next(network.parameters()).device)
-    put_network(module, path, replay(network, plans[len(record_of(network).plans) :], saved.get("inputs")))
+    put_network(module, path, carried_on(network, plans[len(record_of(network).plans) :], saved.get("inputs")))
 
 
 def _begins(plans: list[Plan], network: nn.Module) -> bool:
@@ -75,17 +76,14 @@ def _begins(plans: list[Plan], network: nn.Module) -> bool:
     return [plan.to_dict() for plan in had] == [plan.to_dict() for plan in plans[: len(had)]]
 
 
-def replay(network: nn.Module, plans: list[Plan], inputs: dict[str, Any] | None) -> nn.Module:
-    """The network after the plans, with its record."""
+def carried_on(network: nn.Module, plans: list[Plan], inputs: dict[str, Any] | None) -> nn.Module:
+    """The network after further plans, with its record."""
     if not plans:
         return network
-    device = next(network.parameters()).device
-    example = example_input(rebuild_inputs(inputs, device))
-    record = replace(record_of(network), inputs=inputs)
-    for plan in plans:
-        network = note_plan(apply_plan(network, plan, example), record, plan)
-        record = record_of(network)
-    return note_record(network, record)
+    record = record_of(network)
+    example = example_input(rebuild_inputs(inputs, next(network.parameters()).device))
+    after = replace(record, inputs=inputs, plans=(*record.plans, *plans))
+    return note_record(replay(network, plans, example), after)
 
 
 def load_pruned(

@@ -20,7 +20,7 @@ from lit_prune.structure.record import (
 )
 from lit_prune.structure.tracing import copy_network
 from lit_prune.train.locate import network_at, put_network
-from lit_prune.train.pruned_checkpoint import StructureHooks, replay
+from lit_prune.train.pruned_checkpoint import StructureHooks, carried_on
 
 
 class Subject:
@@ -98,7 +98,7 @@ class Subject:
         if had > plans:
             raise InputError("network: its dense structure is not known any more; build the module anew and resume")
         with torch.random.fork_rng(devices=[]):
-            return replay(base if had == plans else copy_network(base), list(every[had:plans]), inputs)
+            return carried_on(base if had == plans else copy_network(base), list(every[had:plans]), inputs)
 
     def slice_tensors(self, plan: Plan) -> Any:
         """A function that cuts optimizer tensors, under the module's names, as `plan` cuts the present network."""
