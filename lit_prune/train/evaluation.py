@@ -48,27 +48,29 @@ def evaluate(
     Raises:
         InputError: no batches, or as `settle`; on every rank where it is so on one.
     """
-    refusal = None
+    refusal: InputError | None = None
+    added: tuple[Task, Tensor, Tensor] | None = None
     try:
-        task, batches = settle(task, model, batches)
-        sums, ends = _add_up(model, batches, task)
+        added = _add_up(model, batches, task)
     except InputError as error:
         refusal = error
     refused = 0.0 if reduce is None else float(reduce(torch.tensor([float(refusal is not None)]).double()))
     if refusal is not None:
         raise refusal
-    if refused:
+    if refused or added is None:
         raise InputError(f"evaluation: {refused:.0f} other ranks have no batch that they can use; give more samples")
+    known, sums, ends = added
     together = torch.cat([sums.flatten(), ends.to(sums.device)]).cpu()  # the one time that it waits for the device
     together = together if reduce is None else reduce(together)
-    figure = task.figure(together[:-2].reshape(sums.shape))
+    figure = known.figure(together[:-2].reshape(sums.shape))
     return Evaluation(
-        figure, float(together[-2] / together[-1]), int(together[-1]), task.metric_name, task.higher_is_better
+        figure, float(together[-2] / together[-1]), int(together[-1]), known.metric_name, known.higher_is_better
     )
 
 
-def _add_up(model: nn.Module, batches: Iterable[Any], task: Task) -> tuple[Tensor, Tensor]:
-    """Sums of the task's figure, and the summed loss with the number of samples [2]."""
+def _add_up(model: nn.Module, batches: Iterable[Any], given: Task | str | None) -> tuple[Task, Tensor, Tensor]:
+    """The task, sums of its figure, and the summed loss with the number of samples [2]."""
+    task, batches = settle(given, model, batches)
     sums: Tensor | None = None
     losses: list[Tensor] = []
     count = 0
@@ -84,7 +86,7 @@ def _add_up(model: nn.Module, batches: Iterable[Any], task: Task) -> tuple[Tenso
     if sums is None:
         raise InputError("evaluation got no batches: give at least one")
     loss = torch.stack(losses).sum()
-    return sums, torch.stack([loss, loss.new_tensor(count)])
+    return task, sums, torch.stack([loss, loss.new_tensor(count)])
 
 
 def _summed(task: Task, output: Any, batch: Any) -> Tensor:
