@@ -43,7 +43,7 @@ class Recipe:
     round_to: int = 1
     cap: float = 0.95
     kind: str = "refit"
-    replacement: Replacement = field(default_factory=lambda: Replacement(unsupported="delete"))
+    replacement: Replacement = field(default_factory=lambda: Replacement(towards="weights", unsupported="delete"))
     seed: int = 0
 
     def budget(self, kind: str, keep: float) -> Budget:

@@ -15,7 +15,7 @@ from lit_prune.replace.consumers import Reader
 from lit_prune.replace.folding import add_to_output
 from lit_prune.replace.kernels import kernel_of, set_kernel
 from lit_prune.replace.patches import PositionSample, channel_dim, input_rows, output_rows, taken
-from lit_prune.replace.regression import RIDGES, CrossSums, Fit, PairSums, solve, solve_held_out
+from lit_prune.replace.regression import RIDGES, STRONG_RIDGES, CrossSums, Fit, PairSums, solve, solve_held_out
 from lit_prune.replace.settings import ROWS_A_WEIGHT, Replacement
 from lit_prune.replace.slopes import pieces
 from lit_prune.replace.walk import Seen, Stop, Walk, watching
@@ -25,6 +25,8 @@ from lit_prune.task import Task
 PIECE = 32  # images unfolded at once
 KEPT = 1 << 26  # most values of patches that are kept for the rounds; others are cut out anew
 CLIP_ROUNDS = 4
+WAITING = 1 << 30  # bytes that the batches waiting at a stop have at hand there; they hold about three times as much
+LEAST_WAITING = 4  # batches, of at most `slopes.MOST_SAMPLES` samples
 
 
 @dataclass(frozen=True)
@@ -59,14 +61,13 @@ def refit(
     """
     once = next((place for place, stop in enumerate(stops) if readers[stop.layer].calls > 1), len(stops))
     parts = list(pieces(batches, pair.task))  # each has its own thread and pool of memory: small ones waste less
-    images = sum(map(pair.task.size, parts))
     report, gained = {}, []
     with undisturbed(pair.original), undisturbed(pair.reduced):
-        for stop, seen in chain(_walked(pair, stops[:once], parts), _passed(pair, stops[once:], parts)):
-            solver = _Solver(pair, stop, readers[stop.layer], settings, images)
+        for stop, count, seen in chain(_walked(pair, stops[:once], parts), _passed(pair, stops[once:], parts)):
+            solver = _Solver(pair, stop, readers[stop.layer], settings, sum(map(pair.task.size, parts[:count])))
             for index, calls in enumerate(seen):
                 for original, reduced in calls:
-                    solver.add(original, reduced, held_out=settings.holds_out(index, len(parts)))
+                    solver.add(original, reduced, held_out=settings.holds_out(index, count))
             report[stop.layer], created = solver.finish()
             gained += [stop.layer] if created else []
     return report, gained
@@ -76,16 +77,41 @@ Calls = Iterable[tuple[Seen, Seen]]
 """What both networks have at hand at a layer, for each of its calls."""
 
 
-def _walked(pair: Pair, stops: Sequence[Stop], batches: Sequence[Any]) -> Iterator[tuple[Stop, Iterable[Calls]]]:
-    """Stops of one pass of both networks over all batches: solve each before the next is asked for."""
+def _walked(pair: Pair, stops: Sequence[Stop], batches: Sequence[Any]) -> Iterator[tuple[Stop, int, Iterable[Calls]]]:
+    """Stops of one pass of both networks over the batches: solve each before the next is asked for.
+
+    Large maps give many positions an image, so that fewer images do: at each stop only as many batches wait as hold
+    `WAITING` bytes there. The others start when the maps have become small enough, through the layers that are solved.
+
+    Yields:
+        The stop, the number of batches that wait there (the first ones), and what they have at hand.
+    """
     table = {stop.layer: stop for stop in stops}
     with (
         watching(pair.original, pair.task, table, before=False) as start_original,
         watching(pair.reduced, pair.task, table, before=True) as start_reduced,
     ):
-        walks = [(start_original(batch), start_reduced(batch)) for batch in batches if stops]
-        for stop in stops:
-            yield stop, ([(_at(original, stop), _at(reduced, stop))] for original, reduced in walks)
+        waiting: list[tuple[Walk, Walk]] = []
+
+        def at(place: int, batch: int) -> Calls:
+            """What a batch has at hand at a stop; it is started where it has not been."""
+            if batch < len(waiting):
+                original, reduced = waiting[batch]
+                return [(_at(original, stops[place]), _at(reduced, stops[place]))]
+            waiting.append((start_original(batches[batch]), start_reduced(batches[batch])))
+            for stop in stops[:place]:
+                for walk in waiting[batch]:
+                    walk.advance(stop.layer)
+            return at(place, batch)
+
+        for place, stop in enumerate(stops):
+            first = at(place, 0)
+            count = min(len(batches), max(LEAST_WAITING, WAITING // max(1, _held(first))))
+            for walk in chain(*waiting[count:]):
+                walk.close()
+            del waiting[count:]
+            yield stop, count, chain([first], (at(place, batch) for batch in range(1, count)))
+            del first
 
 
 def _at(walk: Walk, stop: Stop) -> Seen:
@@ -95,11 +121,18 @@ def _at(walk: Walk, stop: Stop) -> Seen:
     return seen
 
 
-def _passed(pair: Pair, stops: Sequence[Stop], batches: Sequence[Any]) -> Iterator[tuple[Stop, Iterable[Calls]]]:
+def _held(calls: Calls) -> int:
+    """Bytes of what a batch has at hand."""
+    values = (value for call in calls for seen in call for value in (seen.inputs, seen.output, seen.other))
+    return sum(value.numel() * value.element_size() for value in values if value is not None)
+
+
+def _passed(pair: Pair, stops: Sequence[Stop], batches: Sequence[Any]) -> Iterator[tuple[Stop, int, Iterable[Calls]]]:
     """The same by a pass for each layer, for layers that run several times and those behind; sums are not corrected."""
     for stop in stops:
         both = [partial(_calls, network, stop.layer, pair.task) for network in (pair.original, pair.reduced)]
-        yield replace(stop, joined=False, clip=None), (zip(*(c(b) for c in both), strict=True) for b in batches)
+        calls = (zip(*(call(batch) for call in both), strict=True) for batch in batches)
+        yield replace(stop, joined=False, clip=None), len(batches), calls
 
 
 def _calls(model: nn.Module, layer: str, task: Task, batch: Any) -> list[Seen]:
@@ -174,12 +207,12 @@ class _Solver:
     def finish(self) -> tuple[dict, bool]:
         """Solves, writes weights and bias; the layer's report, and whether it gained a bias."""
         everything = self.sums[False] + self.sums[True]
-        few = self.settings.towards == "zero" and everything.rows <= len(everything.inputs)
-        if few and not (self.reader.removed and self.settings.unsupported == "delete"):
+        few, towards_zero = everything.rows <= len(everything.inputs), self.settings.towards == "zero"
+        if few and towards_zero and not (self.reader.removed and self.settings.unsupported == "delete"):
             return self._left(everything), False
-        pulled = few or self.settings.towards == "weights"
-        prior = kernel_of(self.module).double().flatten(1) if pulled else None
-        ridges = RIDGES if self.settings.ridge == "held_out" else (self.settings.ridge,)
+        prior = kernel_of(self.module).double().flatten(1) if few or not towards_zero else None
+        candidates = RIDGES if prior is None else (*RIDGES, *STRONG_RIDGES)
+        ridges = candidates if self.settings.ridge == "held_out" else (self.settings.ridge,)
         fit, held_out = solve_held_out(self.sums[False], self.sums[True], ridges, prior)
         if self.stop.clip is not None and self.settings.clipped:
             fit = self._clipped(fit, everything, prior)

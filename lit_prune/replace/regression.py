@@ -11,6 +11,7 @@ from torch import Tensor
 CHUNK = 8192  # rows in one float32 product
 UNTESTED_RIDGE = 1e-6  # where no data is held out to choose by
 RIDGES = (1e-10, 1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # relative to each input's own variance
+STRONG_RIDGES = (1.0, 10.0, 100.0)  # with a prior: the last leaves the weights as they are
 DEAD = 1e-10  # share of the median variance below which an input is as good as constant
 
 

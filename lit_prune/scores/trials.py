@@ -16,7 +16,7 @@ from lit_prune.structure.allocation import Measured
 from lit_prune.structure.ladders import Ladder
 from lit_prune.task import Task
 
-TRIAL = Replacement(ridge=1e-4, rows=25_000, clipped=False, unsupported="delete")
+TRIAL = Replacement(towards="weights", rows=25_000, clipped=False, unsupported="delete")
 IMAGES = 128  # for the solves of a trial, and as many others to judge it by
 DEPTHS = 3  # parts of a role in forward order
 SMALLEST = 4  # groups in a part, where a role is divided

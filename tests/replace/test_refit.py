@@ -306,3 +306,19 @@ def test_clips_are_seen_where_nothing_else_reads_the_value():
     flow = observe(Twice(), IMAGE.float())
     assert flow.clips == {}
     assert [addition.clip for addition in flow.additions] == [None, None]
+
+
+def test_few_batches_wait_at_large_maps_and_all_at_small_ones(trunk, batches, monkeypatch):
+    """The later ones start when maps have become small, through layers that are solved: nothing changes there."""
+    settings = Replacement(ridge=1e-6)
+    found = replace_mechanisms(trunk, PLAN, batches, "refit", IMAGE, settings=settings)
+    monkeypatch.setattr("lit_prune.replace.refit.LEAST_WAITING", 1)
+    monkeypatch.setattr("lit_prune.replace.refit.WAITING", 2 * 8 * 20 * (5 + 3) * 8)  # bytes of two batches at the head
+    fewer = replace_mechanisms(trunk, PLAN, batches, "refit", IMAGE, settings=settings)
+    rows = {
+        name: (layer["rows"], fewer.report["layers"][name]["rows"]) for name, layer in found.report["layers"].items()
+    }
+    assert rows["first.conv2"] == (60 * 36, 20 * 36) and rows["head"] == (60, 60)
+    alone = replace_mechanisms(trunk, PLAN, batches[:1], "refit", IMAGE, settings=settings).model
+    for name in ("first.conv2", "second.conv1", "second.conv2"):
+        torch.testing.assert_close(fewer.model.get_submodule(name).weight, alone.get_submodule(name).weight)
