@@ -1,11 +1,13 @@
 """What is registered is found by its name, what is not by its import path, and the lists show it."""
 
 import pytest
+from rich.cells import cell_len
 
 from lit_prune.cli.listing import choices
 from lit_prune.errors import InputError
 from lit_prune.registry import Registry
 from lit_prune.replace import Replacement, find_stand_in
+from lit_prune.scores import SCORES
 from lit_prune.structure.budgets import find_budget
 from lit_prune.task import find_task
 from lit_prune.train.stages import ChannelStage
@@ -63,3 +65,13 @@ def test_choices_list_every_registry(capsys):
     shown = capsys.readouterr().out
     for name in ("macs", "refit", "depthwise convolution", "residual_stages", "segmentation", "DigitsData", "collapse"):
         assert name in shown
+
+
+def test_choices_break_no_name_at_80_columns_and_say_what_a_score_costs(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    choices(["scores", "backbones"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(cell_len, lines)) <= 80
+    names = {line.split()[0] for line in lines if line.strip() and line[:2].strip()}
+    assert set(SCORES) <= names
+    assert any("cmr_logit" in line and "local, from activations." in line for line in lines)

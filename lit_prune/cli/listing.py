@@ -1,7 +1,7 @@
 """What there is: the verbs of the command line, and the names that options take."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import import_module
 from textwrap import shorten
 from typing import Any
@@ -80,16 +80,16 @@ def choices(of: list[str] = []) -> None:  # noqa: B006
 
 
 def scores() -> Table:
-    """Every score with its axis, what it costs, its parameters, and what it is."""
+    """Every score with its axis, what it reads, what it is, and its parameters."""
     from lit_prune.scores import SCORES
 
-    table = Table("score", "axis", "reads", "defaults", "ranks by", box=SIMPLE_HEAD, pad_edge=False)
-    for name, entry in SCORES.items():
-        defaults = ", ".join(
-            "share removed" if value is None else str(getattr(value, "name", value)) for value in entry.defaults
-        )
-        table.add_row(name, entry.axis, entry.cost, defaults, first_sentence(entry.function))
-    return table
+    return _named((name, _say_score(entry)) for name, entry in SCORES.items())
+
+
+def _say_score(entry: Any) -> str:
+    shown = ["share removed" if value is None else str(getattr(value, "name", value)) for value in entry.defaults]
+    parameters = f" Parameters: {', '.join(shown)}." if shown else ""
+    return f"{entry.axis}, from {entry.cost}. {first_sentence(entry.function)}{parameters}"
 
 
 def _budgets() -> Table:
@@ -156,12 +156,10 @@ def _backbones() -> Table:
     return _named([("own, torchvision", ", ".join(backbone_names())), ("timm/NAME", "every network of timm")])
 
 
-def _named(rows: Any) -> Table:
-    table = Table("name", "is", box=SIMPLE_HEAD, pad_edge=False)
-    for name, text in _pairs(rows):
+def _named(rows: Iterable[tuple[str, str]]) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("name", no_wrap=True)  # 80 columns are enough: a name is never broken
+    table.add_column("is")
+    for name, text in rows:
         table.add_row(name, text)
     return table
-
-
-def _pairs(rows: Any) -> Iterator[tuple[str, str]]:
-    yield from ((str(name), str(text)) for name, text in rows)
