@@ -18,7 +18,6 @@ from lit_prune.task import Task, settle
 
 LEVELS = 16
 IMAGES = 512  # most images whose predictions are projected
-RIDGE = 1e-4
 _PIECE = 1 << 24  # most values of one product
 
 
@@ -36,9 +35,17 @@ class Cut:
 
     @classmethod
     def build(
-        cls, weight: Tensor, covariance: Covariance, columns: Tensor, order: Sequence[int], widths: Sequence[int]
+        cls,
+        weight: Tensor,
+        covariance: Covariance,
+        columns: Tensor,
+        order: Sequence[int],
+        widths: Sequence[int],
+        ridge: float,
     ) -> "Cut":
         """Least squares on the kept columns, for nested sets of units from one factorisation.
+
+        The ridge pulls the kept weights towards what they are.
 
         With the columns in the order in which they are kept, the normal matrix of every kept set is a leading block,
         and so is its Cholesky factor.
@@ -49,20 +56,21 @@ class Cut:
             columns: places of each unit in the patch, int64 [units, taps].
             order: units, the last to go first.
             widths: ascending.
+            ridge: relative to each input's own variance.
         """
         first = torch.ones(weight.shape[1], dtype=torch.bool)
         first[columns.flatten()] = False
         rest = first.nonzero().flatten()  # columns of other groups
         placed = torch.cat([rest, columns[torch.tensor(order)].flatten()])
         inputs = covariance.inputs[placed][:, placed]
-        factor = torch.linalg.cholesky(ridged(inputs, RIDGE))
-        cross = inputs @ weight[:, placed].T  # [D, O]
+        factor = torch.linalg.cholesky(ridged(inputs, ridge))
+        outgoing = weight[:, placed].T  # [D, O]
         changes = []
         for width in widths:
             kept = len(rest) + width * columns.shape[1]
             change = -weight.clone()
-            solved = torch.cholesky_solve(cross[:kept], factor[:kept, :kept]).T
-            change[:, placed[:kept]] += solved
+            lost = inputs[:kept, kept:] @ outgoing[kept:]
+            change[:, placed[:kept]] = torch.cholesky_solve(lost, factor[:kept, :kept]).T
             changes.append(change)
         change = torch.stack(changes)
         return cls(change.float(), -(change @ covariance.input_mean).float())
@@ -147,7 +155,7 @@ def group_cuts(
     found = {}
     for name, columns in reader_columns(model, group, moments).items():
         weight = kernel_of(model.get_submodule(name)).cpu().double().flatten(1)
-        found[name] = Cut.build(weight, moments[name].covariance, columns, order, widths)
+        found[name] = Cut.build(weight, moments[name].covariance, columns, order, widths, moments[name].ridge)
     return found
 
 

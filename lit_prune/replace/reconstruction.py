@@ -30,10 +30,20 @@ class ReaderMoments:
         covariance: means and population covariance of its input patches, zero padding included, float64.
         metric: E[Σ_p g gᵀ], float64 [O, O], g = ∂(v·prediction)/∂output, v standard normal, the mean over images, p
             over positions: the Gauss-Newton matrix of the prediction's squared change, positions taken as independent.
+        rows: number of positions in the covariance.
     """
 
     covariance: Covariance
     metric: Tensor
+    rows: int
+
+    @property
+    def ridge(self) -> float:
+        """Relative to each input's variance: `RIDGE`, or (D / rows)² where few positions determine D weights badly.
+
+        Else every unit of a classifier that reads 1,280 features of 250 images looks as if the others could replace it.
+        """
+        return max(RIDGE, (len(self.covariance.inputs) / self.rows) ** 2)
 
 
 def reconstruction_costs(
@@ -109,7 +119,9 @@ def _group_costs(model: nn.Module, group: Group, moments: Mapping[str, ReaderMom
     for name, columns in reader_columns(model, group, moments).items():
         weight = kernel_of(model.get_submodule(name)).cpu().double()
         found = moments[name]
-        readers.append(Elimination.build(found.covariance.inputs, weight.flatten(1), found.metric, columns, RIDGE))
+        readers.append(
+            Elimination.build(found.covariance.inputs, weight.flatten(1), found.metric, columns, found.ridge)
+        )
     return elimination_costs(readers, group.size)
 
 
@@ -153,7 +165,10 @@ def reader_moments(
                 _add_inputs(sums, name, module, inputs, gradient, samples[name])
                 slopes = output_rows(module, gradient, None)
                 metrics[name] = metrics.get(name, 0) + (slopes.T @ slopes).double().cpu()
-    return {name: ReaderMoments(found.covariance().cpu(), metrics[name] / count) for name, found in sums.items()}
+    return {
+        name: ReaderMoments(found.covariance().cpu(), metrics[name] / count, int(found.rows))
+        for name, found in sums.items()
+    }
 
 
 def _add_inputs(

@@ -45,12 +45,12 @@ def test_nested_cuts_are_the_least_squares_fits_on_the_kept_columns():
     centred, mean = rows - rows.mean(0), rows.mean(0)
     covariance = Covariance(mean, targets.mean(0), centred.T @ centred / 500, centred.T @ targets / 500, targets.var(0))
     columns = torch.tensor([[0, 1], [4, 5], [6, 7]])  # columns 2 and 3 belong to nobody
-    cut = Cut.build(weight, covariance, columns, [2, 0, 1], [1, 2])
+    cut = Cut.build(weight, covariance, columns, [2, 0, 1], [1, 2], 1e-4)
     for place, kept in enumerate(([2, 3, 6, 7], [0, 1, 2, 3, 6, 7])):
         inner = Covariance(
             mean[kept], targets.mean(0), covariance.inputs[kept][:, kept], covariance.cross[kept], covariance.targets
         )
-        fit = solve(inner, 1e-4)
+        fit = solve(inner, 1e-4, weight[:, kept])
         change = -weight.clone()
         change[:, kept] += fit.weight
         torch.testing.assert_close(cut.weight[place], change.float(), rtol=1e-4, atol=1e-5)

@@ -3,8 +3,10 @@ import torch
 from torch import nn
 
 from lit_prune.replace.elimination import Elimination, elimination_costs
+from lit_prune.replace.ladder import distortion_ladders
 from lit_prune.replace.reconstruction import reader_moments, reconstruction_costs
 from lit_prune.scores import score
+from lit_prune.structure import trace_groups
 from lit_prune.task import Unlabelled
 
 
@@ -114,3 +116,17 @@ def test_score_is_invariant_to_rescaled_units_and_divides_by_multiply_adds(batch
     rescaled = reconstruction_costs(net, batches, example, per_mac=0)["conv"]
     assert torch.equal(rescaled.argsort(), plain.argsort())
     torch.testing.assert_close(rescaled, plain, rtol=0.05, atol=0)  # the ridge is not invariant
+
+
+def test_few_images_do_not_make_a_wide_reader_look_replaceable():
+    """With fewer images than features any unit is a combination of the others on these images, and on no others."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 4)).eval()
+    few, many = torch.randn(40, 3, 6, 6), torch.randn(2000, 3, 6, 6)
+    graph = trace_groups(net, few[:1])
+    damage = []
+    for images in (few, many):
+        moments = reader_moments(net, ["4"], [images], "unlabelled")
+        widths, errors = distortion_ladders(net, graph, {"0": range(64)}, [images], moments, "unlabelled")["0"]
+        damage.append(errors[widths.index(40)])
+    assert damage[1] / 2 < damage[0] < 2 * damage[1]
