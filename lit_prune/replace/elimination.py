@@ -8,6 +8,8 @@ from torch import Tensor
 
 from lit_prune.replace.regression import ridged
 
+RANK = 1e-12  # share of the largest eigenvalue below which one counts as 0
+
 
 @dataclass
 class Elimination:
@@ -35,7 +37,8 @@ class Elimination:
             ridge: relative to each input's own variance.
         """
         values, vectors = torch.linalg.eigh(metric)
-        root = (vectors * values.clamp_min(0).sqrt()).T  # rootᵀ root = metric
+        seen = values > RANK * values[-1]  # few images give a classifier of 1,000 outputs a metric of low rank
+        root = (vectors[:, seen] * values[seen].sqrt()).T  # rootᵀ root = metric
         return cls(torch.cholesky_inverse(torch.linalg.cholesky(ridged(covariance, ridge))), root @ weight, columns)
 
     def costs(self, units: Tensor) -> Tensor:
