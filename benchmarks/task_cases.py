@@ -211,9 +211,15 @@ def segmenter(name: str) -> Callable[[], nn.Module]:
 
 def detector(name: str, side: int) -> Callable[[], nn.Module]:
     """A detector of torchvision for small images."""
-    sizes = {} if name.startswith("ssd") else {"min_size": side, "max_size": side}
-    make = getattr(torchvision.models.detection, name)
-    return lambda: make(weights=None, weights_backbone=None, num_classes=3, **sizes)
+
+    def build() -> nn.Module:
+        model = getattr(torchvision.models.detection, name)(weights=None, weights_backbone=None, num_classes=3)
+        model.transform.min_size, model.transform.max_size = (side,), side
+        if model.transform.fixed_size is not None:
+            model.transform.fixed_size = (side, side)
+        return model
+
+    return build
 
 
 def both_losses(output: tuple[Tensor, Tensor], batch: Any) -> Tensor:
@@ -239,7 +245,7 @@ CASES: dict[str, Case] = {
     "lraspp": Case(segmenter("lraspp_mobilenet_v3_large"), mapped(64), samples=6),
     "fcn": Case(segmenter("fcn_resnet50"), mapped(64), samples=4),
     "deeplabv3": Case(segmenter("deeplabv3_resnet50"), mapped(64), samples=4),
-    "ssdlite": Case(detector("ssdlite320_mobilenet_v3_large", 320), boxes(320), samples=4),
+    "ssdlite": Case(detector("ssdlite320_mobilenet_v3_large", 128), boxes(128), samples=4),
     "retinanet": Case(detector("retinanet_resnet50_fpn", 64), boxes(64), samples=4),
     "fasterrcnn": Case(detector("fasterrcnn_mobilenet_v3_large_320_fpn", 64), boxes(64), samples=4),
     "HF ViT": Case(

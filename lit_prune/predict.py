@@ -13,6 +13,7 @@ from torch import Tensor
 from lit_prune.errors import InputError
 from lit_prune.preparation import Preparation
 from lit_prune.structure import load_compact, read_preparation
+from lit_prune.task.outputs import answer
 
 FILTERS = {
     "nearest": Image.Resampling.NEAREST,
@@ -82,8 +83,8 @@ def predict_compact(
     found = {}
     for file in images:
         with torch.inference_mode():
-            output = network(read_prepared(file, preparation)[None])
-        if not isinstance(output, Tensor) or output.ndim != 2:
+            output = answer(network(read_prepared(file, preparation)[None]))
+        if output.ndim != 2:
             raise InputError(f"{folder}: the network gives no logits [1, classes], so that there are none to name")
         found[str(file)] = _likeliest(output[0], preparation.classes, top)
     return found

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lit_prune.errors import InputError
 from lit_prune.files import whole_file, write_json
+from lit_prune.task.classification import Classification
 from lit_prune.timing import Timing, time_runs
 
 if TYPE_CHECKING:
@@ -96,25 +97,22 @@ def compare(files: Sequence[Path], image: np.ndarray, evaluation: Iterable[Label
     import onnxruntime
 
     sessions = [onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"]) for file in files]
-    count = agreed = 0
-    right: list[float] = [0.0, 0.0]
-    labelled = False
-    for images, labels in evaluation:
-        classes = [session.run(None, {"images": images.float().cpu().numpy()})[0].argmax(1) for session in sessions]
-        count, agreed = count + len(images), agreed + int((classes[0] == classes[1]).sum())
-        if labels is not None:
-            labelled = True
-            right = [
-                sum_ + int((found == labels.cpu().numpy()).sum()) for sum_, found in zip(right, classes, strict=True)
-            ]
+    task, count, agreed = Classification(), 0, 0.0
+    sums = [torch.zeros(2, dtype=torch.float64) for _ in sessions]
+    for batch in evaluation:
+        images = task.inputs(batch).args[0].float().cpu().numpy()
+        outputs = [torch.from_numpy(session.run(None, {"images": images})[0]) for session in sessions]
+        count, agreed = count + task.size(batch), agreed + float(task.agreement(*outputs).sum())
+        if task.target(batch) is not None:
+            sums = [known + task.metric(output, batch) for known, output in zip(sums, outputs, strict=True)]
     timings = time_runs([partial(session.run, None, {"images": image}) for session in sessions])
     figures = {
         name: {
-            "accuracy": sum_ / count if labelled else None,
+            "accuracy": task.figure(known) if known[-1] else None,
             "latency_ms": timing.to_dict(),
             "bytes": file.stat().st_size,
         }
-        for name, file, sum_, timing in zip(("float", "int8"), files, right, timings, strict=True)
+        for name, file, known, timing in zip(("float", "int8"), files, sums, timings, strict=True)
     }
     return {"images": count, "agreement": agreed / count if count else None, **figures}
 
@@ -123,7 +121,8 @@ def batches_of(data: "ImageData", limit: int = EVALUATION) -> tuple[Iterator[Ten
     """Calibration images of a DataModule, and its test images with labels, at most `limit`, class-balanced."""
     data.prepare_data()
     data.setup()
-    calibration = (images for images, _ in data.calibration_dataloader())
+    task = Classification()
+    calibration = (task.inputs(batch).args[0] for batch in data.calibration_dataloader())
     return calibration, list(data.subset_dataloader("test", limit))
 
 

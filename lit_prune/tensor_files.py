@@ -1,5 +1,6 @@
 """Files of tensors, read without running anything that is in them, and refused where they are not whole."""
 
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,18 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from lit_prune.errors import InputError
+
+
+class PickledError(InputError):
+    """A file holds objects of classes.
+
+    Attributes:
+        found: what was found, without a remedy.
+    """
+
+    def __init__(self, found: str) -> None:
+        super().__init__(f"{found}; save a plain state_dict there")
+        self.found = found
 
 
 def read_torch(path: str | Path, argument: str = "file") -> Any:
@@ -34,8 +47,13 @@ def read_torch(path: str | Path, argument: str = "file") -> Any:
     except InputError:
         raise
     except Exception as error:  # each reader has its own exceptions for a broken file, some of them bare RuntimeErrors
-        cause = "it holds pickled objects, not only tensors" if "weights_only" in str(error) else type(error).__name__
-        raise InputError(f"{argument}: {path} is not readable ({cause}); save a plain state_dict there") from error
+        if "weights_only" in str(error):
+            kind = re.search(r"GLOBAL (\S+)", str(error))
+            what = f"a pickled {kind[1]}" if kind else "pickled objects"
+            raise PickledError(f"{argument}: {path} is not readable: it holds {what}, not only tensors") from error
+        raise InputError(
+            f"{argument}: {path} is not readable ({type(error).__name__}); save a plain state_dict there"
+        ) from error
 
 
 def read_safetensors(path: str | Path, argument: str = "file") -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from lit_prune.export import INSIDE
 from lit_prune.preparation import Preparation
 from lit_prune.quantise import batches_of, batches_of_folder, describe, quantise_onnx
 from lit_prune.structure import read_preparation
+from lit_prune.task.classification import Classification
 
 
 def quantise(run_dir: Path, compact: Path, file: Path, normalisation: str, folder: str | None) -> str:
@@ -38,7 +39,8 @@ def quantise(run_dir: Path, compact: Path, file: Path, normalisation: str, folde
         images, evaluation = batches_of(own_data(run_dir))
     if normalisation == INSIDE and preparation is not None:
         images = (_raw(batch, preparation) for batch in images)
-        evaluation = [(_raw(batch, preparation), labels) for batch, labels in evaluation]
+        task = Classification()
+        evaluation = [(_raw(task.inputs(batch).args[0], preparation), task.target(batch)) for batch in evaluation]
     return describe(quantise_onnx(file, images, evaluation))
 
 

@@ -35,7 +35,7 @@ PRECISION, EXACT = (  # name of their setting, its values that mean float32; the
 class Recording:
     """What `record` yields: `sums` so far, and `add_target` to call after each forward pass.
 
-    A layer that runs more than once in a pass adds a sample of each image every time, with the same T. Calls on more
+    A layer that runs more than once in a pass, or whose network is called more than once before `add_target`, adds a sample of each image every time, with the same T. Calls on more
     samples than there are images (windows, frames) are averaged over those of an image for the target axis.
     """
 
@@ -43,7 +43,7 @@ class Recording:
         self._sums = ActivationSums()
         self._protocol = protocol
         self._sources: dict[str, Source] = {}
-        self._pooled: dict[str, list[Tensor]] = {}  # of the batch that is running, [B, N] of each call
+        self._pooled: dict[str, list[Tensor]] = {}  # since `add_target`, [B, N] of each call
         self._images: int | None = None  # of the batch that is running
         self._generator = torch.Generator().manual_seed(protocol.seed)
         self._batch = -1
@@ -73,7 +73,7 @@ class Recording:
     def start_batch(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the whole model."""
         self._check_finite()
-        self._pooled, self._drawn = {}, {}
+        self._drawn = {}
         self._images = images_in((*args, *kwargs.values()))
         self._batch += 1
         if self._images == 0:

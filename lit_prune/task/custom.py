@@ -58,6 +58,10 @@ class Custom(Task):
         """The network's output."""
         return super().run(model, batch) if self._run is None else self._run(model, batch)
 
+    def respond(self, model: nn.Module, call: Example, batch: Any) -> Any:
+        """What `run` makes of the batch, with this call as its first one of the network."""
+        return super().respond(model, call, batch) if self._run is None else self._run(_Prepared(model, call), batch)
+
     def size(self, batch: Any) -> int:
         """Number of samples."""
         return super().size(batch) if self._size is None else self._size(batch)
@@ -95,6 +99,24 @@ class Custom(Task):
     def figure(self, sums: Tensor) -> float:
         """First over last."""
         return float(sums[0] / sums[-1])
+
+
+class _Prepared(nn.Module):
+    """The network, whose first call gets arguments that somebody else made; its attributes are the network's."""
+
+    def __init__(self, model: nn.Module, call: Example) -> None:
+        super().__init__()
+        self.model, self.call = model, call
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        call, self.call = self.call or Example(args, kwargs), None
+        return self.model(*call.args, **call.kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("model"), name)
 
 
 class _Caught(nn.Module):

@@ -1,6 +1,7 @@
 """What a network's output is made of."""
 
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -60,3 +61,24 @@ def joined(output: Any) -> Tensor:
             "task= with a prediction of its own"
         )
     return values[0] if len(values) == 1 else torch.cat([value.flatten(1) for value in values], 1)
+
+
+def named_outputs(output: Any, name: str = "") -> dict[str, Tensor]:
+    """Every tensor of floats with a sample axis in an output, by its place in dicts, tuples, lists and dataclasses."""
+    if isinstance(output, Tensor):
+        return {name: output} if output.is_floating_point() and output.ndim else {}
+    if isinstance(output, Mapping):
+        items = list(output.items())
+    elif isinstance(output, list | tuple):
+        items = list(enumerate(output))
+    elif is_dataclass(output):
+        items = [(field.name, getattr(output, field.name)) for field in fields(output)]
+    else:
+        items = list(vars(output).items()) if hasattr(output, "__dict__") else []
+    return {k: v for key, item in items for k, v in named_outputs(item, f"{name}.{key}").items()}
+
+
+def shared_outputs(one: Any, other: Any) -> list[tuple[Tensor, Tensor]]:
+    """The tensors of two outputs that lie at the same place and have the same shape; none where there are none."""
+    own, wanted = named_outputs(one), named_outputs(other)
+    return [(own[name], wanted[name]) for name in own if name in wanted and own[name].shape == wanted[name].shape]

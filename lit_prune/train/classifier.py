@@ -16,6 +16,7 @@ from lit_prune.models import build_network, check_forward, load_weights
 from lit_prune.structure.description import Description
 from lit_prune.structure.networks import backbone_weights, refuse_import_path, structure_of
 from lit_prune.structure.record import Record, note_record
+from lit_prune.task.classification import Classification
 from lit_prune.train.execution import CompiledForward, check_compile, check_precision
 from lit_prune.train.pruned_checkpoint import restore_structure, save_structure
 from lit_prune.train.schedule import configure
@@ -24,6 +25,9 @@ from lit_prune.train.trainer_state import steps_between_logs
 
 class LitClassifier(LightningModule):
     """Trains a backbone with cross-entropy; callbacks add to its loss and change its backbone as in any other module.
+
+    Attributes:
+        task: reads its batches, of any kind that `lit_prune.task` knows: (images, labels), with more behind, dicts.
 
     Args:
         backbone: name of a backbone (`lit_prune.models.backbone_names()`), `timm/NAME`, or
@@ -57,6 +61,7 @@ class LitClassifier(LightningModule):
         compile: bool | str = False,
     ) -> None:
         super().__init__()
+        self.task = Classification()
         image_shape = [int(n) for n in image_shape]  # type: ignore[assignment]  # hparams.yaml is to be plain YAML
         self.save_hyperparameters(
             ignore=["optimizer", "scheduler", "weights", "pretrained", "channels_last", "compile"]
@@ -114,12 +119,17 @@ class LitClassifier(LightningModule):
             self._compiled = CompiledForward(self.backbone, self.compilation)
         return self._compiled(images)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
+    def _read(self, batch: Any) -> tuple[Tensor, Any]:
+        """Images, laid out, and labels of a batch of any kind that the task reads."""
+        images = self.task.inputs(batch).args[0]
+        return images.contiguous(memory_format=self.memory_format), self.task.target(batch)
+
+    def training_step(self, batch: Any, batch_index: int) -> Tensor:
         """Cross-entropy; its mean and the accuracy are logged under `train/` at the epoch's end.
 
         Waits for the device every `log_every_n_steps` only, to find out whether the loss is still finite.
         """
-        images, labels = batch[0].contiguous(memory_format=self.memory_format), batch[1]
+        images, labels = self._read(batch)
         logits = self._training_forward(images)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         self._add(loss)
@@ -141,22 +151,21 @@ class LitClassifier(LightningModule):
             self.log("train/loss", self.epoch_loss / steps, prog_bar=True, sync_dist=True)
         self.log("train/accuracy", self.accuracy["fit"])
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
+    def validation_step(self, batch: Any, _: int) -> None:
         """Logs `val/loss` and `val/accuracy`."""
         self._evaluation_step("val", batch)
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def test_step(self, batch: Any, batch_idx: int) -> None:
         """Logs `test/loss` and `test/accuracy`."""
         self._evaluation_step("test", batch)
 
-    def predict_step(self, batch: tuple[Tensor, Tensor] | Tensor, _: int) -> Tensor:
+    def predict_step(self, batch: Any, _: int) -> Tensor:
         """Class probabilities [B, K]."""
-        images = batch if isinstance(batch, Tensor) else batch[0]
-        return self(images).softmax(1)
+        return self.backbone(self._read(batch)[0]).softmax(1)
 
-    def _evaluation_step(self, split: str, batch: tuple[Tensor, Tensor]) -> None:
-        images, labels = batch
-        logits = self(images)
+    def _evaluation_step(self, split: str, batch: Any) -> None:
+        images, labels = self._read(batch)
+        logits = self.backbone(images)
         self.accuracy[split](logits, labels)
         self.log(f"{split}/loss", F.cross_entropy(logits, labels), sync_dist=True, batch_size=len(labels))
         self.log(f"{split}/accuracy", self.accuracy[split], prog_bar=True)

@@ -1,7 +1,7 @@
 """Staged distillation from the dense teacher, as a term of the training loss."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lit_prune.errors import InputError
 from lit_prune.task.batches import describe
 from lit_prune.task.detection import detector_heads
+from lit_prune.task.outputs import shared_outputs
 
 FORMS = ("cosine", "kl", "mse")
 
@@ -80,23 +81,6 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     log_teacher = F.log_softmax(teacher.float() / temperature, dim=1)
     positions = student.numel() / student.shape[1]
     return F.kl_div(log_student, log_teacher, reduction="sum", log_target=True) / positions * temperature**2
-
-
-def named_outputs(output: Any, name: str = "") -> dict[str, Tensor]:
-    """Every tensor of floats with a sample axis in an output of tensors, tuples, lists and dicts, by its place."""
-    if isinstance(output, Tensor):
-        return {name: output} if output.is_floating_point() and output.ndim else {}
-    if isinstance(output, Mapping):
-        items = list(output.items())
-    else:
-        items = list(enumerate(output)) if isinstance(output, list | tuple) else []
-    return {k: v for key, item in items for k, v in named_outputs(item, f"{name}.{key}").items()}
-
-
-def shared_outputs(student: Any, teacher: Any) -> list[tuple[Tensor, Tensor]]:
-    """The tensors of two outputs that lie at the same place and have the same shape; none where there are none."""
-    own, wanted = named_outputs(student), named_outputs(teacher)
-    return [(own[name], wanted[name]) for name in own if name in wanted and own[name].shape == wanted[name].shape]
 
 
 def nothing_shared(student: Any, teacher: Any) -> InputError:

@@ -1,8 +1,10 @@
 """The one figure that says how good the network is: the user's logged monitor, or the metric of the task."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lit_prune.errors import InputError
 from lit_prune.task import Task
@@ -11,7 +13,7 @@ from lit_prune.train.evaluation import evaluate
 from lit_prune.train.locate import network_at
 from lit_prune.train.module_task import task_in
 from lit_prune.train.rewire import mean_over_ranks, sum_over_ranks, validation_loader
-from lit_prune.train.samples import Samples
+from lit_prune.train.samples import Samples, calibration_samples
 from lit_prune.train.validation import run_validation
 
 MODES = ("max", "min")
@@ -22,18 +24,27 @@ class Figures:
 
     Args:
         monitor: key that the module's validation logs, such as `val/miou` (with several validation loaders
-            `val/miou/dataloader_idx_0`); None takes the metric of the task on the validation loader.
+            `val/miou/dataloader_idx_0`); None takes the metric of the task on the validation loader, or where there is
+            none on the calibration samples.
         mode: whether more or less of the monitor is better.
         task: where there is no monitor; None recognises it.
+        calibration: as in `calibration_samples`.
 
     Raises:
         InputError: an unknown mode.
     """
 
-    def __init__(self, monitor: str | None = None, mode: str = "max", task: Task | str | None = None) -> None:
+    def __init__(
+        self,
+        monitor: str | None = None,
+        mode: str = "max",
+        task: Task | str | None = None,
+        calibration: Any = None,
+    ) -> None:
         if mode not in MODES:
             raise InputError(f"mode={mode!r} is unknown; use max or min")
         self.monitor, self._mode, self.task = monitor, mode, task
+        self.calibration = calibration
         self._found: Task | None = None
         self.images: int | None = None  # of the last measurement, where it is known
 
@@ -62,6 +73,28 @@ class Figures:
         if self.monitor is not None and self.monitor not in trainer.callback_metrics:
             self._refuse(trainer.callback_metrics)
 
+    def check(self, trainer: Trainer, path: str) -> None:
+        """Refuses, before training, a run in which nothing could be measured.
+
+        Raises:
+            InputError: a monitor without a validation loop, or neither a monitor nor a task with a figure.
+        """
+        if self.monitor is not None:
+            if step_for_evaluation(trainer.lightning_module) == "training_step" or validation_loader(trainer) is None:
+                self._refuse(())
+            return
+        samples = self._samples(trainer, path)
+        task, one = self._task(trainer, path, samples), samples.first().first(1)
+        if validation_loader(trainer) is None:
+            rank_zero_warn(f"there is no validation loader: {task.metric_name} is measured on {samples.origin}")
+        try:
+            evaluate(network_at(trainer.lightning_module, path), [one], None, task)
+        except InputError as error:
+            raise InputError(
+                f"monitor: none is given, and the network alone has no figure ({error}); give monitor=, or "
+                "task='unlabelled' for the mean square of its output"
+            ) from error
+
     def measure(self, trainer: Trainer, path: str) -> float:
         """The figure of the network as it stands, on every rank the same.
 
@@ -80,20 +113,20 @@ class Figures:
         raise InputError(f"monitor: {self.monitor!r} is not logged by a validation epoch, which logs {known}")
 
     def _task_metric(self, trainer: Trainer, path: str) -> float:
-        if validation_loader(trainer) is None:
-            raise InputError(
-                "monitor: the run has no validation loader to measure the network on; give one to fit, or a monitor"
-            )
-        samples = Samples(
-            trainer,
-            path,
-            lambda: validation_loader(trainer),
-            step_for_evaluation(trainer.lightning_module),
-            "validation loader",
-        )
-        if self._found is None:
-            self._found = task_in(trainer, path, samples.first(), self.task)
+        samples = self._samples(trainer, path)
+        task = self._task(trainer, path, samples)
         network = network_at(trainer.lightning_module, path)
-        found = evaluate(network, samples, lambda sums: sum_over_ranks(trainer, sums), self._found)
+        found = evaluate(network, samples, lambda sums: sum_over_ranks(trainer, sums), task)
         self.images = found.images
         return found.figure
+
+    def _samples(self, trainer: Trainer, path: str) -> Samples:
+        if validation_loader(trainer) is None:
+            return calibration_samples(trainer, path, self.calibration)
+        step = step_for_evaluation(trainer.lightning_module)
+        return Samples(trainer, path, lambda: validation_loader(trainer), step, "validation loader")
+
+    def _task(self, trainer: Trainer, path: str, samples: Samples) -> Task:
+        if self._found is None:
+            self._found = task_in(trainer, path, samples.first(), self.task)
+        return self._found

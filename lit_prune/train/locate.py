@@ -1,7 +1,10 @@
 """Where a LightningModule keeps the network, and how another takes its place."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from lit_prune.errors import InputError
@@ -36,6 +39,31 @@ def find_path(module: nn.Module, given: str | None = None) -> str:
         raise InputError(f"network: {kind} has no submodule with parameters; make the network an attribute of it")
     candidates = ", ".join(f"{name} ({size:,} parameters)" for name, size in list(sizes.items())[:6])
     raise InputError(f"network: {kind} holds several; name one by network=: {candidates}")
+
+
+def when_built(module: LightningModule, given: str | None, begin: Callable[[], None]) -> None:
+    """Calls `begin` now, or, where the network is not there yet, as soon as the module's own `setup` has run.
+
+    Lightning calls the `setup` of callbacks first, and many modules build their network in their own.
+
+    Args:
+        module: the module.
+        given: path of the network; None: it is there when the module has parameters.
+        begin: finds the network, or refuses.
+    """
+    there = _parameters(module) if given is None else given in dict(module.named_modules())
+    if there or not is_overridden("setup", module):
+        begin()
+        return
+    own = module.setup
+
+    @functools.wraps(own)
+    def setup(stage: str) -> None:
+        own(stage)
+        module.__dict__.pop("setup", None)
+        begin()
+
+    module.setup = setup
 
 
 def _checked(module: nn.Module, path: str) -> str:

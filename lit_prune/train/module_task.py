@@ -19,6 +19,9 @@ from lit_prune.train.capture import Seen, as_found, step_arguments
 from lit_prune.train.locate import network_at
 
 
+GIVE = "give task=, such as Custom of lit_prune.task, with a loss"
+
+
 class _OnSeen(Task):
     """A task on batches as the network gets them (`Seen`)."""
 
@@ -115,16 +118,38 @@ class SeenTask(_OnSeen):
 class ModuleTask(_OnSeen):
     """The loss is what the module's own `training_step` returns for an output of the network.
 
+    Where the step cannot be asked (manual optimization, several calls of the network, samples that it does not take one
+    by one), there is no task variable, and what needs a loss says why.
+
+    Attributes:
+        refusal: why the step gives no loss for a sample; "" where it does.
+
     Args:
         trainer: in `fit`.
         path: of the network in `trainer.lightning_module`.
+        seen: a batch, to find out.
     """
 
     name = "module"
     scalar_loss = True
 
-    def __init__(self, trainer: Trainer, path: str) -> None:
+    def __init__(self, trainer: Trainer, path: str, seen: Seen) -> None:
         self.trainer, self.path = trainer, path
+        self.refusal = self._tried(seen.first(1))
+
+    def _tried(self, one: Seen) -> str:
+        """Why the step gives no loss for one sample, or ""."""
+        network = network_at(self.trainer.lightning_module, self.path)
+        try:
+            with undisturbed(network):
+                self.loss(self.run(network, one), one)
+        except InputError as error:
+            return str(error)
+        return ""
+
+    def default_variable(self, batch: Seen) -> str | None:
+        """The loss, where there is one."""
+        return None if self.refusal else "negative_loss"
 
     def target(self, batch: Seen) -> Any:
         """The whole batch: what the step reads in it is not known."""
@@ -134,7 +159,8 @@ class ModuleTask(_OnSeen):
         """The mean loss of the batch, a scalar.
 
         Raises:
-            InputError: the step does not take the samples, or returns None or something without a loss.
+            InputError: the step does not take the samples, calls the network several times, or returns None or
+                something without a loss; manual optimization.
         """
         module = self.trainer.lightning_module
         returned = self._returned(module, output, batch)
@@ -148,28 +174,47 @@ class ModuleTask(_OnSeen):
 
     def _returned(self, module: LightningModule, output: Any, batch: Seen) -> Any:
         """What the module's own step returns where its network answers `output`."""
-        network = network_at(module, self.path)
+        network, kind = network_at(module, self.path), type(module).__name__
         step = getattr(module.training_step, "__wrapped__", module.training_step)
-        with as_found(self.trainer, module, network), isolate_rng(), _answering(network, output), torch.enable_grad():
+        if not module.automatic_optimization:
+            raise InputError(f"task: {kind} optimizes manually, so that its step cannot be asked for a loss; {GIVE}")
+        with (
+            as_found(self.trainer, module, network),
+            isolate_rng(),
+            _answering(network, output) as calls,
+            torch.enable_grad(),
+        ):
             torch.manual_seed(0)
             try:
-                return step(*step_arguments(step, batch.batch, 0, 0))
+                returned = step(*step_arguments(step, batch.batch, 0, 0))
             except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 raise InputError(
-                    f"task: training_step of {type(module).__name__} does not run on {batch.size} samples of a batch, "
-                    f"{describe(batch.batch)} ({reason}); give task= with a loss, or task='unlabelled'"
+                    f"task: training_step of {kind} does not run on {batch.size} samples of a batch, "
+                    f"{describe(batch.batch)} ({reason}); {GIVE}"
                 ) from error
+        if len(calls) > 1:
+            raise InputError(
+                f"task: training_step of {kind} calls the network {len(calls)} times, so that its loss is none of one "
+                f"output; {GIVE} and a run that makes these calls"
+            )
+        return returned
 
 
 @contextmanager
-def _answering(network: nn.Module, output: Any) -> Iterator[None]:
-    """The network answers `output` to everything, and does not run."""
-    answers = dict.fromkeys(("forward", "_call_impl"), lambda *_, **__: output)  # nor do hooks that watch it
+def _answering(network: nn.Module, output: Any) -> Iterator[list[None]]:
+    """The network answers `output` to everything, and does not run; one entry is added at each call."""
+    calls: list[None] = []
+
+    def respond(*_: Any, **__: Any) -> Any:
+        calls.append(None)
+        return output
+
+    answers = dict.fromkeys(("forward", "_call_impl"), respond)  # hooks that watch the network do not run either
     before = {key: value for key, value in network.__dict__.items() if key in answers}
     network.__dict__.update(answers)
     try:
-        yield
+        yield calls
     finally:
         for key in answers:
             del network.__dict__[key]
@@ -189,7 +234,7 @@ def task_in(trainer: Trainer, path: str, seen: Seen, given: Task | str | None) -
     if given is not None:
         return SeenTask(find_task(given))
     found = _recognised(network_at(trainer.lightning_module, path), seen)
-    return ModuleTask(trainer, path) if found is None else SeenTask(found)
+    return ModuleTask(trainer, path, seen) if found is None else SeenTask(found)
 
 
 def _recognised(network: nn.Module, seen: Seen) -> Task | None:

@@ -17,7 +17,7 @@ from lit_prune.structure.networks import STRUCTURE_KEY, structure_of
 from lit_prune.structure.record import example_input, note_record, rebuild_inputs, record_of
 from lit_prune.structure.surgery import replay
 from lit_prune.structure.tracing import copy_network
-from lit_prune.tensor_files import read_torch
+from lit_prune.tensor_files import PickledError, read_torch
 from lit_prune.train.locate import find_path, network_at, put_network
 
 Module = TypeVar("Module", bound=LightningModule)
@@ -87,7 +87,11 @@ def carried_on(network: nn.Module, plans: list[Plan], inputs: dict[str, Any] | N
 
 
 def load_pruned(
-    kind: type[Module], path: str | Path, map_location: torch.device | str = "cpu", **arguments: Any
+    kind: type[Module],
+    path: str | Path,
+    map_location: torch.device | str = "cpu",
+    weights_only: bool = True,
+    **arguments: Any,
 ) -> Module:
     """A LightningModule of a checkpoint that was written after structure was removed (or before).
 
@@ -95,18 +99,21 @@ def load_pruned(
         kind: the class of the module.
         path: the checkpoint.
         map_location: where its tensors go.
+        weights_only: refuse a file that holds more than plain values and tensors, such as a network among the
+            hyperparameters. False runs what the file names: only for files that you trust.
         **arguments: of the class; those that it saved as hyperparameters need not be given.
 
     Raises:
         InputError: no such file, arguments missing, or weights that do not fit.
     """
-    checkpoint = read_torch(path, "checkpoint")
+    checkpoint = _read(path, weights_only)
     known = inspect.signature(kind).parameters
     saved = {key: value for key, value in checkpoint.get("hyper_parameters", {}).items() if key in known}
     try:
         module = kind(**{**saved, **arguments})
     except TypeError as error:
         raise InputError(f"{kind.__name__}: {error}; give it to load_pruned by name") from error
+    module.configure_model()
     module.to(map_location)
     restore_structure(module, checkpoint)
     module.on_load_checkpoint(checkpoint)
@@ -115,6 +122,18 @@ def load_pruned(
     except RuntimeError as error:
         raise InputError(f"checkpoint: {path} does not fit {kind.__name__}: {one_reason(error)}") from error
     return module.eval()
+
+
+def _read(path: str | Path, weights_only: bool) -> dict[str, Any]:
+    if not weights_only and Path(path).is_file():
+        return torch.load(path, map_location="cpu", weights_only=False)
+    try:
+        return read_torch(path, "checkpoint")
+    except PickledError as error:
+        raise InputError(
+            f"{error.found}, probably a hyperparameter: leave it out by save_hyperparameters(ignore=[...]), or give "
+            "weights_only=False if you trust the file"
+        ) from error
 
 
 def one_reason(error: Exception) -> str:

@@ -21,6 +21,7 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -50,6 +51,13 @@ def check_supported(trainer: Trainer) -> None:
         for kind, reason in INCOMPATIBLE_CALLBACKS.items():
             if isinstance(callback, kind):
                 raise InputError(f"callback {type(callback).__name__} {reason}; remove it from trainer.callbacks")
+
+
+def build_network(trainer: Trainer) -> None:
+    """Calls the module's `configure_model`, as Lightning does after the callbacks' `setup`; it may be called twice."""
+    if is_overridden("configure_model", trainer.lightning_module):
+        with trainer.strategy.tensor_init_context(), trainer.precision_plugin.module_init_context():
+            trainer.lightning_module.configure_model()
 
 
 @contextmanager

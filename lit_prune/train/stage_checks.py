@@ -16,7 +16,8 @@ from lit_prune.structure.groups import ChannelGraph, Group, trace_groups
 from lit_prune.structure.ranking import selected_groups
 from lit_prune.structure.tracing import one_sample, run, traceable
 from lit_prune.task.detection import detector_heads
-from lit_prune.train.distillation import Repair, nothing_shared, shared_outputs
+from lit_prune.task.outputs import shared_outputs
+from lit_prune.train.distillation import Repair, nothing_shared
 from lit_prune.train.features import input_width, last_layer
 from lit_prune.train.stage_plans import choose_blocks, dense_costs
 from lit_prune.train.stages import BlockStage, ChannelStage, Stage, budgets_of

@@ -19,11 +19,11 @@ from lit_prune.train.hand_over import (
     run_of,
     set_aside,
 )
-from lit_prune.train.locate import check_replaceable, find_path
+from lit_prune.train.locate import check_replaceable, find_path, when_built
 from lit_prune.train.logged import log_compact
 from lit_prune.train.phase_optimizer import PhaseOptimizer
 from lit_prune.train.phases import check_epochs, total_epochs
-from lit_prune.train.rewire import check_supported
+from lit_prune.train.rewire import build_network, check_supported
 from lit_prune.train.stage_checks import check_stages, check_teacher
 from lit_prune.train.stage_record import (
     check_done,
@@ -101,7 +101,7 @@ class StagedPruning(StagedRun):
             check_metric_name(monitor)
         self.stages = tuple(stages)
         self.network, self.repair = network, repair
-        self.figures = Figures(monitor, mode, task)
+        self.figures = Figures(monitor, mode, task, calibration)
         self.phase_optimizer = PhaseOptimizer(optimizer, scheduler, repair.gradient_clip)
         self.teaching = Teaching(repair, None if teacher is None else Path(teacher))
         self.surgeon = Surgeon(self.figures, self.phase_optimizer, calibration, probe_limit, recalibration_batches)
@@ -114,6 +114,10 @@ class StagedPruning(StagedRun):
         Raises:
             InputError: no network found, epochs out of order or beyond the run, strategy or callback refused.
         """
+        build_network(trainer)
+        when_built(pl_module, self.network, lambda: self._attach(trainer, pl_module, stage))
+
+    def _attach(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         path = find_path(pl_module, self.network)
         if self.met is None or self.met.module is not pl_module:
             self.met = Subject(pl_module, path)
@@ -173,6 +177,7 @@ class StagedPruning(StagedRun):
         if not self._checked:
             self.surgeon.meet(trainer, self.subject)
             self._check_stages()
+            self.figures.check(trainer, self.subject.path)
         late = [s for s in self.stages[len(self.records) :] if s.epoch < trainer.current_epoch]
         if late:
             raise InputError(

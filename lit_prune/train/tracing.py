@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from lit_prune.errors import InputError
 from lit_prune.task import Task
 from lit_prune.train.capture import Seen
-from lit_prune.train.locate import find_path, network_at
-from lit_prune.train.module_task import task_in
+from lit_prune.train.locate import find_path, network_at, when_built
+from lit_prune.train.module_task import ModuleTask, task_in
+from lit_prune.train.rewire import build_network
 from lit_prune.train.samples import Samples, calibration_samples
 
 
@@ -46,6 +47,7 @@ class Trace(Callback, ABC):
         self.path = ""
         self._began: float | None = None
         self._trained = 0.0
+        self._said = False
 
     @abstractmethod
     def trace(self, trainer: Trainer, network: nn.Module, epoch: int) -> str:
@@ -66,12 +68,20 @@ class Trace(Callback, ABC):
         Raises:
             InputError: there is none, or more than one that it could be.
         """
+        build_network(trainer)
+        when_built(pl_module, self.chosen.network, lambda: self._find(pl_module))
+
+    def _find(self, pl_module: LightningModule) -> None:
         self.path = find_path(pl_module, self.chosen.network)
 
     def samples(self, trainer: Trainer) -> tuple[Iterator[Seen], Task]:
         """This rank's share of the calibration samples, as the network gets them, and what they mean."""
         found = calibration_samples(trainer, self.path, self.chosen.calibration)
-        task = task_in(trainer, self.path, found.first(), self.chosen.task)
+        first = found.first()
+        task = task_in(trainer, self.path, first, self.chosen.task)
+        if isinstance(task, ModuleTask) and task.refusal and not self._said:
+            self._said = True
+            rank_zero_warn(f"{type(self).__name__}: without a loss of each sample, what needs one is NaN; {task.refusal}")
         return share_samples(found, trainer.global_rank, trainer.world_size, self.chosen.limit), task
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

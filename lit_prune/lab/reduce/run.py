@@ -24,6 +24,7 @@ from lit_prune.progress import progress_bars, terminal, unwatched
 from lit_prune.structure import Plan
 from lit_prune.structure.networks import Network, epochs_done, find_network
 from lit_prune.structure.record import note_plan, record_of
+from lit_prune.task.classification import Classification
 from lit_prune.tensor_files import read_torch
 from lit_prune.train.distillation import Repair
 from lit_prune.train.run_record import add_record
@@ -79,9 +80,9 @@ def reduce_run(setup: Setup, request: ReduceRequest) -> None:
     setup.data.prepare_data()
     setup.data.setup("fit")
     setup.data.setup("test")
-    calibration = [(images.cpu(), labels.cpu()) for images, labels in setup.data.calibration_dataloader()]
     images = Images(
-        calibration, evaluation_batches(setup.data.test_dataloader(), request.test_images, request.swaps.images)
+        labelled(setup.data.calibration_dataloader()),
+        evaluation_batches(setup.data.test_dataloader(), request.test_images, request.swaps.images),
     )
     repair = None
     if request.repair_epochs and setup.make is not None:
@@ -109,12 +110,18 @@ def evaluation_batches(loader, limit: int | None, swapped: int) -> list[tuple[to
         limit: images at the most.
         swapped: how many of them, from the first on, interchange interventions take.
     """
-    batches = [(images.cpu(), labels.cpu()) for images, labels in loader]
+    batches = labelled(loader)
     images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     if min(limit or len(labels), swapped) >= len(labels):
         return batches
     order = stratified_order(labels, torch.Generator().manual_seed(0))[:limit]
     return [(images[part], labels[part]) for part in order.split(len(batches[0][1]))]
+
+
+def labelled(loader) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Images and labels of a loader's batches, on the CPU."""
+    task = Classification()
+    return [(task.inputs(batch).args[0].cpu(), task.target(batch).cpu()) for batch in loader]
 
 
 def trained_network(make: Factory, seed: int, folder: Path) -> Network:

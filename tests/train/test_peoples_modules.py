@@ -1,0 +1,262 @@
+"""Modules as people write them: where their network comes from, what it answers, which losses it is trained by."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader
+from torchmetrics.classification import MulticlassAccuracy
+
+from lit_prune import AxisTrace, ChannelStage, Repair, StagedPruning, added_loss, load_pruned
+from lit_prune.errors import InputError
+from lit_prune.task import Custom
+from tests import lightning_modules as modules
+from tests.lightning_modules import images, loaders, network, trainer
+
+
+def pruning(**options):
+    stage = ChannelStage(keep=0.6, epoch=1, score="magnitude", allocation="global", replace="delete")
+    return StagedPruning([stage], **options)
+
+
+def is_cut(found: nn.Module) -> bool:
+    return sum(p.numel() for p in found.parameters()) < 0.8 * sum(p.numel() for p in network().parameters())
+
+
+def task_axis(folder) -> pd.Series:
+    table = pd.read_parquet(folder / "trace" / "epoch=000.parquet")
+    assert table[~table["dead"]]["input_capture"].notna().all()
+    return table[~table["dead"]]["task_information"]
+
+
+class Deferred(modules.Classifier):
+    """Builds its network when the trainer asks for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = None
+
+
+class Configured(Deferred):
+    def configure_model(self):
+        self.net = self.net or network()
+
+
+class SetUp(Deferred):
+    def setup(self, stage):
+        self.net = network()
+
+
+@pytest.mark.parametrize("kind", [Configured, SetUp])
+@pytest.mark.parametrize("path", [None, "net"])
+def test_a_network_that_is_built_after_init_is_found_cut_and_resumed(tmp_path, kind, path):
+    best = ModelCheckpoint(monitor="val/acc", mode="max", save_last=True)
+    one = trainer(tmp_path, AxisTrace(network=path), pruning(network=path, monitor="val/acc"), best, epochs=2, enable_checkpointing=True)
+    one.fit(module := kind(), *loaders())
+    assert is_cut(module.net)
+    assert one.test(module, loaders()[1], ckpt_path="best", verbose=False)
+    again = trainer(tmp_path, pruning(network=path, monitor="val/acc"), epochs=3)
+    again.fit(other := kind(), *loaders(), ckpt_path=best.last_model_path)
+    assert is_cut(other.net)
+    if kind is Configured:
+        assert is_cut(load_pruned(kind, best.last_model_path).net)
+
+
+def test_setup_that_builds_no_network_is_refused(tmp_path):
+    class Without(Deferred):
+        def setup(self, stage):
+            pass
+
+    with pytest.raises(InputError, match="no submodule with parameters"):
+        trainer(tmp_path, pruning(), epochs=2).fit(Without(), *loaders())
+
+
+@dataclass
+class Answer:
+    """What a network gives that answers in a class of its own."""
+
+    logits: torch.Tensor
+    loss: torch.Tensor | None = None
+
+
+class Answering(modules.Classifier):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = network()
+
+        def forward(self, pixels):
+            return Answer(self.body(pixels))
+
+    def __init__(self):
+        super().__init__()
+        self.net = self.Net()
+
+    def forward(self, pixels):
+        return self.net(pixels).logits
+
+
+def test_what_a_network_answers_in_a_class_of_its_own_is_taught(tmp_path):
+    staged = pruning(monitor="val/acc", repair=Repair(ramp=False))
+    trainer(tmp_path, staged, epochs=2).fit(Answering(), *loaders())
+    assert staged.records[-1]["distillation"]["evaluations"] == 3
+
+
+class Gan(LightningModule):
+    """Two networks, two optimizers, no validation."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.automatic_optimization = False
+        up = [nn.ConvTranspose2d(4, 16, 4), nn.BatchNorm2d(16), nn.ReLU(), nn.ConvTranspose2d(16, 12, 4, 2, 1)]
+        self.generator = nn.Sequential(*up, nn.ReLU(), nn.Conv2d(12, 3, 3, padding=1))
+        self.critic = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(72, 1))
+
+    def training_step(self, batch, batch_idx):
+        first, second = self.optimizers()
+        fake = self.generator(torch.randn(len(batch[0]), 4, 1, 1))
+        self.toggle_optimizer(first)
+        self.manual_backward(F.softplus(-self.critic(fake)).mean() + added_loss(self))
+        first.step()
+        first.zero_grad()
+        self.untoggle_optimizer(first)
+        self.toggle_optimizer(second)
+        self.manual_backward(F.softplus(self.critic(fake.detach())).mean() + F.softplus(-self.critic(batch[0])).mean())
+        second.step()
+        second.zero_grad()
+        self.untoggle_optimizer(second)
+
+    def configure_optimizers(self):
+        return [torch.optim.Adam(part.parameters(), 1e-3) for part in (self.generator, self.critic)]
+
+
+def test_a_generator_is_traced_and_cut_without_validation_and_its_step_is_asked_for_no_loss(tmp_path):
+    staged = pruning(network="generator", task="unlabelled", repair=Repair(form="mse", beta=0.0, ramp=False))
+    with pytest.warns(UserWarning, match="there is no validation loader") as said:
+        (run := trainer(tmp_path, AxisTrace(network="generator"), staged, epochs=2)).fit(module := Gan(), loaders()[0])
+    assert any("Gan optimizes manually" in str(warning.message) for warning in said)
+    assert module.generator[0].out_channels < 16 and task_axis(tmp_path).isna().all()
+    assert run.global_step == 2 * 2 * 3, "two steps a batch, none for a measurement"
+
+
+def test_a_run_in_which_nothing_is_measured_is_refused_before_training(tmp_path):
+    run = trainer(tmp_path, pruning(network="generator"), epochs=2)
+    with pytest.raises(InputError, match="monitor: none is given, and the network alone has no figure"):
+        run.fit(Gan(), loaders()[0])
+    assert run.global_step == 0
+    run = trainer(tmp_path, pruning(monitor="val/acc"), epochs=2)
+    with pytest.raises(InputError, match="'val/acc' is not logged by a validation epoch, which logs nothing"):
+        run.fit(modules.Classifier(), loaders()[0])
+    assert run.global_step == 0
+
+
+class Late(Gan):
+    """Its critic takes a step before its generator is called."""
+
+    def training_step(self, batch, batch_idx):
+        _, second = self.optimizers()
+        self.manual_backward(F.softplus(-self.critic(batch[0])).mean())
+        second.step()
+        second.zero_grad()
+        super().training_step(batch, batch_idx)
+
+
+def test_a_step_that_is_followed_to_the_network_optimizes_nothing_on_the_way(tmp_path):
+    found = []
+    for callbacks in ([], [AxisTrace(network="generator")]):
+        run = trainer(tmp_path, *callbacks, epochs=1)
+        run.fit(module := Late(), loaders()[0])
+        found.append((run.global_step, torch.cat([p.flatten() for p in module.parameters()])))
+    assert found[0][0] == found[1][0] == 9
+    assert torch.equal(found[0][1], found[1][1])
+
+
+class Siamese(LightningModule):
+    """One network, called on both images of a pair."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = network()
+
+    def training_step(self, batch, batch_idx):
+        return apart((self.net(batch[0]), self.net(batch[1])), batch).mean()
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/loss", self.training_step(batch, batch_idx))
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), 1e-3)
+
+
+def apart(found: Any, batch: Any) -> torch.Tensor:
+    """Contrastive loss of each pair."""
+    distance = (found[0] - found[1]).square().sum(1)
+    return torch.where(batch[2] > 0, distance, F.relu(1 - distance))
+
+
+def pairs():
+    both = [(a / 100, a.flip(-1) / 100 + 0.1, float(i % 2)) for i, a in enumerate(images())]
+    return DataLoader(both, batch_size=16)
+
+
+def test_a_loss_of_several_calls_is_none_of_one_output_and_a_task_makes_the_calls(tmp_path):
+    with pytest.warns(UserWarning, match="calls the network 2 times"):
+        trainer(tmp_path, AxisTrace(), epochs=1).fit(Siamese(), pairs(), pairs())
+    assert task_axis(tmp_path).isna().all()
+    with pytest.raises(InputError, match="calls the network 2 times, so that its loss is none of one output; give"):
+        staged = StagedPruning([ChannelStage(0.6, 1, score="taylor", allocation="global")], monitor="val/loss")
+        trainer(tmp_path, staged, epochs=2).fit(Siamese(), pairs(), pairs())
+    task = Custom(run=lambda model, batch: (model(batch[0]), model(batch[1])), loss=apart)
+    staged = pruning(monitor="val/loss", mode="min", task=task)
+    trainer(tmp_path, AxisTrace(task=task), staged, epochs=2).fit(module := Siamese(), pairs(), pairs())
+    assert is_cut(module.net) and task_axis(tmp_path).notna().all()
+
+
+class Counting(modules.Classifier):
+    """Its metric sums up over the epoch in the training step, and no task of ours knows its batches."""
+
+    def __init__(self):
+        super().__init__()
+        self.accuracy = MulticlassAccuracy(4)
+
+    def training_step(self, batch, batch_idx):
+        logits = self(batch["left"])
+        self.accuracy(logits, batch["right"])
+        self.log("train/acc", self.accuracy, on_step=False, on_epoch=True)
+        return F.cross_entropy(logits, batch["right"])
+
+    def validation_step(self, batch, batch_idx):
+        self(batch["left"])
+
+
+def test_measuring_adds_nothing_to_the_metrics_of_the_step(tmp_path):
+    named = [{"left": image, "right": place % 4} for place, image in enumerate(images())]
+    found = []
+    for callbacks in ([], [AxisTrace()]):
+        run = trainer(tmp_path, *callbacks, epochs=2)
+        run.fit(Counting(), DataLoader(named, batch_size=16), DataLoader(named, batch_size=16))
+        found.append(float(run.callback_metrics["train/acc"]))
+    assert found[0] == found[1]
+    assert task_axis(tmp_path).notna().all()
+
+
+def test_a_checkpoint_with_a_network_among_its_hyperparameters_needs_the_callers_word(tmp_path):
+    class Given(modules.Classifier):
+        def __init__(self, inner):
+            super().__init__()
+            self.save_hyperparameters()
+            self.net = inner
+
+    staged, last = pruning(monitor="val/acc"), ModelCheckpoint(save_last=True)
+    trainer(tmp_path, staged, last, epochs=2, enable_checkpointing=True).fit(Given(network()), *loaders())
+    with pytest.raises(InputError, match=r"it holds a pickled torch.nn.*ignore=\[...\]\), or give weights_only=False"):
+        load_pruned(Given, last.last_model_path, inner=network())
+    assert is_cut(load_pruned(Given, last.last_model_path, weights_only=False, inner=network()).net)
