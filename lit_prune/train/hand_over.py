@@ -154,8 +154,8 @@ def write_program(network: nn.Module, record: Record, file: Path) -> str:
         shapes = (*args, *kwargs.values()) if free else None
         try:
             program = torch.export.export(model, example.args, example.kwargs, dynamic_shapes=shapes)
-            with whole_file(file) as partial:
-                torch.export.save(program, partial)
+            with whole_file(file) as partial, partial.open("wb") as opened:  # a file by name is to end in .pt2
+                torch.export.save(program, opened)
             return f"{file.name}: for {'any number of' if free else 'batches of 2'} samples"
         except Exception as error:  # the exporter has many families of errors
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -18,7 +18,6 @@ from lit_prune.task.batches import describe, find_layout, map_tensors
 from lit_prune.train.capture import Seen, as_found, step_arguments
 from lit_prune.train.locate import network_at
 
-
 GIVE = "give task=, such as Custom of lit_prune.task, with a loss"
 
 

@@ -81,7 +81,9 @@ class Trace(Callback, ABC):
         task = task_in(trainer, self.path, first, self.chosen.task)
         if isinstance(task, ModuleTask) and task.refusal and not self._said:
             self._said = True
-            rank_zero_warn(f"{type(self).__name__}: without a loss of each sample, what needs one is NaN; {task.refusal}")
+            rank_zero_warn(
+                f"{type(self).__name__}: without a loss of each sample, what needs one is NaN; {task.refusal}"
+            )
         return share_samples(found, trainer.global_rank, trainer.world_size, self.chosen.limit), task
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -53,11 +53,11 @@ class SetUp(Deferred):
         self.net = network()
 
 
-@pytest.mark.parametrize("kind", [Configured, SetUp])
-@pytest.mark.parametrize("path", [None, "net"])
+@pytest.mark.parametrize(("kind", "path"), [(Configured, None), (SetUp, "net")])
 def test_a_network_that_is_built_after_init_is_found_cut_and_resumed(tmp_path, kind, path):
     best = ModelCheckpoint(monitor="val/acc", mode="max", save_last=True)
-    one = trainer(tmp_path, AxisTrace(network=path), pruning(network=path, monitor="val/acc"), best, epochs=2, enable_checkpointing=True)
+    callbacks = AxisTrace(network=path), pruning(network=path, monitor="val/acc"), best
+    one = trainer(tmp_path, *callbacks, epochs=2, enable_checkpointing=True)
     one.fit(module := kind(), *loaders())
     assert is_cut(module.net)
     assert one.test(module, loaders()[1], ckpt_path="best", verbose=False)
