@@ -53,6 +53,10 @@ class Seen:
         return self if self.size <= samples else self.take(slice(samples))
 
 
+class NotCalledError(InputError):
+    """A step ended without calling the network."""
+
+
 class _ReachedError(BaseException):
     """Leaves a step at the call of the network; no `except Exception` of the step stops it."""
 
@@ -79,7 +83,7 @@ def see(trainer: Trainer, path: str, batch: Any, index: int, step: str, loader: 
         loader: number of its loader among several.
 
     Raises:
-        InputError: the step ends without calling the network.
+        NotCalledError: the step ends without calling the network.
     """
     module = trainer.lightning_module
     network = network_at(module, path)
@@ -115,7 +119,7 @@ def _call_of(module: nn.Module, network: nn.Module, step: Any, given: tuple[Any,
         handle.remove()
     if not found:
         name = getattr(step, "__name__", "step")
-        raise InputError(
+        raise NotCalledError(
             f"network: {name} of {type(module).__name__} does not call {type(network).__name__}; name the submodule "
             "that it calls by network="
         )

@@ -1,11 +1,12 @@
 """Where a LightningModule keeps the network, and how another takes its place."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import nn
+from torch import Tensor, nn
 
 from lit_prune.errors import InputError
 
@@ -93,9 +94,10 @@ def check_replaceable(module: nn.Module, path: str) -> None:
     """Refuses a network that another could not take the place of.
 
     Raises:
-        InputError: it is compiled, or a parameter of it is used by another part of the module too.
+        InputError: it, or a part of it, is compiled, or a parameter of it is used by another part of the module too.
     """
-    if hasattr(module.get_submodule(path), COMPILED) or getattr(module, "_compiler_ctx", None):
+    parts = module.get_submodule(path).modules()
+    if getattr(module, "_compiler_ctx", None) or any(_is_compiled(part) for part in parts):
         raise InputError(
             f"network: {path!r} goes through torch.compile, whose code would go on with the network before the cut; "
             "compile nothing, or only the final network"
@@ -110,6 +112,40 @@ def check_replaceable(module: nn.Module, path: str) -> None:
             if id(parameter) in own:
                 shared = f"{name}.{key}" if name else key
                 raise InputError(f"network: {path!r} shares the parameter {shared}, which would not follow a cut")
+
+
+def _is_compiled(part: nn.Module) -> bool:
+    """Whether torch.compile wraps a module, or compiled its call in place."""
+    return hasattr(part, COMPILED) or getattr(part, "_compiled_call_impl", None) is not None
+
+
+def copies_of(network: nn.Module, holders: Mapping[str, Any]) -> list[str]:
+    """Names of what holds other tensors of the names and shapes of all the network's parameters, such as an average.
+
+    Args:
+        network: the network.
+        holders: by name, modules (their parts are looked at), and dicts of tensors whose keys may have a prefix.
+    """
+    shapes = {name: value.shape for name, value in network.named_parameters()}
+    own = {id(part) for part in network.modules()}
+    found = []
+    for name, value in holders.items():
+        if isinstance(value, nn.Module):
+            for inner, part in value.named_modules():
+                held = {key: tensor.shape for key, tensor in part.named_parameters()}
+                if id(part) not in own and held == shapes and not any(id(inside) in own for inside in part.modules()):
+                    found.append(f"{name}.{inner}".strip("."))
+                    break
+        elif isinstance(value, Mapping):
+            held = {key: item.shape for key, item in value.items() if isinstance(item, Tensor) and isinstance(key, str)}
+            if any(all(held.get(prefix + key) == shape for key, shape in shapes.items()) for prefix in _prefixes(held)):
+                found.append(name)
+    return found
+
+
+def _prefixes(keys: Iterable[str]) -> set[str]:
+    """What may stand before the network's own names in the keys of a state."""
+    return {"", *(key[: place + 1] for key in keys for place, letter in enumerate(key) if letter == ".")}
 
 
 def put_network(module: nn.Module, path: str, network: nn.Module) -> None:

@@ -76,16 +76,45 @@ def rewired(trainer: Trainer, slice_tensors: Callable[[dict[str, Tensor]], dict[
         RuntimeError: the optimizers do not hold the live parameters, or ranks differ.
     """
     strategy, module = trainer.strategy, trainer.lightning_module
-    held = held_names(trainer)
+    held, objects, names = held_names(trainer), list(trainer.optimizers), _names(trainer)
     carried = None if slice_tensors is None else [_collect(trainer, k) for k in range(len(trainer.optimizers))]
     positions = [entry.scheduler.state_dict() for entry in trainer.lr_scheduler_configs]
     yield
     strategy.model = module  # bare: drops the DDP wrapper of the old parameters
     strategy.setup(trainer)
+    for optimizer, groups in zip(objects, names, strict=True):
+        if any(optimizer is other for other in trainer.optimizers):
+            _give_live(module, optimizer, groups, fresh=carried is None)
     if carried is not None and slice_tensors is not None:
         _restore(trainer, carried, positions, slice_tensors)
     check_optimizer(trainer, held)
     check_ranks(trainer)
+
+
+def _names(trainer: Trainer) -> list[list[list[str | Tensor]]]:
+    """Names of the parameters in each group of each optimizer; those of nobody in the module as they are."""
+    names = {id(parameter): name for name, parameter in trainer.lightning_module.named_parameters()}
+    return [[[names.get(id(p), p) for p in group["params"]] for group in o.param_groups] for o in trainer.optimizers]
+
+
+def _give_live(module: nn.Module, optimizer: Any, groups: list[list[str | Tensor]], fresh: bool) -> None:
+    """Puts the live parameters into an optimizer that `configure_optimizers` gives again, in the place of the old ones.
+
+    LightningCLI does so with an optimizer of its configuration, and so do modules that make theirs once.
+
+    Raises:
+        InputError: it was to be a fresh one.
+    """
+    if fresh:
+        raise InputError(
+            "optimizer: configure_optimizers gives the same optimizer again, which cannot begin anew; leave "
+            "StagedPruning(optimizer=None), or give one that makes it"
+        )
+    live = dict(module.named_parameters())
+    optimizer.state.clear()
+    for group, names in zip(optimizer.param_groups, groups, strict=True):
+        found = (live.get(name) if isinstance(name, str) else name for name in names)
+        group["params"] = [parameter for parameter in found if parameter is not None]
 
 
 def _collect(trainer: Trainer, place: int) -> dict[str, Any]:

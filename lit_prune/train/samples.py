@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader, RandomSampler
 
 from lit_prune.errors import InputError
-from lit_prune.train.capture import Seen, see, step_for_evaluation
+from lit_prune.train.capture import NotCalledError, Seen, see, step_for_evaluation
 from lit_prune.train.rewire import sum_over_ranks, training_loader, validation_loader
 from lit_prune.train.trainer_state import datamodule_of
 
@@ -25,6 +25,8 @@ Numbered = tuple[Any, int, int]  # batch, its index, number of its loader
 @dataclass(frozen=True)
 class Samples:
     """Batches as the network gets them (`Seen`), the same at every iteration, with the random state left as found.
+
+    Batches for which the step does not call the network are left out.
 
     Attributes:
         trainer: in `fit`.
@@ -47,15 +49,22 @@ class Samples:
     batches: int | None = None
 
     def __iter__(self) -> Iterator[Seen]:
-        left = self.limit
+        left, missed, met = self.limit, None, False
         for number, (batch, index, loader) in enumerate(numbered_batches(self.loader(), self.step)):
             if number == self.batches or left == 0:
-                return
-            seen = see(self.trainer, self.path, batch, index, self.step, loader)
+                break
+            try:
+                seen = see(self.trainer, self.path, batch, index, self.step, loader)
+            except NotCalledError as error:  # steps may leave batches out
+                missed = error
+                continue
+            met = True
             if left is not None:
                 seen = seen.first(left)
                 left -= seen.size
             yield seen
+        if missed is not None and not met:
+            raise missed
 
     def first(self) -> Seen:
         """The first batch; to be asked for on every rank.

@@ -19,7 +19,7 @@ from lit_prune.train.hand_over import (
     run_of,
     set_aside,
 )
-from lit_prune.train.locate import check_replaceable, find_path, when_built
+from lit_prune.train.locate import check_replaceable, copies_of, find_path, when_built
 from lit_prune.train.logged import log_compact
 from lit_prune.train.phase_optimizer import PhaseOptimizer
 from lit_prune.train.phases import check_epochs, total_epochs
@@ -34,7 +34,7 @@ from lit_prune.train.stages import BlockStage, ChannelStage, Stage
 from lit_prune.train.subject import Subject
 from lit_prune.train.surgeon import Surgeon
 from lit_prune.train.teaching import Teaching
-from lit_prune.train.trainer_state import is_trial
+from lit_prune.train.trainer_state import callbacks_of, is_trial
 
 
 class StagedPruning(StagedRun):
@@ -178,6 +178,7 @@ class StagedPruning(StagedRun):
             self.surgeon.meet(trainer, self.subject)
             self._check_stages()
             self.figures.check(trainer, self.subject.path)
+        self._warn_of_copies(trainer, pl_module)
         late = [s for s in self.stages[len(self.records) :] if s.epoch < trainer.current_epoch]
         if late:
             raise InputError(
@@ -186,6 +187,18 @@ class StagedPruning(StagedRun):
             )
         if trainer.is_global_zero and not self.dense:
             set_aside(Path(trainer.default_root_dir), self.run)
+
+    def _warn_of_copies(self, trainer: Trainer, module: LightningModule) -> None:
+        """Says that averages of the weights which somebody else keeps will not follow a cut."""
+        holders: dict[str, Any] = {f"{type(module).__name__}": module}
+        for callback in callbacks_of(trainer):
+            if callback is not self:
+                holders |= {f"{type(callback).__name__}.{key}": value for key, value in vars(callback).items()}
+        for name in copies_of(self.subject.network, holders):
+            rank_zero_warn(
+                f"{name} holds tensors of the names and shapes of the network {self.subject.path!r}; if it follows its "
+                "weights (an average, a momentum encoder), it will not fit after a cut: build it anew then"
+            )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finds out after the first validation whether the monitor is logged."""

@@ -1,5 +1,6 @@
 """Modules as people write them: where their network comes from, what it answers, which losses it is trained by."""
 
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
@@ -218,6 +219,71 @@ def test_a_loss_of_several_calls_is_none_of_one_output_and_a_task_makes_the_call
     staged = pruning(monitor="val/loss", mode="min", task=task)
     trainer(tmp_path, AxisTrace(task=task), staged, epochs=2).fit(module := Siamese(), pairs(), pairs())
     assert is_cut(module.net) and task_axis(tmp_path).notna().all()
+
+
+@pytest.mark.parametrize("how", ["in place", "a part"])
+def test_a_network_that_is_compiled_anywhere_is_refused_as_compiled(tmp_path, how):
+    module = modules.Classifier()
+    if how == "in place":
+        module.net.compile()
+    else:
+        module.net[3] = torch.compile(module.net[3])
+    with pytest.raises(InputError, match="'net' goes through torch.compile"):
+        trainer(tmp_path, pruning(), epochs=2).fit(module, *loaders())
+
+
+class Skipping(modules.Classifier):
+    """Leaves every second batch out."""
+
+    def training_step(self, batch, batch_idx):
+        return None if batch_idx % 2 else super().training_step(batch, batch_idx)
+
+
+def test_batches_that_a_step_leaves_out_are_left_out_of_measurements(tmp_path):
+    staged = pruning(recalibration_batches=2, repair=Repair(ramp=False))
+    trainer(tmp_path, AxisTrace(), staged, epochs=2).fit(module := Skipping(), loaders()[0])
+    assert is_cut(module.net) and staged.records[-1]["distillation"]["evaluations"] == 2
+
+
+class Kept(modules.OneCycle):
+    """Gives the optimizer and schedule that it made once, as LightningCLI does for those of its configuration."""
+
+    def configure_optimizers(self):
+        self.made = getattr(self, "made", None) or super().configure_optimizers()
+        return self.made
+
+
+def test_an_optimizer_that_is_given_again_takes_the_cut_parameters_as_a_new_one_does(tmp_path):
+    trained = []
+    for kind in (modules.OneCycle, Kept):
+        trainer(tmp_path, pruning(monitor="val/acc"), epochs=3).fit(module := kind(), *loaders())
+        trained.append(module.state_dict())
+    assert all(torch.equal(trained[0][name], value) for name, value in trained[1].items())
+    with pytest.raises(InputError, match="gives the same optimizer again, which cannot begin anew"):
+        trainer(tmp_path, pruning(monitor="val/acc", optimizer="anew"), epochs=3).fit(Kept(), *loaders())
+
+
+class Average(Callback):
+    """Keeps an average of the weights by itself."""
+
+    def on_fit_start(self, trainer, pl_module):
+        self.mean = {name: value.clone() for name, value in pl_module.state_dict().items()}
+
+
+class Momentum(modules.Classifier):
+    """Holds a second network of the same kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.slow = deepcopy(self.net)
+
+
+def test_averages_that_would_not_follow_a_cut_are_said_before_training(tmp_path):
+    staged = pruning(network="net", monitor="val/acc")
+    with pytest.warns(UserWarning, match="will not fit after a cut") as said:
+        trainer(tmp_path, Average(), staged, epochs=1, fast_dev_run=True).fit(Momentum(), *loaders())
+    names = [str(warning.message).split()[0] for warning in said if "will not fit after a cut" in str(warning.message)]
+    assert names == ["Momentum.slow", "Average.mean"]
 
 
 class Counting(modules.Classifier):
