@@ -40,14 +40,15 @@ def test_every_layer_that_was_cut_trains_on(tmp_path, make_run):
 
 def test_surgery_without_new_optimizer_is_caught(tmp_path, make_run, monkeypatch):
     trainer, module, data = make_run(tmp_path, stages=[("channels", 1)], max_epochs=2)
-    original, calls = SingleDeviceStrategy.setup, []
+    original, held = SingleDeviceStrategy.setup, []
 
-    def only_once(self, trainer) -> None:
-        calls.append(1)
-        if len(calls) == 1:
-            original(self, trainer)
+    def of_the_old_ones(self, trainer) -> None:
+        original(self, trainer)
+        held.append([p for group in self.optimizers[0].param_groups for p in group["params"]])
+        if len(held) > 1:
+            self.optimizers = [torch.optim.SGD(held[0], lr=0.1)]
 
-    monkeypatch.setattr(SingleDeviceStrategy, "setup", only_once)
+    monkeypatch.setattr(SingleDeviceStrategy, "setup", of_the_old_ones)
     with pytest.raises(RuntimeError, match="not trained"):
         trainer.fit(module, datamodule=data)
 
