@@ -238,6 +238,8 @@ def pairs(count: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
     return (images(count), images(count)), (torch.arange(count) % 2).float()
 
 
+VIT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+
 CASES: dict[str, Case] = {
     "own classifier": Case(lambda: build_backbone("cifar_resnet20", num_classes=4), labelled),
     "U-Net": Case(UNet, mapped(32)),
@@ -249,7 +251,7 @@ CASES: dict[str, Case] = {
     "retinanet": Case(detector("retinanet_resnet50_fpn", 64), boxes(64), samples=4),
     "fasterrcnn": Case(detector("fasterrcnn_mobilenet_v3_large_320_fpn", 64), boxes(64), samples=4),
     "HF ViT": Case(
-        hugging_face("ViT", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8),
+        hugging_face("ViT", image_size=32, patch_size=8, **VIT),
         named,
     ),
     "HF ResNet": Case(

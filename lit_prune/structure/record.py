@@ -68,7 +68,8 @@ def describe_inputs(example: Example) -> dict[str, Any]:
 
 
 def rebuild_inputs(described: Mapping[str, Any] | None, device: torch.device | str = "cpu") -> Example:
-    """Arguments as described; floating-point values are zeros, in tensors of up to two dimensions 0, 1, 2, ...
+    """Arguments as described; floating-point values lie in [0, 1), always the same ones, in tensors of up to two
+    dimensions 0, 1, 2, ... (of an image of zeros, layers without biases show nothing of what they do).
 
     Raises:
         InputError: as `check_inputs`, or a description that is damaged.
@@ -148,7 +149,7 @@ def _rebuild(described: Mapping[str, Any], device: torch.device | str) -> Any:
         if "values" in described:
             return torch.tensor(described["values"], dtype=dtype, device=device).reshape(shape)
         if len(shape) > 2:
-            return torch.zeros(shape, dtype=dtype, device=device)
+            return torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
         return torch.arange(math.prod(shape), dtype=dtype, device=device).reshape(shape)  # boxes have an area
     if "dict" in described:
         return {key: _rebuild(item, device) for key, item in described["dict"].items()}

@@ -106,7 +106,8 @@ class _Prepared(nn.Module):
 
     def __init__(self, model: nn.Module, call: Example) -> None:
         super().__init__()
-        self.model, self.call = model, call
+        self.model = model
+        self.call: Example | None = call
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call, self.call = self.call or Example(args, kwargs), None

@@ -64,7 +64,7 @@ def when_built(module: LightningModule, given: str | None, begin: Callable[[], N
         module.__dict__.pop("setup", None)
         begin()
 
-    module.setup = setup
+    module.__dict__["setup"] = setup
 
 
 def _checked(module: nn.Module, path: str) -> str:
