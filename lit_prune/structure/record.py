@@ -68,8 +68,9 @@ def describe_inputs(example: Example) -> dict[str, Any]:
 
 
 def rebuild_inputs(described: Mapping[str, Any] | None, device: torch.device | str = "cpu") -> Example:
-    """Arguments as described; floating-point values lie in [0, 1), always the same ones, in tensors of up to two
-    dimensions 0, 1, 2, ... (of an image of zeros, layers without biases show nothing of what they do).
+    """Arguments as described; floating-point values are fixed ones in [0, 1), in tensors of up to two dimensions 0, 1, ...
+
+    Of an image of zeros, layers without biases show nothing of what they do.
 
     Raises:
         InputError: as `check_inputs`, or a description that is damaged.
