@@ -68,7 +68,7 @@ def describe_inputs(example: Example) -> dict[str, Any]:
 
 
 def rebuild_inputs(described: Mapping[str, Any] | None, device: torch.device | str = "cpu") -> Example:
-    """Arguments as described; floating-point values are fixed ones in [0, 1), in tensors of up to two dimensions 0, 1, ...
+    """Arguments as described; floating-point values are fixed ones in [0, 1), in tensors of one or two axes 0, 1, ...
 
     Of an image of zeros, layers without biases show nothing of what they do.
 
