@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
-from lit_prune import AxisTrace, ChannelStage, Repair, StagedPruning, added_loss, load_pruned
+from lit_prune import AxisTrace, ChannelStage, LitClassifier, Repair, StagedPruning, added_loss, load_pruned
 from lit_prune.errors import InputError
 from lit_prune.task import Custom
 from tests import lightning_modules as modules
@@ -326,3 +326,14 @@ def test_a_checkpoint_with_a_network_among_its_hyperparameters_needs_the_callers
     with pytest.raises(InputError, match=r"it holds a pickled torch.nn.*ignore=\[...\]\), or give weights_only=False"):
         load_pruned(Given, last.last_model_path, inner=network())
     assert is_cut(load_pruned(Given, last.last_model_path, weights_only=False, inner=network()).net)
+
+
+def test_our_own_classifier_reads_batches_as_any_task_does(tmp_path):
+    named = [{"image": image, "label": place % 4} for place, image in enumerate(images(16))]
+    numbered = [(image, place % 4, place) for place, image in enumerate(images(16))]
+    for samples in (named, numbered):
+        module = LitClassifier("cifar_resnet20", 4, (3, 8, 8))
+        run = trainer(tmp_path, epochs=1)
+        run.fit(module, DataLoader(samples, batch_size=8), DataLoader(samples, batch_size=8))
+        assert {"train/loss", "val/accuracy"} <= set(run.callback_metrics)
+        assert torch.cat(run.predict(module, DataLoader(samples, batch_size=8))).shape == (16, 4)
