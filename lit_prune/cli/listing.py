@@ -23,12 +23,6 @@ LIGHTNING = {
     "predict": "Lightning's predictions; with --compact DIR the classes of image files: predict --compact DIR a.jpg",
 }
 OURS = ("compress", "analyze", "sensitivity", "lesion", "sweep", "reduce")
-ALLOCATIONS = {
-    "global": "one threshold over all groups",
-    "uniform": "the same share of every group",
-    "layerwise": "a share for each group from its own scores",
-    "measured": "widths by what they do to the prediction",
-}
 
 
 def first_sentence(function: Any) -> str:
@@ -60,7 +54,7 @@ def choices(of: list[str] = []) -> None:  # noqa: B006
     tables = {
         "scores": scores,
         "budgets": _budgets,
-        "allocations": lambda: _named(ALLOCATIONS.items()),
+        "allocations": _allocations,
         "stand-ins": _stand_ins,
         "layers": _layers,
         "families": _families,
@@ -96,6 +90,12 @@ def _budgets() -> Table:
     from lit_prune.structure.budgets import BUDGETS
 
     return _named((name, first_sentence(quantity)) for name, quantity in BUDGETS.items())
+
+
+def _allocations() -> Table:
+    from lit_prune.structure.ranking import ALLOCATIONS
+
+    return _named(ALLOCATIONS.items())
 
 
 def _stand_ins() -> Table:

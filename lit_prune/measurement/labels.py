@@ -42,7 +42,7 @@ def as_classes(kinds: Tensor, bins: int = 10) -> Tensor:
     return quantile_bins(kinds[:, None], bins)[:, 0] if kinds.is_floating_point() else kinds
 
 
-def label_information(values: Tensor, labels: Tensor, bins: int = 10) -> Tensor:
+def binned_information(values: Tensor, labels: Tensor, bins: int = 10) -> Tensor:
     """Mutual information between each channel's quantile bin and the label, nats, float64 [C].
 
     Labels of floats are values of a task variable and cut into as many quantile bins.
@@ -109,7 +109,7 @@ def block_information(
     silent = [name for name, member in last.items() if member not in outputs]
     if silent:
         raise InputError(f"blocks: {silent[0]!r} does not run in a forward pass; leave it out")
-    return {name: float(label_information(outputs[member], labels, bins).mean()) for name, member in last.items()}
+    return {name: float(binned_information(outputs[member], labels, bins).mean()) for name, member in last.items()}
 
 
 @dataclass(frozen=True)

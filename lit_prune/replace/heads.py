@@ -83,7 +83,7 @@ class HeadMoments:
         return self._by_head(spread * weight.detach().double().cpu().square().sum(0))
 
 
-def find_attention(model: nn.Module, name: str) -> Any:
+def attention_with_heads(model: nn.Module, name: str) -> Any:
     """The attention module `name`, which must have `qkv`, `proj`, `num_heads` and `head_dim`, as timm's has.
 
     Raises:
@@ -118,7 +118,7 @@ def measure_heads(
     Raises:
         InputError: no such attention, or no images.
     """
-    attention = find_attention(model, name)
+    attention = attention_with_heads(model, name)
     task, batches = settle(task, model, batches)
     found: dict[str, Tensor] = {}
     generator = torch.Generator().manual_seed(seed)
@@ -166,7 +166,7 @@ def remove_heads(model: nn.Module, name: str, removed: Sequence[int], constants:
     Source: causal mechanism reduction, proposition 10.
     """
     smaller = copy.deepcopy(model)
-    attention = find_attention(smaller, name)
+    attention = attention_with_heads(smaller, name)
     heads, wide = attention.num_heads, attention.head_dim
     kept = [head for head in range(heads) if head not in set(removed)]
     if not kept or not set(removed) <= set(range(heads)):

@@ -98,6 +98,13 @@ def interchange(
     base image's own values; the reduced network has none of them. Each network takes the swapped values from its own
     run on the source. Networks are left as found.
 
+    >>> from lit_prune.replace import replace_mechanisms
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    >>> net[2].weight.data[:, 4:] = 0  # nothing is lost with the last four
+    >>> plan, batches = Plan(keep_channels={"0": (0, 1, 2, 3)}, sizes={"0": 8}), [torch.randn(32, 4)]
+    >>> round(interchange(net, replace_mechanisms(net, plan, batches), batches).iia, 6)
+    1.0
+
     Args:
         low: the original network.
         reduced: what `replace_mechanisms` made of it.

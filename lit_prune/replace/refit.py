@@ -18,7 +18,7 @@ from lit_prune.replace.patches import PositionSample, channel_dim, input_rows, o
 from lit_prune.replace.regression import RIDGES, STRONG_RIDGES, CrossSums, Fit, PairSums, solve, solve_held_out
 from lit_prune.replace.settings import ROWS_A_WEIGHT, Replacement
 from lit_prune.replace.slopes import pieces
-from lit_prune.replace.walk import Seen, Stop, Walk, watching
+from lit_prune.replace.walk import AtStop, Stop, Walk, watching
 from lit_prune.running import undisturbed
 from lit_prune.task import Task
 
@@ -73,11 +73,13 @@ def refit(
     return report, gained
 
 
-Calls = Iterable[tuple[Seen, Seen]]
+CallsOfBoth = Iterable[tuple[AtStop, AtStop]]
 """What both networks have at hand at a layer, for each of its calls."""
 
 
-def _walked(pair: Pair, stops: Sequence[Stop], batches: Sequence[Any]) -> Iterator[tuple[Stop, int, Iterable[Calls]]]:
+def _walked(
+    pair: Pair, stops: Sequence[Stop], batches: Sequence[Any]
+) -> Iterator[tuple[Stop, int, Iterable[CallsOfBoth]]]:
     """Stops of one pass of both networks over the batches: solve each before the next is asked for.
 
     Large maps give many positions an image, so that fewer images do: at each stop only as many batches wait as hold
@@ -93,7 +95,7 @@ def _walked(pair: Pair, stops: Sequence[Stop], batches: Sequence[Any]) -> Iterat
     ):
         waiting: list[tuple[Walk, Walk]] = []
 
-        def at(place: int, batch: int) -> Calls:
+        def at(place: int, batch: int) -> CallsOfBoth:
             """What a batch has at hand at a stop; it is started where it has not been."""
             if batch < len(waiting):
                 original, reduced = waiting[batch]
@@ -114,20 +116,22 @@ def _walked(pair: Pair, stops: Sequence[Stop], batches: Sequence[Any]) -> Iterat
             del first
 
 
-def _at(walk: Walk, stop: Stop) -> Seen:
+def _at(walk: Walk, stop: Stop) -> AtStop:
     """What a pass has at hand at a stop."""
     seen = walk.advance(stop.layer)
     assert seen is not None, "only the end of a pass has nothing"
     return seen
 
 
-def _held(calls: Calls) -> int:
+def _held(calls: CallsOfBoth) -> int:
     """Bytes of what a batch has at hand."""
     values = (value for call in calls for seen in call for value in (seen.inputs, seen.output, seen.other))
     return sum(value.numel() * value.element_size() for value in values if value is not None)
 
 
-def _passed(pair: Pair, stops: Sequence[Stop], batches: Sequence[Any]) -> Iterator[tuple[Stop, int, Iterable[Calls]]]:
+def _passed(
+    pair: Pair, stops: Sequence[Stop], batches: Sequence[Any]
+) -> Iterator[tuple[Stop, int, Iterable[CallsOfBoth]]]:
     """The same by a pass for each layer, for layers that run several times and those behind; sums are not corrected."""
     for stop in stops:
         both = [partial(_calls, network, stop.layer, pair.task) for network in (pair.original, pair.reduced)]
@@ -135,10 +139,10 @@ def _passed(pair: Pair, stops: Sequence[Stop], batches: Sequence[Any]) -> Iterat
         yield replace(stop, joined=False, clip=None), len(batches), calls
 
 
-def _calls(model: nn.Module, layer: str, task: Task, batch: Any) -> list[Seen]:
+def _calls(model: nn.Module, layer: str, task: Task, batch: Any) -> list[AtStop]:
     """What a layer reads and writes in each of its calls."""
-    found: list[Seen] = []
-    hook = lambda module, args, output: found.append(Seen(args[0], output.clone()))  # noqa: E731
+    found: list[AtStop] = []
+    hook = lambda module, args, output: found.append(AtStop(args[0], output.clone()))  # noqa: E731
     with removing([model.get_submodule(layer).register_forward_hook(hook)]), without_gradients():
         task.run(model, task.to(batch, model))
     return found
@@ -156,7 +160,7 @@ class _Solver:
         self.seen: list[_Piece] = []
         self.kept = 0
 
-    def add(self, original: Seen, reduced: Seen, held_out: bool) -> None:
+    def add(self, original: AtStop, reduced: AtStop, held_out: bool) -> None:
         """Adds one batch."""
         dim = channel_dim(self.module)
         assert original.output is not None, "the original's layer has run"

@@ -16,12 +16,10 @@ from lit_prune.replace.flow import observe
 from lit_prune.replace.job import Job, example_of
 from lit_prune.replace.methods import Done, StandInMethod, find_stand_in, register_stand_in
 from lit_prune.replace.refit import Pair, refit
-from lit_prune.replace.settings import Replacement
+from lit_prune.replace.settings import DEFAULT_REPLACEMENT, Replacement
 from lit_prune.structure import Plan
 from lit_prune.structure.example import Example
 from lit_prune.task import Task, settle
-
-DEFAULT_REPLACEMENT = Replacement()
 
 
 @dataclass(frozen=True)
@@ -61,6 +59,12 @@ def replace_mechanisms(
     the reader's bias. `affine`: a ridge combination of kept input channels, folded into their columns. `refit`: the
     reader is solved again (see `refit`). A bias goes into the BatchNorm behind the reader where there is one, so the
     structure is the plan's; else the reader gains a bias, which `Reduced.plan` says.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> plan = Plan(keep_channels={"0": (0, 3, 5)}, sizes={"0": 8})
+    >>> found = replace_mechanisms(net, plan, [torch.randn(64, 4)], "constant")
+    >>> found.model[2].in_features, found.report["images"]
+    (3, 64)
 
     Args:
         model: the original network.

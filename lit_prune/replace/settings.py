@@ -83,3 +83,6 @@ class Replacement:
     def holds_out(self, index: int, batches: int) -> bool:
         """Whether batch `index` of `batches` belongs to the held-out part: the last ones, none of a single batch."""
         return index >= batches - int(self.held_out * batches + 0.5)
+
+
+DEFAULT_REPLACEMENT = Replacement()

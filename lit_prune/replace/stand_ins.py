@@ -11,9 +11,8 @@ from lit_prune.measurement.moments import Moments
 from lit_prune.replace.consumers import Reader
 from lit_prune.replace.kernels import SLIDE, is_transposed, kernel_of, spread, steps
 from lit_prune.replace.risk import solve_ridged
-from lit_prune.replace.settings import Replacement
+from lit_prune.replace.settings import DEFAULT_REPLACEMENT, Replacement
 
-DEFAULT_REPLACEMENT = Replacement()
 PARENT_RULES = ("pearson", "weighted_pearson", "random")
 
 

@@ -40,7 +40,7 @@ class Stop:
 
 
 @dataclass(frozen=True)
-class Seen:
+class AtStop:
     """What a pass has at hand at a stop.
 
     Attributes:
@@ -63,7 +63,7 @@ class Walk:
 
     def __init__(self, run: Callable[[], Any]) -> None:
         self._go, self._there = threading.Semaphore(0), threading.Semaphore(0)
-        self._seen: tuple[str, Seen] | None = None
+        self._seen: tuple[str, AtStop] | None = None
         self._error: BaseException | None = None
         self._cancelled = False
         self.output: Any = None
@@ -73,7 +73,7 @@ class Walk:
         self._thread = threading.Thread(target=self._run, args=(run,), daemon=True)
         self._thread.start()
 
-    def advance(self, layer: str | None = None) -> Seen | None:
+    def advance(self, layer: str | None = None) -> AtStop | None:
         """Runs to the next stop, which must be at `layer`; without a name to the end of the pass."""
         self._go.release()
         self._there.acquire()
@@ -92,7 +92,7 @@ class Walk:
             self._go.release()
             self._thread.join(0.01)
 
-    def stop(self, layer: str, seen: Seen) -> None:
+    def stop(self, layer: str, seen: AtStop) -> None:
         """Called inside the pass: waits until it may go on."""
         self._seen = (layer, seen)
         self._there.release()
@@ -158,7 +158,7 @@ def _layer_hooks(modules: dict[str, nn.Module], stop: Stop, before: bool) -> lis
         walk = getattr(_running, "walk", None)
         if walk is not None and not walk.replaying:
             if before and not stop.joined:
-                walk.stop(stop.layer, Seen(args[0]))
+                walk.stop(stop.layer, AtStop(args[0]))
             else:
                 walk.inputs[stop.layer] = args[0]
 
@@ -169,7 +169,7 @@ def _layer_hooks(modules: dict[str, nn.Module], stop: Stop, before: bool) -> lis
         if stop.joined:
             walk.tails[stop.layer] = output
         elif not before:
-            walk.stop(stop.layer, Seen(walk.inputs.pop(stop.layer), output))
+            walk.stop(stop.layer, AtStop(walk.inputs.pop(stop.layer), output))
 
     tail = modules[stop.norm] if stop.joined and stop.norm else modules[stop.layer]
     return [modules[stop.layer].register_forward_pre_hook(on_input), tail.register_forward_hook(on_output)]
@@ -198,9 +198,9 @@ class _Additions(TorchFunctionMode):
         inputs, other = walk.inputs.pop(layer), args[1 - place]
         if not self.before:
             total = function(*args)
-            walk.stop(layer, Seen(inputs, total, other))
+            walk.stop(layer, AtStop(inputs, total, other))
             return total
-        walk.stop(layer, Seen(inputs, None, other))
+        walk.stop(layer, AtStop(inputs, None, other))
         walk.replaying = True
         stop = self.stops[layer]
         fresh = self.modules[layer](inputs)

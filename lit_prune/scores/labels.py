@@ -10,7 +10,7 @@ from lit_prune.scores.evidence import Evidence
 def label_information(evidence: Evidence) -> dict[str, Tensor]:
     """I(bin(Ȳ_i); label) in nats, 10 quantile bins; without classes the label is the task variable's bin."""
     pooled, kinds = evidence.collected("pooled")
-    return {name: information.label_information(values, kinds) for name, values in pooled.items()}
+    return {name: information.binned_information(values, kinds) for name, values in pooled.items()}
 
 
 def conditional_information(evidence: Evidence) -> dict[str, Tensor]:

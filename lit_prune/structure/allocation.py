@@ -57,6 +57,10 @@ def make_plan(
         only: "mid", "planes", "heads", "width", a list of them and of group names, or None for all but "width".
         protect: names of groups that stay whole.
 
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> make_plan(net, {"0": torch.arange(8.0)}, torch.zeros(1, 4), keep=0.5).keep_channels
+    {'0': (4, 5, 6, 7)}
+
     Returns:
         A plan whose cost is at most the budget and within 1 % of it; where the structure does not allow that,
         `plan.notes["met"]` is False and `plan.notes["reason"]` says where.

@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from lit_prune.errors import InputError
 from lit_prune.registry import Kinds, Named
+from lit_prune.structure.widths import Price
 
 if TYPE_CHECKING:
     from lit_prune.structure.cost_model import CostModel
-
-Price = Callable[[np.ndarray], int]
 
 
 class Quantity(Named):

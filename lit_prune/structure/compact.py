@@ -113,6 +113,14 @@ def load_compact(folder: str | Path, model: nn.Module | None = None, trust: Iter
     bit-equal to those of the saved network. Names of the project's networks, torchvision's and timm's are built; what
     a folder names beyond these is imported only where the caller names it too.
 
+    >>> import tempfile
+    >>> from lit_prune.structure import apply_plan
+    >>> net, folder = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), tempfile.mkdtemp() + "/net"
+    >>> plan = Plan(keep_channels={"0": (0, 3, 5)}, sizes={"0": 8})
+    >>> save_compact(folder, apply_plan(net, plan, torch.zeros(1, 4)), plans=[plan], input_shape=(4,))
+    >>> load_compact(folder, net)[0]
+    Linear(in_features=4, out_features=3, bias=True)
+
     Args:
         folder: written by `save_compact`.
         model: the dense network, whatever the folder calls it; a copy is cut, nothing is imported.

@@ -16,12 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_map
 
 from lit_prune.structure import operations, reasons
-from lit_prune.structure.labelled import Labelled, tensors_in
+from lit_prune.structure.labelled import LabelledTensors, tensors_in
 from lit_prune.structure.labels import NOBODY, compact, varies
 from lit_prune.structure.layers import layer_type
 
 
-class Follower(Labelled, TorchDispatchMode):
+class Follower(LabelledTensors, TorchDispatchMode):
     """Carries labels along while a network runs; see the module."""
 
     def __init__(self, model: nn.Module) -> None:

@@ -14,7 +14,7 @@ from lit_prune.structure.layers import layer_type
 _BARE = 1 << 20  # values of a bare parameter or buffer that is followed; a larger one is a matrix of weights
 
 
-class Labelled:
+class LabelledTensors:
     """Tensors by where they lie in memory, each with its labels.
 
     Attributes:

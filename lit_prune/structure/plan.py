@@ -17,6 +17,9 @@ VERSION = 1
 class Plan:
     """Blocks to drop and, after that, the channels to keep.
 
+    >>> Plan(keep_channels={"conv1": (0, 2)}, sizes={"conv1": 4}).removed("conv1")
+    [1, 3]
+
     Attributes:
         drop_blocks: names of the blocks that go.
         keep_channels: group name -> kept units, ascending. Groups that are not named keep everything.

@@ -14,7 +14,12 @@ from lit_prune.structure.groups import ChannelGraph, Group
 Ranks = Mapping[str, Tensor]
 
 ROLES = ("mid", "planes", "heads", "width")
-ALLOCATIONS = ("global", "uniform", "layerwise", "measured")
+ALLOCATIONS = {
+    "global": "one threshold over all groups",
+    "uniform": "the same share of every group",
+    "layerwise": "a share for each group, given as a dict",
+    "measured": "widths by what they do to the prediction",
+}
 
 
 def _centred(scores: np.ndarray, live: np.ndarray) -> np.ndarray:

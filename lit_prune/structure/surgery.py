@@ -23,6 +23,10 @@ def apply_plan(model: nn.Module, plan: Plan, example_input: Any) -> nn.Module:
     The copy has no hooks of a trainer or recorder; train/eval and `requires_grad` flags, device, precision and memory
     format are the model's.
 
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> apply_plan(net, Plan(keep_channels={"0": (0, 3, 5)}, sizes={"0": 8}), torch.zeros(1, 4))[2]
+    Linear(in_features=3, out_features=2, bias=True)
+
     Args:
         model: the network that the plan was made for, or an equal one.
         plan: what to keep.

@@ -28,6 +28,10 @@ def recalibrate_batchnorm(
     dropout stays off, no gradient is kept, and modes and momenta are as before on return. A batch of one sample after
     larger ones is left out. Where anything goes wrong the statistics are those from before.
 
+    >>> norm = nn.BatchNorm2d(1)
+    >>> recalibrate_batchnorm(norm, [torch.full((4, 1, 2, 2), 3.0)]), norm.running_mean.item()
+    (1, 3.0)
+
     Args:
         model: network whose BatchNorm layers are edited in place.
         batches: what the task reads; targets are not used.

@@ -120,7 +120,7 @@ def load_pruned(
     try:
         module.load_state_dict(checkpoint["state_dict"])
     except RuntimeError as error:
-        raise InputError(f"checkpoint: {path} does not fit {kind.__name__}: {one_reason(error)}") from error
+        raise InputError(f"checkpoint: {path} does not fit {kind.__name__}: {load_problem(error)}") from error
     return module.eval()
 
 
@@ -136,7 +136,7 @@ def _read(path: str | Path, weights_only: bool) -> dict[str, Any]:
         ) from error
 
 
-def one_reason(error: Exception) -> str:
+def load_problem(error: Exception) -> str:
     """The first telling line of an error of `load_state_dict`."""
     lines = [line.strip() for line in str(error).splitlines()]
     return lines[1] if len(lines) > 1 else lines[0]

@@ -56,7 +56,7 @@ def removable_in_order(blocks: tuple[Block, ...], information: Mapping[str, floa
     return order
 
 
-def plan_blocks(model: nn.Module, stage: BlockStage, batches: Batches, dense: Costs, probe: Probe) -> Plan:
+def plan_block_stage(model: nn.Module, stage: BlockStage, batches: Batches, dense: Costs, probe: Probe) -> Plan:
     """Plan that drops the blocks with the least information about the label.
 
     Args:
@@ -132,7 +132,7 @@ def _block_count(
     )
 
 
-def plan_channels(model: nn.Module, stage: ChannelStage, batches: Batches, dense: Costs, probe: Probe) -> Plan:
+def plan_channel_stage(model: nn.Module, stage: ChannelStage, batches: Batches, dense: Costs, probe: Probe) -> Plan:
     """Plan that slices channels by `stage.score` until the budget, a share of the dense network's cost, is met.
 
     Raises:
@@ -169,6 +169,6 @@ def cut(
 def plan_stage(model: nn.Module, stage: Stage, batches: Batches, dense: Costs, probe: Probe) -> Plan:
     """Plan of any stage; see `plan_blocks` and `plan_channels`."""
     if isinstance(stage, BlockStage):
-        return plan_blocks(model, stage, batches, dense, probe)
+        return plan_block_stage(model, stage, batches, dense, probe)
     assert isinstance(stage, ChannelStage), "a stage is one of the two"
-    return plan_channels(model, stage, batches, dense, probe)
+    return plan_channel_stage(model, stage, batches, dense, probe)

@@ -7,9 +7,9 @@ from sklearn.metrics import mutual_info_score
 from lit_prune.errors import InputError
 from lit_prune.measurement.labels import (
     ClassSums,
+    binned_information,
     block_information,
     conditional_order,
-    label_information,
     quantile_bins,
 )
 
@@ -26,7 +26,7 @@ def test_information_equals_scikit_learn_channel_by_channel_with_ties_too():
     values[:, 2] = values[:, 2].round()
     values[:, 3] = values[:, 3].clamp_min(0)  # half the values tie at zero, as after a ReLU
     bins = quantile_bins(values, 10)
-    found = label_information(values, labels, 10)
+    found = binned_information(values, labels, 10)
     expected = [mutual_info_score(labels.numpy(), bins[:, c].numpy()) for c in range(6)]
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
 
@@ -42,18 +42,18 @@ def test_bins_hold_equal_numbers_and_equal_values_share_one():
 
 def test_information_does_not_depend_on_label_names_or_monotone_maps_or_sample_order():
     values, labels = sample()
-    found = label_information(values, labels)
-    torch.testing.assert_close(label_information(values, 7 * (3 - labels) + 100), found)
-    torch.testing.assert_close(label_information(values.exp(), labels), found)
+    found = binned_information(values, labels)
+    torch.testing.assert_close(binned_information(values, 7 * (3 - labels) + 100), found)
+    torch.testing.assert_close(binned_information(values.exp(), labels), found)
     order = torch.randperm(len(labels))
-    torch.testing.assert_close(label_information(values[order], labels[order]), found)
+    torch.testing.assert_close(binned_information(values[order], labels[order]), found)
 
 
 def test_constant_independent_and_deterministic_channels():
     labels = torch.arange(4000) % 4
     noise = torch.rand(4000, generator=torch.Generator().manual_seed(0))
     values = torch.stack([torch.full((4000,), 3.3), noise, labels.float() + 0.1 * noise], dim=1)
-    constant, independent, deterministic = label_information(values, labels, bins=4).tolist()
+    constant, independent, deterministic = binned_information(values, labels, bins=4).tolist()
     assert constant == 0.0
     assert independent < 3 * 3 * 3 / (2 * 4000)  # thrice the bias of the plug-in estimate
     assert deterministic == pytest.approx(torch.tensor(4.0).log().item(), abs=1e-6)
@@ -65,7 +65,7 @@ def test_label_noise_lowers_information_to_the_channel_capacity_formula():
     flipped = torch.rand(20000, generator=generator) < 0.1
     values = (labels ^ flipped).float()[:, None] + 0.01 * torch.rand(20000, 1, generator=generator)
     expected = torch.log(torch.tensor(2.0)) + 0.1 * torch.log(torch.tensor(0.1)) + 0.9 * torch.log(torch.tensor(0.9))
-    assert float(label_information(values, labels, bins=2)) == pytest.approx(float(expected), abs=0.01)
+    assert float(binned_information(values, labels, bins=2)) == pytest.approx(float(expected), abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_label_noise_lowers_information_to_the_channel_capacity_formula():
 )
 def test_bad_values_are_refused(values, labels, message):
     with pytest.raises(InputError, match=message):
-        label_information(values, labels)
+        binned_information(values, labels)
 
 
 def test_block_information_is_the_channel_mean_of_the_last_members_pooled_output(tiny_net):
@@ -91,8 +91,8 @@ def test_block_information_is_the_channel_mean_of_the_last_members_pooled_output
         trunk = tiny_net.stem(images)
         inner = tiny_net.bn1(tiny_net.conv1(trunk)).mean((2, 3))
     assert list(found) == ["b", "a"]
-    assert found["b"] == pytest.approx(float(label_information(inner[:50], labels[:50]).mean()), abs=1e-9)
-    assert found["a"] == pytest.approx(float(label_information(trunk.mean((2, 3))[:50], labels[:50]).mean()), abs=1e-9)
+    assert found["b"] == pytest.approx(float(binned_information(inner[:50], labels[:50]).mean()), abs=1e-9)
+    assert found["a"] == pytest.approx(float(binned_information(trunk.mean((2, 3))[:50], labels[:50]).mean()), abs=1e-9)
 
 
 def brute_gain(total, within, kept, channel):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from lit_prune.errors import InputError
-from lit_prune.replace.heads import find_attention, head_columns, measure_heads, remove_heads
+from lit_prune.replace.heads import attention_with_heads, head_columns, measure_heads, remove_heads
 
 NAME = "blocks.1.attn"
 
@@ -38,7 +38,7 @@ def intervened(net, images, removed, constants):
         values[..., columns] = 0.0 if constants is None else constants[columns]
         return values
 
-    find_attention(net, NAME).proj.register_forward_pre_hook(hook)
+    attention_with_heads(net, NAME).proj.register_forward_pre_hook(hook)
     return net(images)
 
 
@@ -50,7 +50,7 @@ def test_folded_heads_equal_the_intervened_ones(net, batches, objective, dtype):
     if objective is not None:
         constants = measure_heads(net, NAME, [(images, batches[0][1])]).foldable_constants(objective)
     smaller = remove_heads(net, NAME, [1, 3], constants)
-    assert find_attention(smaller, NAME).qkv.weight.shape == (36, 24)
+    assert attention_with_heads(smaller, NAME).qkv.weight.shape == (36, 24)
     wanted = intervened(net, images, [1, 3], None if constants is None else constants.to(dtype))
     exact = {"rtol": 0, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(smaller(images), wanted, **exact)
@@ -59,7 +59,7 @@ def test_folded_heads_equal_the_intervened_ones(net, batches, objective, dtype):
 def test_scores_are_the_second_order_rise_of_the_loss_in_the_head(net, batches):
     images, labels = batches[0]
     moments = measure_heads(net, NAME, batches)
-    attention, seen = find_attention(net, NAME), {}
+    attention, seen = attention_with_heads(net, NAME), {}
     hook = attention.proj.register_forward_pre_hook(lambda module, args: seen.update(values=args[0]))
     logits = net(images)
     hook.remove()
@@ -84,7 +84,7 @@ def test_scores_are_the_second_order_rise_of_the_loss_in_the_head(net, batches):
 
 
 def test_variance_of_heads_is_that_of_their_outputs(net, batches):
-    moments, attention, seen = measure_heads(net, NAME, batches), find_attention(net, NAME), {}
+    moments, attention, seen = measure_heads(net, NAME, batches), attention_with_heads(net, NAME), {}
     hook = attention.proj.register_forward_pre_hook(lambda module, args: seen.update(values=args[0].detach()))
     net(batches[0][0])
     hook.remove()

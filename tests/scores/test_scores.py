@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from lit_prune.errors import InputError
 from lit_prune.measurement.channel_table import measure
-from lit_prune.measurement.labels import ClassSums, conditional_order, label_information
+from lit_prune.measurement.labels import ClassSums, binned_information, conditional_order
 from lit_prune.scores import SCORES, score
 from lit_prune.scores.inputs import input_weight_power
 from lit_prune.scores.table import find_score
@@ -204,7 +204,7 @@ def test_label_scores_are_those_of_the_pooled_raw_outputs(tiny_net):
     raw, _ = outputs(tiny_net, "conv1")
     pooled, labels = raw.mean((2, 3)), tensors()[1]
     found = score(tiny_net, "label_information", batches())["conv1"]
-    torch.testing.assert_close(found, label_information(pooled, labels))
+    torch.testing.assert_close(found, binned_information(pooled, labels))
     order, _ = conditional_order(ClassSums.of(pooled, labels, 4))
     ranks = score(tiny_net, "conditional_information", batches())["conv1"]
     assert ranks.argsort(descending=True).tolist() == order.tolist()

@@ -77,7 +77,7 @@ def analyze(
         InputError: as `lit_prune.measurement.channel_table`; an extra that this network or these lesions do not allow.
     """
     folder = None if run_dir is None else Path(run_dir)
-    store = Store(folder, fingerprint(model, record or {}), request)
+    store = KeptExtras(folder, fingerprint(model, record or {}), request)
     lesions = _read_lesions(folder) if "damage" in request.extras else None
     wanted = (BASE, *(extra for extra in extra_names() if extra in request.extras))
     missing = [name for name in wanted if store.read(name) is None]
@@ -95,7 +95,7 @@ def analyze(
     return tables
 
 
-class Store:
+class KeptExtras:
     """Results of extras, in memory and in a run folder.
 
     Args:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lit_prune.errors import InputError
-from lit_prune.lab.analyze.broja_solver import Problem, solve
+from lit_prune.lab.analyze.broja_solver import Problem, solve_broja
 from lit_prune.measurement.labels import quantile_bins
 
 BINS = 4
@@ -100,7 +100,7 @@ def _normalised(joint: Tensor) -> Tensor:
 def _decompose(joint: Tensor, tolerance: float) -> Decomposition:
     """`decompose` of one chunk of normalised pairs."""
     problem = Problem(joint.sum(3), joint.sum(2))
-    optimal, alpha, beta = solve(problem, tolerance)
+    optimal, alpha, beta = solve_broja(problem, tolerance)
     entropy = -_sum_xlogx(joint.sum((2, 3)))
     first, second, both = (_information(entropy, part) for part in (problem.first, problem.second, joint.flatten(2)))
     least = _information(entropy, optimal.flatten(2))

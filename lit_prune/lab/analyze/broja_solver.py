@@ -54,7 +54,7 @@ class Problem:
         return row[:, :size].view_as(self.first), row[:, size:].view_as(self.second)
 
     def free(self) -> Tensor:
-        """Boolean [P, T·(A+B)]: multipliers to solve for.
+        """Boolean [P, T·(A+B)]: multipliers to solve_broja for.
 
         Those of empty marginals are left out, and one a target value, because α+k and β-k are the same point.
         """
@@ -207,7 +207,7 @@ def _advance(problem: Problem, point: Iterate, state: State) -> tuple[Iterate, S
     return trial, reached, good
 
 
-def solve(problem: Problem, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
+def solve_broja(problem: Problem, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
     """A feasible primal point and a dual point of every pair.
 
     A pair leaves the batch when it is solved, or when rounding lets it move no further.

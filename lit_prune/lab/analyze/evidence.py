@@ -27,7 +27,7 @@ SAMPLED = ("broja", "ksg")
 
 
 @dataclass
-class Evidence:
+class Pass:
     """Sums and values of one pass.
 
     Attributes:
@@ -133,13 +133,13 @@ class Analysis:
         return self.task.inputs(self.task.to(self.task.take(peek(self._batches)[0], 1), self.model))
 
     @cached_property
-    def evidence(self) -> Evidence:
+    def evidence(self) -> Pass:
         """What the pass over the images leaves behind."""
         request, task = self.request, self.task  # recognised before anything watches the network
         sizes = request.sizes if "calibration_sizes" in request.extras else ()
         keep = request.samples if set(SAMPLED) & set(request.extras) else 0
         names = task.variables if "targets" in request.extras else (request.target,)
-        evidence = Evidence(ActivationSums())
+        evidence = Pass(ActivationSums())
         kept: list[tuple[Tensor, Tensor, Tensor]] = []
         with undisturbed(self.model), self.recording() as recording, self._pooling(keep) as evidence.pooled:
             evidence.sums = recording.sums

@@ -17,7 +17,7 @@ from lit_prune.errors import InputError
 from lit_prune.files import read_parquet
 from lit_prune.lab.analyze.evidence import cut_batches
 from lit_prune.lab.lesion.request import LesionRequest
-from lit_prune.lab.lesion.table import Frames, Images, lesion, write_tables
+from lit_prune.lab.lesion.table import Frames, ImagePair, lesion, write_tables
 from lit_prune.measurement.layers import Batches
 from lit_prune.progress import progress_bars, terminal
 from lit_prune.structure.networks import find_network
@@ -51,7 +51,7 @@ def lesion_run(
     record = subject(network, datamodule, request.limit)
     model = network.model.to(trainer.strategy.root_device)
     calibration = FirstImages(datamodule.calibration_dataloader(), request.limit)
-    images = Images(calibration, datamodule.subset_dataloader(SPLIT, request.images))
+    images = ImagePair(calibration, datamodule.subset_dataloader(SPLIT, request.images))
     with progress_bars() as watch:
         table, whole = lesion(model, images, request, run_dir=run_dir, record=record, watch=watch)
     tables = write_tables(run_dir / "lesions", table, request.seed)

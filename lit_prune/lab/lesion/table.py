@@ -30,7 +30,7 @@ KEY_COLUMNS = ["layer", "depth", "third", "channel"]
 
 
 @dataclass(frozen=True)
-class Images:
+class ImagePair:
     """Images of the two sides: `calibration` for metrics and fits, `evaluation` for losses; read more than once."""
 
     calibration: Batches
@@ -39,7 +39,7 @@ class Images:
 
 def lesion(
     model: nn.Module,
-    images: Images,
+    images: ImagePair,
     request: LesionRequest = LesionRequest(),  # noqa: B008  (frozen)
     *,
     run_dir: str | Path | None = None,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lit_prune.errors import InputError
 from lit_prune.lab.reduce.state import NetworkState
 from lit_prune.replace import Interchange, Replacement, Swaps
-from lit_prune.replace.heads import HEAD_SCORES, find_attention, head_columns, measure_heads, remove_heads
+from lit_prune.replace.heads import HEAD_SCORES, attention_with_heads, head_columns, measure_heads, remove_heads
 from lit_prune.replace.interchange import swap_units
 from lit_prune.replace.pairs import gather_images
 from lit_prune.task import Classification
@@ -35,7 +35,7 @@ class AttentionSite:
     @cached_property
     def size(self) -> int:
         """Number of heads."""
-        return find_attention(self.model, self.name).num_heads
+        return attention_with_heads(self.model, self.name).num_heads
 
     def begin(self, batches: Batches) -> NetworkState:
         """The original network."""
@@ -55,7 +55,7 @@ class AttentionSite:
         if name == "cmr_const":
             return moments.risk(moments.foldable_constants())
         if name == "cmr_logit":
-            return moments.distortion(find_attention(state.model, self.name).proj.weight)
+            return moments.distortion(attention_with_heads(state.model, self.name).proj.weight)
         return moments.removal_scores() if name == "head_removal" else moments.variance()
 
     def reduce(self, state: NetworkState, kept: Sequence[int], kind: str, settings: Replacement) -> NetworkState:
@@ -81,7 +81,7 @@ class AttentionSite:
 
     def verify(self, state: NetworkState, test: Batches, swaps: Swaps) -> tuple[float, Interchange]:
         """Runs both networks; a unit is a head's output at all positions."""
-        wide = find_attention(self.model, self.name).head_dim
+        wide = attention_with_heads(self.model, self.name).head_dim
         columns = [
             [head_columns([head], wide).tolist() for head in heads] for heads in (state.kept, range(len(state.kept)))
         ]

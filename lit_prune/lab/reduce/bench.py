@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lit_prune.data.calibration import stratified_order
 from lit_prune.errors import InputError
-from lit_prune.lab.reduce.request import Method, ReduceRequest
+from lit_prune.lab.reduce.request import ReduceMethod, ReduceRequest
 from lit_prune.lab.reduce.sites import Site, find_site
 from lit_prune.structure import Plan, cost
 from lit_prune.structure.networks import fingerprint
@@ -57,10 +57,10 @@ class Images:
 
 
 @dataclass(frozen=True)
-class Cell:
+class ReduceCell:
     """One reduction of a seed's network."""
 
-    method: Method
+    method: ReduceMethod
     kept: float
     calibration_size: int
     seed: int
@@ -102,17 +102,17 @@ class Bench:
         named = getattr(site, "name", "") or (site.group.name if getattr(site, "group", None) else "")
         return named or site.reader
 
-    def cells(self) -> list[Cell]:
+    def cells(self) -> list[ReduceCell]:
         """Everything asked for, method by method."""
         request = self.request
         return [
-            Cell(method, kept, size, self.seed)
+            ReduceCell(method, kept, size, self.seed)
             for size in request.calibration_sizes
             for kept in request.kept
             for method in request.methods
         ]
 
-    def cell_key(self, cell: Cell) -> str:
+    def cell_key(self, cell: ReduceCell) -> str:
         """Hash of all that the cell's result depends on."""
         return self.key(asdict(cell))
 
@@ -127,7 +127,7 @@ class Bench:
         """The seed's calibration images."""
         return self.images.drawn(size, self.request.calibration_classes, self.seed)
 
-    def run(self, cell: Cell, folder: Path | None, repair: Repairing | None) -> dict[str, Any]:
+    def run(self, cell: ReduceCell, folder: Path | None, repair: Repairing | None) -> dict[str, Any]:
         """One cell, whole."""
         method, width = cell.method, self.request.width(cell.kept, self.site.size)
         seconds = {"score": 0.0, "compile": 0.0}
@@ -158,11 +158,11 @@ class Bench:
             result["accuracy_repaired"] = self._repaired(network, plan, cell, folder, repair)
         return result
 
-    def network(self, cell: Cell) -> tuple[nn.Module, Plan | None]:
+    def network(self, cell: ReduceCell) -> tuple[nn.Module, Plan | None]:
         """The cell's compiled network, and the plan of its structure where a plan can say it."""
         return self.site.network(self._reduce(cell, {"score": 0.0, "compile": 0.0}))
 
-    def _reduce(self, cell: Cell, seconds: dict[str, float]) -> Any:
+    def _reduce(self, cell: ReduceCell, seconds: dict[str, float]) -> Any:
         """Scores and compiles, in as many steps as the method has."""
         method, site = cell.method, self.site
         width = self.request.width(cell.kept, site.size)
@@ -214,7 +214,7 @@ class Bench:
         return float((logits - state.evidence.head.logits(values)).abs().max())
 
     def _repaired(
-        self, network: nn.Module, plan: Plan | None, cell: Cell, folder: Path | None, repair: Repairing | None
+        self, network: nn.Module, plan: Plan | None, cell: ReduceCell, folder: Path | None, repair: Repairing | None
     ) -> float:
         if repair is None or plan is None or folder is None:
             raise InputError(

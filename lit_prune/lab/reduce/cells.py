@@ -19,7 +19,7 @@ from lit_prune.progress import Watch, unwatched
 FILE = "reduction.json"
 
 
-class Store:
+class ReductionFile:
     """`reduction.json`: what is finished, under the hash of all that it depends on, and the tables of each request.
 
     Args:
@@ -85,7 +85,7 @@ def reduce(
     Source: causal mechanism reduction, sections 3 to 5.
     """
     folder = None if run_dir is None else Path(run_dir)
-    store = Store(folder)
+    store = ReductionFile(folder)
     keys: list[str] = []
     stress: list[dict] = []
     curvature: list[dict] = []

@@ -14,7 +14,7 @@ from lit_prune.lab.reduce.head import COLUMN_SCORES, HeadSite, HeadState
 from lit_prune.lab.reduce.invariance import Stress, kept_jaccard, rescaling_stress
 from lit_prune.lab.reduce.remainder import CROSS_ENTROPY, hessian_lipschitz, remainder_bound
 from lit_prune.lab.reduce.request import ReduceRequest
-from lit_prune.lab.reduce.sites import GroupSite, Site, unit_scores
+from lit_prune.lab.reduce.sites import GroupSite, Site, site_scores
 from lit_prune.replace.flow import observe
 
 Batches = list[tuple[Tensor, Tensor]]
@@ -43,7 +43,7 @@ def stress_rows(site: Site, batches: Batches, request: ReduceRequest, seed: int)
 
     def ranking(name: str):
         def rank(network):
-            return {producer: unit_scores(network, group, name, batches, seed)}
+            return {producer: site_scores(network, group, name, batches, seed)}
 
         return rank
 

@@ -11,7 +11,7 @@ Extra = Literal["stress", "curvature"]
 
 
 @dataclass(frozen=True)
-class Method:
+class ReduceMethod:
     """A way to reduce: which units go, and what stands in for them.
 
     Attributes:
@@ -102,7 +102,7 @@ class ReduceRequest:
 
     layer: str | None = None
     kept: tuple[float, ...] = (0.75, 0.5, 0.25)
-    methods: tuple[Method, ...] = (Method("cmr_logit"), Method("variance"), Method("random"))
+    methods: tuple[ReduceMethod, ...] = (ReduceMethod("cmr_logit"), ReduceMethod("variance"), ReduceMethod("random"))
     seeds: tuple[int, ...] = (0,)
     calibration_sizes: tuple[int, ...] = (2000,)
     calibration_classes: tuple[int, ...] | None = None

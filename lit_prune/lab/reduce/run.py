@@ -19,7 +19,7 @@ from lit_prune.lab.reduce.bench import Images
 from lit_prune.lab.reduce.cells import reduce
 from lit_prune.lab.reduce.handover import hand_over
 from lit_prune.lab.reduce.request import ReduceRequest
-from lit_prune.lab.reduce.tables import difference_table, result_table
+from lit_prune.lab.reduce.tables import difference_table, reduction_table
 from lit_prune.progress import progress_bars, terminal, unwatched
 from lit_prune.structure import Plan
 from lit_prune.structure.networks import Network, epochs_done, find_network
@@ -94,7 +94,7 @@ def reduce_run(setup: Setup, request: ReduceRequest) -> None:
     record = {"verb": "reduce", "data": setup.data.fingerprint(), "request": request.to_dict()}
     add_record(setup.run_dir, "reduce", record)
     console = terminal()
-    console.print(result_table(content))
+    console.print(reduction_table(content))
     differences = difference_table(content)
     if differences is not None:
         console.print(differences)

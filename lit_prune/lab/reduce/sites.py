@@ -15,7 +15,7 @@ from lit_prune.lab.reduce.state import NetworkState
 from lit_prune.measurement.layers import removing
 from lit_prune.replace import Interchange, Reduced, Replacement, Swaps, interchange, replace_mechanisms
 from lit_prune.replace.curvature import Curvature, measure_curvature
-from lit_prune.replace.heads import find_attention, is_attention
+from lit_prune.replace.heads import attention_with_heads, is_attention
 from lit_prune.running import undisturbed
 from lit_prune.scores import score
 from lit_prune.structure import Budget, ChannelGraph, Group, Plan, trace_groups
@@ -82,7 +82,7 @@ class GroupSite:
 
     def rank(self, state: NetworkState, name: str, seed: int) -> Tensor:
         """Scores by `lit_prune.score` on the network as it is now."""
-        return unit_scores(state.model, self.group.name, name, state.batches, seed)
+        return site_scores(state.model, self.group.name, name, state.batches, seed)
 
     def reduce(self, state: NetworkState, kept: Sequence[int], kind: str, settings: Replacement) -> NetworkState:
         """One more `replace_mechanisms`."""
@@ -128,7 +128,7 @@ def _said(report: dict[str, Any]) -> dict[str, Any]:
     return said
 
 
-def unit_scores(model: nn.Module, group: str, name: str, batches: Batches, seed: int) -> Tensor:
+def site_scores(model: nn.Module, group: str, name: str, batches: Batches, seed: int) -> Tensor:
     """Scores of the units of one group, [size].
 
     Raises:
@@ -158,7 +158,7 @@ def find_site(model: nn.Module, layer: str | None, example: Tensor) -> Site:
     if layer is None:
         raise InputError("request.layer: the network does not end in a linear layer; name a group of channels")
     if is_attention(modules.get(layer)):
-        find_attention(model, layer)  # refuses one whose heads cannot be taken apart
+        attention_with_heads(model, layer)  # refuses one whose heads cannot be taken apart
         return AttentionSite(model, layer)
     graph = trace_groups(model, example)
     if layer == last:

@@ -55,7 +55,7 @@ def summarise(cells: Sequence[dict[str, Any]], methods: Sequence[str]) -> dict[s
     return {"summary": summary, "differences": differences}
 
 
-def result_table(content: dict[str, Any]) -> Table:
+def reduction_table(content: dict[str, Any]) -> Table:
     """The summary for the terminal: mean ± standard deviation over seeds."""
     sizes = len({row["calibration_size"] for row in content["summary"]}) > 1
     repaired = any("accuracy_repaired" in row for row in content["summary"])

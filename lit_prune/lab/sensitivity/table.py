@@ -52,7 +52,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Subject:
+class DenseNetwork:
     """The dense network with what all cuts share."""
 
     model: nn.Module
@@ -105,7 +105,7 @@ def sensitivity(
     judged = calibration if evaluation is None else take_batches(evaluation, asked.images, task)
     evidence = Evidence(model, calibration, seed=asked.seed, task=task)
     cost_model = CostModel.build(model, evidence.graph, evidence.example)
-    subject = Subject(model, evidence, cost_model, calibration, judged, task)
+    subject = DenseNetwork(model, evidence, cost_model, calibration, judged, task)
     groups = _groups(evidence, asked)
     work = [(depth, group, keep) for depth, group in groups for keep in asked.keep]
     rows = [row for item in watch(work, "sensitivity") for row in _rows(subject, asked, *item)]
@@ -124,7 +124,7 @@ def _groups(evidence: Evidence, asked: Asked) -> list[tuple[int, Group]]:
     return [(depth, group) for depth, group in prunable if asked.groups is None or group.name in asked.groups]
 
 
-def _rows(subject: Subject, asked: Asked, depth: int, group: Group, keep: float) -> Iterator[dict[str, Any]]:
+def _rows(subject: DenseNetwork, asked: Asked, depth: int, group: Group, keep: float) -> Iterator[dict[str, Any]]:
     request = Budget("channels", keep, "uniform", cap=0.99, only=(group.name,))
     evidence = subject.evidence
     plan = plan_method(evidence, asked.score, evidence.graph, subject.cost_model, request)
@@ -138,7 +138,7 @@ def _rows(subject: Subject, asked: Asked, depth: int, group: Group, keep: float)
     yield row | (_refitted(subject, plan) if asked.refit else {})
 
 
-def _refitted(subject: Subject, plan: Plan) -> dict[str, float]:
+def _refitted(subject: DenseNetwork, plan: Plan) -> dict[str, float]:
     settings = Replacement(unsupported="delete", scope="consumers")
     example, task = subject.evidence.example, subject.task
     reduced = replace_mechanisms(

@@ -169,7 +169,7 @@ def run_suite(suite: Suite, slots: Sequence[dict[str, str]], part: int = 0, part
     if failed:
         logs = ", ".join(str(run.folder / LOG) for run in failed)
         raise InputError(f"{len(failed)} of {len(runs)} runs failed, see {logs}; the same command goes on from there")
-    return result_table(table, len(runs))
+    return suite_table(table, len(runs))
 
 
 def _execute(runs: Sequence[Run], slots: Sequence[dict[str, str]]) -> list[Run]:
@@ -230,7 +230,7 @@ def _accuracy(run: Run) -> float:
     return float(scalars["val/accuracy"]["value"].iloc[-1]) if "val/accuracy" in scalars else float("nan")
 
 
-def result_table(results: pd.DataFrame, total: int) -> Table:
+def suite_table(results: pd.DataFrame, total: int) -> Table:
     """Accuracy by network, mean and standard deviation over seeds."""
     table = Table("network", "runs", "accuracy", title=f"Suite: {len(results)} of {total} runs finished")
     for network, rows in results.groupby("network", sort=False):

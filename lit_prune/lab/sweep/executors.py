@@ -18,13 +18,13 @@ from typing import Any
 import torch
 
 from lit_prune.errors import InputError
-from lit_prune.lab.sweep.work import Job, Result, Task, Worker
+from lit_prune.lab.sweep.work import Piece, Result, SweepJob, Worker
 
-Execute = Callable[[Sequence[Task]], Iterator[tuple[int, Result]]]
+Execute = Callable[[Sequence[Piece]], Iterator[tuple[int, Result]]]
 
 
 @contextmanager
-def open_executor(job: Job, devices: Sequence[torch.device]) -> Iterator[Execute]:
+def open_executor(job: SweepJob, devices: Sequence[torch.device]) -> Iterator[Execute]:
     """The executor that the job's request asks for; its processes end on exit.
 
     Args:
@@ -50,7 +50,7 @@ def open_executor(job: Job, devices: Sequence[torch.device]) -> Iterator[Execute
 
 
 @contextmanager
-def processes(job: Job, devices: Sequence[torch.device]) -> Iterator[Execute]:
+def processes(job: SweepJob, devices: Sequence[torch.device]) -> Iterator[Execute]:
     """One process a device."""
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     queue = context.SimpleQueue()
@@ -59,7 +59,7 @@ def processes(job: Job, devices: Sequence[torch.device]) -> Iterator[Execute]:
     payload = pickle.dumps(job)  # tensors by value: shared memory may be small
     pool = ProcessPoolExecutor(len(devices), mp_context=context, initializer=_begin, initargs=(payload, queue))
 
-    def execute(tasks: Sequence[Task]) -> Iterator[tuple[int, Result]]:
+    def execute(tasks: Sequence[Piece]) -> Iterator[tuple[int, Result]]:
         numbers = {pool.submit(_carry_out, task): number for number, task in enumerate(tasks)}
         for future in as_completed(numbers):
             try:
@@ -82,12 +82,12 @@ def _begin(payload: bytes, queue: Any) -> None:
     _WORKER.append(Worker(pickle.loads(payload), queue.get()))
 
 
-def _carry_out(task: Task) -> Result:
+def _carry_out(task: Piece) -> Result:
     return _WORKER[0].carry_out(task)
 
 
 @contextmanager
-def ray_workers(job: Job) -> Iterator[Execute]:
+def ray_workers(job: SweepJob) -> Iterator[Execute]:
     """One actor a GPU of the Ray cluster, or a CPU where it has no GPU, `workers` at the most.
 
     The cluster is the one that this process or RAY_ADDRESS is connected to; without one, a local one is started.
@@ -107,7 +107,7 @@ def ray_workers(job: Job) -> Iterator[Execute]:
     actors = [actor.remote(shared, "cuda" if gpus else "cpu") for _ in range(count)]
     pool = ActorPool(actors)
 
-    def execute(tasks: Sequence[Task]) -> Iterator[tuple[int, Result]]:
+    def execute(tasks: Sequence[Piece]) -> Iterator[tuple[int, Result]]:
         yield from pool.map_unordered(lambda one, pair: one.carry_out.remote(*pair), list(enumerate(tasks)))
 
     try:
@@ -134,6 +134,6 @@ class RayWorker:
     def __init__(self, payload: bytes, device: str) -> None:
         self._worker = Worker(pickle.loads(payload), device)
 
-    def carry_out(self, number: int, task: Task) -> tuple[int, Result]:
+    def carry_out(self, number: int, task: Piece) -> tuple[int, Result]:
         """The task's number and result."""
         return number, self._worker.carry_out(task)

@@ -12,7 +12,7 @@ from rich.progress import track
 
 from lit_prune.lab.sweep.cells import Cell, Keys, Shelf, list_cells, list_units
 from lit_prune.lab.sweep.executors import Execute
-from lit_prune.lab.sweep.work import Job, Task, measure_dense, plan_unit, run_cell
+from lit_prune.lab.sweep.work import Piece, SweepJob, measure_dense, plan_unit, run_cell
 from lit_prune.scores import find_score
 
 
@@ -27,7 +27,7 @@ class Sweep:
         checkpoints: names of the networks.
     """
 
-    job: Job
+    job: SweepJob
     keys: Keys
     folder: Path
     checkpoints: tuple[str, ...]
@@ -45,7 +45,7 @@ class Sweep:
     def _measure(self, execute: Execute) -> None:
         shelf = self.shelf("dense")
         missing = [n for n in range(len(self.checkpoints)) if not shelf.has(self.keys.dense(n))]
-        for number, result in execute([Task(measure_dense, (n,)) for n in missing]):
+        for number, result in execute([Piece(measure_dense, (n,)) for n in missing]):
             if "error" in result:
                 raise SystemExit(f"error: {self.checkpoints[missing[number]]} cannot be measured: {result['error']}")
             shelf.write(self.keys.dense(missing[number]), result)
@@ -56,7 +56,7 @@ class Sweep:
             unit: tuple(method for method in methods if not shelf.has(self.keys.plans(unit, method)))
             for unit in list_units(self.job.request, len(self.checkpoints))
         }
-        tasks = [Task(plan_unit, (unit, names)) for unit, names in wanted.items() if names]
+        tasks = [Piece(plan_unit, (unit, names)) for unit, names in wanted.items() if names]
         for number, result in track(execute(tasks), "scores and plans", total=len(tasks), transient=True):
             unit, names = tasks[number].arguments
             for method in names:
@@ -71,7 +71,7 @@ class Sweep:
         for cell in missing:
             if "error" in plans[cell]:
                 shelf.write(self.keys.cell(cell), {**plans[cell], "cell": asdict(cell), "seconds": 0.0})
-        tasks = [Task(run_cell, (cell, plans[cell])) for cell in ready]
+        tasks = [Piece(run_cell, (cell, plans[cell])) for cell in ready]
         for number, result in track(execute(tasks), "cells", total=len(tasks), transient=True):
             cell = ready[number]
             shelf.write(self.keys.cell(cell), {**result, "cell": asdict(cell)})

@@ -17,7 +17,7 @@ from lit_prune.lab.sweep.networks import load_networks
 from lit_prune.lab.sweep.recovery import precision_context
 from lit_prune.lab.sweep.request import SweepRequest
 from lit_prune.lab.sweep.tables import area_rows, derive_tables, gap_rows, write_derived
-from lit_prune.lab.sweep.work import Job
+from lit_prune.lab.sweep.work import SweepJob
 from lit_prune.progress import terminal
 from lit_prune.structure.networks import fingerprint
 from lit_prune.train.run_record import add_record
@@ -44,7 +44,7 @@ def sweep_run(
     networks = load_networks(module, run_dir, checkpoints)
     datamodule.prepare_data()
     datamodule.setup()
-    job = Job(request, tuple(networks.values()), datamodule, str(trainer.precision))
+    job = SweepJob(request, tuple(networks.values()), datamodule, str(trainer.precision))
     context = {
         "data": datamodule.fingerprint(),
         "settings": {name: getattr(datamodule, name) for name in DATA_SETTINGS},

@@ -25,7 +25,7 @@ Result = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Job:
+class SweepJob:
     """All that the workers of a sweep share; it is sent to each of them once."""
 
     request: SweepRequest
@@ -38,7 +38,7 @@ class Job:
 class Workplace:
     """A job on a device."""
 
-    job: Job
+    job: SweepJob
     device: torch.device
 
     def model(self, checkpoint: int) -> nn.Module:
@@ -57,7 +57,7 @@ class Workplace:
 
 
 @dataclass(frozen=True)
-class Task:
+class Piece:
     """A function of a workplace and its further arguments, for any worker."""
 
     function: Callable[..., Result]
@@ -72,10 +72,10 @@ class Worker:
         device: where this worker computes.
     """
 
-    def __init__(self, job: Job, device: str | torch.device = "cpu") -> None:
+    def __init__(self, job: SweepJob, device: str | torch.device = "cpu") -> None:
         self.place = Workplace(job, torch.device(device))
 
-    def carry_out(self, task: Task) -> Result:
+    def carry_out(self, task: Piece) -> Result:
         """The task's result with its `seconds`; an exception becomes the result's `error`."""
         threads, started = torch.get_num_threads(), time.perf_counter()
         devices = [self.place.device] if self.place.device.type == "cuda" else []

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @register_layer("attention")
-class Attention(LayerType):
+class WholeAttention(LayerType):
     """`nn.MultiheadAttention`: queries, keys and values are read alike and the projection writes."""
 
     modules = (nn.MultiheadAttention,)

@@ -16,7 +16,7 @@ from lit_prune.lab.analyze.analysis import analyze
 from lit_prune.lab.analyze.request import AnalyzeRequest
 from lit_prune.lab.lesion import table as verb
 from lit_prune.lab.lesion.request import LesionRequest
-from lit_prune.lab.lesion.table import Images, choose_layers, lesion
+from lit_prune.lab.lesion.table import ImagePair, choose_layers, lesion
 from lit_prune.measurement.channel_table import measure
 from lit_prune.report import write_report
 
@@ -32,7 +32,7 @@ def images():
     def batch(size):
         return torch.randn(size, 3, 8, 8, generator=generator), torch.arange(size) % 4
 
-    return Images([batch(30), batch(30)], [batch(20), batch(12)])
+    return ImagePair([batch(30), batch(30)], [batch(20), batch(12)])
 
 
 def mean_loss(net, batches, layer=None, edit=None):

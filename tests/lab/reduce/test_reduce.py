@@ -14,7 +14,7 @@ from lit_prune.lab.reduce.bench import Images, ranges
 from lit_prune.lab.reduce.cells import reduce
 from lit_prune.lab.reduce.handover import Chosen, hand_over
 from lit_prune.lab.reduce.head import HeadSite
-from lit_prune.lab.reduce.request import Method, ReduceRequest
+from lit_prune.lab.reduce.request import ReduceMethod, ReduceRequest
 from lit_prune.lab.reduce.run import evaluation_batches
 from lit_prune.lab.reduce.sites import AttentionSite, GroupSite, find_site
 from lit_prune.models import build_backbone
@@ -24,7 +24,7 @@ from lit_prune.structure.networks import Network
 
 SWAPS = Swaps(pairs=100, images=60)
 EVERY = tuple(
-    Method(score, **values)
+    ReduceMethod(score, **values)
     for score, values in (
         ("cmr_logit", {}),
         ("variance", {"kind": "affine", "parents": 3}),
@@ -121,7 +121,7 @@ def test_a_hidden_layer_and_a_convolution_are_reduced_in_the_network(mlp):
         (mlp, "layers.0", (1, 4, 4)),
         (build_backbone("cifar_convnet", 4, widths=[8, 8], hidden=6).eval(), "features.4", (3, 8, 8)),
     ):
-        methods = (Method("cmr_logit", "affine", parents=2), Method("cmr_const", objective="loss", steps=2))
+        methods = (ReduceMethod("cmr_logit", "affine", parents=2), ReduceMethod("cmr_const", objective="loss", steps=2))
         found = reduce(lambda seed, net=net: net, pictures(shape), request(layer=layer, methods=methods, kept=(0.5,)))
         assert isinstance(find_site(net, layer, torch.zeros(1, *shape)), GroupSite)
         assert all(cell["certificate"]["empirical"] <= cell["iia"] for cell in found["cells"])
@@ -142,7 +142,8 @@ def test_heads_of_an_attention_are_units():
     sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 4, "num_classes": 4}
     net = timm.create_model("vit_tiny_patch16_224", **sizes).eval()
     assert isinstance(find_site(net, "blocks.1.attn", torch.zeros(1, 3, 16, 16)), AttentionSite)
-    methods = (Method("cmr_const", objective="loss"), Method("head_removal", "delete"), Method("variance", steps=2))
+    deleted = ReduceMethod("head_removal", "delete")
+    methods = (ReduceMethod("cmr_const", objective="loss"), deleted, ReduceMethod("variance", steps=2))
     asked = request(layer="blocks.1.attn", methods=methods, kept=(2,))
     for cell in reduce(lambda seed: net, pictures((3, 16, 16)), asked)["cells"]:
         assert cell["width"] == 2 and cell["certificate"]["empirical"] <= cell["iia"]
@@ -152,9 +153,9 @@ def test_heads_of_an_attention_are_units():
     ({"kept": (0.01,)}, "leaves nothing"), ({"kept": (12,)}, "removes nothing"), ({"kept": (-1,)}, "leaves nothing"),
     ({"layer": "layers.3"}, "ReLU"), ({"layer": "layer.2"}, "did you mean layers.2"),
     ({"calibration_sizes": (4000,)}, "4000"), ({"calibration_classes": (9,)}, "classes"),
-    ({"methods": (Method("label"),)}, "'label' is unknown"),
-    ({"methods": (Method("cmr_logit", "affine", parents=6),), "calibration_sizes": (5,), "kept": (8,)}, "parents=6"),
-    ({"methods": (Method(), Method())}, "twice"), ({"extras": ("x",)}, "extras"),
+    ({"methods": (ReduceMethod("label"),)}, "'label' is unknown"),
+    ({"methods": (ReduceMethod(kind="affine", parents=6),), "calibration_sizes": (5,), "kept": (8,)}, "parents=6"),
+    ({"methods": (ReduceMethod(), ReduceMethod())}, "twice"), ({"extras": ("x",)}, "extras"),
 ])  # fmt: skip
 def test_bad_requests_are_one_clear_line(mlp, values, message):
     with pytest.raises(InputError, match=message):
@@ -164,7 +165,7 @@ def test_bad_requests_are_one_clear_line(mlp, values, message):
 @pytest.mark.parametrize("values", [{"kind": "refit", "objective": "loss"}, {"kind": "means"}, {"steps": 0}])
 def test_a_method_without_meaning_is_refused_as_it_is_written(values):
     with pytest.raises(InputError, match="objective='loss'|kind='means'|steps=0"):
-        Method("cmr_logit", **values)
+        ReduceMethod("cmr_logit", **values)
 
 
 @pytest.mark.parametrize(("reader", "message"), [
