@@ -17,7 +17,7 @@ from lit_prune.files import read_parquet, write_parquet
 from lit_prune.lab.analyze.evidence import Analysis
 from lit_prune.lab.analyze.extras import BASE, PARTS, Frames, extra_names
 from lit_prune.lab.analyze.request import AnalyzeRequest
-from lit_prune.lab.kept_tables import KeptTables, signature
+from lit_prune.lab.ledger import Ledger, signature
 from lit_prune.measurement.channel_table import layer_table
 from lit_prune.measurement.layers import Batches
 from lit_prune.measurement.summaries import collapse
@@ -106,7 +106,7 @@ class KeptExtras:
 
     def __init__(self, folder: Path | None, identity: str, request: AnalyzeRequest) -> None:
         self._folder, self._identity, self._settings = folder, identity, request.to_dict()
-        self._kept = KeptTables(None if folder is None else folder / "analysis")
+        self._kept = Ledger(None if folder is None else folder / "analysis")
 
     def signature(self, name: str) -> str:
         """Hash of all that an extra's result depends on."""
@@ -119,13 +119,13 @@ class KeptExtras:
     def read(self, name: str) -> Frames | None:
         """An extra's tables, or None if they are not there for these settings."""
         signed = self.signature(name)
-        frames = {output: self._kept.read(f"{name}.{output}", signed) for output in PARTS[name].outputs}
+        frames = {output: self._kept.table(f"{name}.{output}", signed) for output in PARTS[name].outputs}
         return None if any(frame is None for frame in frames.values()) else frames
 
     def write(self, name: str, frames: Frames) -> None:
         """Keeps an extra's tables."""
         for output in PARTS[name].outputs:
-            self._kept.write(f"{name}.{output}", self.signature(name), frames[output])
+            self._kept.keep_table(f"{name}.{output}", self.signature(name), frames[output])
 
     def names(self) -> list[str]:
         """Extras that are there for these settings."""

@@ -11,7 +11,7 @@ from torch import nn
 
 from lit_prune.errors import InputError
 from lit_prune.files import write_parquet
-from lit_prune.lab.kept_tables import KeptTables, signature
+from lit_prune.lab.ledger import Ledger, signature
 from lit_prune.lab.lesion.lesions import LayerLesions, lesion_layer
 from lit_prune.lab.lesion.request import LesionRequest
 from lit_prune.lab.lesion.statistics import lesion_tables
@@ -67,10 +67,10 @@ def lesion(
         InputError: no such layer, too few calibration images, and what `measure` raises.
     """
     places = choose_layers(model, images.calibration, request)
-    kept = KeptTables(None if run_dir is None else Path(run_dir) / "lesions" / "parts")
+    kept = Ledger(None if run_dir is None else Path(run_dir) / "lesions" / "parts")
     settings = request.to_dict()
     signed = signature(fingerprint(model, record or {}), {name: settings[name] for name in SETTINGS})
-    missing = [layer for layer in places.index if kept.read(layer, signed) is None]
+    missing = [layer for layer in places.index if kept.table(layer, signed) is None]
     whole = evaluate(model, watch(images.evaluation, "whole network"))
     if missing:
         batches = watch(images.calibration, "calibration")
@@ -80,8 +80,9 @@ def lesion(
             rows = metrics[metrics["layer"] == layer].reset_index(drop=True)
             part = LayerLesions(model, rows, sums.layers[layer].to("cpu"), images.evaluation, whole.loss)
             found = lesion_layer(part, request, watch)
-            kept.write(layer, signed, found.drop(columns="depth"))  # among the measured layers, which differ by call
-    parts = [kept.read(layer, signed).assign(**places.loc[layer]) for layer in places.index]
+            found = found.drop(columns="depth")  # it counts measured layers, which differ by call
+            kept.keep_table(layer, signed, found)
+    parts = [kept.table(layer, signed).assign(**places.loc[layer]) for layer in places.index]
     table = pd.concat(parts, ignore_index=True)
     table = table[[*KEY_COLUMNS, *(column for column in table if column not in KEY_COLUMNS)]]
     if run_dir is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from lit_prune.data.calibration import stratified_order
 from lit_prune.errors import InputError
+from lit_prune.lab.ledger import signature
 from lit_prune.lab.reduce.request import ReduceMethod, ReduceRequest
 from lit_prune.lab.reduce.sites import Site, find_site
 from lit_prune.structure import Plan, cost
@@ -120,8 +120,7 @@ class Bench:
         """Hash of `what` and all else that a result depends on."""
         request = self.request.to_dict()
         shared = {name: request[name] for name in ("layer", "calibration_classes", "swaps", "repair_epochs", "repair")}
-        text = json.dumps([self.identity, shared, what], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return signature(self.identity, shared, what)[:16]
 
     def drawn(self, size: int) -> Batches:
         """The seed's calibration images."""

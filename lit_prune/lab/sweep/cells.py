@@ -1,15 +1,12 @@
 """The cells of a sweep: what each one is, the file that holds its result."""
 
-import hashlib
 import itertools
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from lit_prune.files import read_json, write_json
+from lit_prune.lab.ledger import signature
 from lit_prune.lab.sweep.request import SweepRequest
 
 
@@ -79,32 +76,5 @@ class Keys:
         return self._name(label, cell.unit.checkpoint, fields)
 
     def _name(self, label: str, checkpoint: int, fields: dict[str, Any]) -> str:
-        text = json.dumps([self.networks[checkpoint], self.context, fields], sort_keys=True)
-        return f"{re.sub(r'[^-.0-9A-Za-z_]+', '_', label)}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-
-
-@dataclass(frozen=True)
-class Shelf:
-    """A folder of results, one file each, written whole when done. A result that holds an `error` is not done."""
-
-    folder: Path
-
-    def read(self, key: str) -> dict[str, Any] | None:
-        """A result, with or without error; None where there is none.
-
-        Raises:
-            InputError: the file is damaged.
-        """
-        file = self.folder / f"{key}.json"
-        if not file.is_file():
-            return None
-        return read_json(file, remedy="delete it and start the sweep again")
-
-    def has(self, key: str) -> bool:
-        """Whether a result is there and without error."""
-        found = self.read(key)
-        return found is not None and "error" not in found
-
-    def write(self, key: str, result: dict[str, Any]) -> None:
-        """Keeps a result."""
-        write_json(self.folder / f"{key}.json", result)
+        signed = signature(self.networks[checkpoint], self.context, fields)
+        return f"{re.sub(r'[^-.0-9A-Za-z_]+', '_', label)}-{signed[:16]}"

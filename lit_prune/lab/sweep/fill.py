@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 from rich.progress import track
 
-from lit_prune.lab.sweep.cells import Cell, Keys, Shelf, list_cells, list_units
+from lit_prune.lab.ledger import Ledger
+from lit_prune.lab.sweep.cells import Cell, Keys, list_cells, list_units
 from lit_prune.lab.sweep.executors import Execute
 from lit_prune.lab.sweep.work import Piece, SweepJob, measure_dense, plan_unit, run_cell
 from lit_prune.scores import find_score
@@ -32,9 +33,9 @@ class Sweep:
     folder: Path
     checkpoints: tuple[str, ...]
 
-    def shelf(self, name: str) -> Shelf:
+    def ledger(self, name: str) -> Ledger:
         """The results of one kind."""
-        return Shelf(self.folder / name)
+        return Ledger(self.folder / name)
 
     def fill(self, execute: Execute) -> None:
         """Computes what is missing: first what cells share, then the cells; each is written when done."""
@@ -43,42 +44,42 @@ class Sweep:
         self._fill_cells(execute)
 
     def _measure(self, execute: Execute) -> None:
-        shelf = self.shelf("dense")
-        missing = [n for n in range(len(self.checkpoints)) if not shelf.has(self.keys.dense(n))]
+        ledger = self.ledger("dense")
+        missing = [n for n in range(len(self.checkpoints)) if not ledger.has(self.keys.dense(n))]
         for number, result in execute([Piece(measure_dense, (n,)) for n in missing]):
             if "error" in result:
                 raise SystemExit(f"error: {self.checkpoints[missing[number]]} cannot be measured: {result['error']}")
-            shelf.write(self.keys.dense(missing[number]), result)
+            ledger.keep_value(self.keys.dense(missing[number]), result)
 
     def _plan(self, execute: Execute) -> None:
-        shelf, methods = self.shelf("plans"), self.job.request.all_methods
+        ledger, methods = self.ledger("plans"), self.job.request.all_methods
         wanted = {
-            unit: tuple(method for method in methods if not shelf.has(self.keys.plans(unit, method)))
+            unit: tuple(method for method in methods if not ledger.has(self.keys.plans(unit, method)))
             for unit in list_units(self.job.request, len(self.checkpoints))
         }
         tasks = [Piece(plan_unit, (unit, names)) for unit, names in wanted.items() if names]
         for number, result in track(execute(tasks), "scores and plans", total=len(tasks), transient=True):
             unit, names = tasks[number].arguments
             for method in names:
-                shelf.write(self.keys.plans(unit, method), result.get(method) or {"error": result["error"]})
+                ledger.keep_value(self.keys.plans(unit, method), result.get(method) or {"error": result["error"]})
 
     def _fill_cells(self, execute: Execute) -> None:
-        shelf = self.shelf("cells")
+        ledger = self.ledger("cells")
         cells = list(list_cells(self.job.request, len(self.checkpoints)))
-        missing = [cell for cell in cells if not shelf.has(self.keys.cell(cell))]
+        missing = [cell for cell in cells if not ledger.has(self.keys.cell(cell))]
         plans = {cell: self._plan_of(cell) for cell in missing}
         ready = [cell for cell in missing if "error" not in plans[cell]]
         for cell in missing:
             if "error" in plans[cell]:
-                shelf.write(self.keys.cell(cell), {**plans[cell], "cell": asdict(cell), "seconds": 0.0})
+                ledger.keep_value(self.keys.cell(cell), {**plans[cell], "cell": asdict(cell), "seconds": 0.0})
         tasks = [Piece(run_cell, (cell, plans[cell])) for cell in ready]
         for number, result in track(execute(tasks), "cells", total=len(tasks), transient=True):
             cell = ready[number]
-            shelf.write(self.keys.cell(cell), {**result, "cell": asdict(cell)})
+            ledger.keep_value(self.keys.cell(cell), {**result, "cell": asdict(cell)})
 
     def _plan_of(self, cell: Cell) -> dict[str, Any]:
         """The entry of a cell's plan, with what it is or with `error`."""
-        found = self.shelf("plans").read(self.keys.plans(cell.unit, cell.method))
+        found = self.ledger("plans").value(self.keys.plans(cell.unit, cell.method))
         wanted = (cell.removal, cell.allocation, cell.sparsity)
         for entry in found.get("plans", ()):
             if (entry["removal"], entry["allocation"], entry["sparsity"]) == wanted:
@@ -87,11 +88,11 @@ class Sweep:
 
     def table(self) -> pd.DataFrame:
         """One row a cell, in the order of the request; failed cells have NaN results and their error."""
-        dense = [self.shelf("dense").read(self.keys.dense(n)) for n in range(len(self.checkpoints))]
+        dense = [self.ledger("dense").value(self.keys.dense(n)) for n in range(len(self.checkpoints))]
         cells = list_cells(self.job.request, len(self.checkpoints))
-        shelf = self.shelf("cells")
+        ledger = self.ledger("cells")
         return pd.DataFrame(
-            [self._row(cell, shelf.read(self.keys.cell(cell)), dense[cell.unit.checkpoint]) for cell in cells]
+            [self._row(cell, ledger.value(self.keys.cell(cell)), dense[cell.unit.checkpoint]) for cell in cells]
         )
 
     def _row(self, cell: Cell, result: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:
