@@ -200,7 +200,7 @@ def test_masks_are_labelled_keep_the_parameters_and_count_multiply_adds_as_if_re
     assert masked["channels_removed"].to_numpy() == pytest.approx(masked["sparsity"], abs=0.01)
     write_report(tmp_path)
     assert "global, masked (not removed), no recovery" in (tmp_path / "report.html").read_text()
-    assert {"sweep.png", "sweep_gaps.png"} & {file.name for file in (tmp_path / "figures").iterdir()}
+    assert {"sweep.svg", "sweep_gaps.svg"} & {file.name for file in (tmp_path / "figures").iterdir()}
 
 
 def test_several_checkpoints_are_model_seeds(tmp_path):
