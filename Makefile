@@ -15,9 +15,12 @@ test: $(VENV)/installed lint  ## style and the default test suite
 test-slow: $(VENV)/installed  ## the tests that take minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
-test-gpu: $(VENV)/installed  ## the core's tests on a CUDA device; runs/gpu.md has failures and seconds
+CORE := $(addprefix tests/,measurement scores structure replace task train models data test_on_device.py)
+DEVICE ?= cuda
+
+test-gpu: $(VENV)/installed  ## the core's tests on a CUDA device (DEVICE=far: on none); runs/gpu.md has the table
 	mkdir -p runs
-	$(BIN)/python -m pytest -m "gpu or device" --device cuda --table runs/gpu.md --durations 0
+	$(BIN)/python -m pytest $(CORE) -m "gpu or not slow" --device $(DEVICE) --table runs/gpu.md
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

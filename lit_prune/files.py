@@ -111,24 +111,49 @@ def _digest(values: Mapping[str, Any]) -> str:
 
 
 def write_parquet(path: str | Path, table: "pd.DataFrame") -> None:
-    """Writes a table without its index to `path`, whole or not at all, with a checksum of every page."""
+    """Writes a table without its index to `path`, whole or not at all, with checksums of its pages and its content."""
+    import pyarrow
+    from pyarrow import parquet
+
+    content = pyarrow.Table.from_pandas(table, preserve_index=False)
+    named = {**content.schema.metadata, CHECKSUM.encode(): _table_digest(content.to_pandas()).encode()}
     with whole_file(path) as partial:
-        table.to_parquet(partial, index=False, write_page_checksum=True)
+        parquet.write_table(content.replace_schema_metadata(named), partial, write_page_checksum=True)
 
 
-def read_parquet(path: str | Path, columns: list[str] | None = None) -> "pd.DataFrame":
-    """The table of a parquet file; its pages are compared with their checksums.
+def read_parquet(path: str | Path) -> "pd.DataFrame":
+    """The table of a parquet file; its pages, names, types and values are compared with their checksums.
 
     Raises:
         InputError: it is missing or damaged.
     """
-    import pandas as pd
+    from pyarrow import parquet
 
     try:
-        return pd.read_parquet(path, columns=columns, page_checksum_verification=True)
+        content = parquet.read_table(path, page_checksum_verification=True)
+        given = (content.schema.metadata or {}).get(CHECKSUM.encode())
+        table = content.to_pandas()
+        if given is not None and given.decode() != _table_digest(table):
+            raise ValueError("it does not match its checksum")
+        return table
     except Exception as error:  # pyarrow raises its own families, and others in the middle of a damaged file
         problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise InputError(f"{path} cannot be read ({problem}); delete it and run its verb again") from error
+
+
+def _table_digest(table: "pd.DataFrame") -> str:
+    """SHA-256 of a table's names, types and values."""
+    from pandas.util import hash_pandas_object
+
+    digest = hashlib.sha256(repr([(name, str(kind)) for name, kind in table.dtypes.items()]).encode())
+    for name in table:
+        column = table[name]
+        try:
+            values = hash_pandas_object(column, index=False)
+        except TypeError:  # lists and other cells without a hash
+            values = hash_pandas_object(column.map(repr), index=False)
+        digest.update(values.to_numpy().tobytes())
+    return digest.hexdigest()
 
 
 @contextmanager

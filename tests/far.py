@@ -62,6 +62,12 @@ class Far(torch.Tensor):
         value = value.detach().to(PLACE).requires_grad_(self.requires_grad)
         torch.utils.swap_tensors(self, torch.nn.Parameter(value) if isinstance(self, torch.nn.Parameter) else value)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        if id(self) not in memo:
+            near = self.detach().near.clone()
+            memo[id(self)] = _moved(near, self.requires_grad, isinstance(self, torch.nn.Parameter))
+        return memo[id(self)]
+
     def tolist(self) -> Any:
         return self.near.tolist()
 

@@ -7,11 +7,12 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from lit_prune.cli.main import main
 from lit_prune.errors import InputError
-from lit_prune.files import LOCK, alone, write_json
+from lit_prune.files import LOCK, alone, read_parquet, write_json, write_parquet
 
 HOLDER = """
 import sys, time
@@ -67,3 +68,25 @@ def test_a_folder_in_which_nothing_was_written_is_gone_and_others_stay(tmp_path)
     with alone(tmp_path / "old"):
         pass
     assert (tmp_path / "old" / "kept").exists()
+
+
+def test_a_table_comes_back_as_it_was_and_a_changed_name_in_its_footer_is_noticed(tmp_path):
+    columns = {"layer": ["a", "b", None], "channel": [0, 1, 2], "value": [0.5, math.nan, math.inf]}
+    table = pd.DataFrame({**columns, "dead": [True, False, True], "kept": [[0, 1], [2], []]})
+    file = tmp_path / "table.parquet"
+    write_parquet(file, table)
+    found = read_parquet(file)
+    pd.testing.assert_frame_equal(found.drop(columns="kept"), table.drop(columns="kept"))
+    assert [list(cell) for cell in found["kept"]] == table["kept"].tolist()
+    content = file.read_bytes()
+    places = [place for place in range(len(content)) if content.startswith(b"channel", place)]
+    assert places
+    for place in places:
+        file.write_bytes(content[: place + 1] + b"x" + content[place + 2 :])
+        try:
+            assert read_parquet(file)["channel"].tolist() == [0, 1, 2]  # a copy of the name that nobody reads
+        except InputError as error:
+            assert str(file) in str(error) and "delete it" in str(error)
+    file.write_bytes(content.replace(b"channel", b"chaxnel"))
+    with pytest.raises(InputError, match="cannot be read"):
+        read_parquet(file)

@@ -58,7 +58,7 @@ class Cut:
             widths: ascending.
             ridge: relative to each input's own variance.
         """
-        first = torch.ones(weight.shape[1], dtype=torch.bool)
+        first = torch.ones(weight.shape[1], dtype=torch.bool, device=columns.device)
         first[columns.flatten()] = False
         rest = first.nonzero().flatten()  # columns of other groups
         placed = torch.cat([rest, columns[torch.tensor(order)].flatten()])
