@@ -1,8 +1,7 @@
 """Refit: the weights of the layers that read removed channels are solved again, in forward order, without labels."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -10,32 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
-from lit_prune.measurement.layers import removing, without_gradients
 from lit_prune.replace.consumers import Reader
 from lit_prune.replace.folding import add_to_output
 from lit_prune.replace.kernels import kernel_of, set_kernel
 from lit_prune.replace.patches import PositionSample, channel_dim, input_rows, output_rows, taken
 from lit_prune.replace.regression import RIDGES, STRONG_RIDGES, CrossSums, Fit, PairSums, solve, solve_held_out
 from lit_prune.replace.settings import ROWS_A_WEIGHT, Replacement
+from lit_prune.replace.side_by_side import Pair, passed, walked
 from lit_prune.replace.slopes import pieces
-from lit_prune.replace.walk import AtStop, Stop, Walk, watching
+from lit_prune.replace.walk import AtStop, Stop
 from lit_prune.running import undisturbed
-from lit_prune.task import Task
 
 PIECE = 32  # images unfolded at once
 KEPT = 1 << 26  # most values of patches that are kept for the rounds; others are cut out anew
 CLIP_ROUNDS = 4
-WAITING = 1 << 30  # bytes that the batches waiting at a stop have at hand there; they hold about three times as much
-LEAST_WAITING = 4  # batches, of at most `slopes.MOST_SAMPLES` samples
-
-
-@dataclass(frozen=True)
-class Pair:
-    """The original network and the reduced one, the latter changed in place, and the task that runs them."""
-
-    original: nn.Module
-    reduced: nn.Module
-    task: Task
 
 
 def refit(
@@ -63,7 +50,7 @@ def refit(
     parts = list(pieces(batches, pair.task))  # each has its own thread and pool of memory: small ones waste less
     report, gained = {}, []
     with undisturbed(pair.original), undisturbed(pair.reduced):
-        for stop, count, seen in chain(_walked(pair, stops[:once], parts), _passed(pair, stops[once:], parts)):
+        for stop, count, seen in chain(walked(pair, stops[:once], parts), passed(pair, stops[once:], parts)):
             solver = _Solver(pair, stop, readers[stop.layer], settings, sum(map(pair.task.size, parts[:count])))
             for index, calls in enumerate(seen):
                 for original, reduced in calls:
@@ -71,81 +58,6 @@ def refit(
             report[stop.layer], created = solver.finish()
             gained += [stop.layer] if created else []
     return report, gained
-
-
-CallsOfBoth = Iterable[tuple[AtStop, AtStop]]
-"""What both networks have at hand at a layer, for each of its calls."""
-
-
-def _walked(
-    pair: Pair, stops: Sequence[Stop], batches: Sequence[Any]
-) -> Iterator[tuple[Stop, int, Iterable[CallsOfBoth]]]:
-    """Stops of one pass of both networks over the batches: solve each before the next is asked for.
-
-    Large maps give many positions an image, so that fewer images do: at each stop only as many batches wait as hold
-    `WAITING` bytes there. The others start when the maps have become small enough, through the layers that are solved.
-
-    Yields:
-        The stop, the number of batches that wait there (the first ones), and what they have at hand.
-    """
-    table = {stop.layer: stop for stop in stops}
-    with (
-        watching(pair.original, pair.task, table, before=False) as start_original,
-        watching(pair.reduced, pair.task, table, before=True) as start_reduced,
-    ):
-        waiting: list[tuple[Walk, Walk]] = []
-
-        def at(place: int, batch: int) -> CallsOfBoth:
-            """What a batch has at hand at a stop; it is started where it has not been."""
-            if batch < len(waiting):
-                original, reduced = waiting[batch]
-                return [(_at(original, stops[place]), _at(reduced, stops[place]))]
-            waiting.append((start_original(batches[batch]), start_reduced(batches[batch])))
-            for stop in stops[:place]:
-                for walk in waiting[batch]:
-                    walk.advance(stop.layer)
-            return at(place, batch)
-
-        for place, stop in enumerate(stops):
-            first = at(place, 0)
-            count = min(len(batches), max(LEAST_WAITING, WAITING // max(1, _held(first))))
-            for walk in chain(*waiting[count:]):
-                walk.close()
-            del waiting[count:]
-            yield stop, count, chain([first], (at(place, batch) for batch in range(1, count)))
-            del first
-
-
-def _at(walk: Walk, stop: Stop) -> AtStop:
-    """What a pass has at hand at a stop."""
-    seen = walk.advance(stop.layer)
-    assert seen is not None, "only the end of a pass has nothing"
-    return seen
-
-
-def _held(calls: CallsOfBoth) -> int:
-    """Bytes of what a batch has at hand."""
-    values = (value for call in calls for seen in call for value in (seen.inputs, seen.output, seen.other))
-    return sum(value.numel() * value.element_size() for value in values if value is not None)
-
-
-def _passed(
-    pair: Pair, stops: Sequence[Stop], batches: Sequence[Any]
-) -> Iterator[tuple[Stop, int, Iterable[CallsOfBoth]]]:
-    """The same by a pass for each layer, for layers that run several times and those behind; sums are not corrected."""
-    for stop in stops:
-        both = [partial(_calls, network, stop.layer, pair.task) for network in (pair.original, pair.reduced)]
-        calls = (zip(*(call(batch) for call in both), strict=True) for batch in batches)
-        yield replace(stop, joined=False, clip=None), len(batches), calls
-
-
-def _calls(model: nn.Module, layer: str, task: Task, batch: Any) -> list[AtStop]:
-    """What a layer reads and writes in each of its calls."""
-    found: list[AtStop] = []
-    hook = lambda module, args, output: found.append(AtStop(args[0], output.clone()))  # noqa: E731
-    with removing([model.get_submodule(layer).register_forward_hook(hook)]), without_gradients():
-        task.run(model, task.to(batch, model))
-    return found
 
 
 class _Solver:

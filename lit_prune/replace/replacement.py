@@ -15,8 +15,9 @@ from lit_prune.replace.finite import check_finite
 from lit_prune.replace.flow import observe
 from lit_prune.replace.job import Job, example_of
 from lit_prune.replace.methods import Done, StandInMethod, find_stand_in, register_stand_in
-from lit_prune.replace.refit import Pair, refit
+from lit_prune.replace.refit import refit
 from lit_prune.replace.settings import DEFAULT_REPLACEMENT, Replacement
+from lit_prune.replace.side_by_side import Pair
 from lit_prune.structure import Plan
 from lit_prune.structure.example import Example
 from lit_prune.task import Task, settle

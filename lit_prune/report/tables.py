@@ -31,14 +31,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the page: column titles, rows of cells, how many leading columns hold text, a caption below."""
+    """A table of the page: column titles, rows of cells, a caption below; `folded` titles a closed block around it."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
     caption: str
-    text_columns: int = 1
+    text_columns: int = 1  # leading ones
     folded: str = ""
-    """Title of a closed block that the table is put into; empty for an open table."""
 
 
 @dataclass(frozen=True)

@@ -312,8 +312,10 @@ def test_few_batches_wait_at_large_maps_and_all_at_small_ones(trunk, batches, mo
     """The later ones start when maps have become small, through layers that are solved: nothing changes there."""
     settings = Replacement(ridge=1e-6)
     found = replace_mechanisms(trunk, PLAN, batches, "refit", IMAGE, settings=settings)
-    monkeypatch.setattr("lit_prune.replace.refit.LEAST_WAITING", 1)
-    monkeypatch.setattr("lit_prune.replace.refit.WAITING", 2 * 8 * 20 * (5 + 3) * 8)  # bytes of two batches at the head
+    monkeypatch.setattr("lit_prune.replace.side_by_side.LEAST_WAITING", 1)
+    monkeypatch.setattr(
+        "lit_prune.replace.side_by_side.WAITING", 2 * 8 * 20 * (5 + 3) * 8
+    )  # bytes of two batches at the head
     fewer = replace_mechanisms(trunk, PLAN, batches, "refit", IMAGE, settings=settings)
     rows = {
         name: (layer["rows"], fewer.report["layers"][name]["rows"]) for name, layer in found.report["layers"].items()
