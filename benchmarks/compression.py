@@ -34,6 +34,7 @@ from lit_prune.replace.distil import Distilling, distil
 from lit_prune.running import undisturbed
 from lit_prune.structure import cost, trace_groups
 from lit_prune.task import settle
+from lit_prune.version import commit
 
 _GREEDY = Replacement(scope="consumers", clipped=False, unsupported="delete")
 _ALL = Replacement(clipped=False, unsupported="delete")
@@ -73,7 +74,7 @@ def run_cell(cell: Cell, samples: Path, repair_images: int, answers: Path) -> di
     calibration = split(bench.train, bench.batch, order)
     before = peak()
     small, seconds = compressed(bench, cell, calibration)
-    found = {"peak_mb": peak() - before, "process_mb": peak(), "seconds": seconds}
+    found = {"commit": (commit() or "")[:7], "peak_mb": peak() - before, "process_mb": peak(), "seconds": seconds}
     example = bench.test[0][:1]
     found["macs"] = cost(small, example).macs / cost(bench.model, example).macs
     judge = Judge(bench, answers)
@@ -174,10 +175,12 @@ def table(rows: list[dict]) -> str:
     """A row for each network, share of the MACs, method, number of images and of repair epochs; means over seeds.
 
     Figures in percent, with the standard deviation over seeds where there are several; seconds of the compression (and
-    of the repair), and most memory of a whole process.
+    of the repair), most memory of a whole process, and the commit.
     """
-    lines = ["| network | MACs | method | images | epochs | dense | compact | agreement | seeds | seconds | MB |"]
-    lines.append("| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    lines = [
+        "| network | MACs | method | images | epochs | dense | compact | agreement | seeds | seconds | MB | code |"
+    ]
+    lines.append("| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |")
     keys = ("network", "keep", "method", "images", "epochs")
     order = {name: place for place, name in enumerate((*RECIPES, *IMPORTANCES))}
     wanted = sorted(
@@ -191,8 +194,9 @@ def table(rows: list[dict]) -> str:
             seconds += f" + {np.mean([row['repair']['seconds'] for row in found]):.0f}"
         dense, figure, agreement = (shown([row[name] for row in found]) for name in ("dense", "figure", "agreement"))
         seeds, memory = ", ".join(str(row["seed"]) for row in found), max(row["process_mb"] for row in found)
-        parts = (key[0], f"{key[1]:.0%}", *key[2:4], f"{key[4]:g}", dense, figure, agreement, seeds, seconds, memory)
-        lines.append(f"| {' | '.join(map(str, parts))} |")
+        code = ", ".join(sorted({row["commit"] for row in found}))
+        parts = (*key[2:4], f"{key[4]:g}", dense, figure, agreement, seeds, seconds, memory, code)
+        lines.append(f"| {' | '.join(map(str, (key[0], f'{key[1]:.0%}', *parts)))} |")
     return "\n".join(lines)
 
 
