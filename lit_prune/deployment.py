@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,8 @@ def _rows(networks: dict[str, Any], int8: Path, size: int, setting: Setting, scr
         if find_spec("onnxruntime") and find_spec("onnxscript"):
             file = _exported(network, images.shape[1:], scratch / f"{name}.onnx")
             runs[name, "ONNX Runtime"] = _runtime(file, images.cpu(), setting.threads)
+            if find_spec("openvino"):
+                runs[name, "OpenVINO"] = partial(_openvino(file, setting.threads), images.cpu())
     if int8.is_file() and find_spec("onnxruntime"):
         runs["compact", "ONNX Runtime, INT8"] = _runtime(int8, images.cpu(), setting.threads)
     timings = time_runs(list(runs.values()), setting.rounds)
@@ -131,6 +134,12 @@ def _exported(network: nn.Module, shape: torch.Size, file: Path) -> Path:
     return file
 
 
+def _openvino(file: Path, threads: int | None) -> Callable[[torch.Tensor], Any]:
+    from lit_prune.export import load_openvino
+
+    return load_openvino(file, threads or torch.get_num_threads())
+
+
 def _runtime(file: Path, images: torch.Tensor, threads: int | None) -> Callable[[], Any]:
     """A pass of ONNX Runtime."""
     import onnxruntime
@@ -152,6 +161,15 @@ def latency_table(found: dict[str, Any]) -> Table:
         table.add_column(column, justify="left" if column in ("network", "runtime") else "right")
     for row in found["rows"]:
         timing = Timing(**row["milliseconds"])
-        shown = f"{timing.median:.3g} ± {timing.spread / 2:.1g} ms{' (noisy)' if timing.noisy else ''}"
+        shown = f"{_digits(timing.median, 3)} ± {_digits(timing.spread / 2, 1)} ms{' (noisy)' if timing.noisy else ''}"
         table.add_row(row["network"], row["runtime"], str(row["batch"]), shown, f"{row['images_per_second']:,.0f}")
     return table
+
+
+def _digits(value: float, count: int) -> str:
+    """A number to so many digits, never as a power of ten.
+
+    >>> _digits(1380.4, 3), _digits(12.3, 1), _digits(0.0523, 1)
+    ('1,380', '12', '0.05')
+    """
+    return f"{value:,.0f}" if value >= 10 ** (count - 1) and value >= 10 else f"{value:.{count}g}"

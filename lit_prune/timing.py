@@ -1,5 +1,6 @@
 """Times that say what they are worth: median, spread, device, threads, date, and whether the machine was busy."""
 
+import logging
 import os
 import platform
 import time
@@ -46,7 +47,9 @@ class Timing:
         >>> Timing.of([0.002, 0.002, 0.002, 0.002]).median
         2.0
         """
-        from torch.utils.benchmark import Measurement, TaskSpec  # it looks for compilers: not for whoever only loads
+        # It looks for compilers and warns where CUDA's has no device: not for whoever only loads, and nobody's concern.
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+        from torch.utils.benchmark import Measurement, TaskSpec
 
         measured = Measurement(1, list(seconds), TaskSpec("pass", "", num_threads=torch.get_num_threads()))
         median, spread = measured.median, measured.iqr

@@ -1,6 +1,7 @@
 """What leaves the house: ONNX with the preparation inside or beside, INT8 beside float, times and their worth."""
 
 import json
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from lit_prune import InputError, Preparation, cost, load_compact, save_compact
 from lit_prune.cli.main import main
 from lit_prune.data import DigitsData
 from lit_prune.deployment import Setting, latency_table, measure_deployment
+from lit_prune.export import export_compact
 from lit_prune.models import build_network
 from lit_prune.predict import read_prepared
 from lit_prune.report.tables import result_cells
@@ -17,6 +19,7 @@ from lit_prune.structure.latency import time_networks
 from lit_prune.timing import Timing, busy, circumstances, time_runs
 
 onnxruntime = pytest.importorskip("onnxruntime")
+OPENVINO = ("OpenVINO",) if find_spec("openvino") else ()
 ARGUMENTS = {"num_classes": 10, "in_channels": 1}
 
 
@@ -64,6 +67,12 @@ def test_the_exported_file_says_how_images_are_prepared_and_normalises_them_itse
     torch.testing.assert_close(torch.from_numpy(logits), expected, atol=1e-4, rtol=1e-4)
 
 
+def test_openvino_reads_the_exported_file_and_gives_the_same(run_dir, tmp_path):
+    pytest.importorskip("openvino")
+    report = export_compact(run_dir / "compact", tmp_path, ("onnx",))["onnx"]
+    assert 0 <= report["openvino_max_abs_difference"] < 1e-4
+
+
 def test_int8_is_smaller_and_mostly_decides_as_the_float_with_both_figures_told(exported):
     report = json.loads((exported / "int8.json").read_text())
     assert report["calibration_images"] == 32 and report["images"] == 360
@@ -89,12 +98,12 @@ def test_int8_without_data_of_ours_or_images_is_refused_in_a_line(run_dir, tmp_p
 def test_latency_has_every_runtime_the_int8_file_and_every_batch_size_and_says_what_it_holds_for(run_dir):
     found = measure_deployment(run_dir, Setting((1, 2), rounds=3, threads=1))
     rows = [(row["network"], row["runtime"], row["batch"]) for row in found["rows"]]
-    kinds = [(name, kind) for name in ("dense", "compact") for kind in ("eager", "ONNX Runtime")]
+    kinds = [(name, kind) for name in ("dense", "compact") for kind in ("eager", "ONNX Runtime", *OPENVINO)]
     kinds.append(("compact", "ONNX Runtime, INT8"))
     assert rows == [(*kind, batch) for batch in (1, 2) for kind in kinds]
     assert json.loads((run_dir / "latency.json").read_text()) == found
     assert found["circumstances"]["threads"] == 1 and {"device", "date", "load"} <= found["circumstances"].keys()
-    assert latency_table(found).row_count == 10
+    assert latency_table(found).row_count == len(rows)
     with pytest.raises(InputError, match="at least 1"):
         Setting((0,))
 

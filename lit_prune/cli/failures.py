@@ -32,6 +32,8 @@ def one_line_failures() -> Iterator[None]:
         if type(stop).__name__ == "SIGTERMException":
             end("ended by SIGTERM; the same command goes on from where it stopped", TERMINATED)
         raise
+    except BrokenPipeError:  # the reader of our output has seen enough: no failure, see `__main__.command`
+        raise
     except Exception as error:
         line = explanation(error)
         if line is None:

@@ -68,6 +68,8 @@ def export(
         raise SystemExit(f"error: {one_line(str(error))}") from None  # exit code 1: the input was right
     for name, result in results.items():
         print(f"{name}: {result['file']}, largest difference {result['max_abs_difference']:.2e}")
+        if "openvino_max_abs_difference" in result:
+            print(f"OpenVINO reads it: largest difference {result['openvino_max_abs_difference']:.2e}")
     if int8:
         print(quantise(folder, compact, target / "model.onnx", normalisation, calibration))
 

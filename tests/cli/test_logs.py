@@ -1,5 +1,6 @@
 """Figures reach any logger, the report reads them, and what is printed without a terminal is one line an epoch."""
 
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -38,6 +39,7 @@ def test_without_a_terminal_a_run_prints_one_line_an_epoch_and_no_noise(tmp_path
     assert all("val/accuracy" in line and "learning_rate" in line and len(line) < 120 for line in lines)
     for noise in ("Total FLOPs", "v_num", "weights_only", "━"):
         assert noise not in said
-    assert "network: " in said and " parameters, " in said
+    dense = json.loads((tmp_path / "run" / "stages.jsonl").read_text().splitlines()[0])["params"]["dense"]
+    assert f"network: {dense:,} parameters, {dense:,} trainable" in said
     scalars = RunFolder(tmp_path / "run").scalars
     assert len(scalars["learning_rate"]) == 3 and "hp_metric" in scalars and "stage/macs" in scalars

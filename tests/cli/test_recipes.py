@@ -1,5 +1,6 @@
 """Recipes are found by name from anywhere, listed and copied; the command and its version."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -75,3 +76,10 @@ def test_the_version_is_one_and_a_clone_knows_its_commit():
     assert version.version_line().startswith(lit_prune.__version__)
     if (ROOT / ".git").exists():
         assert len((version.commit() or "").removesuffix("-dirty")) == 40
+
+
+def test_a_reader_that_has_seen_enough_is_no_failure(tmp_path):
+    command = f"set -o pipefail; {sys.executable} -m lit_prune recipes | head -1"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "base\n", "")
