@@ -12,6 +12,7 @@ from rich.text import Text as RichText
 from lit_prune.errors import InputError
 from lit_prune.report.run_folder import AbsentInput, RunFolder, stages_if_any
 from lit_prune.report.tables import figure_of, format_count, is_number
+from lit_prune.report.times import times_are_unsure
 
 SLIGHT, CLEAR = 0.01, 0.03  # losses of a share (accuracy, IoU) that are called small, and more than small
 BUDGET_SLACK = 0.01  # share of the dense cost by which a budget may be passed over
@@ -163,10 +164,23 @@ def _trust(run: RunFolder) -> Iterator[tuple[str, str]]:
         "calibration samples": len(record.get("calibration_indices") or ()) or None,
         "seed": record.get("seed"),
         "machine": ", ".join(f"{key} {value}" for key, value in machine.items()) or None,
+        "times": _times(run),
         "torch": versions.get("torch"),
         "lit_prune": " ".join(map(_short, (product.get(key) for key in ("version", "commit")))).strip() or None,
     }
     yield from ((name, str(value)) for name, value in facts.items() if value is not None)
+
+
+def _times(run: RunFolder) -> str | None:
+    """What the latencies are worth, and the day on which they were taken."""
+    try:
+        result = run.result
+        said = result["timing"]
+        return f"{said['date'][:10]}, {said['device']}, load {said['load']}" + (
+            ": too busy, measure again" if times_are_unsure(result) else ""
+        )
+    except (AbsentInput, InputError, KeyError, TypeError):
+        return None
 
 
 def _short(value: Any) -> str:

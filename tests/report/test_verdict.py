@@ -77,3 +77,12 @@ def test_a_run_without_a_compact_network_has_no_verdict(run):
     found = run()
     (found.path / "compact" / "report.json").unlink()
     assert find_verdict(RunFolder(found.path)) is None
+
+
+def test_the_day_of_the_times_and_a_busy_machine_are_said(run):
+    folder = run().path
+    report = folder / "compact" / "report.json"
+    said = {"device": "cpu (x86_64)", "threads": 1, "date": "2026-11-26T08:45:40+00:00", "load": 12.1, "cores": 2}
+    report.write_text(json.dumps(json.loads(report.read_text()) | {"timing": said}))
+    times = dict(find_verdict(RunFolder(folder)).trust)["times"]
+    assert times == "2026-11-26, cpu (x86_64), load 12.1: too busy, measure again"
