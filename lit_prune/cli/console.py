@@ -22,7 +22,7 @@ class Size(ModelSummary):
     """The parameters of the network in a line; what a stage leaves is in the tables."""
 
     @staticmethod
-    def summarize(_table: Any, total_parameters: int, trainable_parameters: int, *_: Any, **__: Any) -> None:
+    def summarize(summary_data: Any, total_parameters: int, trainable_parameters: int, *_: Any, **__: Any) -> None:
         """Prints the line."""
         print(f"network: {total_parameters:,} parameters, {trainable_parameters:,} trainable")
 
