@@ -58,15 +58,24 @@ def as_example(example_input: Any) -> Example:
 
 
 def first_sample(example: Example) -> Example:
-    """The first of the samples that every argument holds: tensors along their first dimension, lists one by one."""
+    """The first of the samples that every argument holds: tensors along their first dimension, lists one by one.
+
+    Tuples of images [C, H, W] and of dicts, as detectors get them from `tuple(zip(*samples))`, count as lists.
+    """
     values = [*example.args, *example.kwargs.values()]
-    sizes = [
-        len(value) for value in values if isinstance(value, list) or (isinstance(value, Tensor) and value.dim() >= 2)
-    ]
+    sizes = [len(value) for value in values if _listed(value) or (isinstance(value, Tensor) and value.dim() >= 2)]
     size = sizes[0] if sizes else 0
 
     def take(value: Any) -> Any:
-        batched = isinstance(value, list) or (isinstance(value, Tensor) and value.dim() >= 1)
+        batched = _listed(value) or (isinstance(value, Tensor) and value.dim() >= 1)
         return value[:1] if batched and len(value) == size else value
 
     return Example(tuple(map(take, example.args)), {name: take(value) for name, value in example.kwargs.items()})
+
+
+def _listed(value: Any) -> bool:
+    """Whether a value holds one entry a sample."""
+    if not isinstance(value, tuple) or not value:
+        return isinstance(value, list)
+    images = all(isinstance(entry, Tensor) and entry.dim() == 3 and len(entry) <= 4 for entry in value)
+    return images or all(isinstance(entry, Mapping) for entry in value)

@@ -63,11 +63,11 @@ def find_layout(batch: Any) -> Layout:
     if isinstance(batch, Mapping):
         return _mapping_layout(batch)
     if isinstance(batch, list | tuple) and batch:
-        if _are_images(batch):
+        if are_images(batch):
             return Layout(listed=True)
         first, rest = batch[0], batch[1:]
         if isinstance(first, Tensor) or (isinstance(first, tuple | list) and first and _are_tensors(first)):
-            listed = _are_images(first) and (not rest or isinstance(rest[0], list | tuple))
+            listed = are_images(first) and (not rest or isinstance(rest[0], list | tuple))
             return Layout((0,), target=1 if rest and rest[0] is not None else None, listed=listed)
     raise InputError(f"batches: a batch is {describe(batch)}, which is not recognised; {HOW_TO_GIVE}")
 
@@ -95,14 +95,14 @@ def _mapping_layout(batch: Mapping) -> Layout:
     if first is None:
         wanted = ", ".join((*INPUT_KEYS, *KEYWORDS[:1]))
         raise InputError(f"batches: a batch is {describe(batch)}, with none of the keys {wanted}; {HOW_TO_GIVE}")
-    return Layout((first,), target=target, listed=_are_images(batch[first]))
+    return Layout((first,), target=target, listed=are_images(batch[first]))
 
 
 def _are_tensors(values: Any) -> bool:
     return all(isinstance(value, Tensor) for value in values)
 
 
-def _are_images(values: Any) -> bool:
+def are_images(values: Any) -> bool:
     """Whether this is a list of single images, [C, H, W] with at most four channels each."""
     if not isinstance(values, list | tuple) or not values or not _are_tensors(values):
         return False
@@ -180,7 +180,7 @@ def slice_batch(batch: Any, samples: slice, size: int, listed: bool) -> Any:
     if isinstance(batch, Mapping):
         return {key: slice_batch(item, samples, size, listed) for key, item in batch.items()}
     if isinstance(batch, list | tuple):
-        if len(batch) == size and (_are_images(batch) if listed else not _holds_tensors(batch)):
+        if len(batch) == size and (are_images(batch) if listed else not _holds_tensors(batch)):
             return type(batch)(batch[samples])
         if listed and len(batch) == size and isinstance(batch[0], Mapping):
             return type(batch)(batch[samples])

@@ -15,7 +15,7 @@ from torchmetrics import Metric
 
 from lit_prune.errors import InputError
 from lit_prune.running import modes_kept
-from lit_prune.task.batches import size_of, slice_batch
+from lit_prune.task.batches import are_images, size_of, slice_batch
 from lit_prune.train.locate import network_at
 
 BY_HAND = ("manual_backward", "toggle_optimizer", "untoggle_optimizer", "clip_gradients")
@@ -44,7 +44,7 @@ class Seen:
 
     def take(self, samples: slice) -> "Seen":
         """The samples that a slice names: what has one entry a sample is cut, all else stays."""
-        size, listed = self.size, any(isinstance(value, list) for value in self.args)
+        size, listed = self.size, any(isinstance(value, list) or are_images(value) for value in self.args)
         cut = (slice_batch(part, samples, size, listed) for part in (self.args, self.kwargs, self.batch))
         return Seen(*cut)
 

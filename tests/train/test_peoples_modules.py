@@ -16,7 +16,9 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lit_prune import AxisTrace, ChannelStage, LitClassifier, Repair, StagedPruning, added_loss, load_pruned
 from lit_prune.errors import InputError
+from lit_prune.structure.example import Example, first_sample
 from lit_prune.task import Custom
+from lit_prune.train.capture import Seen
 from tests import lightning_modules as modules
 from tests.lightning_modules import images, loaders, network, trainer
 
@@ -326,6 +328,14 @@ def test_a_checkpoint_with_a_network_among_its_hyperparameters_needs_the_callers
     with pytest.raises(InputError, match=r"it holds a pickled torch.nn.*ignore=\[...\]\), or give weights_only=False"):
         load_pruned(Given, last.last_model_path, inner=network())
     assert is_cut(load_pruned(Given, last.last_model_path, weights_only=False, inner=network()).net)
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_images_and_targets_of_a_detector_are_taken_apart_however_they_are_collated(kind):
+    found = Seen((kind(torch.rand(3, 3, 8, 8)), kind({"labels": torch.tensor([i])} for i in range(3))), {}, None)
+    one = found.take(slice(1, 2))
+    assert one.size == 1 and one.args[1][0]["labels"].item() == 1 and len(one.args[1]) == 1
+    assert [len(value) for value in first_sample(Example(found.args, {})).args] == [1, 1]
 
 
 def test_our_own_classifier_reads_batches_as_any_task_does(tmp_path):
