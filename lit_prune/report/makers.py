@@ -5,7 +5,8 @@ import re
 from lit_prune.report.run_folder import RunFolder
 
 FIT = "lit-prune fit"
-ANALYZE = "lit-prune analyze -c {run}/config.yaml --run_dir {run}"
+ANALYZE = "lit-prune analyze --run_dir {run}"
+SAME = "with the -c of the run"
 MAKERS = (
     (r"trace/gradients", FIT, "with the callback lit_prune.GradientTrace"),
     (r"trace/|traced epoch", FIT, "with the callback lit_prune.AxisTrace"),
@@ -13,12 +14,12 @@ MAKERS = (
     (r"stages\.jsonl|compact/", FIT, "with the callback lit_prune.StagedPruning"),
     (r"stages\.jsonl|compact/", "lit-prune compress", "on a trained network"),
     (r"run\.json|config\.yaml", FIT, "and every verb that reads data"),
-    (r"rand_index|local_group", ANALYZE + " --request.extras '[groupings]'", ""),
-    (r"graphs\.table|modularity", ANALYZE + " --request.extras '[groupings,graphs,hulls,triplets]'", ""),
-    (r"propagation\.table", ANALYZE + " --request.extras '[propagation]'", ""),
-    (r"channels\.parquet(?! with local)|layers\.parquet(?! with (rand|mod))", ANALYZE, ""),
-    (r"lesions?\b", "lit-prune lesion -c {run}/config.yaml --run_dir {run}", ""),
-    (r"sensitivity", "lit-prune sensitivity -c {run}/config.yaml --run_dir {run}", ""),
+    (r"rand_index|local_group", ANALYZE + " --request.extras '[groupings]'", SAME),
+    (r"graphs\.table|modularity", ANALYZE + " --request.extras '[groupings,graphs,hulls,triplets]'", SAME),
+    (r"propagation\.table", ANALYZE + " --request.extras '[propagation]'", SAME),
+    (r"channels\.parquet(?! with local)|layers\.parquet(?! with (rand|mod))", ANALYZE, SAME),
+    (r"lesions?\b", "lit-prune lesion --run_dir {run}", SAME),
+    (r"sensitivity", "lit-prune sensitivity --run_dir {run}", SAME),
     (r"sweep", "lit-prune sweep -c sweep_cifar --run_dir {run}", ""),
     (r"reduction\.json with the extra 'stress'", "lit-prune reduce", "with stress: true"),
     (r"reduction\.json(?! with the extra)", "lit-prune reduce -c reduce_mnist_mlp --run_dir {run}", ""),
