@@ -12,6 +12,7 @@ from torch import nn
 import lit_prune
 from lit_prune.cli.main import main
 from lit_prune.errors import InputError
+from lit_prune.hub import HubNetwork
 from lit_prune.models import build_backbone, build_network
 from lit_prune.structure.networks import Network, read_network
 from lit_prune.train.classifier import LitClassifier
@@ -126,19 +127,28 @@ def test_every_verb_that_reads_a_folder_or_a_checkpoint_refuses_and_runs_nothing
     call = calls(marker)[0]
     folder = hostile_folder(tmp_path / "run" / "compact", call)
     path = hostile_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt", call)
-    assert "os:system" in refused(capsys, "export", "--run_dir", str(tmp_path / "run"))
+    for verb in ("export", "latency"):
+        assert "os:system" in refused(capsys, verb, "--run_dir", str(tmp_path / "run")), verb
+    assert "os:system" in refused(capsys, "predict", "--compact", str(folder), "a.png")
+    with pytest.raises(InputError, match="os:system"):
+        HubNetwork.from_pretrained(folder)
     for verb, option in (
         ("analyze", "--ckpt_path"),
         ("lesion", "--ckpt_path"),
         ("reduce", "--ckpt_path"),
         ("sweep", "--checkpoints"),
+        ("sensitivity", "--ckpt_path"),
         ("test", "--ckpt_path"),
+        ("validate", "--ckpt_path"),
+        ("predict", "--ckpt_path"),
         ("fit", "--ckpt_path"),
     ):
         given = f"[{path}]" if verb == "sweep" else str(path)
         run = ["--run_dir", str(tmp_path / verb), option, given, "--trainer.callbacks", "[]"]
         assert "os:system" in refused(capsys, verb, "-c", TINY, *run), verb
-    assert "os:system" in refused(capsys, "analyze", "-c", TINY, "--run_dir", str(tmp_path / "run"))
+    for verb in ("analyze", "lesion", "reduce", "sensitivity"):
+        run = ["--run_dir", str(tmp_path / "run"), "--trainer.callbacks", "[]"]
+        assert "os:system" in refused(capsys, verb, "-c", TINY, *run), verb
     teacher = ["--trainer.callbacks.teacher", str(folder)]
     assert "os:system" in refused(capsys, "fit", "-c", TINY, "--run_dir", str(tmp_path / "student"), *teacher)
     assert not marker.exists()
