@@ -94,5 +94,6 @@ document.querySelectorAll(".epochs").forEach((box) => {
   svg.addEventListener("pointermove", point);
   svg.addEventListener("pointerdown", point);
   svg.addEventListener("pointerleave", leave);
-  new ResizeObserver(setup).observe(box);
+  setup();
+  new ResizeObserver(() => requestAnimationFrame(() => { if (box.clientWidth - 26 !== width) setup(); })).observe(box);
 });

@@ -40,10 +40,17 @@ def answer(request, page: str, tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("browser")
     file = folder / "page.html"
     file.write_text(page.replace("</body>", ASK + "</body>"), encoding="utf-8")
-    look = ("--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}")
+    look = (
+        "--headless=new",
+        "--enable-logging=stderr",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={folder / 'profile'}",
+    )
     size = (f"--window-size={request.param},900", "--virtual-time-budget=5000", "--dump-dom", f"file://{file}")
-    shown = subprocess.run([CHROMIUM, *look, *size], capture_output=True, text=True, timeout=120, check=True).stdout
-    return json.loads(re.search(r'<pre id="answer">(.*?)</pre>', shown)[1])
+    done = subprocess.run([CHROMIUM, *look, *size], capture_output=True, text=True, timeout=120, check=True)
+    found = json.loads(re.search(r'<pre id="answer">(.*?)</pre>', done.stdout)[1])
+    return found | {"console": re.findall(r"CONSOLE.*", done.stderr)}
 
 
 def test_a_click_on_a_title_sorts_by_the_exact_values_and_another_turns_the_order_round(answer: dict):
@@ -63,3 +70,7 @@ def test_pointing_at_a_channel_names_it_with_its_numbers(answer: dict):
 
 def test_the_page_is_no_wider_than_its_window(answer: dict):
     assert answer["wide"] <= 0
+
+
+def test_the_browser_has_nothing_to_complain_of(answer: dict):
+    assert answer["console"] == []
