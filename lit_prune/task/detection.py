@@ -120,6 +120,11 @@ def detector_heads(model: nn.Module) -> list[nn.Module]:
     return [modules[name] for name in HEADS if name in modules]
 
 
+def reads_proposals(name: str) -> bool:
+    """Whether the layer of this name has a row for each proposal, of which two networks make different ones."""
+    return "roi_heads" in name.split(".")
+
+
 @contextmanager
 def watched_heads(model: nn.Module) -> Iterator[list[Tensor]]:
     """Tensors that the heads return inside."""

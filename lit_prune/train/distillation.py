@@ -216,6 +216,11 @@ class Distillation:
         return torch.stack(terms).mean()
 
     def _compare_features(self, student: Tensor, teacher: Tensor) -> Tensor:
+        if len(student) != len(teacher):
+            raise InputError(
+                f"distillation: {self.layer} reads {len(student)} samples in the network and {len(teacher)} in its "
+                "teacher, so they cannot be compared; set beta=0 in repair"
+            )
         return cosine_distance(student, teacher if self.columns is None else self._kept(teacher))
 
     def _kept(self, features: Tensor) -> Tensor:

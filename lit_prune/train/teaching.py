@@ -11,6 +11,7 @@ from torch import nn
 
 from lit_prune.errors import InputError
 from lit_prune.structure import Plan, kept_columns, load_compact
+from lit_prune.task.detection import reads_proposals
 from lit_prune.train.added_loss import AddedLoss, add_term, drop_term
 from lit_prune.train.distillation import Distillation, Repair
 from lit_prune.train.features import input_width, last_layer
@@ -97,6 +98,9 @@ class Teaching:
         if not self.repair.beta:
             return None
         name = last_layer(lesson.teacher)
+        if reads_proposals(name):
+            self.reason = f"the inputs of {name} are proposals, of which the two networks make different ones"
+            return None
         width = input_width(lesson.teacher, name)
         try:
             if lesson.plans is None:

@@ -19,6 +19,8 @@ from lit_prune.errors import InputError
 from lit_prune.structure.example import Example, first_sample
 from lit_prune.task import Custom
 from lit_prune.train.capture import Seen
+from lit_prune.train.distillation import Distillation
+from lit_prune.train.teaching import Lesson, Teaching
 from tests import lightning_modules as modules
 from tests.lightning_modules import images, loaders, network, trainer
 
@@ -336,6 +338,31 @@ def test_images_and_targets_of_a_detector_are_taken_apart_however_they_are_colla
     one = found.take(slice(1, 2))
     assert one.size == 1 and one.args[1][0]["labels"].item() == 1 and len(one.args[1]) == 1
     assert [len(value) for value in first_sample(Example(found.args, {})).args] == [1, 1]
+
+
+class Choosing(nn.Module):
+    """Its last layer reads some of the samples only, in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.roi_heads = nn.Sequential(nn.Linear(4, 6), nn.ReLU()), nn.Linear(6, 2)
+
+    def forward(self, x):
+        found = self.body(x)
+        self.roi_heads(found[: 3 if self.training else 2])
+        return found
+
+
+def test_features_of_other_rows_are_left_out_for_proposals_and_refused_elsewhere():
+    student, teacher = Choosing().train(), Choosing()
+    teaching = Teaching(Repair(ramp=False))
+    teaching.begin(holder := modules.Classifier(), Lesson(student, teacher, None, torch.zeros(1, 4), lambda: (0, 1)))
+    assert teaching.describe()["features"] is None and "proposals" in teaching.describe()["reason"]
+    teaching.end(holder)
+    term = Distillation(Repair(ramp=False), student, teacher, lambda: (0, 1), layer="roi_heads")
+    student(torch.rand(4, 4))
+    with pytest.raises(InputError, match="reads 3 samples in the network and 2 in its teacher"):
+        term()
 
 
 def test_our_own_classifier_reads_batches_as_any_task_does(tmp_path):
