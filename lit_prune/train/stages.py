@@ -163,14 +163,16 @@ class ChannelStage(Stage):
                 f"stage {self.name}: normalisation={self.normalisation} has no effect with "
                 f"allocation={self.allocation}; leave it out, or set allocation=global"
             )
-        try:
-            find_stand_in(self.replace).check(STAND_IN_SETTINGS)
-        except InputError as error:
-            raise InputError(f"stage {self.name}: replace: {error}") from error
         if self.cap == 0:
             raise InputError(f"stage {self.name}: cap=0 keeps every channel; give the largest share that may go")
-        self.request(self.keep)
-        find_score(self.score)
+        argument = ""
+        try:
+            self.request(self.keep)
+            find_score(self.score)
+            argument = "replace: "
+            find_stand_in(self.replace).check(STAND_IN_SETTINGS)
+        except InputError as error:
+            raise InputError(f"stage {self.name}: {argument}{error}") from error
 
     def request(self, keep: float) -> Budget:
         """The budget, as a share of the present network."""

@@ -18,7 +18,10 @@ def test_a_ring_of_exceptions_ends_with_each_of_them_once():
     ("stage", "words"),
     [
         ("class_path: ChannelStag, init_args: {keep: 0.5}", ["ChannelStag"]),
-        ("class_path: lit_prune.ChannelStage, init_args: {keep: 0.5, budget: mac}", ["budget", "mac", "'macs'"]),
+        (
+            "class_path: lit_prune.ChannelStage, init_args: {keep: 0.5, budget: mac}",
+            ["stage channels", "budget='mac'", "macs"],
+        ),
         ("class_path: lit_prune.ChannelStage, init_args: {keep: half}", ["keep", "half"]),
         ("class_path: lit_prune.ChannelStage, init_args: {keep: 0.5, keeep: 3}", ["keeep"]),
     ],
