@@ -135,9 +135,12 @@ def group_scores(graph: ChannelGraph, ranks: Ranks, request: Budget) -> tuple[di
     else:
         scores = {name: normalise(values, request.normalisation) for name, values in known.items()}
     if not scores:
+        widths = sum(group.role == "width" for group in graph.prunable)
+        asked = f"; {widths} are widths under norms, which go where they are asked for: only='width'"
         raise InputError(
             f"nothing to prune: {len(graph.prunable)} of {len(graph.groups)} groups are prunable, {len(groups)} of "
             f"them selected (only={request.only!r}, protect={list(request.protect)}), none with scores in ranks"
+            f"{asked if widths and not groups else ''}"
         )
     notes = {
         "allocation": request.allocation,

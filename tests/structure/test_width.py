@@ -132,3 +132,11 @@ def test_width_goes_only_where_it_is_asked_for() -> None:
     assert width in make_plan(model, scores, images, "channels", 0.5, only=["width", "mid"]).keep_channels
     with pytest.raises(InputError, match="no group is called"):
         make_plan(model, scores, images, "channels", 0.5, only=["wide"])
+
+
+def test_a_network_of_widths_alone_says_how_they_are_asked_for() -> None:
+    model, images = _seeded("timm convnext v2")
+    scores = {name: torch.rand(len(m.weight)) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    with pytest.raises(InputError, match="only='width'"):
+        make_plan(model, scores, images, "macs", 0.5)
+    assert make_plan(model, scores, images, "macs", 0.9, only="width").keep_channels
