@@ -29,7 +29,7 @@ def one_line_failures() -> Iterator[None]:
         chain = list(causes(stop))
         if any(isinstance(cause, KeyboardInterrupt) for cause in chain):  # Lightning makes an exit of it
             end("interrupted; the same command goes on from where it stopped", INTERRUPTED)
-        if type(stop).__name__ == "SIGTERMException":
+        if stop.code == TERMINATED or type(stop).__name__ == "SIGTERMException":
             end("ended by SIGTERM; the same command goes on from where it stopped", TERMINATED)
         raise
     except BrokenPipeError:  # the reader of our output has seen enough: no failure, see `__main__.command`

@@ -1,7 +1,10 @@
 """How a command ends: one line for what its user can mend, also where a thread in the background met it."""
 
 import errno
+import os
+import signal
 import threading
+import time
 
 import pytest
 
@@ -40,3 +43,11 @@ def test_what_a_user_can_mend_is_one_line_and_an_exit_code(capsys, error, code, 
         raise error
     lines = capsys.readouterr().err.splitlines()
     assert exit_.value.code == code and len(lines) == 1 and words in lines[0]
+
+
+def test_sigterm_is_a_line_and_143_whatever_was_going_on(capsys):
+    with pytest.raises(SystemExit) as exit_, one_line_failures():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    lines = capsys.readouterr().err.splitlines()
+    assert exit_.value.code == 143 and len(lines) == 1 and lines[0].startswith("error: ended by SIGTERM")
