@@ -70,7 +70,7 @@ class Rendered:
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Writes `report.html` and `figures/*.svg` of a run folder and returns the page's path.
+    """Writes `report.html`, `figures/*.png` and `figures/*.svg` of a run folder and returns the page's path.
 
     The page holds its figures and loads nothing from elsewhere. Sections whose inputs the run does not have are left
     out and named at the end of the page; inputs that are there and cannot be used are named with the reason, and logged
@@ -127,17 +127,18 @@ def _render(section: Section, run: RunFolder) -> Rendered:
 
 
 def _draw(part: Picture, section: Section, run: RunFolder) -> tuple[Markup, str]:
-    """Markup of a figure and the file that holds it: SVG, or PNG where that would weigh too much."""
-    svg = render_svg(part.figure, section.key)
+    """Markup of a figure and the file to link: SVG, or PNG where that would weigh too much; PNG is always written."""
+    svg, png = render_svg(part.figure, section.key), render_png(part.figure)
     large = len(svg) > LARGEST
-    file = f"figures/{section.key}.{'png' if large else 'svg'}"
-    content = render_png(part.figure) if large else svg.encode()
-    with whole_file(run.path / file) as partial:
-        partial.write_bytes(content)
+    for content, ending in ((png, "png"),) if large else ((png, "png"), (svg.encode(), "svg")):
+        with whole_file(run.path / f"figures/{section.key}.{ending}") as partial:
+            partial.write_bytes(content)
     if not large:
-        return Markup(themed(svg)), file  # drawn here; names from the run are escaped by matplotlib
-    data = base64.b64encode(content).decode("ascii")
-    return Markup('<img alt="{}" src="data:image/png;base64,{}">').format(section.title, data), file
+        markup = Markup(themed(svg))  # drawn here; names from the run are escaped by matplotlib
+        return markup, f"figures/{section.key}.svg"
+    data = base64.b64encode(png).decode("ascii")
+    picture = Markup('<img alt="{}" src="data:image/png;base64,{}">').format(section.title, data)
+    return picture, f"figures/{section.key}.png"
 
 
 def _headline(run: RunFolder) -> tuple[tuple[str, str, str, str], ...]:

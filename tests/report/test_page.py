@@ -82,6 +82,7 @@ def test_figures_stand_in_the_page_and_also_in_files_that_it_links(page: str, fu
     assert drawn == list(PICTURES)
     for name in PICTURES:
         assert ElementTree.parse(full_run / "figures" / f"{name}.svg").getroot().tag.endswith("svg")
+        assert (full_run / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_figure_that_would_weigh_too_much_is_a_picture(full_run: Path, tmp_path: Path, monkeypatch):
