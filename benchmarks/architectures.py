@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lit_prune.errors import InputError
+from lit_prune.models.weights import load_state
 from lit_prune.structure import Budget, ChannelGraph, CostModel, Plan, apply_plan, plan_channels, trace_groups
 
 CLOSE = 1e-4
@@ -74,7 +75,8 @@ VISION = {
         *("googlenet", "shufflenet_v2_x0_5", "squeezenet1_1", "alexnet", "densenet121", "efficientnet_v2_s"),
         *("regnet_y_400mf", "convnext_tiny"),
     ],
-    96: "inception_v3 swin_t swin_v2_t".split(),
+    96: "swin_t swin_v2_t".split(),
+    299: ["inception_v3"],
 }
 """Image size -> classifiers of torchvision."""
 
@@ -182,7 +184,8 @@ def seeded(build: Callable[[], nn.Module]) -> nn.Module:
                 and module.weight is not None
             ):
                 module.weight.uniform_(0.8, 1.2)
-                module.bias.normal_(std=0.1)
+                if module.bias is not None:
+                    module.bias.normal_(std=0.1)
         for parameter in model.parameters():
             if parameter.dim() < 2 and parameter.numel() and bool((parameter.abs() < 1e-3).all()):
                 parameter.normal_(std=0.1)  # layer scales and biases that start at nothing would hide a difference
@@ -202,7 +205,7 @@ def replays(build: Callable[[], nn.Module], plan: Plan, small: nn.Module, images
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "weights.safetensors")
         save_file({name: t.detach().clone().contiguous() for name, t in small.state_dict().items()}, path)
-        again.load_state_dict(load_file(path))
+        load_state(again, load_file(path))
     return all(torch.equal(a, b) for a, b in zip(answer(small, images), answer(again, images), strict=True))
 
 

@@ -57,26 +57,37 @@ def _origin(probes: Tensor, values: Tensor, order: Tensor, shape: torch.Size, ro
 
 @contextlib.contextmanager
 def silenced(dense: nn.Module, small: nn.Module) -> Iterator[None]:
-    """The dense network with zeros where a reader of the cut network has lost an input channel."""
-    left, handles = dict(small.named_modules()), []
+    """The dense network with zeros in the weights that read an input channel which the cut network has lost.
+
+    In the weights, not in what is read: layers whose weights a function uses (the projection of torchvision's Swin) are
+    not called.
+    """
+    left, before = dict(small.named_modules()), []
     for name, module in dense.named_modules():
         depthwise = 1 < getattr(module, "groups", 1) == getattr(module, "out_channels", 0)
         if not isinstance(module, LAYERS) or name not in left or depthwise:
             continue
-        gone = inputs_lost(module, left[name])
-
-        def hook(reader: nn.Module, args: tuple, gone: list[int] = gone) -> tuple:
-            values = args[0].clone()
-            values[(..., gone) if isinstance(reader, nn.Linear) else (slice(None), gone)] = 0
-            return (values, *args[1:])
-
-        if gone:
-            handles.append(module.register_forward_pre_hook(hook))
+        if gone := inputs_lost(module, left[name]):
+            before.append((module.weight, module.weight.detach().clone()))
+            module.weight.data.mul_(reads(module, gone))
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for weight, values in before:
+            weight.data.copy_(values)
+
+
+def reads(module: nn.Module, gone: list[int]) -> Tensor:
+    """1 for the weights of a layer that read inputs which are left, 0 for those that read the inputs `gone`."""
+    mask, groups = torch.ones_like(module.weight), getattr(module, "groups", 1)
+    if getattr(module, "transposed", False):
+        mask[gone] = 0
+        return mask
+    rows, columns = len(mask) // groups, mask.shape[1]
+    for place in gone:
+        group, column = divmod(place, columns)
+        mask[group * rows : (group + 1) * rows, column] = 0
+    return mask
 
 
 def gap(dense: nn.Module, small: nn.Module, images: Tensor) -> float:

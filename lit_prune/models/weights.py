@@ -1,6 +1,7 @@
 """Loads a weight file into a backbone, strictly, whatever wrapped it."""
 
 import logging
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,10 +62,20 @@ def load_weights(model: nn.Module, path: str | Path, *, strict_head: bool = Fals
     filled = tuple(name for name in missing if name.endswith("num_batches_tracked"))
     _check_same_network(state, expected, sorted(set(missing) - set(filled), key=missing.index), path)
     check_defined(state, f"weights {path}")
-    model.load_state_dict(state, strict=False)
+    load_state(model, state, strict=False)
     if skipped:
         _log.warning("%s has another number of classes: %s left as initialised", path, " and ".join(skipped))
     return LoadReport(len(state), filled, skipped)
+
+
+def load_state(model: nn.Module, weights: Mapping[str, Tensor], strict: bool = True) -> None:
+    """`model.load_state_dict` of plain tensors, which are taken for those of the versions that its layers have.
+
+    A torch file says these versions beside the tensors; layers such as torchvision's MNASNet refuse tensors without.
+    """
+    state = OrderedDict(weights)
+    vars(state)["_metadata"] = vars(model.state_dict())["_metadata"]
+    model.load_state_dict(state, strict)
 
 
 def _read(path: Path) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lit_prune.errors import InputError
 from lit_prune.models import build_network, load_weights
 from lit_prune.models.registry import first_line
+from lit_prune.models.weights import load_state
 from lit_prune.structure import Plan, save_compact
 from lit_prune.structure.description import Description
 from lit_prune.structure.record import record_of
@@ -70,7 +71,7 @@ class Network:
         weights = backbone_weights(checkpoint, source)
         model = described.rebuild(trust=trust)
         try:
-            model.load_state_dict(weights)
+            load_state(model, weights)
         except (RuntimeError, TypeError) as error:
             raise InputError(f"{source}: its weights do not fit its plans ({first_line(error)})") from error
         return cls(model.eval(), saved["backbone"], saved["arguments"], described.input_shape, described.plans)

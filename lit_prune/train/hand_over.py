@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 
 from lit_prune.errors import InputError
 from lit_prune.files import read_json, whole_file, write_json
+from lit_prune.models.weights import load_state
 from lit_prune.report import result_table
 from lit_prune.structure import Plan, apply_plan
 from lit_prune.structure.compact import save_recorded
@@ -50,7 +51,7 @@ def load_teacher(run_dir: Path, network: nn.Module) -> nn.Module:
     weights = load_file(file)
     wrong = sorted(own_tensors(network).keys() ^ weights.keys())
     try:
-        network.load_state_dict(weights, strict=False)
+        load_state(network, weights, strict=False)
     except RuntimeError as error:
         wrong.append(str(error).splitlines()[-1].strip())
     if wrong:

@@ -11,6 +11,7 @@ from rich.table import Table
 from torch import nn
 
 from lit_prune.errors import InputError
+from lit_prune.models.weights import load_state
 from lit_prune.preparation import Preparation
 from lit_prune.progress import terminal
 from lit_prune.structure.record import note_record, record_of
@@ -213,5 +214,5 @@ class StagedRun(Callback):
             )
         plans = self.dense["plans"] + held
         network = self.subject.before(plans)
-        network.load_state_dict(weights_of(self._checkpoint(trainer, held), self.subject.path))
+        load_state(network, weights_of(self._checkpoint(trainer, held), self.subject.path))
         return note_record(network, shortened(record_of(self.subject.network), plans))

@@ -28,6 +28,14 @@ def _correct(model, images, labels) -> int:
     return sum((model(part).argmax(1) == truth).sum().item() for part, truth in parts)
 
 
+def test_layers_that_ask_for_their_version_take_tensors_of_a_file(tmp_path):
+    """torchvision's MNASNet refuses tensors without a version, which safetensors do not keep."""
+    model, other = (build_backbone("mnasnet0_5", 3) for _ in range(2))
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    load_weights(other, tmp_path / "weights.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
 @pytest.mark.parametrize(
     ("name", "file", "correct"),
     [
