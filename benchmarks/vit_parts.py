@@ -73,7 +73,9 @@ def rows(seed: int, epochs: int) -> Iterator[tuple[str, str, float, float, float
     for name, parts in PARTS.items():
         plan = make_plan(model, scores, image, "macs", 0.5, normalisation="isomorphic", only=parts)
         for kind in KINDS:
-            small = replace_mechanisms(model, plan, known, kind=kind, settings=Replacement(unsupported="delete")).model
+            small = replace_mechanisms(
+                model, plan, known, kind=kind, settings=Replacement(towards="weights", unsupported="delete")
+            ).model
             before, again = accuracy(small, unknown), copy.deepcopy(small)
             torch.manual_seed(seed)
             train(again, known, 1, 1e-3)

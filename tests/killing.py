@@ -16,7 +16,7 @@ import torch
 
 TINY = str(Path(__file__).with_name("tiny_run.yaml"))
 LIMIT_SECONDS = 300
-TIMES = ("seconds", "latency", "throughput", "per_second")
+TIMES = ("seconds", "latency", "throughput", "per_second", "noisy")
 """Parts of the names of values that no two runs have in common."""
 IDENTITIES = ("run", "checksum", "program", "versions", "timing")
 SERVER = multiprocessing.get_context("forkserver")
