@@ -18,7 +18,7 @@ TINY = str(Path(__file__).with_name("tiny_run.yaml"))
 LIMIT_SECONDS = 300
 TIMES = ("seconds", "latency", "throughput", "per_second", "noisy")
 """Parts of the names of values that no two runs have in common."""
-IDENTITIES = ("run", "checksum", "program", "versions", "timing")
+IDENTITIES = ("run", "checksum", "program", "versions", "commit", "timing")
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["lit_prune.cli.prune_cli", "lit_prune.cli.verbs", "lit_prune.lab.suite.suite"])
 
