@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from residual_net import TRUNK, ResidualNet
 from torch import nn
 
 import lit_prune
@@ -11,32 +12,17 @@ from lit_prune.replace import Replacement
 from lit_prune.structure import Plan, apply_plan, cost
 
 
-class Net(nn.Module):
-    """Two blocks behind a stem; what the blocks compute is redundant, so that much can go without a trace."""
-
-    def __init__(self, outputs: int = 3) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, padding=1)
-        self.blocks = nn.ModuleList(self.block() for _ in range(2))
-        self.head = nn.Linear(8, outputs)
-
-    @staticmethod
-    def block() -> nn.Sequential:
-        return nn.Sequential(
-            nn.Conv2d(8, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 8, 3, padding=1)
-        )
-
-    def forward(self, images):
-        values = torch.relu(self.stem(images))
-        for block in self.blocks:
-            values = torch.relu(values + block(values))
-        return self.head(values.mean((2, 3)))
+def wide_block() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(TRUNK, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, TRUNK, 3, padding=1)
+    )
 
 
 @pytest.fixture
 def net():
+    """What the two blocks compute is redundant, so that much can go without a trace."""
     torch.manual_seed(0)
-    model = Net().eval()
+    model = ResidualNet(wide_block, 2, 3).eval()
     with torch.no_grad():
         for block in model.blocks:
             block[0].weight[6:] = block[0].weight[:6]  # six of the twelve units are copies

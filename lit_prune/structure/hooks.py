@@ -3,8 +3,8 @@
 import copy
 import functools
 import types
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -72,29 +72,24 @@ def _closure(hook: types.FunctionType) -> list[Any]:
     return [getattr(cell, "cell_contents", None) for cell in cells]
 
 
-@contextmanager
-def without_hooks(model: nn.Module) -> Iterator[None]:
+def without_hooks(model: nn.Module) -> AbstractContextManager[None]:
     """Takes the hooks of others off every module of `model` and puts them back on exit; its own stay (`OwnHooks`).
 
     Recorders must not see probe images.
     """
-    taken = [(module, table, hooks) for module, table, hooks in _hooked(model) if hooks]
-    own = OwnHooks(model) if taken else ()
-    for module, table, hooks in taken:
-        module.__dict__[table] = type(hooks)((key, hook) for key, hook in hooks.items() if hook in own)
-    try:
-        yield
-    finally:
-        for module, table, hooks in taken:
-            module.__dict__[table] = hooks
+    return _with_only(model, OwnHooks(model))
+
+
+def bare(model: nn.Module) -> AbstractContextManager[None]:
+    """Takes all hooks off and puts them back on exit: a copy must not drag a trainer along."""
+    return _with_only(model, ())
 
 
 @contextmanager
-def bare(model: nn.Module) -> Iterator[None]:
-    """Takes all hooks off and puts them back on exit: a copy must not drag a trainer along."""
+def _with_only(model: nn.Module, kept: Container[Any]) -> Iterator[None]:
     taken = list(_hooked(model))
     for module, table, hooks in taken:
-        module.__dict__[table] = type(hooks)()
+        module.__dict__[table] = type(hooks)((key, hook) for key, hook in hooks.items() if hook in kept)
     try:
         yield
     finally:
@@ -104,16 +99,16 @@ def bare(model: nn.Module) -> Iterator[None]:
 
 def copy_hooks(model: nn.Module, twin: nn.Module, memo: dict[int, Any]) -> None:
     """Gives a copy of `model` without hooks the copies of the network's own ones."""
-    if not any(hooks for _, _, hooks in _hooked(model)):
-        return
     own = OwnHooks(model)
-    for module, other in zip(model.modules(), twin.modules(), strict=True):
-        for table in _TABLES:
-            hooks = getattr(module, table)
-            getattr(other, table).update((key, own.copied(hook, memo)) for key, hook in hooks.items() if hook in own)
+    twins = dict(zip(model.modules(), twin.modules(), strict=True))
+    for module, table, hooks in _hooked(model):
+        copies = {key: own.copied(hook, memo) for key, hook in hooks.items() if hook in own}
+        getattr(twins[module], table).update(copies)
 
 
 def _hooked(model: nn.Module) -> Iterator[tuple[nn.Module, str, dict]]:
+    """Tables of hooks that are not empty: (module, name of the table, table)."""
     for module in model.modules():
         for table in _TABLES:
-            yield module, table, getattr(module, table)
+            if hooks := getattr(module, table):
+                yield module, table, hooks

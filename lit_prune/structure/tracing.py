@@ -1,7 +1,6 @@
 """Running somebody's network once without leaving a mark on it."""
 
 import copy
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -121,17 +120,17 @@ def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
             twin = memo[id(model)]
             for module in modules:
                 held = vars(module).items()
-                vars(memo[id(module)]).update({key: _value(value, memo) for key, value in held})
+                vars(memo[id(module)]).update({key: _value(key, value, memo) for key, value in held})
     copy_hooks(model, twin, memo)
     return twin
 
 
-def _value(value: Any, memo: dict[int, Any]) -> Any:
-    """A deep copy of what a module holds."""
+def _value(key: str, value: Any, memo: dict[int, Any]) -> Any:
+    """A deep copy of what a module holds under a name."""
     if type(value) in _PLAIN:
         return value
-    if type(value) in (dict, set, OrderedDict) and not value:
-        return memo.setdefault(id(value), type(value)())
+    if key in _TABLES and not value:
+        return type(value)()
     return copy.deepcopy(value, memo)
 
 

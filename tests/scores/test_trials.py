@@ -1,5 +1,6 @@
 import pytest
 import torch
+from residual_net import TRUNK, ResidualNet
 from torch import nn
 
 from lit_prune.scores import Evidence, find_score
@@ -8,28 +9,15 @@ from lit_prune.scores.trials import corrected_damage, plan_parts
 from lit_prune.structure import Budget, Plan
 
 
-class Trunk(nn.Module):
-    """Eight blocks on a trunk."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 4)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(8, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 8, 3, padding=1)) for _ in range(8)
-        )
-
-    def forward(self, images):
-        values = torch.relu(self.stem(images))
-        for block in self.blocks:
-            values = torch.relu(values + block(values))
-        return self.head(values.mean((2, 3)))
+def block() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(TRUNK, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, TRUNK, 3, padding=1))
 
 
 @pytest.fixture
 def evidence():
     torch.manual_seed(0)
     images = torch.randn(64, 3, 8, 8)
-    return Evidence(Trunk().eval(), [images[:40], images[40:]], task="unlabelled")
+    return Evidence(ResidualNet(block, 8, 4).eval(), [images[:40], images[40:]], task="unlabelled")
 
 
 def halved(evidence: Evidence) -> Plan:
