@@ -33,6 +33,7 @@ from lit_prune.replace import Replacement
 from lit_prune.replace.distil import Distilling, distil
 from lit_prune.running import undisturbed
 from lit_prune.structure import cost, trace_groups
+from lit_prune.structure.networks import fingerprint
 from lit_prune.task import settle
 from lit_prune.version import commit
 
@@ -148,12 +149,15 @@ class Judge:
 
     Args:
         bench: the network and its images.
-        answers: file of the dense network's answers, read where it is there.
+        answers: file of the dense network's answers, read where it is there; its name gets a hash of the network and of
+            what it is shown.
     """
 
     def __init__(self, bench: Bench, answers: Path) -> None:
         self.bench = bench
         self.task, self.batches = settle(bench.task, bench.model, split(bench.test, bench.batch))
+        shown = [bench.batch, *bench.test[0].shape, float(bench.test[0].double().sum())]
+        answers = answers.with_suffix(f".{fingerprint(bench.model, {'shown': shown})[:12]}.pt")
         self.answers = torch.load(answers) if answers.exists() else None
         if self.answers is None and bench.test[1].ndim == 1:
             with undisturbed(bench.model):
@@ -162,12 +166,12 @@ class Judge:
 
     def __call__(self, small: nn.Module) -> dict[str, float]:
         """What `small` answers, beside the dense network."""
-        comparison = Comparison()
+        comparison = Comparison(self.task)
         with undisturbed(self.bench.model), undisturbed(small):
             for place, batch in enumerate(self.batches):
                 dense = self.answers[place] if self.answers else self.task.run(self.bench.model, batch)
-                comparison.add(self.task, dense, self.task.run(small, batch), batch)
-        figures = {name: found[self.task.metric_name] for name, found in comparison.figures(self.task).items()}
+                comparison.add(dense, self.task.run(small, batch), batch)
+        figures = {name: found[self.task.metric_name] for name, found in comparison.figures().items()}
         return {"figure": figures["compact"], "dense": figures["dense"], **comparison.distances()}
 
 

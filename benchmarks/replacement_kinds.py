@@ -103,7 +103,7 @@ def draw(rows: list[Row], file: Path) -> None:
     """One panel a plan: accuracy over the share of MACs kept, a line a kind."""
     from lit_prune.report import drawing
 
-    colours = dict(zip(STAND_INS, (drawing.GREY, drawing.ORANGE, drawing.BLUE, drawing.VERMILLION), strict=True))
+    colours = {"delete": drawing.GREY, "constant": drawing.ORANGE, "affine": drawing.BLUE, "refit": drawing.VERMILLION}
     plans = list(dict.fromkeys((row.score, row.allocation) for row in rows[1:]))
     with drawing.styled():
         figure = drawing.new_figure(3.4)

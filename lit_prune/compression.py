@@ -169,12 +169,12 @@ def verify(model: nn.Module, reduced: Reduced, batches: Iterable[Any], example: 
     shapes = [{name: value.shape for name, value in net.state_dict().items()} for net in (rebuilt, reduced.model)]
     if shapes[0] != shapes[1]:
         raise RuntimeError("the plan does not rebuild the compact network: their tensors have other shapes")
-    comparison = Comparison()
+    comparison = Comparison(task)
     with undisturbed(model), undisturbed(reduced.model):
         for piece in (piece for batch in batches for piece in task.pieces(batch)):
             original, other = (task.run(net, task.to(piece, net)) for net in (model, reduced.model))
-            comparison.add(task, original, other, piece)
-    figures = comparison.figures(task)
+            comparison.add(original, other, piece)
+    figures = comparison.figures()
     report = {"plan": reduced.plan.to_dict(), "layers": reduced.report["layers"], "images": comparison.count}
     for name, net in (("dense", model), ("compact", reduced.model)):
         counted = cost(net, example)
@@ -186,23 +186,24 @@ def verify(model: nn.Module, reduced: Reduced, batches: Iterable[Any], example: 
 class Comparison:
     """Sums over samples of two networks' outputs, the original's first."""
 
+    task: Task
     count: int = 0
-    decides: bool = False
     agreed: float = 0.0
     squared: float = 0.0
     moments: tuple[Tensor, Tensor] | None = None  # sums of the original's values and of their squares
     metrics: tuple[Tensor, ...] = ()
 
-    def add(self, task: Task, original: Any, other: Any, batch: Any) -> None:
+    def add(self, original: Any, other: Any, batch: Any) -> None:
         """Adds one batch."""
+        task = self.task
         values = (task.prediction(output).double() for output in (original, other))
         before, after = (value.reshape(len(value), -1) for value in values)
         self.count += len(before)
-        self.agreed += float(task.agreement(task.prediction(original), task.prediction(other)).sum())
+        if task.decides:
+            self.agreed += float(task.agreement(task.prediction(original), task.prediction(other)).sum())
         self.squared += float((after - before).square().sum())
         first, second = self.moments or (0.0, 0.0)
         self.moments = first + before.sum(0), second + before.square().sum(0)
-        self.decides = task.decides
         if task.needs_target and task.target(batch) is not None:
             found = tuple(task.metric(output, batch) for output in (original, other))
             self.metrics = tuple(a + b for a, b in zip(self.metrics, found, strict=True)) if self.metrics else found
@@ -213,15 +214,19 @@ class Comparison:
         first, second = (total / self.count for total in self.moments)
         variance = float((second - first.square()).sum()) * self.count
         distortion = self.squared / variance if variance else self.squared
-        return {"distortion": distortion, "agreement": self.agreed / self.count if self.decides else 1 - distortion}
+        return {
+            "distortion": distortion,
+            "agreement": self.agreed / self.count if self.task.decides else 1 - distortion,
+        }
 
-    def figures(self, task: Task) -> dict[str, dict[str, float]]:
+    def figures(self) -> dict[str, dict[str, float]]:
         """The task's figure of both networks, under its name; empty without targets."""
         if not self.metrics:
             return {}
         names = ("dense", "compact")
         return {
-            name: {task.metric_name: task.figure(sums.cpu())} for name, sums in zip(names, self.metrics, strict=True)
+            name: {self.task.metric_name: self.task.figure(sums.cpu())}
+            for name, sums in zip(names, self.metrics, strict=True)
         }
 
 

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -169,7 +170,9 @@ def latency_table(found: dict[str, Any]) -> Table:
 def _digits(value: float, count: int) -> str:
     """A number to so many digits, never as a power of ten.
 
-    >>> _digits(1380.4, 3), _digits(12.3, 1), _digits(0.0523, 1)
-    ('1,380', '12', '0.05')
+    >>> _digits(1380.4, 3), _digits(12.3, 1), _digits(9.7, 1), _digits(0.0523, 1)
+    ('1,380', '12', '10', '0.05')
     """
-    return f"{value:,.0f}" if value >= 10 ** (count - 1) and value >= 10 else f"{value:.{count}g}"
+    if value >= max(10, 10 ** (count - 1)):
+        return f"{value:,.0f}"
+    return np.format_float_positional(value, count, unique=False, fractional=False, trim="-")

@@ -143,15 +143,19 @@ def read_parquet(path: str | Path) -> "pd.DataFrame":
 
 def _table_digest(table: "pd.DataFrame") -> str:
     """SHA-256 of a table's names, types and values."""
+    import pandas as pd
     from pandas.util import hash_pandas_object
 
-    digest = hashlib.sha256(repr([(name, str(kind)) for name, kind in table.dtypes.items()]).encode())
+    digest = hashlib.sha256()
     for name in table:
         column = table[name]
+        if column.dtype == object or isinstance(column.dtype, pd.StringDtype):
+            column = column.astype(object).where(column.notna(), None)  # pandas 2 and 3 type text differently
+        digest.update(repr((name, str(column.dtype))).encode())
         try:
             values = hash_pandas_object(column, index=False)
         except TypeError:  # lists and other cells without a hash
-            values = hash_pandas_object(column.map(repr), index=False)
+            values = hash_pandas_object(column.map(repr).astype(object), index=False)
         digest.update(values.to_numpy().tobytes())
     return digest.hexdigest()
 

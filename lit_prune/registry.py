@@ -21,15 +21,23 @@ class Registry(dict[str, Thing]):
     def __init__(self, argument: str) -> None:
         super().__init__()
         self.argument = argument
+        self._homes: dict[str, str] = {}
 
-    def add(self, name: str, thing: Thing) -> Thing:
-        """The thing, which now goes by that name.
+    def add(self, name: str, thing: Thing, written: Any = None) -> Thing:
+        """The thing, which now goes by that name; one that is written again, as in a notebook, takes its own place.
+
+        Args:
+            name: which name.
+            thing: what goes by it.
+            written: the class or function that it was made from; None: the thing itself.
 
         Raises:
-            ValueError: another thing has the name.
+            ValueError: something that is written elsewhere has the name.
         """
-        if self.setdefault(name, thing) is not thing:
+        home = _home(thing if written is None else written)
+        if name in self and self._homes.get(name) != home:
             raise ValueError(f"{self.argument}: two things are named {name!r}; give one of them another name")
+        self[name], self._homes[name] = thing, home
         return thing
 
     def find(self, name: str) -> Thing:
@@ -55,6 +63,11 @@ class Registry(dict[str, Thing]):
         raise InputError(
             f"{self.argument}={name!r} is unknown: {did_you_mean(name, self)}; use one of {', '.join(self)}"
         )
+
+
+def _home(thing: Any) -> str:
+    """Where a class or function is written; for anything else, which object it is."""
+    return f"{thing.__module__}.{thing.__qualname__}" if hasattr(thing, "__qualname__") else str(id(thing))
 
 
 Base = TypeVar("Base", bound="Named")
@@ -97,10 +110,10 @@ class Kinds(Registry[type[Base]]):
         Raises:
             InputError: as `find`, or the class is of another kind.
         """
-        found = self.find(name)()
-        if not isinstance(found, self.base):
-            home = f"{self.base.__module__}.{self.base.__qualname__}"
-            raise InputError(f"{self.argument}: {name!r} makes a {type(found).__name__}; give a subclass of {home}")
+        cls = self.find(name)
+        if not isinstance(cls, type) or not issubclass(cls, self.base):
+            raise InputError(f"{self.argument}: {name!r} is no subclass; give a subclass of {_home(self.base)}")
+        found = cls()
         found.name = name
         return found
 

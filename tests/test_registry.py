@@ -5,7 +5,7 @@ from rich.cells import cell_len
 
 from lit_prune.cli.listing import choices
 from lit_prune.errors import InputError
-from lit_prune.registry import Registry
+from lit_prune.registry import Kinds, Named, Registry
 from lit_prune.replace import Replacement, find_stand_in
 from lit_prune.scores import SCORES
 from lit_prune.structure.budgets import find_budget
@@ -58,6 +58,23 @@ def test_two_things_of_one_name_are_refused():
     names.add("red", 1)
     with pytest.raises(ValueError, match="colour: two things are named 'red'"):
         names.add("red", 2)
+
+
+def test_a_class_that_is_written_again_takes_its_own_place_and_another_is_refused():
+    classes = Kinds("colour", Named)
+    for _ in range(2):
+        exec(
+            "@register('mine')\nclass Mine(Named):\n    pass",
+            {"register": classes.register, "Named": Named, "__name__": "cell", "__module__": "cell"},
+        )
+    assert len(classes) == 1 and type(classes.make("mine")).__name__ == "Mine"
+    with pytest.raises(ValueError, match="two things are named 'mine'"):
+        classes.register("mine")(type("Other", (Named,), {}))
+
+
+def test_what_is_no_class_is_refused_before_it_is_called():
+    with pytest.raises(InputError, match="give a subclass of"):
+        find_budget("lit_prune.structure.budgets:find_budget")
 
 
 def test_choices_list_every_registry(capsys):

@@ -23,13 +23,12 @@ class Ledger:
     done.
 
     Args:
-        folder: where to keep them; None keeps them in memory alone.
+        folder: where to keep them; None keeps tables in memory alone, and takes no values.
     """
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
         self._known: dict[str, pd.DataFrame] = {}
-        self._values: dict[str, dict[str, Any]] = {}
 
     def table(self, name: str, signed: str) -> pd.DataFrame | None:
         """The table, or None where there is none of this signature."""
@@ -58,10 +57,8 @@ class Ledger:
         Raises:
             InputError: the file is damaged.
         """
-        file = None if self._folder is None else self._folder / f"{name}.json"
-        if file is None or not file.is_file():
-            return self._values.get(name)
-        return read_json(file, remedy="delete it and start again")
+        file = self._value_file(name)
+        return read_json(file, remedy="delete it and start again") if file.is_file() else None
 
     def has(self, name: str) -> bool:
         """Whether a value is there and without error."""
@@ -70,7 +67,8 @@ class Ledger:
 
     def keep_value(self, name: str, value: dict[str, Any]) -> None:
         """Keeps a value in the place of an earlier one."""
-        if self._folder is None:
-            self._values[name] = value
-        else:
-            write_json(self._folder / f"{name}.json", value)
+        write_json(self._value_file(name), value)
+
+    def _value_file(self, name: str) -> Path:
+        assert self._folder is not None, "values are kept in a folder"
+        return self._folder / f"{name}.json"

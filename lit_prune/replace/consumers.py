@@ -76,7 +76,7 @@ def _rest(width: int, removed: list[int]) -> tuple[int, ...]:
 def _obstacle(module: nn.Module) -> str:
     """Why the input columns of `module` can neither be folded nor solved again, or ""."""
     if not axes.is_weighted(module):
-        return f"it is a {type(module).__name__}, whose weights are not known to be those of an affine map"
+        return f"it is a {type(module).__name__}, which has no weights that are known to be those of an affine map"
     if not is_solvable(module):
         return "its convolution is grouped"
     return ""

@@ -135,6 +135,7 @@ class _Race:
         self.optimizer = torch.optim.Adam(self.parameters, settings.learning_rate)
         self.average = copy.deepcopy([p.detach() for p in self.parameters])
         self.best, self.checks, self.steps = copy.deepcopy(self.average), 0, 0
+        self.wanted = self._predictions(original)
         self.scale = 1.0
         self.scale = 1 / max(self._distortion(None), torch.finfo(torch.float32).tiny)  # the prediction's own variance
         self.before = self.least = self._distortion(self.reduced)
@@ -189,6 +190,5 @@ class _Race:
 
     def _distortion(self, model: nn.Module | None) -> float:
         """Mean squared change of the held-out prediction, scaled; without a model its variance."""
-        wanted = self._predictions(self.original)
-        other = wanted.mean(0) if model is None else self._predictions(model)
-        return self.scale * float((wanted - other).square().sum(1).mean())
+        other = self.wanted.mean(0) if model is None else self._predictions(model)
+        return self.scale * float((self.wanted - other).square().sum(1).mean())

@@ -24,12 +24,14 @@ class StandInMethod(Named):
         curvatures: values of `Replacement.curvature` where the objective is one of a loss.
         changes: whether it changes the layers that read what goes; those that cannot be changed are then refused.
         carries: whether a carrier may hold its constants (`Replacement.border`).
+        renews: whether it puts BatchNorm statistics right too, so that a stage need not recalibrate them.
     """
 
     objectives: ClassVar[tuple[str, ...]] = ("distortion",)
     curvatures: ClassVar[tuple[str, ...]] = ("gauss_newton",)
     changes: ClassVar[bool] = True
     carries: ClassVar[bool] = False
+    renews: ClassVar[bool] = False
 
     def put(self, job: Job, batches: Sequence[Any], settings: Replacement) -> Done:
         """Fills the places in `job.reduced`, in place.

@@ -147,6 +147,8 @@ class Delete(StandInMethod):
 class Refit(StandInMethod):
     """The readers solved again, layer after layer, against the dense network's outputs."""
 
+    renews = True
+
     def put(self, job: Job, batches: Sequence[Any], settings: Replacement) -> Done:
         """See `refit`."""
         names = [reader.name for reader in job.losing()]

@@ -30,10 +30,12 @@ def draw_plane(run: RunFolder) -> Picture:
     figure = new_figure(0.7 + 2.5 * len(layers))
     widths = table.groupby(["layer", "epoch"])["channel"].transform("size")
     titles = {epoch: _epoch_title(epoch) for epoch in sorted(table["epoch"].unique())}
-    frames = epoch_frames(live.assign(width=widths), titles, layer_order(live), layers) if len(titles) > 1 else None
-    grid = figure.subplots(len(layers), len(epochs), sharex="row", sharey="row", squeeze=False)
     overlap = live.loc[live["layer"].isin(layers), "peer_overlap"].dropna()
-    norm = Normalize(0.0, max(float(overlap.quantile(0.98)) if len(overlap) else 0.0, 1e-9))
+    most = max(float(overlap.quantile(0.98)) if len(overlap) else 0.0, 1e-9)
+    norm, frames = Normalize(0.0, most), None
+    if len(titles) > 1:
+        frames = epoch_frames(live.assign(width=widths), titles, layer_order(live), layers, most)
+    grid = figure.subplots(len(layers), len(epochs), sharex="row", sharey="row", squeeze=False)
     for row, layer in zip(grid, layers, strict=True):
         of_layer = live[live["layer"] == layer]
         panels = [of_layer[of_layer["epoch"] == epoch].set_index("channel") for epoch in epochs]

@@ -15,7 +15,9 @@ SHORTEST = 5  # epochs that are always kept
 AXES = ("input_capture", "task_information", "peer_overlap")
 
 
-def epoch_frames(live: pd.DataFrame, titles: dict[int, str], layers: Sequence[str], first: Sequence[str]) -> dict:
+def epoch_frames(
+    live: pd.DataFrame, titles: dict[int, str], layers: Sequence[str], first: Sequence[str], most_overlap: float
+) -> dict:
     """Returns the frames of the page's slider as plain values.
 
     Args:
@@ -23,6 +25,7 @@ def epoch_frames(live: pd.DataFrame, titles: dict[int, str], layers: Sequence[st
         titles: of each epoch, in order.
         layers: in forward order.
         first: layers that are kept where not all fit.
+        most_overlap: where the colours end, in nats.
 
     Returns:
         `titles`; `overlap`, where the colours end; `colours`, from no overlap to that; `layers`, each with its `name`
@@ -31,10 +34,9 @@ def epoch_frames(live: pd.DataFrame, titles: dict[int, str], layers: Sequence[st
     """
     epochs, layers = _fitting(live, list(titles), layers, first)
     groups = dict(tuple(live.groupby(["layer", "epoch"])))
-    overlap = live["peer_overlap"].dropna()
     return {
         "titles": [titles[epoch] for epoch in epochs],
-        "overlap": max(float(overlap.quantile(0.98)) if len(overlap) else 0.0, 1e-9),
+        "overlap": most_overlap,
         "colours": [to_hex(drawing.OVERLAP_COLOURS(share)) for share in np.linspace(0, 1, 16)],
         "layers": [
             {"name": name, "frames": [_frame(groups.get((name, epoch))) for epoch in epochs]} for name in layers

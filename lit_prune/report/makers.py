@@ -21,7 +21,7 @@ MAKERS = (
     (r"lesions?\b", "lit-prune lesion --run_dir {run}", SAME),
     (r"sensitivity", "lit-prune sensitivity --run_dir {run}", SAME),
     (r"sweep", "lit-prune sweep -c sweep_cifar --run_dir {run}", ""),
-    (r"reduction\.json with the extra 'stress'", "lit-prune reduce", "with stress: true"),
+    (r"reduction\.json with the extra 'stress'", "lit-prune reduce --run_dir {run} --request.extras '[stress]'", SAME),
     (r"reduction\.json(?! with the extra)", "lit-prune reduce -c reduce_mnist_mlp --run_dir {run}", ""),
 )
 """Pattern of an absent input, the command that makes it, and with what."""

@@ -58,7 +58,7 @@ def register_section(key: str, title: str, place: int) -> Callable[[Build], Buil
     """Puts the decorated function on the page; see `Section`."""
 
     def register(build: Build) -> Build:
-        SECTIONS.add(key, Section(key, title, place, build))
+        SECTIONS.add(key, Section(key, title, place, build), build)
         return build
 
     return register

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from lit_prune.registry import Registry
 from lit_prune.scores.evidence import Evidence
 
 Axis = Literal["local", "target", "baseline", "mixed"]
@@ -38,7 +39,7 @@ class Score:
 
 
 OwnScore = Callable[[Evidence], dict[str, Tensor]]
-SCORES: dict[str, Score] = {}  # filled by `register_score`
+SCORES: Registry[Score] = Registry("score")
 _Function = TypeVar("_Function", bound=Callable[..., dict[str, Tensor]])
 
 
@@ -53,14 +54,11 @@ def register_score(
     """Puts the decorated function among the `SCORES`, under its own name or `name`; the fields of `Score` otherwise.
 
     Raises:
-        ValueError: another function has the name.
+        ValueError: a function that is written elsewhere has the name.
     """
 
     def register(function: _Function) -> _Function:
-        key = name or function.__name__
-        if key in SCORES and SCORES[key].function is not function:
-            raise ValueError(f"two scores are named {key!r}; give one of them name=")
-        SCORES[key] = Score(function, axis, cost, defaults, needs)
+        SCORES.add(name or function.__name__, Score(function, axis, cost, defaults, needs), function)
         return function
 
     return register

@@ -23,6 +23,7 @@ from lit_prune.structure.groups import ChannelGraph, Group
 from lit_prune.structure.masking import mask_channels, plan_masks
 from lit_prune.structure.plan import Plan
 from lit_prune.structure.ranking import Budget, Ranks, group_scores, selected_groups
+from lit_prune.structure.record import example_input
 
 
 def plan_method(
@@ -56,7 +57,7 @@ def plan_method(
     else:
         plan_at = partial(plan_channels, graph, cost_model, ranks)
     if find_budget(request.kind).measured and request.allocation != "layerwise":
-        plan = plan_measured(evidence.model, plan_at, request, evidence.example.args[0])
+        plan = plan_measured(evidence.model, plan_at, request, example_input(evidence.example))
     else:
         plan = plan_at(request)
     return replace(plan, notes={**plan.notes, "method": method if isinstance(method, str) else find_score(method).name})
@@ -121,9 +122,8 @@ def channel_sparsity(graph: ChannelGraph, cost_model: CostModel, request: Budget
     """
     if request.kind == "channels" and not isinstance(request.keep, Mapping):
         return 1 - request.keep
-    kind = "macs" if find_budget(request.kind).measured else request.kind
     allocation = "uniform" if request.allocation in ("global", "measured") else request.allocation
     groups = selected_groups(graph, request)
     zeros = {name: torch.zeros(graph.widths[name, "out"]) for group in groups for name in group.producers}
-    plan = plan_channels(graph, cost_model, zeros, replace(request, kind=kind, allocation=allocation))
+    plan = plan_channels(graph, cost_model, zeros, replace(_arithmetic(request), allocation=allocation))
     return sum(len(plan.removed(group.name)) for group in groups) / sum(group.size for group in groups)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lit_prune.replace import Replacement
-from lit_prune.replace.replacement import refitted
+from lit_prune.replace.replacement import refitted, take_batches
 from lit_prune.running import undisturbed
 from lit_prune.scores.evidence import Evidence
 from lit_prune.structure import ChannelGraph, Plan
@@ -66,7 +66,8 @@ def plan_parts(graph: ChannelGraph, plan: Plan) -> list[list[str]]:
 
 def _samples(evidence: Evidence) -> tuple[list[Any], list[Any]]:
     """Samples to solve with, and others to judge by; the same where there is one only."""
-    task, batches = evidence.task, list(evidence.batches)
+    task = evidence.task
+    batches = take_batches(evidence.batches, 2 * IMAGES, task)
     half = min(IMAGES, sum(map(task.size, batches)) // 2)
     taken: tuple[list[Any], list[Any]] = ([], [])
     counts = [0, 0]

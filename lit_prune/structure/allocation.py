@@ -237,16 +237,16 @@ def plan_measured(model: nn.Module, plan_at: Callable[[Budget], Plan], request: 
     ratio, plan = best or min(trials, key=lambda pair: pair[0])
     reason = "" if best else f"the best of {MEASURED_TRIALS} trials still takes {ratio:.3f} of the dense {request.kind}"
     notes = {"budget": request.kind, "requested": request.share, "achieved": ratio, "met": not reason, "reason": reason}
-    notes |= {"spread": _spread(dense, request.kind), "macs_achieved": plan.notes["achieved"]}
+    notes |= {"spread": _spread(dense, request.kind, quantity.unit), "macs_achieved": plan.notes["achieved"]}
     return replace(plan, notes={**plan.notes, **notes})
 
 
-def _spread(values: Sequence[float], kind: str) -> float:
+def _spread(values: Sequence[float], kind: str, unit: str) -> float:
     """Range over median of repeated measurements; warns where the device has no stable timing."""
     spread = (max(values) - min(values)) / float(np.median(values))
     if spread > STABLE:
         warnings.warn(
-            f"{kind}: the dense network took {min(values):.3g} to {max(values):.3g} in {len(values)} "
+            f"{kind}: the dense network took {min(values):.3g} to {max(values):.3g} {unit} in {len(values)} "
             f"measurements, a spread of {spread:.0%}; the budget is met no more exactly than that: "
             "repeat it on an idle device, or give budget='macs'",
             stacklevel=3,

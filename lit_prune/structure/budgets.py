@@ -24,11 +24,13 @@ class Quantity(Named):
 
     Attributes:
         measured: whether it has to run the network.
+        unit: of its values, for messages.
         of_network: whether a network has such a cost, so that a stage keeps a share of the dense one's; else a stage
             keeps a share of what is there.
     """
 
     measured: ClassVar[bool] = False
+    unit: ClassVar[str] = ""
     of_network: ClassVar[bool] = True
 
     def check(self, example_input: Any) -> None:
@@ -125,6 +127,7 @@ class Latency(Quantity):
     """Seconds of a forward pass of the example, measured."""
 
     measured = True
+    unit = "s"
 
     def check(self, example_input: Any) -> None:
         """One tensor, since a batch of it is made."""

@@ -108,7 +108,9 @@ class Budget:
                 f"allocation={self.allocation!r} does not go with keep={self.keep!r}; 'layerwise' takes a dict "
                 "{group: share kept}, the others one number"
             )
-        for share in self.shares.values() if self.shares else (self.share,):
+        if isinstance(self.keep, Mapping) and not self.keep:
+            raise InputError("keep={}: give the share to keep of one group at least")
+        for share in self.shares.values() if isinstance(self.keep, Mapping) else (self.share,):
             if not 0 < share <= 1:
                 raise InputError(f"budget outside (0,1]: keep={share}; give the share to keep, such as 0.5")
 

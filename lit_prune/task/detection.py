@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
+from lit_prune.running import modes_kept
 from lit_prune.structure.example import Example
 from lit_prune.task.base import Task, register_task
 from lit_prune.task.batches import describe
@@ -142,11 +143,7 @@ def watched_heads(model: nn.Module) -> Iterator[list[Tensor]]:
 def _asked_for_losses(model: nn.Module) -> Iterator[None]:
     """Training flags on for the network and the parts that torchvision's detection code defines, for nothing else."""
     asked = [m for m in model.modules() if m is model or type(m).__module__.startswith(PROTOCOL)]
-    flags = [module.training for module in asked]
-    try:
+    with modes_kept(model):
         for module in asked:
             module.training = True
         yield
-    finally:
-        for module, flag in zip(asked, flags, strict=True):
-            module.training = flag

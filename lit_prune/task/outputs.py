@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from enum import Enum
 from typing import Any
 
 import torch
@@ -32,18 +33,33 @@ def answer(output: Any) -> Tensor:
     raise InputError(f"model: its output is {describe(output)}, without a tensor of floats to read; give task=")
 
 
-def answers(output: Any) -> list[Tensor]:
-    """Every tensor of floats in an output, in order; losses, auxiliary heads and hidden states are left aside."""
+def answers(output: Any, inside: frozenset[int] = frozenset()) -> list[Tensor]:
+    """Every tensor of floats in an output, in order; losses, auxiliary heads and hidden states are left aside.
+
+    Args:
+        output: of a network.
+        inside: ids of what the output is a part of.
+    """
     if isinstance(output, Tensor):
         return [output] if output.is_floating_point() and output.ndim else []
+    parts = _parts(output, inside)
     if isinstance(output, Mapping):
-        named = [output[key] for key in ("logits", "out") if isinstance(output.get(key), Tensor)]
-        values = named[:1] or [value for key, value in output.items() if key not in ASIDE]
-    elif isinstance(output, list | tuple):
-        values = list(output)
-    else:
-        values = list(vars(output).values()) if hasattr(output, "__dict__") else []
-    return [tensor for value in values for tensor in answers(value)]
+        named = [name for name in ("logits", "out") if isinstance(output.get(name), Tensor)]
+        parts = {name: value for name, value in parts.items() if name not in ASIDE and name in (named[:1] or parts)}
+    return [tensor for value in parts.values() for tensor in answers(value, inside | {id(output)})]
+
+
+def _parts(output: Any, inside: frozenset[int]) -> dict[Any, Any]:
+    """What an output holds, by name or place; nothing of a class, an enumeration, or what it is itself a part of."""
+    if isinstance(output, type | Enum) or id(output) in inside:
+        return {}
+    if isinstance(output, Mapping):
+        return dict(output)
+    if isinstance(output, list | tuple):
+        return dict(enumerate(output))
+    if is_dataclass(output):
+        return {field.name: getattr(output, field.name) for field in fields(output)}
+    return dict(vars(output)) if hasattr(output, "__dict__") else {}
 
 
 def joined(output: Any) -> Tensor:
@@ -63,19 +79,14 @@ def joined(output: Any) -> Tensor:
     return values[0] if len(values) == 1 else torch.cat([value.flatten(1) for value in values], 1)
 
 
-def named_outputs(output: Any, name: str = "") -> dict[str, Tensor]:
+def named_outputs(output: Any, name: str = "", inside: frozenset[int] = frozenset()) -> dict[str, Tensor]:
     """Every tensor of floats with a sample axis in an output, by its place in dicts, tuples, lists and dataclasses."""
     if isinstance(output, Tensor):
         return {name: output} if output.is_floating_point() and output.ndim else {}
-    if isinstance(output, Mapping):
-        items = list(output.items())
-    elif isinstance(output, list | tuple):
-        items = list(enumerate(output))
-    elif is_dataclass(output):
-        items = [(field.name, getattr(output, field.name)) for field in fields(output)]
-    else:
-        items = list(vars(output).items()) if hasattr(output, "__dict__") else []
-    return {k: v for key, item in items for k, v in named_outputs(item, f"{name}.{key}").items()}
+    found: dict[str, Tensor] = {}
+    for key, part in _parts(output, inside).items():
+        found |= named_outputs(part, f"{name}.{key}", inside | {id(output)})
+    return found
 
 
 def shared_outputs(one: Any, other: Any) -> list[tuple[Tensor, Tensor]]:

@@ -18,6 +18,7 @@ from lit_prune.running import modes_kept
 from lit_prune.task.batches import are_images, size_of, slice_batch
 from lit_prune.train.locate import network_at
 
+STILL = ("zero_grad", "load_state_dict", "add_param_group")
 BY_HAND = ("manual_backward", "toggle_optimizer", "untoggle_optimizer", "clip_gradients")
 COUNTS = ("_update_count", "_computed", "_forward_cache")  # of a metric of torchmetrics
 STEPS = {"training_step": "training", "validation_step": "validating"}
@@ -170,15 +171,30 @@ def _state_of(metric: Metric) -> dict[str, Any]:
 
 
 class _Still:
-    """In the place of an optimizer or a schedule: nothing moves."""
+    """In the place of an optimizer or a schedule: it can be read, and nothing moves."""
+
+    def __init__(self, found: Any) -> None:
+        self.found = found
+        self.param_groups = [dict(group) for group in getattr(found, "param_groups", ())]
+
+    def step(self, closure: Any = None, **_: Any) -> Any:
+        """Calls the closure, which may be what calls the network."""
+        return closure() if callable(closure) else None
+
+    @contextmanager
+    def toggle_model(self, sync_grad: bool = True) -> Iterator[None]:
+        """Toggles nothing."""
+        yield
 
     def __getattr__(self, name: str) -> Any:
-        return _silent
+        return _silent if name in STILL else getattr(self.found, name)
 
 
 def _still(found: Any) -> Any:
     """As many as there are."""
-    return [_Still() for _ in found] if isinstance(found, list) else _Still()
+    if isinstance(found, list):
+        return [_Still(one) for one in found]
+    return None if found is None else _Still(found)
 
 
 def _silent(*_: Any, **__: Any) -> None:

@@ -58,7 +58,7 @@ def evaluate(
     if refusal is not None:
         raise refusal
     if refused or added is None:
-        raise InputError(f"evaluation: {refused:.0f} other ranks have no batch that they can use; give more samples")
+        raise InputError(f"evaluation: {refused:.0f} other ranks refused their samples; their own line says why")
     known, sums, ends = added
     together = torch.cat([sums.flatten(), ends.to(sums.device)]).cpu()  # the one time that it waits for the device
     together = together if reduce is None else reduce(together)

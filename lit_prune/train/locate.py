@@ -4,11 +4,12 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
+from lit_prune.train.rewire import configure_network
 
 USUAL_NAMES = ("backbone", "model", "net", "network")
 NEARLY_ALL = 0.95  # of the parameters
@@ -42,18 +43,24 @@ def find_path(module: nn.Module, given: str | None = None) -> str:
     raise InputError(f"network: {kind} holds several; name one by network=: {candidates}")
 
 
-def when_built(module: LightningModule, given: str | None, begin: Callable[[], None]) -> None:
-    """Calls `begin` now, or, where the network is not there yet, as soon as the module's own `setup` has run.
+def when_built(trainer: Trainer, given: str | None, begin: Callable[[], None]) -> None:
+    """Calls `begin` now, or, where the network is not there yet, as soon as the module's own hooks have built it.
 
-    Lightning calls the `setup` of callbacks first, and many modules build their network in their own.
+    Lightning calls the `setup` of callbacks first, then the module's, then its `configure_model`; many modules build
+    their network in one of these.
 
     Args:
-        module: the module.
+        trainer: of the module.
         given: path of the network; None: it is there when the module has parameters.
         begin: finds the network, or refuses.
     """
+    module = trainer.lightning_module
     there = _parameters(module) if given is None else given in dict(module.named_modules())
-    if there or not is_overridden("setup", module):
+    if not is_overridden("setup", module):
+        configure_network(trainer)
+        begin()
+        return
+    if there:
         begin()
         return
     own = module.setup
@@ -62,6 +69,7 @@ def when_built(module: LightningModule, given: str | None, begin: Callable[[], N
     def setup(stage: str) -> None:
         own(stage)
         module.__dict__.pop("setup", None)
+        configure_network(trainer)
         begin()
 
     module.__dict__["setup"] = setup

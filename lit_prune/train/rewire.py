@@ -53,7 +53,7 @@ def check_supported(trainer: Trainer) -> None:
                 raise InputError(f"callback {type(callback).__name__} {reason}; remove it from trainer.callbacks")
 
 
-def build_network(trainer: Trainer) -> None:
+def configure_network(trainer: Trainer) -> None:
     """Calls the module's `configure_model`, as Lightning does after the callbacks' `setup`; it may be called twice."""
     if is_overridden("configure_model", trainer.lightning_module):
         with trainer.strategy.tensor_init_context(), trainer.precision_plugin.module_init_context():

@@ -72,8 +72,14 @@ class Samples:
         Raises:
             InputError: on every rank where one has none: the others would wait for it for ever.
         """
-        found, ranks = next(iter(self), None), self.trainer.world_size
+        found, missed, ranks = None, None, self.trainer.world_size
+        try:
+            found = next(iter(self), None)
+        except NotCalledError as error:
+            missed = error
         without = int(sum_over_ranks(self.trainer, torch.tensor([float(found is None)])))
+        if missed is not None:
+            raise missed
         if without or found is None:
             which = f" on {without} of {ranks} ranks; give more samples, or fewer devices" if ranks > 1 else ""
             raise InputError(f"{self.origin}: it holds no batch{which or '; give at least one'}")

@@ -79,7 +79,10 @@ def _check_blocks(
     """The most expensive blocks go first here, so that a budget that they do not meet cannot be met."""
     if not blocks:
         raise InputError(f"stage blocks: {type(network).__name__} has no block that could go; use a ChannelStage")
-    if first or (whole and stage.keep_blocks is not None):
+    quantity = find_budget(stage.budget or "macs")
+    quantity.check(example)
+    counted = stage.keep is None or not quantity.measured
+    if (first and counted) or (whole and stage.keep_blocks is not None):
         sizes = {block.name: -_size(network, block) for block in blocks}
         choose_blocks(network, stage, blocks, sizes, example, dense_costs(network, example, budgets_of([stage])))
 

@@ -167,7 +167,7 @@ def cut(
 
 
 def plan_stage(model: nn.Module, stage: Stage, batches: Batches, dense: Costs, probe: Probe) -> Plan:
-    """Plan of any stage; see `plan_blocks` and `plan_channels`."""
+    """Plan of any stage; see `plan_block_stage` and `plan_channel_stage`."""
     if isinstance(stage, BlockStage):
         return plan_block_stage(model, stage, batches, dense, probe)
     assert isinstance(stage, ChannelStage), "a stage is one of the two"

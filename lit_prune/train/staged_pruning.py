@@ -23,7 +23,7 @@ from lit_prune.train.locate import check_replaceable, copies_of, find_path, when
 from lit_prune.train.logged import log_compact
 from lit_prune.train.phase_optimizer import PhaseOptimizer
 from lit_prune.train.phases import check_epochs, total_epochs
-from lit_prune.train.rewire import build_network, check_supported
+from lit_prune.train.rewire import check_supported
 from lit_prune.train.stage_checks import check_stages, check_teacher
 from lit_prune.train.stage_record import (
     check_done,
@@ -114,8 +114,7 @@ class StagedPruning(StagedRun):
         Raises:
             InputError: no network found, epochs out of order or beyond the run, strategy or callback refused.
         """
-        build_network(trainer)
-        when_built(pl_module, self.network, lambda: self._attach(trainer, pl_module, stage))
+        when_built(trainer, self.network, lambda: self._attach(trainer, pl_module, stage))
 
     def _attach(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         path = find_path(pl_module, self.network)
@@ -177,6 +176,7 @@ class StagedPruning(StagedRun):
         if not self._checked:
             self.surgeon.meet(trainer, self.subject)
             self._check_stages()
+        if not is_trial(trainer):
             self.figures.check(trainer, self.subject.path)
         self._warn_of_copies(trainer, pl_module)
         late = [s for s in self.stages[len(self.records) :] if s.epoch < trainer.current_epoch]

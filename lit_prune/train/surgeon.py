@@ -10,6 +10,7 @@ from lightning.pytorch import Trainer
 from torch import nn
 
 from lit_prune.errors import InputError
+from lit_prune.replace import find_stand_in
 from lit_prune.structure import Plan, cost
 from lit_prune.task import Task, Unlabelled
 from lit_prune.train.batchnorm import recalibrate_batchnorm
@@ -20,7 +21,7 @@ from lit_prune.train.rewire import begin_anew, rewired, share_state
 from lit_prune.train.samples import Samples, calibration_samples, recalibration_samples
 from lit_prune.train.stage_plans import Probe, cut, dense_costs, plan_stage
 from lit_prune.train.stage_record import figures_of, note_cost, plain
-from lit_prune.train.stages import ChannelStage, Stage, budgets_of
+from lit_prune.train.stages import Stage, budgets_of
 from lit_prune.train.subject import Subject
 
 RECALIBRATION_BATCHES = 50
@@ -117,7 +118,7 @@ class Surgeon:
         """Training batches for new statistics after a stage, or of the dense network."""
         if self.recalibration_batches is not None:
             return self.recalibration_batches
-        return 0 if isinstance(stage, ChannelStage) and stage.replace == "refit" else RECALIBRATION_BATCHES
+        return 0 if stage is not None and find_stand_in(stage.stands_in).renews else RECALIBRATION_BATCHES
 
     def _recalibrate(self, trainer: Trainer, subject: Subject, limit: int) -> None:
         """New BatchNorm statistics from training batches, by rank 0 for all; nothing for 0 batches."""

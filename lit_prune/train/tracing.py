@@ -17,7 +17,6 @@ from lit_prune.task import Task
 from lit_prune.train.capture import Seen
 from lit_prune.train.locate import find_path, network_at, when_built
 from lit_prune.train.module_task import ModuleTask, task_in
-from lit_prune.train.rewire import build_network
 from lit_prune.train.samples import Samples, calibration_samples
 
 
@@ -68,8 +67,7 @@ class Trace(Callback, ABC):
         Raises:
             InputError: there is none, or more than one that it could be.
         """
-        build_network(trainer)
-        when_built(pl_module, self.chosen.network, lambda: self._find(pl_module))
+        when_built(trainer, self.chosen.network, lambda: self._find(pl_module))
 
     def _find(self, pl_module: LightningModule) -> None:
         self.path = find_path(pl_module, self.chosen.network)

@@ -69,6 +69,7 @@ class Page(HTMLParser):
 def without_drawing(monkeypatch):
     """Figures are made but not rendered: the tests that use this look at the text of the page."""
     monkeypatch.setattr("lit_prune.report.page.render_svg", lambda figure, name: "<svg></svg>")
+    monkeypatch.setattr("lit_prune.report.page.render_png", lambda figure: b"")
 
 
 def test_full_run_shows_every_section_in_order_and_misses_none(page: str):
@@ -134,11 +135,11 @@ def test_the_slider_leaves_out_epochs_and_then_layers_before_the_page_grows_heav
     names = ["a", "b", "c"]
     rows = [(name, epoch, channel) for name in names for epoch in range(20) for channel in range(4)]
     live = pd.DataFrame(rows, columns=["layer", "epoch", "channel"]).assign(width=4, **dict.fromkeys(AXES, 1.0))
-    frames = epoch_frames.epoch_frames(live, {i: str(i) for i in range(20)}, names, ["b"])
+    frames = epoch_frames.epoch_frames(live, {i: str(i) for i in range(20)}, names, ["b"], 1.0)
     assert frames["titles"][0] == "0" and frames["titles"][-1] == "19" and len(frames["titles"]) == 5
     assert [layer["name"] for layer in frames["layers"]] == names
     monkeypatch.setattr(epoch_frames, "MOST_CHANNELS", 20)
-    frames = epoch_frames.epoch_frames(live, {i: str(i) for i in range(20)}, names, ["b"])
+    frames = epoch_frames.epoch_frames(live, {i: str(i) for i in range(20)}, names, ["b"], 1.0)
     assert [layer["name"] for layer in frames["layers"]] == ["b"]
 
 

@@ -48,7 +48,7 @@ def test_a_place_without_a_function_is_one_line(name):
 
 
 def test_a_name_is_taken_once():
-    with pytest.raises(ValueError, match="two scores are named 'random'"):
+    with pytest.raises(ValueError, match="score: two things are named 'random'"):
         register_score("baseline", name="random")(first_kept)
 
 

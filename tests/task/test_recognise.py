@@ -1,3 +1,6 @@
+from enum import Enum
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -17,6 +20,7 @@ from lit_prune.task import (
     recognise,
     settle,
 )
+from lit_prune.task.outputs import answers, named_outputs
 
 X = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 3, 1, 2, 3])
@@ -149,6 +153,16 @@ def test_what_needs_no_targets_does_not_mind_strange_ones():
         score(model, "taylor", [(X, torch.randn(7, 3))])
     with pytest.raises(InputError, match="'unlabelled' has no loss"):
         score(model, "taylor", [X])
+
+
+def test_an_output_that_holds_itself_or_an_enumeration_is_read_to_its_end():
+    class Kind(Enum):
+        LOGITS = 1
+
+    answered = SimpleNamespace(kind=Kind.LOGITS, logits=torch.ones(2, 3))
+    answered.itself = answered
+    assert [tuple(values.shape) for values in answers(answered)] == [(2, 3)]
+    assert list(named_outputs([answered, answered])) == [".0.logits", ".1.logits"]
 
 
 def test_a_task_can_be_named():

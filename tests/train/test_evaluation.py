@@ -38,5 +38,5 @@ def test_where_one_rank_has_no_batch_every_rank_says_so_and_none_waits(tiny_net,
     with pytest.raises(InputError, match="batch"):
         evaluate(tiny_net, [], lambda sums: told.append(sums) or sums, task)
     assert [sums.tolist() for sums in told] == [[1.0]]
-    with pytest.raises(InputError, match="1 other ranks have no batch"):
+    with pytest.raises(InputError, match="1 other ranks refused"):
         evaluate(tiny_net, [(torch.randn(2, 3, 8, 8), torch.tensor([0, 1]))], lambda sums: sums + told[0], task)

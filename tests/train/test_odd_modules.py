@@ -179,6 +179,7 @@ def test_batches_that_cannot_be_taken_apart_are_cut_without_a_loss_and_refused_i
     with pytest.raises(InputError, match=said) as raised:
         trainer(tmp_path, pruning(score="taylor", monitor="val/acc"), epochs=2).fit(OfAClass(), *samples(Opaque))
     assert "\n" not in str(raised.value)
+    trainer(tmp_path, AxisTrace(task="unlabelled"), epochs=1).fit(OfAClass(), *samples(Opaque))
     with pytest.warns(UserWarning, match=said):
         trainer(tmp_path, AxisTrace(), epochs=1).fit(OfAClass(), *samples(Opaque))
     table = pd.read_parquet(tmp_path / "trace" / "epoch=000.parquet")

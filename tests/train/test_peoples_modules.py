@@ -73,6 +73,23 @@ def test_a_network_that_is_built_after_init_is_found_cut_and_resumed(tmp_path, k
         assert is_cut(load_pruned(kind, best.last_model_path).net)
 
 
+class SetUpThenConfigured(modules.Classifier):
+    """`configure_model` reads what `setup` has made, as Lightning calls them in that order."""
+
+    def setup(self, stage):
+        self.width = 3
+
+    def configure_model(self):
+        self.unused = self.width
+
+
+def test_configure_model_is_called_after_the_modules_own_setup(tmp_path):
+    trainer(tmp_path, AxisTrace(), pruning(monitor="val/acc"), epochs=2).fit(
+        module := SetUpThenConfigured(), *loaders()
+    )
+    assert is_cut(module.net)
+
+
 def test_setup_that_builds_no_network_is_refused(tmp_path):
     class Without(Deferred):
         def setup(self, stage):
@@ -181,6 +198,28 @@ def test_a_step_that_is_followed_to_the_network_optimizes_nothing_on_the_way(tmp
         found.append((run.global_step, torch.cat([p.flatten() for p in module.parameters()])))
     assert found[0][0] == found[1][0] == 9
     assert torch.equal(found[0][1], found[1][1])
+
+
+class Careful(Gan):
+    """Sets a rate, toggles and asks for schedules before its generator is called, inside a closure."""
+
+    def training_step(self, batch, batch_idx):
+        first, _ = self.optimizers()
+        assert self.lr_schedulers() is None
+        for group in first.param_groups:
+            group["lr"] = 1e-4
+        with first.toggle_model():
+            first.step(lambda: self.loss(len(batch[0])))
+
+    def loss(self, count):
+        loss = F.softplus(-self.critic(self.generator(torch.randn(count, 4, 1, 1)))).mean()
+        self.manual_backward(loss)
+        return loss
+
+
+def test_optimizers_can_be_read_and_toggled_on_the_way_to_the_network(tmp_path):
+    trainer(tmp_path, AxisTrace(network="generator"), epochs=1).fit(Careful(), loaders()[0])
+    assert task_axis(tmp_path).isna().all()
 
 
 class Siamese(LightningModule):

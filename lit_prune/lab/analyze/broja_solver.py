@@ -54,7 +54,7 @@ class Problem:
         return row[:, :size].view_as(self.first), row[:, size:].view_as(self.second)
 
     def free(self) -> Tensor:
-        """Boolean [P, T·(A+B)]: multipliers to solve_broja for.
+        """Boolean [P, T·(A+B)]: multipliers to solve for.
 
         Those of empty marginals are left out, and one a target value, because α+k and β-k are the same point.
         """

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from lit_prune.registry import import_files
+from lit_prune.registry import Registry, import_files
 
 if TYPE_CHECKING:
     from lit_prune.lab.analyze.evidence import Analysis
@@ -35,14 +35,15 @@ class Part:
     settings: tuple[str, ...] = ()
 
 
-PARTS: dict[str, Part] = {BASE: Part(lambda analysis: {"channels": analysis.channels}, ("channels",))}
+PARTS: Registry[Part] = Registry("extras")
+PARTS.add(BASE, Part(lambda analysis: {"channels": analysis.channels}, ("channels",)))
 
 
 def register_extra(*outputs: str, settings: tuple[str, ...] = ()) -> Callable[[Build], Build]:
     """Function decorator: an extra of `analyze` under the function's name, see `Part`."""
 
     def register(build: Build) -> Build:
-        PARTS[build.__name__] = Part(build, outputs, settings)
+        PARTS.add(build.__name__, Part(build, outputs, settings), build)
         return build
 
     return register

@@ -64,12 +64,12 @@ class DenseNetwork:
 
     def judge(self, small: nn.Module) -> dict[str, float]:
         """`figure`, `loss` (how much worse than dense) and `agreement` of a smaller network."""
-        comparison = Comparison()
+        comparison = Comparison(self.task)
         with undisturbed(self.model), undisturbed(small):
             for batch in self.evaluation:
                 pair = (self.task.run(net, self.task.to(batch, net)) for net in (self.model, small))
-                comparison.add(self.task, *pair, batch)
-        figures, name = comparison.figures(self.task), self.task.metric_name
+                comparison.add(*pair, batch)
+        figures, name = comparison.figures(), self.task.metric_name
         dense, compact = (figures.get(which, {}).get(name, float("nan")) for which in ("dense", "compact"))
         loss = dense - compact if self.task.higher_is_better else compact - dense
         return {"figure": compact, "loss": loss, "agreement": comparison.distances()["agreement"]}

@@ -44,7 +44,6 @@ class LayerType:
     """All that is known of a type of layer whose channels may be cut.
 
     Attributes:
-        name: under which it is registered.
         modules: classes of the modules that are of the type; `fits` may say more.
         sort: "mixing" where channels end and begin (axes "in" and "out"); "channelwise" where they pass one by one
             (axis "out"); "statistics" likewise, but for statistics over all of them (role "width"); "closed" where they
@@ -55,7 +54,6 @@ class LayerType:
         is_trunk: whether it is found on the way around residual blocks alone.
     """
 
-    name: str = ""
     modules: ClassVar[tuple[type[nn.Module], ...]] = ()
     sort: ClassVar[Sort] = "channelwise"
     parameters: ClassVar[tuple[str, ...]] = ("weight", "bias")
@@ -154,8 +152,7 @@ def register_layer(name: str) -> Callable[[type[LayerType]], type[LayerType]]:
     """Class decorator: modules may be of this type; it is asked before those registered earlier."""
 
     def register(cls: type[LayerType]) -> type[LayerType]:
-        cls.name = name
-        LAYERS.add(name, cls())
+        LAYERS.add(name, cls(), cls)
         return cls
 
     return register

@@ -1,13 +1,10 @@
 """Padded shortcuts: no weights, a table that ties the two sides."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lit_prune.models.cifar_resnet import PaddedShortcut
 from lit_prune.structure.layers.base import LayerType, register_layer
-
-if TYPE_CHECKING:
-    from lit_prune.structure.following import Follower
 
 
 @register_layer("padded shortcut")
@@ -26,9 +23,3 @@ class Shortcut(LayerType):
     def cut(self, module: Any, axis: str, positions: Sequence[int]) -> None:
         """Entries of the table."""
         (module.prune_out if axis == "out" else module.prune_in)(positions)
-
-    def follow(self, follower: "Follower", name: str, module: Any, args: tuple, output: Any) -> None:
-        """Each side by itself."""
-        own, out = (follower.labels.axis(name, axis, self.width(module, axis)) for axis in ("in", "out"))
-        self.read(follower, module, args[0], own)
-        self.write(follower, module, output, out)
