@@ -159,6 +159,8 @@ def read_image(file: str | Path) -> Image.Image:
     try:
         with Image.open(file) as image:
             return _eight_bits(image).convert("RGB")
+    except FileNotFoundError:
+        raise InputError(f"image {file}: no such file") from None
     except BROKEN_IMAGE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"cannot decode the image {file} ({reason}); replace or delete the file") from error

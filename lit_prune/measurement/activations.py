@@ -35,6 +35,8 @@ PRECISION, EXACT = (  # name of their setting, its values that mean float32; the
 class Recording:
     """What `record` yields: `sums` so far, and `add_target` to call after each forward pass.
 
+    Pooled values wait for `add_target` in memory; where there are no task variables, give it [B, 0].
+
     A layer that runs more than once in a pass, or whose network is called more than once before `add_target`, adds a
     sample of each image every time, with the same T. Calls on more samples than there are images (windows, frames) are
     averaged over those of an image for the target axis.

@@ -9,6 +9,7 @@ from lit_prune.models import build_backbone
 from lit_prune.scores import SCORES, Evidence, find_score, plan_method, score
 from lit_prune.scores.planning import channel_sparsity
 from lit_prune.structure import Budget, CostModel, group_scores, make_plan
+from lit_prune.task import Custom
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +85,22 @@ def test_names_of_methods_are_read_through_their_parentheses():
         find_score("hybrid(tailor)")
     with pytest.raises(InputError, match=r"too many parameters; hybrid takes \(budgets, order\)"):
         find_score("hybrid(taylor,fpgm,random)")
+
+
+class Pair(torch.nn.Module):
+    """Reads two tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other, self.head = (torch.nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, one, other):
+        return self.head(torch.relu(self.one(one)) + torch.relu(self.other(other)))
+
+
+def test_what_is_measured_with_one_tensor_is_refused_for_a_network_of_two():
+    task = Custom(run=lambda model, batch: model(*batch), inputs=lambda batch: (tuple(batch), {}))
+    evidence = Evidence(Pair(), [(torch.rand(8, 4), torch.rand(8, 4))], task=task)
+    cost_model = CostModel.build(evidence.model, evidence.graph, evidence.example)
+    with pytest.raises(InputError, match="reads more than one tensor"):
+        plan_method(evidence, "magnitude", evidence.graph, cost_model, Budget("latency", 0.5))

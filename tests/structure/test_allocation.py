@@ -210,6 +210,7 @@ def test_a_device_without_stable_timing_is_told(build, random_ranks, monkeypatch
         ({"keep": -1}, "outside"),
         ({"keep": float("nan")}, "outside"),
         ({"keep": {"fc1": 0.5}}, "layerwise"),
+        ({"keep": {}, "allocation": "layerwise"}, "one group at least"),
         ({"allocation": "layerwise"}, "layerwise"),
         ({"kind": "flops"}, "macs"),
         ({"allocation": "best"}, "uniform"),
