@@ -62,8 +62,8 @@ def quantise_onnx(
 def _first(batches: Iterable[Tensor], limit: int) -> list[np.ndarray]:
     """The first images of batches, each [1, C, H, W]."""
     found: list[np.ndarray] = []
-    for batch in batches:
-        found += [image[None].numpy() for image in batch[: limit - len(found)].float().cpu()]
+    for images in batches:
+        found += [image[None].numpy() for image in images[: limit - len(found)].float().cpu()]
         if len(found) >= limit:
             break
     return found

@@ -128,18 +128,18 @@ def _trains(module: LightningModule) -> bool:
     return torch.is_grad_enabled() and (trainer is None or trainer.training)
 
 
-def _plus(output: Any, added: AddedLoss, module: LightningModule) -> Any:
+def _plus(returned: Any, added: AddedLoss, module: LightningModule) -> Any:
     """What the step returned, with the terms in its loss; None (a skipped step) stays None."""
-    if output is None:
+    if returned is None:
         return None
     total = added.total()
     if total is None:
-        return output
-    if isinstance(output, Tensor):
-        return output + total
-    if isinstance(output, Mapping) and isinstance(output.get("loss"), Tensor):
-        return {**output, "loss": output["loss"] + total}
+        return returned
+    if isinstance(returned, Tensor):
+        return returned + total
+    if isinstance(returned, Mapping) and isinstance(returned.get("loss"), Tensor):
+        return {**returned, "loss": returned["loss"] + total}
     raise InputError(
-        f"training_step of {type(module).__name__} returns {type(output).__name__}, to which no term can be added; "
+        f"training_step of {type(module).__name__} returns {type(returned).__name__}, to which no term can be added; "
         "return the loss, or a dict with the key loss"
     )

@@ -8,15 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
+from lit_prune.lab.reduce.images import TASK, Batches
 from lit_prune.lab.reduce.state import NetworkState
 from lit_prune.replace import Interchange, Replacement, Swaps
 from lit_prune.replace.heads import HEAD_SCORES, attention_with_heads, head_columns, measure_heads, remove_heads
 from lit_prune.replace.interchange import swap_units
 from lit_prune.replace.pairs import gather_images
-from lit_prune.task import Classification
 from lit_prune.train.evaluation import evaluate
-
-Batches = list[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ class AttentionSite:
         columns = [
             [head_columns([head], wide).tolist() for head in heads] for heads in (state.kept, range(len(state.kept)))
         ]
-        images = gather_images(test, swaps.images, Classification())
+        images = gather_images(test, swaps.images, TASK)
         found = swap_units((self.model, state.model), f"{self.name}.proj", columns, images, swaps)
         return evaluate(state.model, test).figure, found
 

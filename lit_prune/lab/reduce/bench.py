@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
@@ -13,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_prune.data.calibration import stratified_order
 from lit_prune.errors import InputError
 from lit_prune.lab.ledger import signature
+from lit_prune.lab.reduce.images import Batches, Images, first_images
 from lit_prune.lab.reduce.request import ReduceMethod, ReduceRequest
 from lit_prune.lab.reduce.sites import Site, find_site
 from lit_prune.structure import Plan, cost
@@ -23,37 +22,7 @@ from lit_prune.structure.networks import fingerprint
 from lit_prune.train.evaluation import evaluate
 
 CHECKED_IMAGES = 64  # on which the compiled network is compared with what was verified
-Batches = list[tuple[Tensor, Tensor]]
 Repairing = Callable[[nn.Module, nn.Module, Plan, Path], nn.Module]  # compiled, original, plan, folder
-
-
-@dataclass(frozen=True)
-class Images:
-    """Calibration images, from which each seed draws, and test images; batches of (images, labels)."""
-
-    calibration: Batches
-    test: Batches
-
-    def drawn(self, size: int, classes: tuple[int, ...] | None, seed: int) -> Batches:
-        """`size` calibration images of the classes, class-balanced, in batches as large as those given.
-
-        Raises:
-            InputError: there are fewer.
-        """
-        images = torch.cat([images for images, _ in self.calibration])
-        labels = torch.cat([labels for _, labels in self.calibration])
-        chosen = torch.arange(len(labels))
-        if classes is not None:
-            chosen = chosen[torch.isin(labels, torch.tensor(classes))]
-        if len(chosen) < size:
-            of = "" if classes is None else f" of classes {list(classes)}"
-            raise InputError(
-                f"request.calibration_sizes={size}: there are {len(chosen)} calibration images{of}; "
-                "raise --data.calibration_size or ask for fewer"
-            )
-        order = stratified_order(labels[chosen], torch.Generator().manual_seed(seed))[:size]
-        picked = chosen[order].split(len(self.calibration[0][1]))
-        return [(images[part], labels[part]) for part in picked]
 
 
 @dataclass(frozen=True)
@@ -80,10 +49,10 @@ class Bench:
     @classmethod
     def build(cls, model: nn.Module, images: Images, request: ReduceRequest, seed: int) -> Bench:
         """Finds the site and checks the widths."""
-        site = find_site(model, request.layer, images.test[0][0][:1])
+        site = find_site(model, request.layer, first_images(images.test, 1))
         for kept in request.kept:
             request.width(kept, site.size)
-        return cls(model, site, images, request, seed, fingerprint(model, _sizes(images)))
+        return cls(model, site, images, request, seed, fingerprint(model, images.fingerprint()))
 
     @cached_property
     def test(self) -> Any:
@@ -199,13 +168,13 @@ class Bench:
 
     @property
     def _example(self) -> Tensor:
-        return self.images.test[0][0][:1]
+        return first_images(self.images.test, 1)
 
     def _difference(self, network: nn.Module, state: Any) -> float | None:
         """Largest difference of logits between the compiled network and the head that was verified."""
         if not hasattr(state, "evidence"):
             return None
-        batch = self.images.test[0][0][:CHECKED_IMAGES]
+        batch = first_images(self.images.test, CHECKED_IMAGES)
         device = next(network.parameters()).device
         with torch.no_grad():
             logits = network(batch.to(device)).cpu()
@@ -223,13 +192,6 @@ class Bench:
         name = self.cell_key(cell)
         trained = repair(network, self.model, plan, folder / "cells" / name)
         return evaluate(trained, self.images.test).figure
-
-
-def _sizes(images: Images) -> dict[str, Any]:
-    """What says which images these are: their numbers, labels and the first one's values."""
-    labels = [torch.cat([labels for _, labels in part]) for part in (images.calibration, images.test)]
-    pixels = [part[0][0][:8].double().sum().item() for part in (images.calibration, images.test)]
-    return {"labels": [hashlib.sha256(one.numpy().tobytes()).hexdigest() for one in labels], "pixels": pixels}
 
 
 def ranges(units: Iterable[int]) -> str:

@@ -10,8 +10,9 @@ from typing import Any
 from torch import nn
 
 from lit_prune.files import defined, read_json, write_json
-from lit_prune.lab.reduce.bench import Bench, Images, Repairing
+from lit_prune.lab.reduce.bench import Bench, Repairing
 from lit_prune.lab.reduce.diagnostics import curvature_rows, stress_rows
+from lit_prune.lab.reduce.images import Images
 from lit_prune.lab.reduce.request import ReduceRequest
 from lit_prune.lab.reduce.tables import summarise
 from lit_prune.progress import Watch, unwatched

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
-from lit_prune.measurement.layers import Batches, removing
+from lit_prune.lab.reduce.images import TASK, Batches
+from lit_prune.measurement.layers import removing
 from lit_prune.measurement.moments import Moments
 from lit_prune.replace import find_stand_in
 from lit_prune.replace.consumers import Reader
@@ -25,7 +26,6 @@ from lit_prune.replace.risk import SoftmaxHead
 from lit_prune.replace.settings import Replacement
 from lit_prune.replace.stand_ins import fold
 from lit_prune.running import undisturbed
-from lit_prune.task import Classification
 
 
 @dataclass(frozen=True)
@@ -90,14 +90,13 @@ def read_features(model: nn.Module, head: str, batches: Batches) -> Features:
         head: its classifier.
         batches: (images, labels).
     """
-    task = Classification()
     values: list[Tensor] = []
     labels = []
     hook = model.get_submodule(head).register_forward_pre_hook(lambda module, args: values.append(args[0].cpu()))
     with removing([hook]), undisturbed(model):
         for batch in batches:
-            task.run(model, task.to(batch, model))
-            labels.append(task.target(batch).cpu())
+            TASK.run(model, TASK.to(batch, model))
+            labels.append(TASK.target(batch).cpu())
     return Features(torch.cat(values), torch.cat(labels))
 
 

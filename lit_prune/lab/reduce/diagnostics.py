@@ -11,13 +11,13 @@ from torch import Tensor
 from lit_prune.errors import InputError
 from lit_prune.lab.reduce.classifier_head import HeadEvidence
 from lit_prune.lab.reduce.head import COLUMN_SCORES, HeadSite, HeadState
+from lit_prune.lab.reduce.images import TASK, Batches, first_images
 from lit_prune.lab.reduce.invariance import Stress, kept_jaccard, rescaling_stress
 from lit_prune.lab.reduce.remainder import CROSS_ENTROPY, hessian_lipschitz, remainder_bound
 from lit_prune.lab.reduce.request import ReduceRequest
 from lit_prune.lab.reduce.sites import GroupSite, Site, site_scores
 from lit_prune.replace.flow import observe
 
-Batches = list[tuple[Tensor, Tensor]]
 STRESSED = ("cmr_logit", "variance", "magnitude", "random")
 
 
@@ -43,11 +43,12 @@ def stress_rows(site: Site, batches: Batches, request: ReduceRequest, seed: int)
 
     def ranking(name: str):
         def rank(network):
-            return {producer: site_scores(network, group, name, batches, seed)}
+            return {producer: site_scores(network, group, name, batches, seed, site.example)}
 
         return rank
 
-    table = rescaling_stress(site.model, group, {n: ranking(n) for n in names}, batches[0][0], stress=stress)
+    whole = first_images(batches, TASK.size(batches[0]))
+    table = rescaling_stress(site.model, group, {n: ranking(n) for n in names}, whole, stress=stress)
     return [{"seed": seed, **row} for row in table.to_dict("records")]
 
 

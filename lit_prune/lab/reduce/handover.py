@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from lit_prune.files import read_json
-from lit_prune.lab.reduce.bench import Bench, Images
+from lit_prune.lab.reduce.bench import Bench
+from lit_prune.lab.reduce.images import Images
 from lit_prune.lab.reduce.request import ReduceRequest
 from lit_prune.structure import compare_profiles
 from lit_prune.structure.networks import Network

@@ -17,14 +17,13 @@ from lit_prune.lab.reduce.classifier_head import (
     interchange_heads,
     read_features,
 )
+from lit_prune.lab.reduce.images import Batches
 from lit_prune.lab.reduce.kept_inputs import KeptInputs
 from lit_prune.replace import Interchange, Replacement, Swaps
 from lit_prune.replace.affine_score import affine_risks
 from lit_prune.scores import score
 from lit_prune.structure import Budget, Group, Plan, apply_plan, trace_groups
 from lit_prune.structure.ranking import group_scores
-
-Batches = list[tuple[Tensor, Tensor]]
 
 
 def _variance(evidence: HeadEvidence, seed: int) -> Tensor:

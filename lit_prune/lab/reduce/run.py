@@ -10,21 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
-import torch
 from torch import nn
 
-from lit_prune.data.calibration import stratified_order
 from lit_prune.errors import InputError
-from lit_prune.lab.reduce.bench import Images
 from lit_prune.lab.reduce.cells import reduce
 from lit_prune.lab.reduce.handover import hand_over
+from lit_prune.lab.reduce.images import Images, evaluation_batches
 from lit_prune.lab.reduce.request import ReduceRequest
 from lit_prune.lab.reduce.tables import difference_table, reduction_table
 from lit_prune.progress import progress_bars, terminal, unwatched
 from lit_prune.structure import Plan
 from lit_prune.structure.networks import Network, epochs_done, find_network
 from lit_prune.structure.record import note_plan, record_of
-from lit_prune.task.classification import Classification
 from lit_prune.tensor_files import read_torch
 from lit_prune.train.distillation import Repair
 from lit_prune.train.run_record import add_record
@@ -81,7 +78,7 @@ def reduce_run(setup: Setup, request: ReduceRequest) -> None:
     setup.data.setup("fit")
     setup.data.setup("test")
     images = Images(
-        labelled(setup.data.calibration_dataloader()),
+        list(setup.data.calibration_dataloader()),
         evaluation_batches(setup.data.test_dataloader(), request.test_images, request.swaps.images),
     )
     repair = None
@@ -100,28 +97,6 @@ def reduce_run(setup: Setup, request: ReduceRequest) -> None:
         console.print(differences)
     console.print(f"results: {setup.run_dir}/reduction.json")
     console.print(hand_over(setup.network, images, request, content, setup.run_dir))
-
-
-def evaluation_batches(loader, limit: int | None, swapped: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The batches of a loader on the CPU; where not all images are used, in class-balanced order (folders are sorted).
-
-    Args:
-        loader: test batches.
-        limit: images at the most.
-        swapped: how many of them, from the first on, interchange interventions take.
-    """
-    batches = labelled(loader)
-    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    if min(limit or len(labels), swapped) >= len(labels):
-        return batches
-    order = stratified_order(labels, torch.Generator().manual_seed(0))[:limit]
-    return [(images[part], labels[part]) for part in order.split(len(batches[0][1]))]
-
-
-def labelled(loader) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Images and labels of a loader's batches, on the CPU."""
-    task = Classification()
-    return [(task.inputs(batch).args[0].cpu(), task.target(batch).cpu()) for batch in loader]
 
 
 def trained_network(make: Factory, seed: int, folder: Path) -> Network:

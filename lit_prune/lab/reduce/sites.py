@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lit_prune.errors import InputError
 from lit_prune.lab.reduce.attention import AttentionSite
 from lit_prune.lab.reduce.head import HeadSite
+from lit_prune.lab.reduce.images import Batches
 from lit_prune.lab.reduce.state import NetworkState
 from lit_prune.measurement.layers import removing
 from lit_prune.replace import Interchange, Reduced, Replacement, Swaps, interchange, replace_mechanisms
@@ -22,8 +23,6 @@ from lit_prune.structure import Budget, ChannelGraph, Group, Plan, trace_groups
 from lit_prune.structure.ranking import group_scores
 from lit_prune.task.batches import to_network
 from lit_prune.train.evaluation import evaluate
-
-Batches = list[tuple[Tensor, Tensor]]
 
 
 class Site(Protocol):
@@ -82,7 +81,7 @@ class GroupSite:
 
     def rank(self, state: NetworkState, name: str, seed: int) -> Tensor:
         """Scores by `lit_prune.score` on the network as it is now."""
-        return site_scores(state.model, self.group.name, name, state.batches, seed)
+        return site_scores(state.model, self.group.name, name, state.batches, seed, self.example)
 
     def reduce(self, state: NetworkState, kept: Sequence[int], kind: str, settings: Replacement) -> NetworkState:
         """One more `replace_mechanisms`."""
@@ -128,14 +127,14 @@ def _said(report: dict[str, Any]) -> dict[str, Any]:
     return said
 
 
-def site_scores(model: nn.Module, group: str, name: str, batches: Batches, seed: int) -> Tensor:
+def site_scores(model: nn.Module, group: str, name: str, batches: Batches, seed: int, example: Tensor) -> Tensor:
     """Scores of the units of one group, [size].
 
     Raises:
         InputError: the score says nothing about the group.
     """
     ranks = score(model, name, batches, seed=seed)
-    values, _ = group_scores(trace_groups(model, batches[0][0][:1]), ranks, Budget(only=(group,)))
+    values, _ = group_scores(trace_groups(model, example), ranks, Budget(only=(group,)))
     return torch.as_tensor(values[group])
 
 

@@ -3,14 +3,16 @@
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
+
+from lit_prune.lab.reduce.images import Batches
 
 
 @dataclass(frozen=True)
 class NetworkState:
     """A network with the units `kept` of the original, the calibration images, and what the last step reported."""
 
-    batches: list[tuple[Tensor, Tensor]]
+    batches: Batches
     model: nn.Module
     kept: tuple[int, ...]
     report: dict[str, Any]

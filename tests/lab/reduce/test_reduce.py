@@ -10,12 +10,12 @@ from torch import nn
 
 from lit_prune.cli.main import main
 from lit_prune.errors import InputError
-from lit_prune.lab.reduce.bench import Images, ranges
+from lit_prune.lab.reduce.bench import ranges
 from lit_prune.lab.reduce.cells import reduce
 from lit_prune.lab.reduce.handover import Chosen, hand_over
 from lit_prune.lab.reduce.head import HeadSite
+from lit_prune.lab.reduce.images import Images, evaluation_batches
 from lit_prune.lab.reduce.request import ReduceMethod, ReduceRequest
-from lit_prune.lab.reduce.run import evaluation_batches
 from lit_prune.lab.reduce.sites import AttentionSite, GroupSite, find_site
 from lit_prune.models import build_backbone
 from lit_prune.replace import Swaps
@@ -74,6 +74,14 @@ def test_every_cell_is_certified_and_its_compiled_network_is_what_was_verified(m
     widths = {(row["width"], row["method"]) for row in content["summary"]}
     assert len(widths) == 12 and all(row["seeds"] == 2 for row in content["summary"])
     assert len(content["differences"]) == 2 * 5 * 3
+
+
+def test_batches_are_read_by_the_task_whatever_holds_the_images(mlp):
+    pairs = pictures((1, 4, 4))
+    named = Images(*([{"image": x, "label": y} for x, y in part] for part in (pairs.calibration, pairs.test)))
+    asked = request(methods=EVERY[:1], extras=("stress", "curvature"), stress_draws=1)
+    found = [reduce(lambda seed: mlp, images, asked) for images in (pairs, named)]
+    assert plain(found[0]) == plain(found[1])
 
 
 class Killed(Exception):
