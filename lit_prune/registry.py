@@ -1,7 +1,7 @@
 """What can be named: registries, each filled where its things are written."""
 
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, MutableMapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,17 +11,32 @@ from lit_prune.errors import InputError, did_you_mean
 Thing = TypeVar("Thing")
 
 
-class Registry(dict[str, Thing]):
-    """Things by the name that configurations and arguments use.
+class Registry(MutableMapping[str, Thing]):
+    """Things by the name that configurations and arguments use; a name that is taken is never given away silently.
 
     Args:
         argument: what that argument is called, such as `budget`: refusals begin with it.
     """
 
     def __init__(self, argument: str) -> None:
-        super().__init__()
         self.argument = argument
+        self._things: dict[str, Thing] = {}
         self._homes: dict[str, str] = {}
+
+    def __getitem__(self, name: str) -> Thing:
+        return self._things[name]
+
+    def __setitem__(self, name: str, thing: Thing) -> None:
+        self.add(name, thing)
+
+    def __delitem__(self, name: str) -> None:
+        del self._things[name], self._homes[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._things)
+
+    def __len__(self) -> int:
+        return len(self._things)
 
     def add(self, name: str, thing: Thing, written: Any = None) -> Thing:
         """The thing, which now goes by that name; one that is written again, as in a notebook, takes its own place.
@@ -35,10 +50,14 @@ class Registry(dict[str, Thing]):
             ValueError: something that is written elsewhere has the name.
         """
         home = _home(thing if written is None else written)
-        if name in self and self._homes.get(name) != home:
+        if self._homes.setdefault(name, home) != home:
             raise ValueError(f"{self.argument}: two things are named {name!r}; give one of them another name")
-        self[name], self._homes[name] = thing, home
+        self._things[name] = thing
         return thing
+
+    def latest_first(self) -> list[Thing]:
+        """The things, the last one added first: one's own are asked before those that ship."""
+        return [*self._things.values()][::-1]
 
     def find(self, name: str) -> Thing:
         """The thing of a name, or what `package.module:name` imports.

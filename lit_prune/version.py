@@ -1,30 +1,26 @@
 """Which lit_prune this is: its version, and the commit where that can be known."""
 
-import json
 import subprocess
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from lit_prune import __version__
 
 CLONE = Path(__file__).resolve().parents[1]
+BUILT = Path(__file__).with_name("commit.txt")  # setup.py writes it into wheels and archives
 
 
 def commit() -> str | None:
-    """Commit of the clone that runs, `-dirty` behind it where files were changed, or the one that pip installed from.
+    """Commit of the clone that runs, or that the wheel or archive was made from; `-dirty` where files differed.
 
-    None for a wheel or an archive, which know their version only.
+    None where nothing knows it, as in an archive that a forge made.
     """
     if (CLONE / ".git").exists():  # otherwise git would name the commit of a repository around the environment
         command = ["git", "-C", str(CLONE), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         with suppress(OSError, subprocess.SubprocessError):
             return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
         return None
-    with suppress(PackageNotFoundError, ValueError):
-        source = distribution("lit-prune").read_text("direct_url.json") or "{}"
-        return json.loads(source).get("vcs_info", {}).get("commit_id")
-    return None
+    return (BUILT.read_text().strip() if BUILT.exists() else "") or None
 
 
 def version_line() -> str:

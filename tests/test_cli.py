@@ -2,13 +2,12 @@
 
 import copy
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import lit_prune
+from lit_prune.cli.listing import LIGHTNING
 from lit_prune.cli.main import main
 from lit_prune.cli.prune_cli import build_cli
 from lit_prune.errors import InputError
@@ -29,13 +28,21 @@ def refused(capsys, *arguments: str) -> str:
     return lines[0]
 
 
-def test_help_lists_every_verb():
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), "--help"], capture_output=True, text=True, timeout=120
-    )
-    assert result.returncode == 0
+def test_help_lists_every_verb(capsys):
+    main(["--help"])
+    said = capsys.readouterr().out
     for verb in ("fit", "validate", "test", "predict", "compress", "report", "export"):
-        assert verb in result.stdout
+        assert f"\n  {verb} " in said
+
+
+@pytest.mark.parametrize("verb", ["fit", "predict"])
+def test_help_of_a_trainers_verb_leads_with_our_own_options(capsys, verb):
+    with pytest.raises(SystemExit) as exit_:
+        main([verb, "--help"])
+    said = capsys.readouterr().out
+    assert exit_.value.code == 0 and said.startswith(f"usage: lit-prune {verb} -c RECIPE")
+    places = [said.index(f"\n  --{option}") for option in ("run_dir", "model.backbone", "data", "trainer.max_epochs")]
+    assert places == sorted(places) and LIGHTNING[verb][:40] in said[: places[0]]
 
 
 def test_a_run_writes_its_folder_and_a_second_start_changes_nothing(tmp_path, capsys):

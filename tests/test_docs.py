@@ -10,6 +10,7 @@ import torch
 
 import lit_prune
 from lit_prune.cli import verbs
+from lit_prune.cli.listing import first_sentence, parameters
 from lit_prune.cli.main import FUNCTIONS, with_files_as
 from lit_prune.cli.prune_cli import build_cli
 from lit_prune.cli.recipes import find_recipe
@@ -76,9 +77,25 @@ def test_a_command_of_the_pages_is_understood(line: str, tmp_path, monkeypatch):
         build_cli([verb, *args], run=False)
 
 
-def test_the_page_of_scores_has_every_score_with_its_axis_and_nothing_else():
-    rows = re.findall(r"^\| `(\w+)`[^|]*\| (\w+) \|", (ROOT / "docs" / "scores.md").read_text(), re.MULTILINE)
-    assert rows == [(name, entry.axis) for name, entry in SCORES.items()]
+def test_the_page_of_scores_says_of_every_score_what_the_table_of_scores_says():
+    row = r"^\| `(\w+)`(?: \((.+?)\))? \| (\w+) \| (.+?) \| .+? \| (.+) \|$"
+    rows = re.findall(row, (ROOT / "docs" / "scores.md").read_text().replace(r"\|", "\u2223"), re.MULTILINE)
+    reads = {
+        "weights": "weights alone",
+        "activations": "one pass, no labels",
+        "labels": "one pass, labels or a loss",
+        "gradients": "one pass forward and back",
+    }
+    assert rows == [
+        (
+            name,
+            ", ".join(parameters(entry)),
+            entry.axis,
+            reads[entry.cost],
+            first_sentence(entry.function).removesuffix(".").replace("|", "\u2223"),
+        )
+        for name, entry in SCORES.items()
+    ]
 
 
 def test_the_reference_has_every_public_name_where_it_is_defined():

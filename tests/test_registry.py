@@ -58,6 +58,11 @@ def test_two_things_of_one_name_are_refused():
     names.add("red", 1)
     with pytest.raises(ValueError, match="colour: two things are named 'red'"):
         names.add("red", 2)
+    with pytest.raises(ValueError, match="colour: two things are named 'red'"):
+        names["red"] = 2
+    with pytest.raises(ValueError, match="colour: two things are named 'red'"):
+        names.update(red=2)
+    assert names["red"] == 1
 
 
 def test_a_class_that_is_written_again_takes_its_own_place_and_another_is_refused():

@@ -81,9 +81,13 @@ def scores() -> Table:
 
 
 def _say_score(entry: Any) -> str:
-    shown = ["share removed" if value is None else str(getattr(value, "name", value)) for value in entry.defaults]
-    parameters = f" Parameters: {', '.join(shown)}." if shown else ""
-    return f"{entry.axis}, from {entry.cost}. {first_sentence(entry.function)}{parameters}"
+    said = f" Parameters: {', '.join(parameters(entry))}." if entry.defaults else ""
+    return f"{entry.axis}, from {entry.cost}. {first_sentence(entry.function)}{said}"
+
+
+def parameters(entry: Any) -> list[str]:
+    """The values that a score's parameters have unless they are given, in words."""
+    return ["share removed" if value is None else str(getattr(value, "name", value)) for value in entry.defaults]
 
 
 def _budgets() -> Table:

@@ -15,6 +15,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lit_prune.cli.checks import as_input_errors, check_trainer
 from lit_prune.cli.compress import schedule_sweep
 from lit_prune.cli.console import LearningRate, shown
+from lit_prune.cli.listing import LIGHTNING, first_sentence
 from lit_prune.cli.narration import narrated_on_stdout
 from lit_prune.cli.parsing import OneLineErrors
 from lit_prune.cli.ranks import RanksEndAtOnce
@@ -75,8 +76,10 @@ class PruneCLI(RunFolderCLI):
         parser.link_arguments("data.image_shape", "model.image_shape", apply_on="instantiate")
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        """Lightning's parser of a verb, whose help has the trainer's many options last."""
+        """Lightning's parser of a verb, whose help begins with what is ours; the trainer's many options are last."""
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser.usage = f"lit-prune {subcommand} -c RECIPE [--run_dir DIR] [--option value ...]"
+        parser.description = LIGHTNING.get(subcommand) or first_sentence(getattr(klass, subcommand))
         groups: Any = parser._action_groups
         groups.sort(key=lambda group: "lightning.pytorch.Trainer" in str(group.title))
         return parser

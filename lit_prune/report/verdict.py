@@ -11,7 +11,7 @@ from rich.text import Text as RichText
 
 from lit_prune.errors import InputError
 from lit_prune.report.run_folder import AbsentInput, RunFolder, stages_if_any
-from lit_prune.report.tables import figure_of, format_count, is_number
+from lit_prune.report.tables import figure_of, format_count, is_number, point_change
 from lit_prune.report.times import times_are_unsure
 
 SLIGHT, CLEAR = 0.01, 0.03  # losses of a share (accuracy, IoU) that are called small, and more than small
@@ -83,16 +83,20 @@ def _figure(run: RunFolder, result: Mapping[str, Any], stages: Sequence[Mapping[
     level: Level = "good" if loss <= SLIGHT else "fair" if loss <= CLEAR else "poor"
     sentence = f"{quantity.title} {quantity.format(after)}, dense {quantity.format(before)}"
     sentence += f" ({quantity.change(after, before)})"
-    said = [sentence + _interval(run, before, after, share) + "."]
+    accuracy = share and quantity.change is point_change
+    said = [sentence + (_interval(run, before, after) if accuracy else "") + "."]
     if level == "poor":
-        said.append("Warning: this network lost more than 3 points; look at the stages below before it is used.")
+        much = f"{100 * CLEAR:.0f} points" if accuracy else f"{CLEAR:g}" if share else f"{CLEAR:.0%}"
+        said.append(
+            f"Warning: {quantity.title} got worse by more than {much}; look at the stages below before it is used."
+        )
     return said, level
 
 
-def _interval(run: RunFolder, before: float, after: float, share: bool) -> str:
-    """95 % interval of the difference of two shares, as if their images were independent; "" where they are unknown."""
+def _interval(run: RunFolder, before: float, after: float) -> str:
+    """95 % interval of the difference of two accuracies, as if their images were independent; "" where unknown."""
     images = (run.result.get("metric") or {}).get("images") or validation_of(run).get("images")
-    if not share or not is_number(images) or not images:
+    if not is_number(images) or not images:
         return ""
     half = 1.96 * math.sqrt((before * (1 - before) + after * (1 - after)) / images)
     return f"; the change is known to ±{100 * half:.1f} points from {images:,} images"

@@ -16,7 +16,7 @@ _SUMS, _TARGET, _TABLE, _LABELS = ("sums",), ("task_sums",), ("table",), ("poole
 _INPUTS, _UNITS = ("input_variances",), ("unit_moments", "sums")
 _BOTH = ("table", "saliency")
 
-SCORES |= {
+_SHIPPED = {
     "magnitude": Score(weights.magnitude, "baseline", "weights"),
     "taylor": Score(gradients.taylor, "baseline", "gradients", needs=("saliency",)),
     "random": Score(weights.random, "baseline", "weights"),
@@ -47,9 +47,11 @@ SCORES |= {
     "label_information": Score(labels.label_information, "target", "labels", needs=_LABELS),
     "conditional_information": Score(labels.conditional_information, "target", "labels", needs=_LABELS),
 }
-SCORES["hybrid"] = Score(
-    mixtures.hybrid, "mixed", "gradients", (Method(SCORES["taylor"]), Method(SCORES["composite_ix"]))
+_SHIPPED["hybrid"] = Score(
+    mixtures.hybrid, "mixed", "gradients", (Method(_SHIPPED["taylor"]), Method(_SHIPPED["composite_ix"]))
 )
+for _name, _entry in _SHIPPED.items():
+    SCORES.add(_name, _entry, _entry.function)
 
 
 @checked

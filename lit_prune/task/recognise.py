@@ -82,7 +82,7 @@ def recognise(model: nn.Module, batch: Any) -> Task:
                 f"batches: a batch is {describe(batch)}, which the network does not take ({reason}); {HOW_TO_GIVE}"
             ) from error
     target, size = reader.target(few), reader.size(few)
-    for kind in reversed(TASKS.values()):
+    for kind in TASKS.latest_first():
         if kind.fits(output, target, size):
             return kind()
     return Unlabelled(

@@ -245,5 +245,5 @@ def _recognised(network: nn.Module, seen: Seen) -> Task | None:
         return None
     with undisturbed(network):
         output = network(*few.args, **few.kwargs)
-    fitting = (kind() for kind in reversed(TASKS.values()) if kind.fits(output, target, few.size))
+    fitting = (kind() for kind in TASKS.latest_first() if kind.fits(output, target, few.size))
     return next(fitting, None) if target is not None else None

@@ -78,6 +78,25 @@ def test_the_version_is_one_and_a_clone_knows_its_commit():
         assert len((version.commit() or "").removesuffix("-dirty")) == 40
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a clone")
+def test_what_is_built_knows_the_commit_that_it_was_built_from(tmp_path, monkeypatch):
+    copy = tmp_path / "clone"
+    subprocess.run(["git", "clone", "-q", "--no-checkout", "--shared", str(ROOT), str(copy)], check=True)
+    for part in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "configs"):
+        subprocess.run(["git", "-C", str(copy), "checkout", "-q", "HEAD", "--", part], check=True)
+    (copy / "setup.py").write_text((ROOT / "setup.py").read_text())
+    (copy / "lit_prune").mkdir()
+    for part in ("__init__.py", "version.py"):
+        (copy / "lit_prune" / part).write_text((ROOT / "lit_prune" / part).read_text())
+    built = tmp_path / "built"
+    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(built)]
+    subprocess.run(command, cwd=copy, check=True, capture_output=True, timeout=120)
+    monkeypatch.setattr(version, "CLONE", built)
+    monkeypatch.setattr(version, "BUILT", built / "lit_prune" / "commit.txt")
+    head = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    assert version.commit() == f"{head}-dirty"
+
+
 def test_a_reader_that_has_seen_enough_is_no_failure(tmp_path):
     command = f"set -o pipefail; {sys.executable} -m lit_prune recipes | head -1"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}

@@ -55,6 +55,24 @@ def test_a_bad_result_is_said_in_colour_with_a_remedy_and_a_good_one_is_not(run)
     assert "Warning" in bad.plain and "Repair longer" in bad.plain and "red" in str(bad.style)
 
 
+@pytest.mark.parametrize(
+    ("name", "mode", "values", "words"),
+    [
+        ("val/hits", "max", (40.0, 31.0), "val/hits got worse by more than 3%;"),
+        ("val/loss", "min", (0.5, 0.7), "val/loss got worse by more than 3%;"),
+        ("val/iou", "max", (0.6, 0.5), "val/iou got worse by more than 0.03;"),
+    ],
+)
+def test_only_accuracies_are_told_in_points(run, name, mode, values, words):
+    found = run(validation={"split": "val", "images": 1000})
+    metric = {"metric": {"name": name, "mode": mode, "images": 1000}}
+    parts = zip(("dense", "compact"), values, strict=True)
+    figures = {part: found.result[part] | {name: value} for part, value in parts}
+    (found.path / "compact" / "report.json").write_text(json.dumps(found.result | metric | figures))
+    verdict = find_verdict(RunFolder(found.path))
+    assert verdict.level == "poor" and words in " ".join(verdict.reasons) and "points" not in " ".join(verdict.reasons)
+
+
 def test_a_good_result_has_no_warning(run):
     good = terminal_verdict(run(0.86).path)
     assert good.style == "green" and "Warning" not in good.plain

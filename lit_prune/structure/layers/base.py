@@ -166,7 +166,7 @@ def layer_type(module: object) -> LayerType | None:
     """
     if not isinstance(module, nn.Module):
         return None
-    return next((kind for kind in reversed(LAYERS.values()) if kind.fits(module)), None)
+    return next((kind for kind in LAYERS.latest_first() if kind.fits(module)), None)
 
 
 def drop(layer: nn.Module, keys: Sequence[str], positions: Sequence[int], dim: int = 0) -> None:

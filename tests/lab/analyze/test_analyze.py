@@ -1,6 +1,7 @@
 """The verb `analyze`: what it writes, what it does not do twice, and the command line."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -112,11 +113,11 @@ def test_interrupted_analysis_keeps_the_extras_that_were_done(tiny_net, batches,
         raise KeyboardInterrupt
 
     whole = PARTS["triplets"]
-    monkeypatch.setitem(PARTS, "triplets", type(whole)(stop, whole.outputs, whole.settings))
+    monkeypatch.setattr(PARTS, "_things", {**PARTS, "triplets": replace(whole, build=stop)})
     with pytest.raises(KeyboardInterrupt):
         analyze(tiny_net, batches, request, run_dir=tmp_path)
     assert not (tmp_path / "channels.parquet").exists()
-    monkeypatch.setitem(PARTS, "triplets", whole)
+    monkeypatch.undo()
     stamp = (tmp_path / "analysis" / "hulls.channels.parquet").stat().st_mtime_ns
     found = analyze(tiny_net, batches, request, run_dir=tmp_path)
     assert (tmp_path / "analysis" / "hulls.channels.parquet").stat().st_mtime_ns == stamp
