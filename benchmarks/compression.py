@@ -39,13 +39,14 @@ from lit_prune.version import commit
 
 _GREEDY = Replacement(scope="consumers", clipped=False, unsupported="delete")
 _ALL = Replacement(clipped=False, unsupported="delete")
+_ALONE = Replacement(towards="weights", unsupported="delete")
 RECIPES = {
     "strongest": Recipe(),
     "greedy": Recipe(allocation="global", only="mid", replacement=_GREEDY),
     "+ all layers": Recipe(allocation="global", only="mid", replacement=_ALL),
-    "+ clips": Recipe(allocation="global", only="mid"),
-    "+ measured widths": Recipe(only="mid"),
-    "+ trunk": Recipe(only=None),
+    "+ clips": Recipe(allocation="global", only="mid", replacement=_ALONE),
+    "+ measured widths": Recipe(only="mid", replacement=_ALONE),
+    "+ trunk": Recipe(replacement=_ALONE),
 }
 IMPORTANCES = {
     "torch-pruning group norm": "GroupMagnitudeImportance",

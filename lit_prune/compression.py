@@ -43,7 +43,9 @@ class Recipe:
     round_to: int = 1
     cap: float = 0.95
     kind: str = "refit"
-    replacement: Replacement = field(default_factory=lambda: Replacement(towards="weights", unsupported="delete"))
+    replacement: Replacement = field(
+        default_factory=lambda: Replacement(towards="weights", together=12, unsupported="delete")
+    )
     seed: int = 0
 
     def budget(self, kind: str, keep: float) -> Budget:
@@ -69,9 +71,10 @@ def compress(
     """A smaller dense network within the budget whose prediction stays near the original's; `model` is untouched.
 
     Units that the readers' other inputs can make up for go first (`reconstruction`), widths are chosen by what they do
-    to the prediction, and every layer from the first cut on is solved again in closed form. No labels are read, nothing
-    is trained, BatchNorm is not recalibrated: the solve has put its statistics right. With `seconds` the compact
-    network is then trained towards the original's prediction for so long, without labels (`distil`).
+    to the prediction, every layer from the first cut on is solved again in closed form, then the layers of each block
+    together, towards what the block of the original gives (`Replacement.together`). No labels are read, the network as
+    a whole is not trained, BatchNorm is not recalibrated: the solve has put its statistics right. With `seconds` the
+    compact network is then trained towards the original's prediction for so long, without labels (`distil`).
 
     >>> net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2)).eval()
     >>> small, report = compress(net, [torch.randn(256, 4)], keep=0.75)

@@ -1,6 +1,6 @@
 """Refit: the weights of the layers that read removed channels are solved again, in forward order, without labels."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -14,9 +14,11 @@ from lit_prune.replace.folding import add_to_output
 from lit_prune.replace.kernels import kernel_of, set_kernel
 from lit_prune.replace.patches import PositionSample, channel_dim, input_rows, output_rows, taken
 from lit_prune.replace.regression import RIDGES, STRONG_RIDGES, CrossSums, Fit, PairSums, solve, solve_held_out
+from lit_prune.replace.segments import Segment
 from lit_prune.replace.settings import ROWS_A_WEIGHT, Replacement
 from lit_prune.replace.side_by_side import Pair, passed, walked
 from lit_prune.replace.slopes import pieces
+from lit_prune.replace.together import Samples, solve_together
 from lit_prune.replace.walk import AtStop, Stop
 from lit_prune.running import undisturbed
 
@@ -57,6 +59,55 @@ def refit(
                     solver.add(original, reduced, held_out=settings.holds_out(index, count))
             report[stop.layer], created = solver.finish()
             gained += [stop.layer] if created else []
+    return report, gained
+
+
+def refit_segments(
+    pair: Pair,
+    stops: Sequence[Stop],
+    segments: Mapping[str, Segment],
+    readers: dict[str, Reader],
+    batches: Sequence[Any],
+    settings: Replacement,
+) -> tuple[dict[str, dict], list[str]]:
+    """A second pass in which the layers of each segment are solved together, see `solve_together`.
+
+    Args:
+        pair: the networks, in evaluation mode.
+        stops: segments and layers outside them, in forward order.
+        segments: by name; the other stops are layers, which are solved again as in `refit`.
+        readers: as in `refit`.
+        batches: as in `refit`.
+        settings: passes, share held out, seed.
+
+    Returns:
+        Report by layer, and the layers that gained a bias.
+    """
+    parts = list(pieces(batches, pair.task))
+    report: dict[str, dict] = {}
+    gained: list[str] = []
+    with undisturbed(pair.original), undisturbed(pair.reduced):
+        for stop, count, seen in walked(pair, stops, parts):
+            segment = segments.get(stop.layer)
+            samples = {False: Samples(), True: Samples()}
+            images = sum(map(pair.task.size, parts[:count]))
+            solver = None if segment else _Solver(pair, stop, readers[stop.layer], settings, images)
+            for index, calls in enumerate(seen):
+                held_out = settings.holds_out(index, count)
+                for original, reduced in calls:
+                    if solver is not None:
+                        solver.add(original, reduced, held_out)
+                    else:
+                        assert segment is not None and original.output is not None, "the original's has run"
+                        samples[held_out].add(reduced.inputs, segment.left(original.output))
+            if solver is not None:
+                report[stop.layer], created = solver.finish()
+                gained += [stop.layer] if created else []
+            elif segment is not None:
+                module = pair.reduced.get_submodule(segment.name)
+                found = solve_together(module, samples[False], samples[True], settings.together, settings.seed)
+                report |= {layer: {"segment": {"name": segment.name} | found} for layer in segment.layers}
+            del samples
     return report, gained
 
 

@@ -15,7 +15,8 @@ from lit_prune.replace.finite import check_finite
 from lit_prune.replace.flow import observe
 from lit_prune.replace.job import Job, example_of
 from lit_prune.replace.methods import Done, StandInMethod, find_stand_in, register_stand_in
-from lit_prune.replace.refit import refit
+from lit_prune.replace.refit import refit, refit_segments
+from lit_prune.replace.segments import find_segments
 from lit_prune.replace.settings import DEFAULT_REPLACEMENT, Replacement
 from lit_prune.replace.side_by_side import Pair
 from lit_prune.structure import Plan
@@ -155,7 +156,17 @@ class Refit(StandInMethod):
         if settings.scope == "all" or not names:
             names = _downstream(job, example_of(job.task, job.model, job.task.take(batches[0], 1)))
         stops = job.flow.stops(names)
-        return refit(Pair(job.model, job.reduced, job.task), stops, dict(job.readers), batches, settings)
+        pair, readers = Pair(job.model, job.reduced, job.task), dict(job.readers)
+        layers, gained = refit(pair, stops, readers, batches, settings)
+        if settings.together:
+            example = example_of(job.task, job.model, job.task.take(batches[0], 1))
+            segments = find_segments(job.dense, job.reduced, job.plan, job.graph, example, names)
+            named = {segment.name: segment for segment in segments}
+            stops = job.flow.stops_around([name for name in names if job.readers[name].calls == 1], segments)
+            again, more = refit_segments(pair, stops, named, readers, batches, settings)
+            layers = {name: found | again.get(name, {}) for name, found in layers.items()}
+            gained = list(dict.fromkeys([*gained, *more]))
+        return layers, gained
 
 
 def _downstream(job: Job, example: Example) -> list[str]:

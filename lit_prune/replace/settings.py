@@ -29,6 +29,8 @@ class Replacement:
         scope: refit: "all" (every layer from the first change on) or "consumers" (layers that lose input channels).
         towards: refit: where the ridge pulls the weights, "zero" or the "weights" the layer has.
         clipped: refit: where a ReLU or ReLU6 reads the result, fit what it lets through; off: the value in front of it.
+        together: refit: passes over the images in which the layers of each segment (a residual block, say) are then
+            solved together, by gradient steps towards what the segment of the original network gives; 0: none.
         images: most calibration images used.
         rows: refit: most positions (over all images) in one regression, but at least `ROWS_A_WEIGHT` times the length
             of a patch; where there are more, equally many of each image are sampled, seeded.
@@ -47,6 +49,7 @@ class Replacement:
     scope: Literal["all", "consumers"] = "all"
     towards: Literal["zero", "weights"] = "zero"
     clipped: bool = True
+    together: int = 0
     images: int = 4096
     rows: int = 100_000
     held_out: float = 0.2
@@ -75,6 +78,8 @@ class Replacement:
             raise InputError(f"ridge={self.ridge!r} must be above 0 (relative to the inputs' variance), or 'held_out'")
         if self.parents is not None and self.parents < 0:
             raise InputError(f"parents={self.parents} must be 0 or more, or None for all kept channels")
+        if self.together < 0:
+            raise InputError(f"together={self.together} must be 0 or more passes over the images")
         if self.images < 1 or self.rows < 1 or not 0 <= self.held_out < 1:
             raise InputError(
                 f"images={self.images} and rows={self.rows} must be at least 1, held_out={self.held_out} within [0, 1)"

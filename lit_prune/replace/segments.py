@@ -1,0 +1,197 @@
+"""Which modules of a network are solved as a whole, and which of their outputs stay."""
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from lit_prune.measurement.layers import removing
+from lit_prune.structure import ChannelGraph, Plan, axes
+from lit_prune.structure.example import Example
+from lit_prune.structure.following import Follower
+from lit_prune.structure.labels import compact
+from lit_prune.structure.tracing import one_sample, run, traceable
+
+MOST_LAYERS = 16
+"""Layers in one segment."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A module that hands one tensor in and one out, and runs once.
+
+    Attributes:
+        name: qualified name; "" is the network.
+        layers: the convolutions and linear layers in it.
+        dim: dimension of the output along which the plan takes something away.
+        kept: positions there that stay; None: all.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    dim: int = 1
+    kept: tuple[int, ...] | None = None
+
+    def left(self, output: Tensor) -> Tensor:
+        """What stays of the original module's output."""
+        if self.kept is None:
+            return output
+        return output.index_select(self.dim, torch.tensor(self.kept, device=output.device))
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a module was called with and gave, by identity and shape; the tensors are held."""
+
+    given: Tensor
+    output: Tensor
+
+
+def find_segments(
+    dense: nn.Module, reduced: nn.Module, plan: Plan, graph: ChannelGraph, example_input: Any, changed: Collection[str]
+) -> list[Segment]:
+    """The segments in which something has changed, in forward order; no two share a layer.
+
+    Among the modules that run once, take one tensor and give one, and hold two or more layers: such as are no chain of
+    smaller ones, but at most of `MOST_LAYERS` layers. So a residual block, an inverted bottleneck with its gate and a
+    block of a transformer are one each. A module whose remaining outputs are not known is left out.
+
+    Args:
+        dense: the network before the plan's channels go.
+        reduced: the one after.
+        plan: what `reduced` keeps.
+        graph: of `dense`.
+        example_input: what the networks are called with.
+        changed: names of layers to solve again.
+    """
+    calls = _calls(reduced, example_input)
+    layers = [name for name, module in reduced.named_modules() if axes.is_weighted(module)]
+    found = list(_chosen("", reduced, calls, layers))
+    wanted = {name: held for name, held in found if not held.isdisjoint(changed)}
+    outputs = _outputs(dense, wanted, example_input, _removed(plan, graph))
+    segments = []
+    for name in calls:
+        if name in outputs:
+            dim, kept = outputs[name]
+            segments.append(Segment(name, tuple(sorted(wanted[name])), dim, kept))
+    fitting = _shapes(dense, segments, example_input)
+    return [s for s in segments if fitting.get(s.name) == calls[s.name].output.shape]
+
+
+def _chosen(
+    name: str, module: nn.Module, calls: Mapping[str, _Call], layers: Collection[str]
+) -> Iterator[tuple[str, set[str]]]:
+    """Segments in a module, with their layers."""
+    inner = {key: m for child, m in module.named_children() if (key := f"{name}.{child}" if name else child) in calls}
+    held = {layer for layer in layers if not name or layer.startswith(f"{name}.")}
+    parts = [part for key, child in inner.items() for part in _chosen(key, child, calls, layers)]
+    for child_name, child in module.named_children():
+        key = f"{name}.{child_name}" if name else child_name
+        if key not in inner:
+            parts += _chosen(key, child, calls, layers)
+    chained = any(calls[one].output is calls[other].given for one, _ in parts for other, _ in parts if one != other)
+    whole = name in calls and 2 <= len(held) <= MOST_LAYERS
+    if whole and not chained:
+        yield name, held
+    else:
+        yield from parts
+
+
+def _calls(model: nn.Module, example_input: Any) -> dict[str, _Call]:
+    """Modules with parts of their own that run once on one sample, from one tensor to one tensor; in order of entry."""
+    seen: dict[str, list[_Call | None]] = {}
+
+    def entered(name: str):
+        def hook(module: nn.Module, args: tuple) -> None:
+            seen.setdefault(name, [])
+
+        return hook
+
+    def left(name: str):
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            others = [*args[1:], *kwargs.values()]
+            plain = bool(args) and all(value is None for value in others)
+            plain = plain and isinstance(args[0], Tensor) and isinstance(output, Tensor)
+            plain = plain and args[0].shape[:1] == output.shape[:1] == (1,)
+            seen[name].append(_Call(args[0], output) if plain else None)
+
+        return hook
+
+    with traceable(model), torch.no_grad():
+        parents = [(name, m) for name, m in model.named_modules() if next(m.children(), None) is not None]
+        handles = [module.register_forward_pre_hook(entered(name)) for name, module in parents]
+        handles += [module.register_forward_hook(left(name), with_kwargs=True) for name, module in parents]
+        with removing(handles):
+            run(model, one_sample(model, example_input))
+    return {name: found[0] for name, found in seen.items() if len(found) == 1 and found[0] is not None}
+
+
+def _removed(plan: Plan, graph: ChannelGraph) -> dict[axes.Axis, list[int]]:
+    """Positions that each axis of the dense network loses."""
+    removed = {group: plan.removed(group) for group in plan.keep_channels if plan.removed(group)}
+    return graph.removed_positions(removed) if removed else {}
+
+
+def _outputs(
+    model: nn.Module, names: Collection[str], example_input: Any, removed: Mapping[axes.Axis, list[int]]
+) -> dict[str, tuple[int, tuple[int, ...] | None]]:
+    """For each module the dimension of its output that loses positions, and those that stay; others are left out."""
+    seen: dict[str, Tensor | None] = {}
+
+    def follow(follower: Follower, name: str):
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+            with _disable_current_modes():
+                seen[name] = follower.of(output)
+
+        return hook
+
+    with traceable(model), torch.no_grad():
+        sample: Example = one_sample(model, example_input)
+        follower = Follower(model)
+        for tensor in sample.tensors:
+            if tensor.is_floating_point():
+                follower.put_input(tensor)
+        handles = [model.get_submodule(name).register_forward_hook(follow(follower, name)) for name in names]
+        with removing(handles), follower.watching(model), follower:
+            model(*sample.args, **sample.kwargs)
+    first = follower.labels.axes
+    gone = [first[axis] + place for axis, places in removed.items() if axis in first for place in places]
+    found = {}
+    for name, labels in seen.items():
+        if labels is not None and (kept := _left(labels, torch.tensor(gone, dtype=torch.float64))) is not None:
+            found[name] = kept
+    return found
+
+
+def _left(labels: Tensor, gone: Tensor) -> tuple[int, tuple[int, ...] | None] | None:
+    """Dimension and positions that stay; None where labels that go lie along several dimensions."""
+    values = compact(labels)
+    lost = torch.isin(values, gone)
+    if not bool(lost.any()):
+        return 1, None
+    wide = [dim for dim, size in enumerate(values.shape) if size > 1]
+    for dim in wide:
+        along = lost.movedim(dim, 0).flatten(1)
+        if bool((along == along[:, :1]).all()):
+            return dim, tuple((~along[:, 0]).nonzero().flatten().tolist())
+    return None
+
+
+def _shapes(model: nn.Module, segments: Collection[Segment], example_input: Any) -> dict[str, torch.Size]:
+    """Shapes of what stays of the original's outputs."""
+    found: dict[str, torch.Size] = {}
+
+    def note(segment: Segment):
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+            found[segment.name] = segment.left(output).shape
+
+        return hook
+
+    with traceable(model), torch.no_grad():
+        handles = [model.get_submodule(s.name).register_forward_hook(note(s)) for s in segments]
+        with removing(handles):
+            run(model, one_sample(model, example_input))
+    return found

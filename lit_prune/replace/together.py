@@ -1,0 +1,165 @@
+"""The layers of a segment solved together: gradient steps towards what the segment of the original network gives."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lit_prune.measurement.layers import removing
+from lit_prune.replace.patches import channel_dim
+from lit_prune.replace.regression import DEAD
+from lit_prune.structure import axes
+
+STEP = 0.02  # of a weight, in what would change its layer's output by that share of its spread
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the way that may be gone; what serves held-out samples best
+BATCH = 64
+LEAST_BATCH = 8
+VALUES = 1 << 20  # of a segment's input in one step, where that leaves LEAST_BATCH samples
+CHECKED = 32  # samples that held-out errors are computed of at once
+
+
+@dataclass
+class Samples:
+    """What a segment reads in the reduced network and what it is to give: tensors [B, ...], batch by batch."""
+
+    inputs: list[Tensor] = field(default_factory=list)
+    wanted: list[Tensor] = field(default_factory=list)
+
+    def add(self, inputs: Tensor, wanted: Tensor) -> None:
+        """Adds a batch."""
+        self.inputs.append(inputs)
+        self.wanted.append(wanted)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.inputs))
+
+    def draw(self, places: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """Samples at (batch, place in it), copied."""
+        both = ([values[batch][place] for batch, place in places] for values in (self.inputs, self.wanted))
+        inputs, wanted = (torch.stack(values) for values in both)
+        return inputs, wanted
+
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """All of them."""
+        return [(batch, place) for batch, values in enumerate(self.inputs) for place in range(len(values))]
+
+    def spread(self) -> float:
+        """Summed variance of the wanted values, every position of a sample an output of its own channel."""
+        means = sum(values.double().sum(0) for values in self.wanted) / len(self)
+        return float(sum((values.double() - means).square().sum() for values in self.wanted))
+
+
+def solve_together(module: nn.Module, fitted: Samples, held_out: Samples, passes: int, seed: int) -> dict[str, float]:
+    """`argmin Σ‖f(u) - z*‖²` over all parameters of a segment f by Adam, from where they are; changed in place.
+
+    u is what the segment reads in the reduced network, z* what it gives in the original one. A weight moves in steps
+    relative to the spread of what its layer gives over the spread of what it multiplies, so that rescaling a unit and
+    undoing it behind changes nothing. Of the way that was found the share is gone that serves held-out samples best.
+
+    Args:
+        module: in evaluation mode; norms keep their statistics.
+        fitted: samples to solve for.
+        held_out: samples that judge; without any the result is taken as it is.
+        passes: over the samples; the step falls to 0 over them (cosine).
+        seed: of the order.
+
+    Returns:
+        `before` and `after`: error over the variance of z*, of the held-out samples (of the fitted ones without any),
+        `share` of the way, and `steps`.
+    """
+    judge = held_out if len(held_out) else fitted
+    names = [name for name, p in module.named_parameters() if p.is_floating_point()]
+    start = {name: module.get_parameter(name).detach().clone() for name in names}
+    one = max(1, fitted.inputs[0][0].numel())
+    batch = max(LEAST_BATCH, min(BATCH, VALUES // one))
+    with torch.enable_grad():
+        rates = _rates(module, fitted.draw(fitted.places[:batch])[0])
+        moves = {name: torch.zeros_like(value, requires_grad=True) for name, value in start.items()}
+        optimizer = torch.optim.Adam(moves.values(), STEP, eps=1e-12)
+        generator = torch.Generator().manual_seed(seed)
+        scale = 1 / max(fitted.spread() / len(fitted), torch.finfo(torch.float32).tiny)
+        steps = math.ceil(passes * len(fitted) / batch)
+        places: list[tuple[int, int]] = []
+        for step in range(steps):
+            if len(places) < batch:
+                order = torch.randperm(len(fitted), generator=generator).tolist()
+                places += [fitted.places[index] for index in order]
+            inputs, wanted = fitted.draw(places[:batch])
+            del places[:batch]
+            optimizer.param_groups[0]["lr"] = STEP * (1 + math.cos(math.pi * step / steps)) / 2
+            moved = {name: start[name] + rates[name] * moves[name] for name in names}
+            loss = scale * (functional_call(module, moved, (inputs,)) - wanted).square().sum() / len(inputs)
+            gradients = torch.autograd.grad(loss, list(moves.values()), materialize_grads=True)
+            for move, gradient in zip(moves.values(), gradients, strict=True):
+                move.grad = gradient
+            optimizer.step()
+    errors = {}
+    for share in SHARES:
+        found = {name: start[name] + share * rates[name] * moves[name].detach() for name in names}
+        errors[share] = _error(module, found, judge)
+    share = min(errors, key=errors.__getitem__)
+    with torch.no_grad():
+        for name in names:
+            module.get_parameter(name).add_(share * rates[name] * moves[name].detach())
+    return {"before": errors[0.0], "after": errors[share], "share": share, "steps": steps}
+
+
+def _error(module: nn.Module, parameters: Mapping[str, Tensor], samples: Samples) -> float:
+    """Squared error of what the segment gives, over the variance of what is wanted."""
+    total = 0.0
+    with torch.no_grad():
+        for inputs, wanted in zip(samples.inputs, samples.wanted, strict=True):
+            for u, z in zip(inputs.split(CHECKED), wanted.split(CHECKED), strict=True):
+                total += float((functional_call(module, dict(parameters), (u.clone(),)) - z).double().square().sum())
+    return total / max(samples.spread(), torch.finfo(torch.float32).tiny)
+
+
+def _rates(module: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
+    """Unit of a step for each parameter, of its shape or one that spreads to it."""
+    spreads: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def note(name: str):
+        def hook(part: nn.Module, args: tuple, output: Tensor) -> None:
+            if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
+                dim = channel_dim(part) if axes.is_weighted(part) else 1 if isinstance(part, axes.BATCH_NORMS) else -1
+                spreads[name] = (_spread(args[0].detach(), dim), _spread(output.detach(), dim))
+
+        return hook
+
+    holders = {name: m for name, m in module.named_modules() if next(m.parameters(recurse=False), None) is not None}
+    with removing([part.register_forward_hook(note(name)) for name, part in holders.items()]), torch.no_grad():
+        module(inputs.clone())
+    found = {}
+    for name, part in holders.items():
+        for key, parameter in part.named_parameters(recurse=False):
+            full = f"{name}.{key}" if name else key
+            found[full] = _rate(part, key, parameter.detach(), *spreads.get(name, (None, None)))
+    return found
+
+
+def _rate(part: nn.Module, key: str, parameter: Tensor, given: Tensor | None, output: Tensor | None) -> Tensor:
+    """The spread of the output over that of what the parameter multiplies; else the parameter's own size."""
+    if output is not None and given is not None:
+        if key == "weight" and axes.is_weighted(part):
+            groups = getattr(part, "groups", 1)
+            inputs, outputs = given.view(groups, 1, -1), output.view(groups, -1, 1)
+            ratio = outputs / inputs  # [groups, out, in], of a group
+            transposed = getattr(part, "transposed", False)
+            ratio = (ratio.transpose(1, 2) if transposed else ratio).flatten(0, 1)
+            fan_in = ratio.shape[-1] * parameter[0, 0].numel() if not transposed else parameter[:, 0].numel() // groups
+            return ratio.view(*ratio.shape, *[1] * (parameter.ndim - 2)) / math.sqrt(fan_in)
+        if parameter.shape == output.shape:
+            return output
+    return parameter.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _spread(values: Tensor, dim: int) -> Tensor:
+    """Standard deviation of each channel; those that hardly vary get the median one's."""
+    spread = values.movedim(dim, 0).flatten(1).double().var(1, correction=0)
+    alive = spread[spread > 0]
+    typical = alive.median() if len(alive) else spread.new_ones(())
+    return torch.where(spread > DEAD * typical, spread, typical).sqrt().to(values)
