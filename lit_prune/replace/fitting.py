@@ -25,7 +25,7 @@ from lit_prune.replace.settings import Replacement
 from lit_prune.replace.stand_ins import Folded, StandIn, affine, choose_parents, constants, fold
 from lit_prune.task import Task
 
-AFFINE_RIDGE = 1e-6
+LEAST_RIDGE = 1e-6
 MOST_ROWS = 20_000
 
 
@@ -152,7 +152,7 @@ class Affine(Folding):
         self, reader: Reader, weight: Tensor, evidence: InputEvidence, settings: Replacement
     ) -> tuple[StandIn, dict[str, Any]]:
         """A ridge regression a removed channel."""
-        ridge = AFFINE_RIDGE if settings.ridge == "held_out" else settings.ridge
+        ridge = max(LEAST_RIDGE, settings.noise**2) if settings.ridge == "held_out" else settings.ridge
         parents = choose_parents(evidence.inputs, reader, weight, settings)
         if settings.objective == "distortion":
             stand_in, said = affine(evidence.inputs, reader, parents, ridge), {}

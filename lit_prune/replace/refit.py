@@ -179,7 +179,8 @@ class _Solver:
             return self._left(everything), False
         prior = kernel_of(self.module).double().flatten(1) if few or not towards_zero else None
         candidates = RIDGES if prior is None else (*RIDGES, *STRONG_RIDGES)
-        ridges = candidates if self.settings.ridge == "held_out" else (self.settings.ridge,)
+        borne = [ridge for ridge in candidates if ridge >= self.settings.noise**2 * (1 - 1e-9)]
+        ridges = borne if self.settings.ridge == "held_out" else [self.settings.ridge]
         fit, held_out = solve_held_out(self.sums[False], self.sums[True], ridges, prior)
         if self.stop.clip is not None and self.settings.clipped:
             fit = self._clipped(fit, everything, prior)

@@ -199,12 +199,14 @@ def solve_held_out(
 
     Args:
         fitted: sums of the fitting part.
-        held_out: sums of the held-out part; without rows `UNTESTED_RIDGE` is taken and the error is NaN.
+        held_out: sums of the held-out part; without rows `UNTESTED_RIDGE` is taken, or the least candidate where
+            all are larger, and the error is NaN.
         ridges: candidates, ascending; a larger one must win by more than rounding.
         prior: as in `solve`.
     """
     if not held_out.rows or len(ridges) == 1:
-        fit = solve((fitted + held_out).covariance(), ridges[0] if len(ridges) == 1 else UNTESTED_RIDGE, prior)
+        ridge = ridges[0] if len(ridges) == 1 else max(UNTESTED_RIDGE, ridges[0])
+        fit = solve((fitted + held_out).covariance(), ridge, prior)
         return fit, held_out.covariance().error(fit) if held_out.rows else float("nan")
     data, test = fitted.covariance(), held_out.covariance()
     errors = [test.error(solve(data, ridge, prior)) for ridge in ridges]

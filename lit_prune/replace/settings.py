@@ -14,7 +14,11 @@ class Replacement:
 
     Attributes:
         ridge: of affine relative to the inputs' mean variance, of refit to each input's own; "held_out": refit takes
-            the one of a grid that serves held-out images best (affine: 1e-6).
+            the one of a grid that serves held-out images best, at least `noise`² (affine: `noise`², at least 1e-6).
+        noise: error of the inputs, as a share of their spread, that a solution has to bear: least squares with so much
+            noise on each input are those with a ridge of its square. Without it a reader whose inputs hardly vary in
+            some directions may get weights a hundred times as large to read what little is left there; the fit is
+            somewhat closer, but the first steps of any training that move the inputs destroy it.
         parents: affine: kept channels that stand in for a removed one; None: all of them.
         parent_rule: which ones: the best by `pearson` correlation, by `weighted_pearson` (correlation times the cosine
             of the two channels' outgoing weights; both absolute), or `random` ones.
@@ -41,6 +45,7 @@ class Replacement:
     """
 
     ridge: float | Literal["held_out"] = "held_out"
+    noise: float = 0.0
     parents: int | None = 16
     parent_rule: Literal["pearson", "weighted_pearson", "random"] = "pearson"
     objective: Literal["distortion", "curvature", "loss", "joint_loss"] = "distortion"
@@ -76,6 +81,8 @@ class Replacement:
                 raise InputError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}")
         if self.ridge != "held_out" and not (isinstance(self.ridge, int | float) and self.ridge > 0):
             raise InputError(f"ridge={self.ridge!r} must be above 0 (relative to the inputs' variance), or 'held_out'")
+        if not 0 <= self.noise < 1:
+            raise InputError(f"noise={self.noise!r} must be within [0, 1), a share of the inputs' spread")
         if self.parents is not None and self.parents < 0:
             raise InputError(f"parents={self.parents} must be 0 or more, or None for all kept channels")
         if self.together < 0:

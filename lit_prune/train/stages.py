@@ -12,7 +12,8 @@ from lit_prune.structure.budgets import find_budget
 
 BLOCK_AMOUNTS = ("remove_ratio", "remove_count", "keep_blocks", "keep")
 
-STAND_IN_SETTINGS = Replacement(unsupported="delete", towards="weights")  # determined by however few samples
+STAND_IN_SETTINGS = Replacement(unsupported="delete", towards="weights", noise=0.1)
+"""Determined by however few samples; bears the training that follows."""
 LEAST_KEEP = 1e-3
 """A smaller share of a network is a slip of the keyboard: no group can lose its last unit."""
 

@@ -324,3 +324,30 @@ def test_few_batches_wait_at_large_maps_and_all_at_small_ones(trunk, batches, mo
     alone = replace_mechanisms(trunk, PLAN, batches[:1], "refit", IMAGE, settings=settings).model
     for name in ("first.conv2", "second.conv1", "second.conv2"):
         torch.testing.assert_close(fewer.model.get_submodule(name).weight, alone.get_submodule(name).weight)
+
+
+def faint() -> nn.Sequential:
+    """Two kept units nearly say the same; their small difference is the removed one, and a third carries some of it."""
+    net = nn.Sequential(nn.Linear(2, 3, bias=False), nn.Linear(3, 1)).double()
+    with torch.no_grad():
+        net[0].weight.copy_(torch.tensor([[1.0, 0.0], [1.0, 0.01], [0.0, 1.0]]))
+        net[1].weight.copy_(torch.tensor([[0.5, 0.5, 1.0]]))
+    return net
+
+
+@pytest.mark.parametrize("kind", ["affine", "refit"])
+@pytest.mark.parametrize("towards", ["zero", "weights"])
+def test_a_solution_that_bears_noise_reads_no_faint_differences(kind, towards):
+    torch.manual_seed(0)
+    net, batches = faint(), [torch.randn(200, 2, dtype=torch.float64) for _ in range(5)]
+    plan = Plan(keep_channels={"0": (0, 1)}, sizes={"0": 3})
+    weights, errors = [], []
+    for noise in (0.0, 0.1):
+        settings = Replacement(noise=noise, towards=towards, parents=None)
+        small = replace_mechanisms(net, plan, batches, kind, settings=settings).model
+        weights.append(float(small[1].weight.detach().abs().max()))
+        hidden = small[0](batches[0])
+        noisy = hidden + 0.1 * hidden.std(0) * torch.randn_like(hidden)
+        errors.append(float((small[1](noisy) - net(batches[0])).var().detach()))
+    assert weights[0] > 50 and weights[1] < 5
+    assert errors[1] < 0.1 * errors[0]
