@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lit_prune.errors import InputError
 from lit_prune.measurement.layers import Batches
+from lit_prune.progress import looking_on
 from lit_prune.replace import Reduced, Replacement, replace_mechanisms
 from lit_prune.replace.distil import Distilling, distil
 from lit_prune.replace.replacement import take_batches
@@ -106,10 +107,10 @@ def compress(
     task, batches = settle(task, model, batches)
     batches = take_batches(batches, recipe.replacement.images, task)
     clock = Clock()
-    with clock.step("plan"):
+    with looking_on(), clock.step("plan"):
         plan = plan_compression(model, batches, recipe.budget(budget, keep), task, recipe)
     example = task.inputs(task.to(task.take(batches[0], 1), model))
-    with clock.step("stand_in"):
+    with looking_on(), clock.step("stand_in"):
         reduced = replace_mechanisms(model, plan, batches, recipe.kind, example, settings=recipe.replacement, task=task)
     _say_undetermined(reduced.report["layers"])
     repair = {}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
+from lit_prune.progress import watched
 from lit_prune.replace.consumers import Reader
 from lit_prune.replace.folding import add_to_output
 from lit_prune.replace.kernels import kernel_of, set_kernel
@@ -52,7 +53,8 @@ def refit(
     parts = list(pieces(batches, pair.task))  # each has its own thread and pool of memory: small ones waste less
     report, gained = {}, []
     with undisturbed(pair.original), undisturbed(pair.reduced):
-        for stop, count, seen in chain(walked(pair, stops[:once], parts), passed(pair, stops[once:], parts)):
+        visits = chain(walked(pair, stops[:once], parts), passed(pair, stops[once:], parts))
+        for stop, count, seen in watched(visits, "layers solved again", len(stops)):
             solver = _Solver(pair, stop, readers[stop.layer], settings, sum(map(pair.task.size, parts[:count])))
             for index, calls in enumerate(seen):
                 for original, reduced in calls:
@@ -87,7 +89,7 @@ def refit_segments(
     report: dict[str, dict] = {}
     gained: list[str] = []
     with undisturbed(pair.original), undisturbed(pair.reduced):
-        for stop, count, seen in walked(pair, stops, parts):
+        for stop, count, seen in watched(walked(pair, stops, parts), "blocks solved together", len(stops)):
             segment = segments.get(stop.layer)
             samples = {False: Samples(), True: Samples()}
             images = sum(map(pair.task.size, parts[:count]))

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from lit_prune.progress import watched
 from lit_prune.replace import Replacement
 from lit_prune.replace.replacement import refitted, take_batches
 from lit_prune.running import undisturbed
@@ -42,7 +43,7 @@ def corrected_damage(evidence: Evidence, graph: ChannelGraph, measured: Measured
         return measured
     fitted, judged = _samples(evidence)
     factors: dict[str, float] = {}
-    for names in parts:
+    for names in watched(parts, "parts of the plan tried"):
         part = Plan((), {n: plan.keep_channels[n] for n in names}, {n: plan.sizes[n] for n in names})
         small = refitted(evidence.model, part, fitted, evidence.example, TRIAL, evidence.task)
         found = _change(evidence.model, small, judged, evidence.task)
