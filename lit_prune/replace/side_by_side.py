@@ -12,7 +12,7 @@ from lit_prune.measurement.layers import removing, without_gradients
 from lit_prune.replace.walk import AtStop, Stop, Walk, watching
 from lit_prune.task import Task
 
-WAITING = 1 << 30  # bytes that the batches waiting at a stop have at hand there; they hold about three times as much
+WAITING = 1 << 28  # bytes that the batches waiting at a stop have at hand there; they hold about three times as much
 LEAST_WAITING = 4  # batches, of at most `slopes.MOST_SAMPLES` samples
 
 
