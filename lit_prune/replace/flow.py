@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lit_prune.measurement.layers import removing
-from lit_prune.replace.segments import Segment
 from lit_prune.replace.walk import ADDITIONS, Stop
 from lit_prune.structure import axes
 from lit_prune.structure.tracing import one_sample, run, traceable
@@ -51,18 +50,6 @@ class Flow:
     norms: dict[str, str] = field(default_factory=dict)
     additions: list[Addition] = field(default_factory=list)
     clips: dict[str, Clip] = field(default_factory=dict)
-
-    def stops_around(self, wanted: Collection[str], segments: Collection[Segment]) -> list[Stop]:
-        """Where passes wait for the segments, and for those of the layers `wanted` that lie in none, in order.
-
-        Layers whose sums would be waited for are left out: they are as `stops` had them solved.
-        """
-        inside = {layer for segment in segments for layer in segment.layers}
-        alone = [stop for stop in self.stops([name for name in wanted if name not in inside]) if not stop.joined]
-        place = {stop.layer: self.layers.index(stop.layer) for stop in alone}
-        place |= {s.name: max(map(self.layers.index, s.layers)) for s in segments}
-        found = {stop.layer: stop for stop in alone} | {segment.name: Stop(segment.name) for segment in segments}
-        return [found[name] for name in sorted(place, key=place.__getitem__)]
 
     def stops(self, wanted: Collection[str]) -> list[Stop]:
         """Where passes wait for the layers `wanted`, in order.

@@ -1,6 +1,6 @@
 """Refit: the weights of the layers that read removed channels are solved again, in forward order, without labels."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -65,52 +65,36 @@ def refit(
 
 
 def refit_segments(
-    pair: Pair,
-    stops: Sequence[Stop],
-    segments: Mapping[str, Segment],
-    readers: dict[str, Reader],
-    batches: Sequence[Any],
-    settings: Replacement,
-) -> tuple[dict[str, dict], list[str]]:
+    pair: Pair, segments: Sequence[Segment], batches: Sequence[Any], settings: Replacement
+) -> dict[str, dict]:
     """A second pass in which the layers of each segment are solved together, see `solve_together`.
 
     Args:
         pair: the networks, in evaluation mode.
-        stops: segments and layers outside them, in forward order.
-        segments: by name; the other stops are layers, which are solved again as in `refit`.
-        readers: as in `refit`.
+        segments: in forward order.
         batches: as in `refit`.
         settings: passes, share held out, seed.
 
     Returns:
-        Report by layer, and the layers that gained a bias.
+        By layer: name and errors of its segment.
     """
     parts = list(pieces(batches, pair.task))
+    named = {segment.name: segment for segment in segments}
+    stops = [Stop(name) for name in named]
     report: dict[str, dict] = {}
-    gained: list[str] = []
     with undisturbed(pair.original), undisturbed(pair.reduced):
         for stop, count, seen in watched(walked(pair, stops, parts), "blocks solved together", len(stops)):
-            segment = segments.get(stop.layer)
-            samples = {False: Samples(), True: Samples()}
-            images = sum(map(pair.task.size, parts[:count]))
-            solver = None if segment else _Solver(pair, stop, readers[stop.layer], settings, images)
+            segment, samples = named[stop.layer], {False: Samples(), True: Samples()}
             for index, calls in enumerate(seen):
-                held_out = settings.holds_out(index, count)
                 for original, reduced in calls:
-                    if solver is not None:
-                        solver.add(original, reduced, held_out)
-                    else:
-                        assert segment is not None and original.output is not None, "the original's has run"
-                        samples[held_out].add(reduced.inputs, segment.left(original.output))
-            if solver is not None:
-                report[stop.layer], created = solver.finish()
-                gained += [stop.layer] if created else []
-            elif segment is not None:
-                module = pair.reduced.get_submodule(segment.name)
-                found = solve_together(module, samples[False], samples[True], settings.together, settings.seed)
-                report |= {layer: {"segment": {"name": segment.name} | found} for layer in segment.layers}
+                    assert original.output is not None, "the original's segment has run"
+                    held_out = settings.holds_out(index, count)
+                    samples[held_out].add(reduced.inputs, segment.left(original.output))
+            module = pair.reduced.get_submodule(segment.name)
+            found = solve_together(module, samples[False], samples[True], settings.together, settings.seed)
+            report |= {layer: {"segment": {"name": segment.name} | found} for layer in segment.layers}
             del samples
-    return report, gained
+    return report
 
 
 class _Solver:

@@ -161,11 +161,8 @@ class Refit(StandInMethod):
         if settings.together:
             example = example_of(job.task, job.model, job.task.take(batches[0], 1))
             segments = find_segments(job.dense, job.reduced, job.plan, job.graph, example, names)
-            named = {segment.name: segment for segment in segments}
-            stops = job.flow.stops_around([name for name in names if job.readers[name].calls == 1], segments)
-            again, more = refit_segments(pair, stops, named, readers, batches, settings)
-            layers = {name: found | again.get(name, {}) for name, found in layers.items()}
-            gained = list(dict.fromkeys([*gained, *more]))
+            together = refit_segments(pair, segments, batches, settings)
+            layers = {name: found | together.get(name, {}) for name, found in layers.items()}
         return layers, gained
 
 

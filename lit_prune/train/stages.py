@@ -105,7 +105,9 @@ PARTS = {"channels": None, "planes": "planes", "mid": "mid", "heads": "heads", "
 
 @dataclass(frozen=True)
 class ChannelStage(Stage):
-    """Slices channels; the defaults are the strongest recipe that was measured, that of `lit_prune.compress`.
+    """Slices channels; the defaults are those of `lit_prune.compress`.
+
+    But the layers of a block are not solved together afterwards: the training that follows does that.
 
     Args:
         keep: share of the *dense* network's `budget` left after this stage, in (0, 1].
