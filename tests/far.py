@@ -138,7 +138,7 @@ def far_device() -> Iterator[None]:
     torch.__future__.set_swap_module_params_on_conversion(True)
     torch.autocast.__init__, threading.Thread.run = _autocast, _run
     try:
-        with FarDevice():
+        with torch.serialization.safe_globals([_moved]), FarDevice():
             yield
     finally:
         torch._C._set_only_lift_cpu_tensors(False)

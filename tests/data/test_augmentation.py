@@ -29,6 +29,7 @@ def test_draws_differ_between_epochs_purposes_and_seeds():
         assert 0.05 < (offsets() == other).float().mean() < 0.2  # 1/9 agree by chance
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("padding", ["zero", "reflect"])
 def test_pixels_equal_torchvision_for_equal_draws(padding):
     images, augmentation = pixels(), PadCropFlip(16, seed=0, pad=3, padding=padding)
@@ -45,6 +46,7 @@ def test_without_flip_no_image_is_mirrored():
     assert not draw_crops(1000, 4, False, 0, ("train", 0)).flip.any()
 
 
+@pytest.mark.cpu
 def test_one_image_at_a_time_gives_the_pixels_of_the_batch():
     images, augmentation = pixels(), PadCropFlip(16, seed=0)
     batch = augmentation.apply(images, augmentation.draws(2))

@@ -1,7 +1,10 @@
+import pytest
 import torch
 
 from lit_prune.data.calibration import stratified_order
 from lit_prune.data.seeding import seeded_generator
+
+pytestmark = pytest.mark.cpu  # sums and labels have come from the device when this is asked
 
 LABELS = torch.arange(5).repeat_interleave(torch.tensor([50, 20, 3, 50, 7]))
 

@@ -30,6 +30,7 @@ def order_of(scores):
     return scores.argsort(stable=True)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("seed", range(3))
 def test_even_order_takes_the_same_fraction_from_every_cluster_at_every_prefix(seed):
     values, clusters = drawn(seed=seed)
@@ -46,6 +47,7 @@ def test_even_order_takes_the_same_fraction_from_every_cluster_at_every_prefix(s
         assert bool((inside.diff() >= 0).all())
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("seed", range(3))
 def test_guarded_order_protects_the_best_cluster_and_empties_none_early(seed):
     values, clusters = drawn(seed=seed)
@@ -63,6 +65,7 @@ def test_guarded_order_protects_the_best_cluster_and_empties_none_early(seed):
         left[cluster] -= 1
 
 
+@pytest.mark.cpu
 def test_without_protection_or_clusters_both_orders_are_the_values():
     values, _ = drawn(seed=0)
     one = torch.zeros(37, dtype=torch.int64)
@@ -78,6 +81,7 @@ def test_follow_keeps_the_values_and_takes_the_order():
     assert torch.equal(order_of(dealt), order)
 
 
+@pytest.mark.cpu
 def test_spectral_clusters_find_blocks_and_agree_with_scikit_learn():
     generator = np.random.default_rng(0)
     truth = np.repeat(np.arange(4), 8)
@@ -111,6 +115,7 @@ def cap_parts(model, data):
     return values, clusters, n(score(model, "taylor", data)["conv1"])
 
 
+@pytest.mark.cpu
 def test_cap_deals_its_weighted_sum_in_guarded_order(tiny_net, data):
     values, clusters, _ = cap_parts(tiny_net, data)
     expected = follow(values, guarded_order(values, clusters, 0.3))
@@ -124,6 +129,7 @@ def test_cap_qgw_is_the_quantile_in_the_guarded_order_of_the_geometric_mean(tiny
     torch.testing.assert_close(found[order], (torch.arange(8) + 0.5).double() / 8)
 
 
+@pytest.mark.cpu
 def test_cap_a_is_taylor_at_low_sparsity_and_cap_at_high(tiny_net, data):
     values, clusters, gradient = cap_parts(tiny_net, data)
     for sparsity in (0.3, 0.7):
@@ -161,6 +167,7 @@ def test_coupled_layers_share_one_order(tiny_net, data, name):
     torch.testing.assert_close(found["stem.0"], found["conv2"])
 
 
+@pytest.mark.cpu
 def test_clusters_shrink_with_the_distinct_channels():
     features = torch.tensor([[0.0, 0.0], [0.0, 0.0], [1.0, 0.0]])
     assert len(kmeans_clusters(features, 0).unique()) == 2

@@ -9,6 +9,8 @@ from lit_prune.errors import InputError
 from lit_prune.measurement.local_axis import gaussian_information
 from lit_prune.scores.graphs import excess_graph, greedy_modularity, heaviest_edges, redundancy_graph
 
+pytestmark = pytest.mark.cpu  # sums and labels have come from the device when this is asked
+
 
 def random_graph(nodes: int, blocks: int, seed: int) -> torch.Tensor:
     generator = np.random.default_rng(seed)
