@@ -11,6 +11,12 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.models.detection import RetinaNet
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.segmentation import FCN, DeepLabV3
+from torchvision.models.segmentation.deeplabv3 import DeepLabHead
+from torchvision.models.segmentation.fcn import FCNHead
 
 from lit_prune.models import build_backbone
 from lit_prune.task import Custom, Segmentation, Task
@@ -204,9 +210,20 @@ def boxes(side: int) -> Callable[[int], tuple[list[Tensor], list[dict[str, Tenso
     return batch
 
 
-def segmenter(name: str) -> Callable[[], nn.Module]:
-    """A segmentation network of torchvision."""
-    return lambda: getattr(torchvision.models.segmentation, name)(weights=None, weights_backbone=None, num_classes=4)
+def trunk() -> nn.Module:
+    """A ResNet-18 that answers with its last maps."""
+    return IntermediateLayerGetter(torchvision.models.resnet18(), {"layer4": "out"})
+
+
+def lraspp() -> nn.Module:
+    """Torchvision's LR-ASPP on MobileNetV3."""
+    return torchvision.models.segmentation.lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=4)
+
+
+def retinanet(side: int) -> nn.Module:
+    """Torchvision's RetinaNet on the pyramid of a ResNet-18."""
+    pyramid = resnet_fpn_backbone(backbone_name="resnet18", weights=None, trainable_layers=5)
+    return RetinaNet(pyramid, num_classes=3, min_size=side, max_size=side)
 
 
 def detector(name: str, side: int) -> Callable[[], nn.Module]:
@@ -244,12 +261,12 @@ CASES: dict[str, Case] = {
     "own classifier": Case(lambda: build_backbone("cifar_resnet20", num_classes=4), labelled),
     "U-Net": Case(UNet, mapped(32)),
     "ESPNet": Case(espnet, lambda n: (images(n, 64) / 5, torch.randint(12, (n, 64, 64))), Segmentation(void=11), 6),
-    "lraspp": Case(segmenter("lraspp_mobilenet_v3_large"), mapped(64), samples=6),
-    "fcn": Case(segmenter("fcn_resnet50"), mapped(64), samples=4),
-    "deeplabv3": Case(segmenter("deeplabv3_resnet50"), mapped(64), samples=4),
-    "ssdlite": Case(detector("ssdlite320_mobilenet_v3_large", 128), boxes(128), samples=4),
-    "retinanet": Case(detector("retinanet_resnet50_fpn", 64), boxes(64), samples=4),
-    "fasterrcnn": Case(detector("fasterrcnn_mobilenet_v3_large_320_fpn", 64), boxes(64), samples=4),
+    "lraspp": Case(lraspp, mapped(64)),
+    "fcn": Case(lambda: FCN(trunk(), FCNHead(512, 4)), mapped(64)),
+    "deeplabv3": Case(lambda: DeepLabV3(trunk(), DeepLabHead(512, 4)), mapped(64)),
+    "ssdlite": Case(detector("ssdlite320_mobilenet_v3_large", 128), boxes(128)),
+    "retinanet": Case(lambda: retinanet(64), boxes(64)),
+    "fasterrcnn": Case(detector("fasterrcnn_mobilenet_v3_large_320_fpn", 64), boxes(64)),
     "HF ViT": Case(
         hugging_face("ViT", image_size=32, patch_size=8, **VIT),
         named,

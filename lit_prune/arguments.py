@@ -1,35 +1,63 @@
-"""Arguments of public functions, compared with their annotations before anything is done with them."""
+"""Arguments of public functions and classes, compared with their annotations before anything is done with them."""
 
 import functools
 import inspect
 import types
 import typing
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
 
 from lit_prune.errors import InputError
 
-P = ParamSpec("P")
-R = TypeVar("R")
+Public = TypeVar("Public", bound=Callable)
+NO_ROW = (str, bytes, Mapping, Tensor, nn.Module)
+"""What can be looped over and is no row of things to be taken one by one."""
+WORDS = {
+    "Module": "a network",
+    "Iterable": "a list",
+    "Sequence": "a list",
+    "Mapping": "a dict",
+    "Callable": "a function",
+}
+WORDS |= {"str": "text", "float": "a number", "int": "a whole number", "bool": "true or false", "NoneType": "None"}
 
 
-def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, which refuses an argument of another kind than its annotation in one line.
+def checked(public: Public) -> Public:
+    """The function or class, which refuses an argument of another kind than its annotation in one line.
 
-    Looks at the outermost kind alone: a network, a plan, a number, text, something to loop over. Whatever an annotation
-    says beyond that is left to the function.
+    Looks at the outermost kind, a network, a plan, a number, text, a row of things, and at the kinds of what a list or
+    a dict holds. Whatever an annotation says beyond that is left to the function.
     """
+    if isinstance(public, type):
+        public.__init__ = checked_call(public.__init__, public.__name__)  # type: ignore[misc]
+        return public
+    return typing.cast("Public", checked_call(public, public.__name__))
+
+
+def checked_call(function: Callable, name: str) -> Callable:
+    """The function, which refuses as `checked` says and calls itself `name`."""
     signature = inspect.signature(function)
 
     @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        hints = _hints(function)
-        for name, value in signature.bind(*args, **kwargs).arguments.items():
-            if name in hints and not _fits(value, hints[name]):
-                raise InputError(f"{function.__name__}: {name} is {_short(value)}; give {_wanted(hints[name])}")
+    def call(*args: Any, **kwargs: Any) -> Any:
+        check_arguments(function, signature.bind(*args, **kwargs).arguments, name)
         return function(*args, **kwargs)
 
     return call
+
+
+def check_arguments(function: Callable, arguments: Mapping[str, Any], name: str) -> None:
+    """Compares arguments with the annotations of the function that they are of.
+
+    Raises:
+        InputError: one is of another kind; the line begins with `name`.
+    """
+    hints = _hints(function)
+    for argument, value in arguments.items():
+        if argument in hints and not _fits(value, hints[argument]):
+            raise InputError(f"{name}: {argument} is {_short(value)}; give {_wanted(hints[argument])}")
 
 
 @functools.cache
@@ -41,28 +69,74 @@ def _hints(function: Callable) -> dict[str, Any]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    origin = typing.get_origin(hint)
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, choice) for choice in typing.get_args(hint))
+        return any(_fits(value, choice) for choice in inner)
+    if origin is typing.Literal:
+        return isinstance(value, str | int) and value in inner
     if hint is None or hint is type(None):
         return value is None
     kind = origin or hint
     if kind in (int, float):
-        whole = (kind is int and isinstance(value, int)) or (kind is float and isinstance(value, int | float))
-        return not isinstance(value, bool) and (whole or _is_number(value, kind))
-    return kind is Any or not isinstance(kind, type) or isinstance(value, kind)
+        return _is_number(value, kind)
+    if kind is Any or not isinstance(kind, type):
+        return True
+    if kind in (list, tuple, Sequence, Iterable):
+        return _is_row(value, kind) and _holds(value, inner)
+    if kind in (dict, Mapping):
+        return isinstance(value, Mapping) and all(map(_fits, (*value, *value.values()), _of_each(value, inner)))
+    return isinstance(value, kind)
+
+
+def _is_row(value: Any, kind: type) -> bool:
+    """Whether it is a row of things; a list is as good as a tuple."""
+    return not isinstance(value, NO_ROW) and isinstance(value, Sequence if kind in (list, tuple) else kind)
+
+
+def _holds(value: Iterable, inner: tuple) -> bool:
+    """Whether everything in a list, tuple or set is of the kind; other rows may be gone once they were looked at."""
+    kinds = [kind for kind in inner if kind is not Ellipsis]
+    if len(kinds) > 1:  # a tuple of fixed length
+        return isinstance(value, Sequence) and len(value) == len(kinds) and all(map(_fits, value, kinds))
+    return not kinds or not isinstance(value, list | tuple | set | frozenset) or all(_fits(v, kinds[0]) for v in value)
+
+
+def _of_each(value: Mapping, inner: tuple) -> list:
+    """The kinds that the keys and then the values of a dict are to be."""
+    return [kind for kind in inner or (Any, Any) for _ in value]
 
 
 def _is_number(value: Any, kind: type) -> bool:
-    """Whether it is a number of another library, such as numpy's."""
-    return hasattr(value, "__index__") or (kind is float and hasattr(value, "__float__"))
+    """Whether it is a number, also one of another library such as numpy's; NaN is none."""
+    if isinstance(value, bool):
+        return False
+    whole = isinstance(value, int) or hasattr(value, "__index__")
+    if kind is int or whole:
+        return whole
+    return (isinstance(value, float) or hasattr(value, "__float__")) and bool(value == value)
 
 
 def _short(value: Any) -> str:
-    return "None" if value is None else f"a {type(value).__name__}"
+    if value is None:
+        return "None"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    shown = repr(value)
+    kind = f"a {type(value).__name__}"
+    return f"{shown}, {kind}" if isinstance(value, str | bytes | int | float) and len(shown) < 40 else kind
 
 
 def _wanted(hint: Any) -> str:
     choices = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    names = [getattr(typing.get_origin(choice) or choice, "__name__", str(choice)) for choice in choices]
-    return " or ".join("None" if name == "NoneType" else name for name in dict.fromkeys(names))
+    return " or ".join(dict.fromkeys(word for choice in choices for word in _words(choice)))
+
+
+def _words(hint: Any) -> list[str]:
+    """What a kind is called, one word for each of a few values."""
+    origin, inner = typing.get_origin(hint), [i for i in typing.get_args(hint) if i is not Ellipsis]
+    if origin is typing.Literal:
+        return [str(choice) for choice in inner]
+    name = getattr(origin or hint, "__name__", str(hint))
+    word = WORDS.get(name, f"a {name}")
+    of = {_words(kind)[0].removeprefix("a ") for kind in inner if kind is not Any and isinstance(kind, type)}
+    return [f"{word} of {' and '.join(sorted(of))}" if of and name not in ("Callable", "type") else word]

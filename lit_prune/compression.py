@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lit_prune.arguments import checked
 from lit_prune.errors import InputError
 from lit_prune.measurement.layers import Batches
 from lit_prune.progress import looking_on
@@ -21,6 +22,7 @@ from lit_prune.structure import Budget, CostModel, Plan, apply_plan, cost
 from lit_prune.task import Task, settle
 
 
+@checked
 @dataclass(frozen=True)
 class Recipe:
     """How `compress` chooses and solves; the default is the strongest that was measured.
@@ -59,6 +61,7 @@ TOLERABLE = 0.9
 """Agreement with the original below which a result is called bad."""
 
 
+@checked
 def compress(
     model: nn.Module,
     batches: Batches,

@@ -27,5 +27,10 @@ def did_you_mean(name: str, known: Iterable[str], shown: int = 3) -> str:
     return f"there are {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}" if names else "there is none"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class UndefinedLossError(InputError):
     """A sample has no finite loss; whoever goes through the batches knows which batch it is."""

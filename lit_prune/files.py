@@ -22,8 +22,14 @@ CHECKSUM = "checksum"
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; on success it is renamed to `path`, on an exception it is removed."""
+    """Yields a temporary path beside `path`; on success it is renamed to `path`, on an exception it is removed.
+
+    Raises:
+        InputError: `path` is a folder.
+    """
     path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give the name of a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -49,8 +55,18 @@ def json_text(value: Any, indent: int | None = None) -> str:
 
     >>> json_text({"accuracy": float("nan")})
     '{"accuracy": null}'
+
+    Raises:
+        InputError: it holds something else than plain values.
     """
-    return json.dumps(defined(value), indent=indent, allow_nan=False)
+    return _dumps(defined(value), indent=indent)
+
+
+def _dumps(value: Any, **form: Any) -> str:
+    try:
+        return json.dumps(value, allow_nan=False, **form)
+    except TypeError as error:
+        raise InputError(f"{error}; give numbers, text, lists and dicts") from error
 
 
 def defined(value: Any) -> Any:
@@ -106,7 +122,7 @@ def check_seal(values: Mapping[str, Any], source: str | Path) -> None:
 
 
 def _digest(values: Mapping[str, Any]) -> str:
-    text = json.dumps(defined(dict(values)), sort_keys=True, separators=(",", ":"))
+    text = _dumps(defined(dict(values)), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import ModelHubMixin, snapshot_download
 from torch import nn
 
+from lit_prune.arguments import checked
 from lit_prune.preparation import Preparation
 from lit_prune.structure import load_compact
 from lit_prune.structure.compact import CARD, REPORT, STRUCTURE, WEIGHTS, save_recorded
@@ -16,6 +17,7 @@ from lit_prune.structure.record import note_record, record_of
 FILES = (WEIGHTS, STRUCTURE, REPORT, CARD)
 
 
+@checked
 class HubNetwork(nn.Module, ModelHubMixin, library_name="lit_prune", tags=["pruning", "structured-pruning"]):
     """A network with its record, saved and loaded as a compact folder.
 

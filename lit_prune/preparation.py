@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_prune.arguments import checked
 from lit_prune.errors import InputError
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 
 
+@checked
 @dataclass(frozen=True)
 class Preparation:
     """From an image file to a network's input: resize the short side, cut the centre out, scale to 0..1, normalise.

@@ -47,11 +47,11 @@ class Registry(MutableMapping[str, Thing]):
             written: the class or function that it was made from; None: the thing itself.
 
         Raises:
-            ValueError: something that is written elsewhere has the name.
+            InputError: something that is written elsewhere has the name.
         """
         home = _home(thing if written is None else written)
         if self._homes.setdefault(name, home) != home:
-            raise ValueError(f"{self.argument}: two things are named {name!r}; give one of them another name")
+            raise InputError(f"{self.argument}: two things are named {name!r}; give one of them another name")
         self._things[name] = thing
         return thing
 

@@ -6,8 +6,7 @@ from contextlib import contextmanager
 import lightning.pytorch as pl
 
 from lit_prune.cli.parsing import causes
-from lit_prune.errors import InputError
-from lit_prune.models.registry import first_line
+from lit_prune.errors import InputError, first_line
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """The measurement conventions that papers and code differ in, as named fields recorded with every result."""
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
+from lit_prune.arguments import checked
 from lit_prune.errors import InputError
 
 HookPoint = Literal["pre_bn", "post_bn"]
@@ -11,6 +12,7 @@ OverlapMean = Literal["peers", "channels"]
 PartnerRule = Literal["task", "joint", "excess", "random", "excess_of_redundant"]
 
 
+@checked
 @dataclass(frozen=True)
 class Protocol:
     """Conventions of a measurement; the defaults are this project's.
@@ -41,16 +43,7 @@ class Protocol:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        choices = {
-            "hook_point": HookPoint,
-            "target_pooling": TargetPooling,
-            "overlap_mean": OverlapMean,
-            "partner_rule": PartnerRule,
-        }
-        for name, literal in choices.items():
-            if getattr(self, name) not in get_args(literal):
-                raise InputError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(get_args(literal))}")
-        if self.positions != "all" and (not isinstance(self.positions, int) or self.positions < 1):
+        if self.positions != "all" and self.positions < 1:
             raise InputError(f"positions: {self.positions!r} is neither 'all' nor a positive number")
         if self.partners < 1:
             raise InputError(f"partners: {self.partners} is below 1")

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_prune.errors import InputError
-from lit_prune.models.registry import build_backbone, check_arguments, first_line
+from lit_prune.errors import InputError, first_line
+from lit_prune.models.registry import build_backbone, check_arguments
 from lit_prune.running import undisturbed
 
 

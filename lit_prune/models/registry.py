@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lit_prune.errors import InputError
+from lit_prune.errors import InputError, first_line
 from lit_prune.models.anatomy import find_head
 from lit_prune.models.cifar_resnet import CifarResNet, ProjectionResNet, WideStemResNet
 from lit_prune.models.published import published_file
@@ -198,8 +198,3 @@ def _resize_head(model: nn.Module, num_classes: int) -> None:
         parent, _, child = name.rpartition(".")
         replacement = nn.Linear(head.in_features, num_classes, bias=head.bias is not None)
         setattr(model.get_submodule(parent), child, replacement)
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an exception's message, or its type where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

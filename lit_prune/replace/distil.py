@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_prune.arguments import checked
 from lit_prune.errors import InputError
 from lit_prune.running import undisturbed
 from lit_prune.task import Task
@@ -18,6 +19,7 @@ Augment = Callable[[Any, torch.Generator], Any]
 CHECKS = 10  # how often the held-out distortion is looked at
 
 
+@checked
 @dataclass(frozen=True)
 class Distilling:
     """Settings of `distil`; give `seconds` or `epochs`. The learning rate falls to 0 over them (cosine).

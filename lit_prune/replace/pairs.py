@@ -6,12 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lit_prune.arguments import checked
 from lit_prune.errors import InputError
 from lit_prune.measurement.layers import Batches
 from lit_prune.structure.example import Example
 from lit_prune.task import Task
 
 
+@checked
 @dataclass(frozen=True)
 class Swaps:
     """Which interventions are made.

@@ -3,11 +3,13 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from lit_prune.arguments import checked
 from lit_prune.errors import InputError
 
 ROWS_A_WEIGHT = 20
 
 
+@checked
 @dataclass(frozen=True)
 class Replacement:
     """Settings of `replace_mechanisms`.
@@ -67,19 +69,7 @@ class Replacement:
         Raises:
             InputError: one is outside its range.
         """
-        choices = {
-            "border": ("bias", "carrier"),
-            "scope": ("consumers", "all"),
-            "towards": ("zero", "weights"),
-            "unsupported": ("refuse", "delete"),
-            "parent_rule": ("pearson", "weighted_pearson", "random"),
-            "objective": ("distortion", "curvature", "loss", "joint_loss"),
-            "curvature": ("gauss_newton", "hutchinson"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise InputError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}")
-        if self.ridge != "held_out" and not (isinstance(self.ridge, int | float) and self.ridge > 0):
+        if not isinstance(self.ridge, str) and self.ridge <= 0:
             raise InputError(f"ridge={self.ridge!r} must be above 0 (relative to the inputs' variance), or 'held_out'")
         if not 0 <= self.noise < 1:
             raise InputError(f"noise={self.noise!r} must be within [0, 1), a share of the inputs' spread")

@@ -162,8 +162,15 @@ class Evidence:
         return self._table is None and self._batches is not None
 
     def column(self, name: str) -> dict[str, Tensor]:
-        """A column of the channel table by layer, each float64 [N] in channel order."""
+        """A column of the channel table by layer, each float64 [N] in channel order.
+
+        Raises:
+            InputError: a table that was given has no such column.
+        """
         table = self.table if name in TARGET_COLUMNS else self._local_table
+        missing = [wanted for wanted in ("layer", "channel", name) if wanted not in table]
+        if missing:
+            raise InputError(f"table: it has no column {missing[0]!r}; give one that lit_prune.measure returned")
         frames = table.sort_values("channel", kind="stable").groupby("layer", sort=False)
         return {layer: torch.tensor(frame[name].to_numpy(), dtype=torch.float64) for layer, frame in frames}
 

@@ -9,8 +9,10 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from lit_prune.arguments import checked
+from lit_prune.errors import InputError, did_you_mean
 from lit_prune.registry import Registry
-from lit_prune.scores.evidence import Evidence
+from lit_prune.scores.evidence import COLLECTORS, Evidence
 
 Axis = Literal["local", "target", "baseline", "mixed"]
 Cost = Literal["weights", "activations", "gradients", "labels"]
@@ -43,6 +45,7 @@ SCORES: Registry[Score] = Registry("score")
 _Function = TypeVar("_Function", bound=Callable[..., dict[str, Tensor]])
 
 
+@checked
 def register_score(
     axis: Axis,
     cost: Cost = "activations",
@@ -54,11 +57,16 @@ def register_score(
     """Puts the decorated function among the `SCORES`, under its own name or `name`; the fields of `Score` otherwise.
 
     Raises:
-        ValueError: a function that is written elsewhere has the name.
+        InputError: a function that is written elsewhere has the name, or `needs` names what no pass collects.
     """
+    unknown = [need for need in needs if need not in (*COLLECTORS, "table")]
+    if name is not None and not name.isidentifier():
+        raise InputError(f"name: {name!r} cannot be written as a score; use letters, digits and underscores")
+    if unknown:
+        raise InputError(f"needs: {unknown[0]!r} is unknown: {did_you_mean(unknown[0], (*COLLECTORS, 'table'))}")
 
     def register(function: _Function) -> _Function:
-        SCORES.add(name or function.__name__, Score(function, axis, cost, defaults, needs), function)
+        SCORES.add(function.__name__ if name is None else name, Score(function, axis, cost, defaults, needs), function)
         return function
 
     return register

@@ -4,6 +4,7 @@ import pandas as pd
 from torch import Tensor, nn
 
 from lit_prune.arguments import checked
+from lit_prune.errors import InputError
 from lit_prune.measurement.layers import Batches
 from lit_prune.registry import import_files, imported
 from lit_prune.scores import axes, clusters, gradients, labels, mixtures, outputs, second_order, weights
@@ -112,6 +113,8 @@ def find_score(name: str | OwnScore) -> Method:
 
 
 def _own_method(function: OwnScore) -> Method:
+    if isinstance(function, type):
+        raise InputError(f"score: the class {function.__name__} is none; give a name or a function of an Evidence")
     known = next((entry for entry in SCORES.values() if entry.function is function), None)
     known = known or Score(function, "mixed", "activations")
     return Method(known, known.defaults)

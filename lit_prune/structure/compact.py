@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from lit_prune.arguments import checked
 from lit_prune.errors import InputError
@@ -83,12 +84,14 @@ def save_compact(
         preparation: how images are prepared for it, and the names of its classes.
 
     Raises:
-        InputError: `folder` holds something else, or backbone, arguments and plans do not give this network.
+        InputError: `folder` holds something else, the network is compiled or wrapped, or backbone, arguments and plans
+            do not give this network.
     """
-    if not isinstance(model, nn.Module):
-        raise InputError(f"save_compact: model is a {type(model).__name__}; give the network")
-    if not all(isinstance(plan, Plan) for plan in plans):
-        raise InputError("save_compact: plans holds something else than plans; give those that were applied")
+    if (input_shape is None) == (inputs is None):
+        raise InputError("save_compact: give input_shape, the shape of one image such as (3, 32, 32), or inputs")
+    wrapped = next((type(module).__name__ for module in model.modules() if _wraps(module)), None)
+    if wrapped:
+        raise InputError(f"save_compact: there is a {wrapped} in it; give the bare network (not compiled or wrapped)")
     replayed = [plan.to_dict() for plan in plans]
     values = {"backbone": backbone, "arguments": arguments or {}, "plans": replayed, "inputs": inputs}
     shape = None if input_shape is None else tuple(input_shape)
@@ -130,8 +133,6 @@ def load_compact(folder: str | Path, model: nn.Module | None = None, trust: Iter
         InputError: missing, damaged or foreign folder, or an import path that is not among `trust`.
     """
     folder = Path(folder)
-    if model is not None and not isinstance(model, nn.Module):
-        raise InputError(f"load_compact: model is a {type(model).__name__}; give the dense network or leave it out")
     structure = _read_structure(folder)
     described = Description.read(structure, structure.get("input_shape"), str(folder / STRUCTURE))
     weights = _read_weights(folder, structure)
@@ -175,6 +176,11 @@ def _read_weights(folder: Path, structure: dict[str, Any]) -> dict[str, Tensor]:
     if _sha256(path) != structure.get("sha256"):
         raise InputError(f"{path} does not match the sha256 in {STRUCTURE}; copy the whole folder again")
     return read_safetensors(path)
+
+
+def _wraps(module: nn.Module) -> bool:
+    """Whether a module only runs another, whose tensors it gives a prefix."""
+    return isinstance(module, nn.DataParallel | DistributedDataParallel) or "_orig_mod" in dict(module.named_children())
 
 
 def _check_same(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -235,6 +241,9 @@ def _whole_folder(folder: Path) -> Iterator[Path]:
 
 def _replaced(folder: Path) -> Path:
     """Where the earlier folder waits until the new one is in its place."""
+    folder = folder.absolute()
+    if not folder.name:
+        raise InputError(f"{folder} is no name of a folder; give one")
     return folder.with_name(f".{folder.name}.replaced")
 
 

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lit_prune.errors import InputError
+from lit_prune.errors import InputError, first_line
 from lit_prune.models import build_network, load_weights
-from lit_prune.models.registry import first_line
 from lit_prune.models.weights import load_state
 from lit_prune.structure import Plan, save_compact
 from lit_prune.structure.description import Description

@@ -13,6 +13,7 @@ FORMAT = "lit_prune.plan"
 VERSION = 1
 
 
+@checked
 @dataclass(frozen=True, repr=False)
 class Plan:
     """Blocks to drop and, after that, the channels to keep.
@@ -116,6 +117,7 @@ class Plan:
                 f"{source} is damaged: {type(error).__name__} {error}; write it again with Plan.save"
             ) from error
 
+    @checked
     def save(self, path: str | Path) -> None:
         """Writes the plan as JSON with its checksum, whole or not at all."""
         write_json(path, sealed(self.to_dict()))

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from lit_prune.arguments import checked
 from lit_prune.errors import InputError
 from lit_prune.structure.budgets import find_budget
 from lit_prune.structure.groups import ChannelGraph, Group
@@ -42,6 +43,11 @@ NORMALISATIONS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {  #
 ISOMORPHIC = "isomorphic"
 
 
+LEAST_KEEP = 1e-3
+"""A smaller share of a network is a slip of the keyboard: no group can lose its last unit."""
+
+
+@checked
 @dataclass(frozen=True)
 class Budget:
     """What may be kept, and how it is shared out.
@@ -111,8 +117,10 @@ class Budget:
         if isinstance(self.keep, Mapping) and not self.keep:
             raise InputError("keep={}: give the share to keep of one group at least")
         for share in self.shares.values() if isinstance(self.keep, Mapping) else (self.share,):
-            if not 0 < share <= 1:
-                raise InputError(f"budget outside (0,1]: keep={share}; give the share to keep, such as 0.5")
+            if not LEAST_KEEP <= share <= 1:
+                raise InputError(
+                    f"budget outside (0,1], or below {LEAST_KEEP}: keep={share}; give the share to keep, such as 0.5"
+                )
 
 
 def group_scores(graph: ChannelGraph, ranks: Ranks, request: Budget) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -92,6 +92,8 @@ def check_inputs(described: Any) -> Mapping[str, Any]:
     """
     if not isinstance(described, Mapping):
         raise InputError("inputs: nothing says what the network is called with, so its plans cannot be carried out")
+    if not isinstance(described.get("args"), list) or not isinstance(described.get("kwargs"), Mapping):
+        raise InputError("inputs: no args and kwargs as describe_inputs writes them")
     if _largest(described) > LARGEST_INPUT:
         raise InputError("inputs are larger than any network reads")
     return described

@@ -6,7 +6,7 @@ from lit_prune.task.classification import TARGETS, Classification, check_labels,
 from lit_prune.task.custom import Custom
 from lit_prune.task.detection import Detection
 from lit_prune.task.multi_label import MultiLabel
-from lit_prune.task.recognise import find_task, peek, recognise, settle
+from lit_prune.task.recognise import find_task, peek, recognise, settle, try_out
 from lit_prune.task.regression import Regression
 from lit_prune.task.segmentation import Segmentation
 from lit_prune.task.unlabelled import Unlabelled
@@ -30,6 +30,7 @@ __all__ = [
     "register_task",
     "settle",
     "task_variable",
+    "try_out",
 ]
 
 import_files(__file__, __package__)

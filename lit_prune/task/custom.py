@@ -6,12 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_prune.arguments import checked
 from lit_prune.errors import InputError
 from lit_prune.structure.example import Example
 from lit_prune.task.base import Task
 from lit_prune.task.batches import describe
 
 
+@checked
 class Custom(Task):
     """What the caller's functions say; what is not given is as in `Task`.
 

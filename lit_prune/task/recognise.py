@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lit_prune.errors import InputError
+from lit_prune.errors import InputError, first_line
 from lit_prune.running import undisturbed
 from lit_prune.task.base import TASKS, Task
 from lit_prune.task.batches import HOW_TO_GIVE, describe, find_layout
@@ -68,19 +68,8 @@ def recognise(model: nn.Module, batch: Any) -> Task:
     Raises:
         InputError: the batch is not recognised, or the network does not take it; the line says what was found.
     """
-    find_layout(batch)  # refuses what it does not know
     reader = Unlabelled()
-    few = reader.to(reader.take(batch, SAMPLES), model)
-    if not reader.size(few):
-        raise InputError("batches: the first batch holds no images; leave it out")
-    with undisturbed(model):
-        try:
-            output = reader.run(model, few)
-        except (TypeError, ValueError, RuntimeError, AttributeError, AssertionError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise InputError(
-                f"batches: a batch is {describe(batch)}, which the network does not take ({reason}); {HOW_TO_GIVE}"
-            ) from error
+    few, output = try_out(reader, model, batch)
     target, size = reader.target(few), reader.size(few)
     for kind in TASKS.latest_first():
         if kind.fits(output, target, size):
@@ -89,3 +78,23 @@ def recognise(model: nn.Module, batch: Any) -> Task:
         f"batches: the network answers {describe(output)} and the target is {describe(target)}, which is none of "
         f"{', '.join(TASKS)}; {HOW_TO_GIVE}"
     )
+
+
+def try_out(reader: Task, model: nn.Module, batch: Any) -> tuple[Any, Any]:
+    """The first samples of a batch, and what the network answers to them in evaluation mode; it is left as found.
+
+    Raises:
+        InputError: the batch is not recognised, or empty, or the network does not take it.
+    """
+    find_layout(batch)  # refuses what it does not know
+    few = reader.to(reader.take(batch, SAMPLES), model)
+    if not reader.size(few):
+        raise InputError("batches: the first batch holds no images; leave it out")
+    with undisturbed(model):
+        try:
+            return few, reader.run(model, few)
+        except (TypeError, ValueError, RuntimeError, AttributeError, AssertionError) as error:
+            reason = first_line(error)
+            raise InputError(
+                f"batches: a batch is {describe(batch)}, which the network does not take ({reason}); {HOW_TO_GIVE}"
+            ) from error

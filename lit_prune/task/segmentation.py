@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_prune.arguments import checked
 from lit_prune.errors import InputError
 from lit_prune.task.answered import Answered
 from lit_prune.task.base import Term, register_task
@@ -16,6 +17,7 @@ VOID = (255, -100)  # what data sets and torch take for pixels without a label
 IGNORED = -100
 
 
+@checked
 @register_task("segmentation")
 class Segmentation(Answered):
     """Cross-entropy of logits [B, K, ...] with labels [B, ...]; figure: mean intersection over union.

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from lit_prune.arguments import checked
 from lit_prune.errors import InputError
 
 
@@ -98,6 +99,7 @@ def drop_term(module: LightningModule, name: str) -> None:
             module.__dict__.pop("training_step", None)
 
 
+@checked
 def added_loss(module: LightningModule) -> Tensor:
     """What callbacks add to the loss of this step: for the loss of a module with manual optimization.
 

@@ -1,5 +1,6 @@
 """Watches every channel on the two axes while the network trains."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import nn
 
+from lit_prune.arguments import checked
 from lit_prune.files import read_parquet, write_parquet
 from lit_prune.measurement.channel_table import channel_table, collect_sums, layer_table
 from lit_prune.measurement.protocol import DEFAULT_PROTOCOL, Protocol
@@ -17,6 +19,7 @@ from lit_prune.train.dynamics import dynamics_table
 from lit_prune.train.tracing import Trace, Traced, trace_folder
 
 
+@checked
 class AxisTrace(Trace):
     """Writes the channel table of the network at initialisation and after every k-th training epoch.
 
@@ -61,7 +64,7 @@ class AxisTrace(Trace):
         protocol: Protocol | None = None,
         plane: bool = True,
         network: str | None = None,
-        calibration: Any = None,
+        calibration: Iterable[Any] | int | None = None,
         task: Task | str | None = None,
     ) -> None:
         super().__init__(Traced(every_n_epochs, layers, target, limit, network, calibration, task), tuple(TARGETS))

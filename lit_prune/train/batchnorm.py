@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lit_prune.arguments import checked
 from lit_prune.errors import InputError
 from lit_prune.running import modes_kept
-from lit_prune.task import Task, Unlabelled, find_task
+from lit_prune.task import Task, Unlabelled, find_task, peek, try_out
 
 
 @torch.no_grad()
@@ -49,10 +49,14 @@ def recalibrate_batchnorm(
     """
     if limit < 1:
         raise InputError(f"recalibration needs limit >= 1, got limit={limit}")
-    task = Unlabelled() if task is None else find_task(task)
     norms = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.track_running_stats}
     if not norms:
         return 0
+    if task is None:
+        first, batches = peek(batches)
+        task = Unlabelled()
+        try_out(task, model, first)
+    task = find_task(task)
     with _measuring(model, norms.values()):
         used = 0
         for place, batch in enumerate(_worthwhile(islice(batches, limit), task)):
@@ -70,7 +74,7 @@ def _worthwhile(batches: Iterable[Any], task: Task) -> Iterator[Any]:
     for batch in batches:
         size = task.size(batch)
         largest = max(largest, size)
-        if size > 1 or largest <= 1:
+        if size > 1 or (size and largest <= 1):
             yield batch
 
 

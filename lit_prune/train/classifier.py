@@ -11,6 +11,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
+from lit_prune.arguments import check_arguments
 from lit_prune.errors import InputError
 from lit_prune.models import build_network, check_forward, load_weights
 from lit_prune.structure.description import Description
@@ -61,6 +62,7 @@ class LitClassifier(LightningModule):
         compile: bool | str = False,
     ) -> None:
         super().__init__()
+        check_arguments(LitClassifier.__init__, locals(), "LitClassifier")
         self.task = Classification()
         image_shape = [int(n) for n in image_shape]  # type: ignore[assignment]  # hparams.yaml is to be plain YAML
         self.save_hyperparameters(
@@ -72,6 +74,8 @@ class LitClassifier(LightningModule):
         self.backbone = build_network(backbone, self.arguments, pretrained=pretrained, trust=(backbone,))
         note_record(self.backbone, Record(backbone, self.arguments))
         check_forward(self.backbone, self.image_shape, num_classes, backbone)
+        if num_classes < 2:
+            raise InputError(f"num_classes={num_classes}: give at least 2 classes to tell apart")
         if not 0 <= label_smoothing < 1:
             raise InputError(f"label_smoothing={label_smoothing} must lie in [0, 1)")
         if weights is not None:

@@ -5,6 +5,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lit_prune.arguments import checked
 from lit_prune.errors import InputError
 from lit_prune.measurement.local_axis import DEAD_VARIANCE_RATIO, gaussian_information
 from lit_prune.train.added_loss import AddedLoss, add_term, drop_term
@@ -14,6 +15,7 @@ TERM = "decorrelation"
 LAYERS, CHANNELS, REFERENCES = 6, 128, 64
 
 
+@checked
 class Decorrelation(Callback):
     """Adds `λ/|S| · Σ_{layers in S} R̄_X` of every second batch to the loss of any LightningModule.
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_prune.arguments import checked
 from lit_prune.errors import InputError
 from lit_prune.task.batches import describe
 from lit_prune.task.detection import detector_heads
@@ -17,6 +18,7 @@ from lit_prune.task.outputs import shared_outputs
 FORMS = ("cosine", "kl", "mse")
 
 
+@checked
 @dataclass(frozen=True)
 class Repair:
     """How a network is taught by its dense teacher after surgery.

@@ -7,16 +7,14 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lit_prune.errors import InputError
-from lit_prune.task import Task
+from lit_prune.task import Task, find_task
 from lit_prune.train.capture import step_for_evaluation
 from lit_prune.train.evaluation import evaluate
 from lit_prune.train.locate import network_at
 from lit_prune.train.module_task import task_in
 from lit_prune.train.rewire import mean_over_ranks, sum_over_ranks, validation_loader
-from lit_prune.train.samples import Samples, calibration_samples
+from lit_prune.train.samples import Samples, calibration_samples, check_calibration
 from lit_prune.train.validation import run_validation
-
-MODES = ("max", "min")
 
 
 class Figures:
@@ -29,9 +27,6 @@ class Figures:
         mode: whether more or less of the monitor is better.
         task: where there is no monitor; None recognises it.
         calibration: as in `calibration_samples`.
-
-    Raises:
-        InputError: an unknown mode.
     """
 
     def __init__(
@@ -39,11 +34,10 @@ class Figures:
         monitor: str | None = None,
         mode: str = "max",
         task: Task | str | None = None,
-        calibration: Any = None,
+        calibration: Iterable[Any] | int | None = None,
     ) -> None:
-        if mode not in MODES:
-            raise InputError(f"mode={mode!r} is unknown; use max or min")
-        self.monitor, self._mode, self.task = monitor, mode, task
+        self.monitor, self._mode, self.task = monitor, mode, None if task is None else find_task(task)
+        check_calibration(calibration)
         self.calibration = calibration
         self._found: Task | None = None
         self.images: int | None = None  # of the last measurement, where it is known

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from lit_prune.errors import InputError
+from lit_prune.errors import InputError, first_line
 from lit_prune.files import read_json, whole_file, write_json
 from lit_prune.models.weights import load_state
 from lit_prune.report import result_table
@@ -159,7 +159,7 @@ def write_program(network: nn.Module, record: Record, file: Path) -> str:
                 torch.export.save(program, opened)
             return f"{file.name}: for {'any number of' if free else 'batches of 2'} samples"
         except Exception as error:  # the exporter has many families of errors
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
     return f"none: torch.export cannot write this network ({reason})"
 
 

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from lit_prune.errors import InputError
+from lit_prune.errors import InputError, first_line
 from lit_prune.running import undisturbed
 from lit_prune.structure.example import Example
 from lit_prune.task import TASKS, Task, Term, find_task
@@ -187,7 +187,7 @@ class ModuleTask(_OnSeen):
             try:
                 returned = step(*step_arguments(step, batch.batch, 0, 0))
             except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                reason = first_line(error)
                 raise InputError(
                     f"task: training_step of {kind} does not run on {batch.size} samples of a batch, "
                     f"{describe(batch.batch)} ({reason}); {GIVE}"

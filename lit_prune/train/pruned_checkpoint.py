@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 
+from lit_prune.arguments import checked
 from lit_prune.errors import InputError
 from lit_prune.structure import Plan
 from lit_prune.structure.networks import STRUCTURE_KEY, structure_of
@@ -37,6 +38,7 @@ def save_structure(module: LightningModule, path: str, checkpoint: dict[str, Any
     }
 
 
+@checked
 def restore_structure(module: LightningModule, checkpoint: dict[str, Any], dense: nn.Module | None = None) -> None:
     """Gives the module's network the structure that a checkpoint's weights have; call it before they load.
 
@@ -51,6 +53,7 @@ def restore_structure(module: LightningModule, checkpoint: dict[str, Any], dense
     Raises:
         InputError: the checkpoint is from before a cut that the module's network has had.
     """
+    _check_checkpoint(checkpoint, "checkpoint")
     checkpoint.get("state_dict", {}).pop(ADVICE, None)
     saved = structure_of(checkpoint)
     if not saved:
@@ -86,6 +89,7 @@ def carried_on(network: nn.Module, plans: list[Plan], inputs: dict[str, Any] | N
     return note_record(replay(network, plans, example), after)
 
 
+@checked
 def load_pruned(
     kind: type[Module],
     path: str | Path,
@@ -107,6 +111,7 @@ def load_pruned(
         InputError: no such file, arguments missing, or weights that do not fit.
     """
     checkpoint = _read(path, weights_only)
+    _check_checkpoint(checkpoint, f"checkpoint: {path}")
     known = inspect.signature(kind).parameters
     saved = {key: value for key, value in checkpoint.get("hyper_parameters", {}).items() if key in known}
     try:
@@ -122,6 +127,17 @@ def load_pruned(
     except RuntimeError as error:
         raise InputError(f"checkpoint: {path} does not fit {kind.__name__}: {load_problem(error)}") from error
     return module.eval()
+
+
+def _check_checkpoint(checkpoint: Any, source: str) -> None:
+    """Refuses values that are no checkpoint of Lightning.
+
+    Raises:
+        InputError: as said.
+    """
+    for key in ("state_dict", STRUCTURE_KEY, "hyper_parameters"):
+        if not isinstance(checkpoint, Mapping) or not isinstance(checkpoint.get(key) or {}, Mapping):
+            raise InputError(f"{source} is no checkpoint of Lightning; give one that a Trainer wrote")
 
 
 def _read(path: str | Path, weights_only: bool) -> dict[str, Any]:

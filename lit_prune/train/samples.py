@@ -86,7 +86,17 @@ class Samples:
         return found
 
 
-def calibration_samples(trainer: Trainer, path: str, given: Any = None) -> Samples:
+def check_calibration(given: Iterable[Any] | int | None) -> None:
+    """Refuses a number of samples below 1.
+
+    Raises:
+        InputError: as said.
+    """
+    if isinstance(given, int) and given < 1:
+        raise InputError(f"calibration: {given} samples; give at least 1, or a loader")
+
+
+def calibration_samples(trainer: Trainer, path: str, given: Iterable[Any] | int | None = None) -> Samples:
     """The fixed samples to measure on.
 
     Args:
@@ -96,12 +106,10 @@ def calibration_samples(trainer: Trainer, path: str, given: Any = None) -> Sampl
             samples of the validation loader, else of the training loader.
 
     Raises:
-        InputError: a loader that shuffles, a number below 1, or no loader at all.
+        InputError: a loader that shuffles, or no loader at all.
     """
     step = step_for_evaluation(trainer.lightning_module)
     number = given if isinstance(given, int) else None
-    if number is not None and number < 1:
-        raise InputError(f"calibration: {number} samples; give at least 1, or a loader")
     own = getattr(datamodule_of(trainer), "calibration_dataloader", None)
     if given is not None and number is None:
         _refuse_shuffling(given, "the loader given")

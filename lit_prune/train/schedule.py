@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lit_prune.errors import InputError
-from lit_prune.models.registry import first_line
+from lit_prune.errors import InputError, first_line
 
 
 class PhaseCosine(LRScheduler):

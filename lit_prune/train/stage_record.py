@@ -46,6 +46,8 @@ def figures_of(record: dict[str, Any]) -> dict[str, float]:
 
 def check_metric_name(name: str) -> None:
     """Raises InputError where a monitor is called like another field of the record."""
+    if not name:
+        raise InputError("monitor: it has no name; give the key that validation logs, or leave it out")
     if name in FIELDS:
         raise InputError(f"monitor: {name!r} is the name of a field of stages.jsonl; log the figure under another key")
 

@@ -1,6 +1,7 @@
 """Removes structure in stages during `fit`: plan, surgery, recalibration, distillation, record, compact model."""
 
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from lit_prune.arguments import checked
 from lit_prune.errors import InputError
 from lit_prune.progress import terminal
 from lit_prune.report import result_table, terminal_verdict
@@ -37,6 +39,7 @@ from lit_prune.train.teaching import Teaching
 from lit_prune.train.trainer_state import callbacks_of, is_trial
 
 
+@checked
 class StagedPruning(StagedRun):
     """At the start of each stage's epoch: measures, plans, cuts, recalibrates; distils until the next stage.
 
@@ -80,7 +83,7 @@ class StagedPruning(StagedRun):
         network: str | None = None,
         monitor: str | None = None,
         mode: Literal["max", "min"] = "max",
-        calibration: Any = None,
+        calibration: Iterable[Any] | int | None = None,
         task: Task | str | None = None,
         repair: Repair = Repair(),  # noqa: B008  (frozen)
         optimizer: OptimizerCallable | Literal["anew"] | None = None,
@@ -97,6 +100,8 @@ class StagedPruning(StagedRun):
             raise InputError(
                 f"probe_limit={probe_limit} is below 1 or recalibration_batches={recalibration_batches} below 0"
             )
+        if tolerance is not None and tolerance < 0:
+            raise InputError(f"tolerance={tolerance} is below 0; give how much worse than the dense network is held")
         if monitor is not None:
             check_metric_name(monitor)
         self.stages = tuple(stages)

@@ -4,18 +4,18 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, cast
 
+from lit_prune.arguments import checked
 from lit_prune.errors import InputError
 from lit_prune.replace import Replacement, find_stand_in
 from lit_prune.scores import find_score
 from lit_prune.structure import Budget
 from lit_prune.structure.budgets import find_budget
+from lit_prune.structure.ranking import LEAST_KEEP
 
 BLOCK_AMOUNTS = ("remove_ratio", "remove_count", "keep_blocks", "keep")
 
 STAND_IN_SETTINGS = Replacement(unsupported="delete", towards="weights", noise=0.1)
 """Determined by however few samples; bears the training that follows."""
-LEAST_KEEP = 1e-3
-"""A smaller share of a network is a slip of the keyboard: no group can lose its last unit."""
 
 
 class Stage:
@@ -53,6 +53,7 @@ class Stage:
         return replace(cast("Any", self), epoch=epoch)
 
 
+@checked
 @dataclass(frozen=True)
 class BlockStage(Stage):
     """Drops whole blocks, those with the least information about the label first. Give one of the four amounts.
@@ -103,6 +104,7 @@ class BlockStage(Stage):
 PARTS = {"channels": None, "planes": "planes", "mid": "mid", "heads": "heads", "width": "width"}
 
 
+@checked
 @dataclass(frozen=True)
 class ChannelStage(Stage):
     """Slices channels; the defaults are those of `lit_prune.compress`.
@@ -157,9 +159,7 @@ class ChannelStage(Stage):
             InputError: one is out of range, or has no effect; the line names it.
         """
         self.check_epoch()
-        if self.part not in PARTS:
-            raise InputError(f"stage: part={self.part!r} is unknown; use one of {', '.join(PARTS)}")
-        if isinstance(self.keep, bool) or not isinstance(self.keep, float | int) or not LEAST_KEEP <= self.keep <= 1:
+        if not LEAST_KEEP <= self.keep <= 1:
             raise InputError(f"stage {self.name}: keep must lie in (0, 1], at least {LEAST_KEEP}, got keep={self.keep}")
         if self.normalisation is not None and self.allocation != "global":
             raise InputError(

@@ -2,7 +2,7 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,11 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from lit_prune.errors import InputError
-from lit_prune.task import Task
+from lit_prune.task import Task, find_task
 from lit_prune.train.capture import Seen
 from lit_prune.train.locate import find_path, network_at, when_built
 from lit_prune.train.module_task import ModuleTask, task_in
-from lit_prune.train.samples import Samples, calibration_samples
+from lit_prune.train.samples import Samples, calibration_samples, check_calibration
 
 
 class Trace(Callback, ABC):
@@ -42,7 +42,8 @@ class Trace(Callback, ABC):
             raise InputError(f"limit: {chosen.limit} is below 1; give a number of samples, or None for all")
         if chosen.task is None and chosen.target is not None and chosen.target not in targets:
             raise InputError(f"target: {chosen.target!r} is not one of {', '.join(targets)}")
-        self.chosen = chosen
+        check_calibration(chosen.calibration)
+        self.chosen = chosen if chosen.task is None else replace(chosen, task=find_task(chosen.task))
         self.path = ""
         self._began: float | None = None
         self._trained = 0.0
@@ -145,7 +146,7 @@ class Traced:
     target: str | None
     limit: int | None
     network: str | None
-    calibration: Any
+    calibration: Iterable[Any] | int | None
     task: Task | str | None
 
 

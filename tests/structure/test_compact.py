@@ -1,5 +1,6 @@
 """The compact folder gives back the same network, whole or not at all."""
 
+import copy
 import json
 
 import pytest
@@ -175,6 +176,27 @@ def test_a_folder_that_could_not_be_loaded_is_not_written(saved, tmp_path) -> No
             save_compact(tmp_path / "new", network, **described)
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "new").exists()
+
+
+def test_somebodys_own_network_is_saved_bare_and_loads_into_a_dense_one_of_the_same_head(tmp_path) -> None:
+    def own(classes: int) -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, classes))
+
+    plan = Plan(keep_channels={"0": (0, 3, 5)}, sizes={"0": 8})
+    small = apply_plan(own(2), plan, torch.zeros(1, 4))
+    inside = copy.deepcopy(small)
+    inside[0] = torch.compile(inside[0])
+    for wrapped in (torch.compile(small), nn.DataParallel(small), inside):
+        with pytest.raises(InputError, match="give the bare network"):
+            save_compact(tmp_path / "own", wrapped, plans=[plan], input_shape=(4,))
+    small[2] = nn.Linear(3, 5)  # a head of another task
+    small.compile()  # in place: the network is still its own
+    save_compact(tmp_path / "own", small, plans=[plan], input_shape=(4,))
+    with pytest.raises(InputError, match=r"see '2\.bias'"):
+        load_compact(tmp_path / "own", model=own(2))
+    loaded = load_compact(tmp_path / "own", model=own(5))
+    assert all(torch.equal(value, small.state_dict()[name]) for name, value in loaded.state_dict().items())
 
 
 def test_a_kill_between_the_two_renames_loses_nothing(saved, tmp_path) -> None:

@@ -1,5 +1,6 @@
 """Watches which way each layer moves while the network trains: against both information gradients."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pandas as pd
 from lightning.pytorch import Trainer
 from torch import nn
 
+from lit_prune.arguments import checked
 from lit_prune.files import read_parquet, write_parquet
 from lit_prune.lab.trajectory.directions import collect_directions, direction_table
 from lit_prune.task import TARGETS, Task
@@ -16,6 +18,7 @@ COSINES = ("capture_task", "update_capture", "update_task", "capture_correlation
 SINGLE_TARGETS = tuple(name for name in TARGETS if name != "one_vs_rest")
 
 
+@checked
 class GradientTrace(Trace):
     """Writes the cosines of ∇I_X, ∇I_T, ∇ρ and the direction of descent -∇L, layer by layer, over training.
 
@@ -54,7 +57,7 @@ class GradientTrace(Trace):
         target: str | None = None,
         limit: int | None = 1000,
         network: str | None = None,
-        calibration: Any = None,
+        calibration: Iterable[Any] | int | None = None,
         task: Task | str | None = None,
     ) -> None:
         super().__init__(Traced(every_n_epochs, layers, target, limit, network, calibration, task), SINGLE_TARGETS)
