@@ -4,7 +4,7 @@ import functools
 import inspect
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -90,7 +90,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 def _is_row(value: Any, kind: type) -> bool:
     """Whether it is a row of things; a list is as good as a tuple."""
-    return not isinstance(value, NO_ROW) and isinstance(value, Sequence if kind in (list, tuple) else kind)
+    return not isinstance(value, NO_ROW) and isinstance(value, Collection if kind in (list, tuple) else kind)
 
 
 def _holds(value: Iterable, inner: tuple) -> bool:

@@ -55,7 +55,7 @@ def test_a_network_without_norms_needs_no_batches():
 
 
 def test_no_batches_is_an_error(tiny_net):
-    with pytest.raises(InputError, match="got no batches"):
+    with pytest.raises(InputError, match="no batch in it"):
         recalibrate_batchnorm(tiny_net, [])
     with pytest.raises(InputError, match="limit=0"):
         recalibrate_batchnorm(tiny_net, make_batches(), limit=0)
@@ -83,7 +83,7 @@ def test_a_last_batch_of_one_image_is_left_out():
 @pytest.mark.parametrize(
     ("batches", "message"),
     [
-        ([], "got no batches"),
+        ([], "no batch in it"),
         ([(torch.randn(1, 3, 6, 6), 0)] * 3, "batch 0 has one sample, too few for the norm behind pooling"),
         ([*make_batches(2), (torch.full((8, 3, 6, 6), torch.nan), 0)], "batch 2 makes the statistics of norm NaN"),
         ([*make_batches(1), (torch.full((8, 3, 6, 6), torch.inf), 0)], "batch 1 makes the statistics of norm NaN"),
