@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
 
-.PHONY: docs demo test test-slow test-gpu lint types bench clean
+.PHONY: docs demo test test-slow test-gpu gpu-kit lint types bench clean
 
 demo: $(VENV)/installed  ## train, trace, cut, repair and export a ResNet-20 on real digit images
 	$(BIN)/python train.py fit -c configs/experiment/digits_demo.yaml --run_dir $(RUN)
@@ -21,6 +21,16 @@ DEVICE ?= cuda
 test-gpu: $(VENV)/installed  ## the core's tests on a CUDA device (DEVICE=far: on none); runs/gpu.md has the table
 	mkdir -p runs
 	$(BIN)/python -m pytest $(CORE) -m "gpu or not slow" --device $(DEVICE) --table runs/gpu.md
+
+KIT := runs/gpu-kit
+
+gpu-kit: $(VENV)/installed  ## what test-gpu needs beside torch, for a machine without a network: pieces of 60 MiB
+	rm -rf $(KIT) && mkdir -p $(KIT)/wheels
+	$(BIN)/python -m pip freeze --exclude-editable | grep -v -E '^(torch|torchvision|triton)==|^(nvidia|cuda)-' > $(KIT)/wheels.txt
+	$(BIN)/python -m pip download --disable-pip-version-check -q --no-deps -d $(KIT)/wheels -r $(KIT)/wheels.txt
+	tar -C $(KIT) -cf - wheels.txt wheels | split -b 60M - $(KIT)/wheels.tar.
+	rm -r $(KIT)/wheels
+	@echo "there: cat wheels.tar.* | tar x; pip install --no-index --find-links wheels -r wheels.txt; make test-gpu"
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

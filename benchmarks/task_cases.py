@@ -261,10 +261,10 @@ CASES: dict[str, Case] = {
     "own classifier": Case(lambda: build_backbone("cifar_resnet20", num_classes=4), labelled),
     "U-Net": Case(UNet, mapped(32)),
     "ESPNet": Case(espnet, lambda n: (images(n, 64) / 5, torch.randint(12, (n, 64, 64))), Segmentation(void=11), 6),
-    "lraspp": Case(lraspp, mapped(64)),
+    "lraspp": Case(lraspp, mapped(64), samples=6),
     "fcn": Case(lambda: FCN(trunk(), FCNHead(512, 4)), mapped(64)),
     "deeplabv3": Case(lambda: DeepLabV3(trunk(), DeepLabHead(512, 4)), mapped(64)),
-    "ssdlite": Case(detector("ssdlite320_mobilenet_v3_large", 128), boxes(128)),
+    "ssdlite": Case(detector("ssdlite320_mobilenet_v3_large", 128), boxes(128), samples=4),
     "retinanet": Case(lambda: retinanet(64), boxes(64)),
     "fasterrcnn": Case(detector("fasterrcnn_mobilenet_v3_large_320_fpn", 64), boxes(64)),
     "HF ViT": Case(

@@ -20,8 +20,14 @@ WORDS = {
     "Sequence": "a list",
     "Mapping": "a dict",
     "Callable": "a function",
+    "type": "a class",
+    "str": "text",
+    "float": "a number",
+    "int": "a whole number",
+    "bool": "true or false",
+    "NoneType": "None",
 }
-WORDS |= {"str": "text", "float": "a number", "int": "a whole number", "bool": "true or false", "NoneType": "None"}
+"""What kinds are called; others by their name."""
 
 
 def checked(public: Public) -> Public:
@@ -121,22 +127,34 @@ def _short(value: Any) -> str:
         return "None"
     if isinstance(value, type):
         return f"the class {value.__name__}"
-    shown = repr(value)
-    kind = f"a {type(value).__name__}"
-    return f"{shown}, {kind}" if isinstance(value, str | bytes | int | float) and len(shown) < 40 else kind
+    kind = type(value).__name__
+    if isinstance(value, str | bytes | int | float) and len(repr(value)) < 40:
+        return f"{value!r} ({kind})"
+    if isinstance(value, list | tuple | set | frozenset | dict) and value:
+        held = {type(item).__name__ for item in (value.values() if isinstance(value, dict) else value)}
+        return f"a {kind} of {', '.join(sorted(held)[:3])}"
+    return f"a {kind}"
 
 
 def _wanted(hint: Any) -> str:
-    choices = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    return " or ".join(dict.fromkeys(word for choice in choices for word in _words(choice)))
+    words = list(dict.fromkeys(word for choice in _choices(hint) for word in _words(choice)))
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def _choices(hint: Any) -> tuple:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
 def _words(hint: Any) -> list[str]:
-    """What a kind is called, one word for each of a few values."""
-    origin, inner = typing.get_origin(hint), [i for i in typing.get_args(hint) if i is not Ellipsis]
+    """What a kind is called; one word for each of a few values."""
+    origin, inner = typing.get_origin(hint), [kind for kind in typing.get_args(hint) if kind is not Ellipsis]
     if origin is typing.Literal:
         return [str(choice) for choice in inner]
     name = getattr(origin or hint, "__name__", str(hint))
     word = WORDS.get(name, f"a {name}")
-    of = {_words(kind)[0].removeprefix("a ") for kind in inner if kind is not Any and isinstance(kind, type)}
-    return [f"{word} of {' and '.join(sorted(of))}" if of and name not in ("Callable", "type") else word]
+    if name in ("Callable", "type") or not inner or Any in inner[-1:]:
+        return [word]
+    held = [" or ".join(w for choice in _choices(kind) for w in _words(choice)) for kind in inner]
+    if origin in (dict, Mapping):
+        return [f"{word} {{{held[0]}: {held[1]}}}"]
+    return [f"{word} of {held[0]}" if len(held) == 1 else f"{word} ({', '.join(held)})"]

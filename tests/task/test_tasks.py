@@ -207,14 +207,14 @@ def test_a_layer_that_runs_twice_has_the_gradient_of_both_calls():
 
 
 NETWORKS = {
-    "segmentation": (nn.Conv2d(5, 3, 1), lambda n: torch.randint(3, (n, 6, 6))),
-    "heat maps": (nn.Conv2d(5, 3, 1), lambda n: torch.rand(n, 3, 6, 6)),
+    "segmentation": (lambda: nn.Conv2d(5, 3, 1), lambda n: torch.randint(3, (n, 6, 6))),
+    "heat maps": (lambda: nn.Conv2d(5, 3, 1), lambda n: torch.rand(n, 3, 6, 6)),
     "multi-label": (
-        nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 4)),
+        lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 4)),
         lambda n: (torch.randn(n, 4) > 0).float(),
     ),
     "soft labels": (
-        nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 4)),
+        lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 4)),
         lambda n: torch.randn(n, 4).softmax(1),
     ),
 }
@@ -225,7 +225,7 @@ def test_every_score_works_for_every_task_with_targets(name):
     torch.manual_seed(0)
     head, target = NETWORKS[name]
     trunk = nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 5, 3, padding=1))
-    model = nn.Sequential(*trunk, nn.ReLU(), head).eval()
+    model = nn.Sequential(*trunk, nn.ReLU(), head()).eval()
     batches = [(torch.randn(4, 2, 6, 6), target(4)) for _ in range(5)]
     evidence = Evidence(model, batches)
     evidence.gather(method_needs(SCORES))
