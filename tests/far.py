@@ -68,6 +68,9 @@ class Far(torch.Tensor):
             memo[id(self)] = _moved(near, self.requires_grad, isinstance(self, torch.nn.Parameter))
         return memo[id(self)]
 
+    def __format__(self, form: str) -> str:
+        return format(self.near.detach(), form)
+
     def tolist(self) -> Any:
         return self.near.tolist()
 
@@ -104,8 +107,9 @@ def carry_out(func: Any, args: tuple, kwargs: dict) -> Any:
     result = func(*tree_map(_near, args), **tree_map(_near, kwargs))
     if not far:
         return args[0] if func is aten.copy_.default else result
-    result = tree_map(lambda leaf: Far(leaf) if isinstance(leaf, torch.Tensor) else leaf, result)
-    return result if asked is not None else return_and_correct_aliasing(func, args, kwargs, result)
+    with torch.inference_mode(False):  # a wrapper that was made in it has no version that its views could share
+        result = tree_map(lambda leaf: Far(leaf) if isinstance(leaf, torch.Tensor) else leaf, result)
+        return result if asked is not None else return_and_correct_aliasing(func, args, kwargs, result)
 
 
 def _near(value: Any) -> Any:

@@ -347,9 +347,9 @@ REFUSED = {
     "no sample": ([], {"calibration": 0}, "calibration: 0 samples"),
     "never logged": ([], {"monitor": "val/miou", "epoch": 2}, "'val/miou' is not logged by a validation epoch"),
     "a field's name": ([], {"monitor": "epoch"}, "is the name of a field"),
-    "no such mode": ([], {"mode": "most"}, "mode='most' is unknown"),
+    "no such mode": ([], {"mode": "most"}, "mode is 'most' .str.; give max or min"),
     "schedule alone": ([], {"scheduler": torch.optim.lr_scheduler.StepLR}, "no effect without"),
-    "optimizer": ([], {"optimizer": "afresh"}, "'afresh' is unknown"),
+    "optimizer": ([], {"optimizer": "afresh"}, "optimizer is 'afresh' .str.; give a function, anew or None"),
 }
 
 
