@@ -12,10 +12,11 @@ POINTS, TEST_SHARE, BITS = 4096, 0.2, 8
 
 
 class BooleanCircuitData(ImageData):
-    """`XOR(AND(x1, x2), OR(x3, x4))` of eight independent fair bits, as images of 1x8 pixels that are -1 or 1.
+    """`XOR(AND(x1, x2), OR(x3, x4))` of eight independent fair bits, as images of 1x8 pixels that are 0 or 1.
 
     4,096 points are drawn, so the 256 inputs come about 16 times each; four fifths are for training. The draw follows
-    `seed`; `root` and `download` are not used.
+    `seed`; `root` and `download` are not used. With `mean=[0.5], std=[0.5]` the bits are -1 or 1: on those a network
+    spreads the function over so many units that a random half of them can go.
 
     Args:
         pad: Has no meaning for bits, 0.
@@ -26,7 +27,7 @@ class BooleanCircuitData(ImageData):
     """
 
     CLASSES = 2
-    MEAN, STD = (0.5,), (0.5,)
+    MEAN, STD = (0.0,), (1.0,)
 
     def __init__(self, pad: int = 0, flip: bool = False, **options: Any) -> None:
         super().__init__(pad=pad, flip=flip, **options)

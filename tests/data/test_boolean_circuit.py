@@ -7,11 +7,14 @@ def test_labels_are_the_circuit_of_the_first_four_bits_and_the_draw_follows_the_
     data = BooleanCircuitData(seed=3, calibration_size=2000, eval_batch_size=4096)
     data.setup()
     images, labels = next(iter(data.test_dataloader()))
-    assert images.shape == (819, 1, 1, 8) and set(images.unique().tolist()) == {-1.0, 1.0}
+    assert images.shape == (819, 1, 1, 8) and set(images.unique().tolist()) == {0.0, 1.0}
     x = (images.flatten(1) > 0).int()
     assert torch.equal(labels, ((x[:, 0] & x[:, 1]) ^ (x[:, 2] | x[:, 3])).long())
     train, _ = next(iter(data.calibration_dataloader()))
-    assert len(train) == 2000 and (train.mean((0, 1, 2)).abs() < 0.1).all()
+    assert len(train) == 2000 and ((train.mean((0, 1, 2)) - 0.5).abs() < 0.05).all()
+    signs = BooleanCircuitData(seed=3, mean=[0.5], std=[0.5])
+    signs.setup()
+    assert set(next(iter(signs.test_dataloader()))[0].unique().tolist()) == {-1.0, 1.0}
     other = BooleanCircuitData(seed=4)
     other.setup()
     assert not torch.equal(next(iter(other.test_dataloader()))[1][:100], labels[:100])
