@@ -156,6 +156,7 @@ def write_lesions(folder: Path) -> None:
     lesions["peer_r2"], lesions["hull_size"] = random.random(len(lesions)), random.integers(1, 11, len(lesions))
     lesions["compact_support"] = lesions["peer_r2"] / lesions["hull_size"]
     lesions["damage"] = np.exp(random.normal(-5, 2, len(lesions))) - 1e-3
+    lesions["damage_error"] = 2e-3
     lesions["recovery"] = lesions["peer_r2"] + 0.4 * random.normal(size=len(lesions))
     lesions.to_parquet(folder / "lesions.parquet")
     write_tables(folder / "lesions", lesions, seed=0)

@@ -19,6 +19,7 @@ from lit_prune.measurement.layers import Batches
 from lit_prune.measurement.sums import LayerSums
 from lit_prune.scores.hulls import greedy_hulls
 
+MEASURED = ("damage", "damage_error", "damage_replaced", "recovery", "peer_r2")
 SMALLEST_DAMAGE = 0.0  # a recovery is a share of the damage: there has to be one
 
 
@@ -31,14 +32,12 @@ class LayerLesions:
         metrics: the layer's rows of the channel table.
         sums: the layer's moments over the calibration images, on the CPU.
         batches: evaluation images and labels.
-        baseline: mean loss of the whole network on them, nats.
     """
 
     model: nn.Module
     metrics: pd.DataFrame
     sums: LayerSums
     batches: Batches
-    baseline: float
 
 
 def draw_channels(metrics: pd.DataFrame, wanted: int | None, seed: int) -> np.ndarray:
@@ -64,7 +63,8 @@ def lesion_layer(
     """Damage of lesions and of peer replacements of one layer's channels, with what might predict them.
 
     Columns: those of the channel table; damage and damage_replaced, the rises ΔL of the mean loss in nats when the
-    channel's raw output is set to zero, or to its reconstruction from its peers; recovery
+    channel's raw output is set to zero, or to its reconstruction from its peers; damage_error, the standard error of
+    damage: the deviation of ΔL over the images, divided by the root of their number; recovery
     (ΔL_lesion - ΔL_replace)/ΔL_lesion, NaN where the lesion does no damage; peer_r2 of the reconstruction;
     full_explanation E_full, hull_size |H| and compact_support E_full/max(1, |H|).
 
@@ -78,12 +78,16 @@ def lesion_layer(
     rows = start.metrics.set_index("channel", drop=False).loc[channels].reset_index(drop=True)
     fit = fit_peers(start.sums, request.peers, request.ridge)
     chosen = torch.as_tensor(channels)
-    variants = Variants.lesions(chosen, len(start.sums.cross)) + fit.replacements(chosen)
+    width = len(start.sums.cross)
+    variants = Variants.whole(width) + Variants.lesions(chosen, width) + fit.replacements(chosen)
     losses = variant_losses(start.model, layer, variants, start.batches, request.values, watch)
-    damage, replaced = (losses - start.baseline).numpy().reshape(2, -1)
+    rise = losses[1:] - losses[0]  # image by image: the deviation of the difference is far below that of the losses
+    damage, replaced = rise.mean(1).numpy().reshape(2, -1)
+    error = (rise[: len(chosen)].std(1) / rise.shape[1] ** 0.5).numpy()
     recovery = np.full(len(rows), np.nan)
     np.divide(damage - replaced, damage, out=recovery, where=damage > SMALLEST_DAMAGE)
-    measured = {"damage": damage, "damage_replaced": replaced, "recovery": recovery, "peer_r2": fit.r2[chosen].numpy()}
+    values = (damage, error, replaced, recovery, fit.r2[chosen].numpy())
+    measured = dict(zip(MEASURED, values, strict=True))
     return rows.assign(**measured, **_support(start, channels))
 
 

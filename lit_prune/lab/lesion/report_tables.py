@@ -28,7 +28,11 @@ def tabulate_replacement(run: RunFolder) -> Table:
         return [_cell(row.median_recovery), helped, _cell(row.peer_r2), _cell(row.task_information)]
 
     columns = ("lesion damage above", "channels", "median recovery", "peers help", "ρ(peer R², recovery)")
-    caption = f"What peers recover of a lesion's damage, {of}, with Wilson's 95 % interval. {PAPER}"
+    noise = ", ".join(f"{row.noise:.1e}" for row in table.itertuples())
+    caption = (
+        f"What peers recover of a lesion's damage, {of}, with Wilson's 95 % interval. Median standard error of the "
+        f"damage itself, by row: {noise} nats; a threshold below it sorts noise. {PAPER}"
+    )
     return Table((*columns, "ρ(I_T, recovery)"), _rows(table, cells, PAPER_REPLACEMENT), caption)
 
 

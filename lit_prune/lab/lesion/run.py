@@ -87,12 +87,13 @@ def read_lesions(folder: str | Path) -> pd.DataFrame:
     """Lesions of another run, its cells named after the run.
 
     Raises:
-        InputError: the run has none.
+        InputError: the run has none, or none with the standard error of the damage.
     """
     file = Path(folder) / "lesions.parquet"
-    if not file.is_file():
-        raise InputError(f"compare: {folder} has no lesions.parquet; lesion that run first")
-    return name_cells(read_parquet(file), folder)
+    table = read_parquet(file) if file.is_file() else pd.DataFrame()
+    if "damage_error" not in table:
+        raise InputError(f"compare: {folder} has no lesions.parquet with damage_error; lesion that run first")
+    return name_cells(table, folder)
 
 
 def name_cells(table: pd.DataFrame, folder: str | Path) -> pd.DataFrame:
@@ -120,13 +121,13 @@ def show(console: Console, tables: Frames, title: str) -> None:
 
 def replacement_rows(table: pd.DataFrame, title: str) -> Table:
     """Peer replacement by threshold."""
-    shown = _table(f"Peer replacement: {title}", "damage above", "channels", "median\nrecovery", "peers help")
+    shown = _table(f"Peer replacement: {title}", "damage above", "channels", "noise", "median\nrecovery", "peers help")
     for name in ("ρ(peer R²,\nrecovery)", "ρ(I_T,\nrecovery)"):
         shown.add_column(name, justify="right")
     for row in table.itertuples():
         helped = interval(row.helped, row.helped_low, row.helped_high)
         cells = (number(row.median_recovery), helped, number(row.peer_r2), number(row.task_information))
-        shown.add_row(f"{row.threshold:g}", str(row.channels), *cells)
+        shown.add_row(f"{row.threshold:g}", str(row.channels), f"{row.noise:.1e}", *cells)
     return shown
 
 

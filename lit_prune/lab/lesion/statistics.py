@@ -64,18 +64,20 @@ def lesion_tables(lesions: pd.DataFrame, seed: int = 0) -> Frames:
 def threshold_table(lesions: pd.DataFrame, thresholds: Sequence[float] = THRESHOLDS) -> pd.DataFrame:
     """Peer replacement of the channels whose lesion does more damage than a threshold (the paper's table 15).
 
-    Columns: threshold (nats), channels, median_recovery, helped (share with recovery above 0) with its Wilson interval
+    Columns: threshold (nats), channels, noise (median standard error of their damage, nats: a threshold below it sorts
+    noise), median_recovery, helped (share with recovery above 0) with its Wilson interval
     helped_low and helped_high, peer_r2 and task_information (Spearman correlation of each with the recovery, pooled).
 
     Args:
-        lesions: columns damage, recovery, peer_r2, task_information.
+        lesions: columns damage, damage_error, recovery, peer_r2, task_information.
         thresholds: nats.
     """
     rows = []
     for threshold in thresholds:
         some = lesions[lesions["damage"] > threshold]
         helped = wilson(float((some["recovery"] > 0).sum()), len(some))
-        row = {"threshold": threshold, "channels": len(some), "median_recovery": some["recovery"].median()}
+        row = {"threshold": threshold, "channels": len(some), "noise": some["damage_error"].median()}
+        row["median_recovery"] = some["recovery"].median()
         row |= {"helped": helped.rate, "helped_low": helped.low, "helped_high": helped.high}
         for name in ("peer_r2", "task_information"):
             row[name] = rank_correlation(some[name], some["recovery"])

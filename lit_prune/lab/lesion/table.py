@@ -12,7 +12,7 @@ from torch import nn
 from lit_prune.errors import InputError
 from lit_prune.files import write_parquet
 from lit_prune.lab.ledger import Ledger, signature
-from lit_prune.lab.lesion.lesions import LayerLesions, lesion_layer
+from lit_prune.lab.lesion.lesions import MEASURED, LayerLesions, lesion_layer
 from lit_prune.lab.lesion.request import LesionRequest
 from lit_prune.lab.lesion.statistics import lesion_tables
 from lit_prune.measurement.channel_table import channel_table, collect_sums
@@ -69,7 +69,7 @@ def lesion(
     places = choose_layers(model, images.calibration, request)
     kept = Ledger(None if run_dir is None else Path(run_dir) / "lesions" / "parts")
     settings = request.to_dict()
-    signed = signature(fingerprint(model, record or {}), {name: settings[name] for name in SETTINGS})
+    signed = signature(fingerprint(model, record or {}), {name: settings[name] for name in SETTINGS}, MEASURED)
     missing = [layer for layer in places.index if kept.table(layer, signed) is None]
     whole = evaluate(model, watch(images.evaluation, "whole network"))
     if missing:
@@ -78,7 +78,7 @@ def lesion(
         metrics = channel_table(model, sums, request.protocol)
         for layer in watch(missing, "layers"):
             rows = metrics[metrics["layer"] == layer].reset_index(drop=True)
-            part = LayerLesions(model, rows, sums.layers[layer].to("cpu"), images.evaluation, whole.loss)
+            part = LayerLesions(model, rows, sums.layers[layer].to("cpu"), images.evaluation)
             found = lesion_layer(part, request, watch)
             found = found.drop(columns="depth")  # it counts measured layers, which differ by call
             kept.keep_table(layer, signed, found)

@@ -61,6 +61,13 @@ class Variants:
         zeros = torch.zeros(len(channels), width + 1, dtype=torch.float64)
         return cls(channels, zeros[:, :-1], zeros[:, -1])
 
+    @classmethod
+    def whole(cls, width: int) -> Variants:
+        """The network as it is: the first of `width` channels in its own place."""
+        weights = torch.zeros(1, width, dtype=torch.float64)
+        weights[0, 0] = 1
+        return cls(torch.zeros(1, dtype=torch.long), weights, torch.zeros(1, dtype=torch.float64))
+
     def __len__(self) -> int:
         return len(self.channels)
 
@@ -97,7 +104,7 @@ def variant_losses(
     watch: Callable[[Iterable, str], Iterable] = lambda items, _: items,
     task: Task | str | None = None,
 ) -> Tensor:
-    """Mean loss of each variant over the images, nats for a classifier, float64 [V].
+    """Loss of each variant on each image, nats for a classifier, float64 [V, images].
 
     Args:
         model: any network; runs in eval mode and is left as found.
@@ -111,16 +118,16 @@ def variant_losses(
     """
     task, batches = settle(task, model, batches)
     target = model.get_submodule(layer)
-    totals, seen, shared = torch.zeros(len(variants), dtype=torch.float64), 0, None
+    found: list[Tensor] = []
+    shared = None
     with undisturbed(model):
         for batch in watch(batches, layer):
             batch = task.to(batch, model)
             if shared is None:
                 at_once = _at_once(model, target, partial(task.run, model, task.take(batch, 1)), values)
                 run = shared = _choose_run(model, target, variants, batch, task)
-            totals += _batch_losses(run, variants.rows(target.weight.detach()), batch, at_once, task)
-            seen += task.size(batch)
-    return totals / seen
+            found.append(_batch_losses(run, variants.rows(target.weight.detach()), batch, at_once, task))
+    return torch.cat(found, 1)
 
 
 def losses_one_by_one(
@@ -128,15 +135,14 @@ def losses_one_by_one(
 ) -> Tensor:
     """What `variant_losses` returns, by one full forward pass a variant and batch."""
     task, batches = settle(task, model, batches)
-    totals, seen = torch.zeros(len(variants), dtype=torch.float64), 0
+    found = []
     with undisturbed(model):
         for batch in batches:
             batch = task.to(batch, model)
             module = model.get_submodule(layer)
             rows = variants.rows(module.weight.detach())
-            totals += _losses(_run_one_by_one(module, rows, _predicting(model, task, batch)), batch, task)
-            seen += task.size(batch)
-    return totals / seen
+            found.append(_losses(_run_one_by_one(module, rows, _predicting(model, task, batch)), batch, task))
+    return torch.cat(found, 1)
 
 
 Forward = Callable[[], Tensor]  # runs the network on a batch: its prediction [B, ...]
@@ -221,23 +227,22 @@ class _Mappable(TorchFunctionMode):
 
 
 def _batch_losses(run: Run, rows: Sequence[Tensor], batch: Any, at_once: int, task: Task) -> Tensor:
-    """Summed losses [V] of one batch, `at_once` pairs of variant and image together."""
-    count = len(rows[0])
-    height = min(count, max(ROWS, at_once // task.size(batch)))
-    totals = torch.zeros(count, dtype=torch.float64)
+    """Losses [V, B] of one batch, `at_once` pairs of variant and image together."""
+    height = min(len(rows[0]), max(ROWS, at_once // task.size(batch)))
+    columns = []
     width = max(1, at_once // max(height, 1))
     for start in range(0, task.size(batch), width):
         part = task.take(batch, slice(start, start + width))
         losses = [
             _losses(run(some, part), part, task) for some in zip(*(row.split(height) for row in rows), strict=True)
         ]
-        totals += torch.cat(losses)
-    return totals
+        columns.append(torch.cat(losses))
+    return torch.cat(columns, 1)
 
 
 def _losses(predictions: Tensor, batch: Any, task: Task) -> Tensor:
-    """Losses summed over the images, float64 [V] on the CPU, of predictions [V, B, ...]."""
-    return torch.stack([task.losses(found.double(), batch).sum() for found in predictions]).cpu()
+    """Losses of the images, float64 [V, B] on the CPU, of predictions [V, B, ...]."""
+    return torch.stack([task.losses(found.double(), batch) for found in predictions]).cpu()
 
 
 def _at_once(model: nn.Module, layer: nn.Module, forward: Callable[[], Any], values: int | None) -> int:

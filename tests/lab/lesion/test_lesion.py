@@ -45,6 +45,12 @@ def mean_loss(net, batches, layer=None, edit=None):
     return float(total) / sum(len(y) for _, y in batches)
 
 
+@torch.no_grad()
+def image_losses(net, batches):
+    losses = [nn.functional.cross_entropy(net(x.to(net.head.weight)), y, reduction="none") for x, y in batches]
+    return torch.cat(losses)
+
+
 def test_damage_and_recovery_are_those_of_plain_hooks(tiny_net, images):
     tiny_net.double()
     table, whole = lesion(tiny_net, images, ALL)
@@ -56,6 +62,13 @@ def test_damage_and_recovery_are_those_of_plain_hooks(tiny_net, images):
         channel = torch.arange(len(metrics[metrics["layer"] == row.layer])) == row.channel
         loss = mean_loss(tiny_net, images.evaluation, row.layer, lambda o, c=channel: o * ~c[:, None, None])
         assert row.damage == pytest.approx(loss - whole.loss, abs=1e-10)
+        handle = tiny_net.get_submodule(row.layer).register_forward_hook(
+            lambda m, i, o, c=channel: o * ~c[:, None, None]
+        )
+        harmed = image_losses(tiny_net, images.evaluation)
+        handle.remove()
+        rise = harmed - image_losses(tiny_net, images.evaluation)
+        assert row.damage_error == pytest.approx(float(rise.std()) / 32**0.5, abs=1e-10)
     harmful = table["damage"] > 0
     expected = 1 - table["damage_replaced"] / table["damage"]
     np.testing.assert_allclose(table["recovery"][harmful], expected[harmful])

@@ -27,6 +27,7 @@ def lesions():
     table["peer_r2"], table["compact_support"] = random.uniform(size=120), random.uniform(size=120)
     table["hull_size"] = random.integers(1, 11, 120)
     table["damage"] = np.exp(random.normal(-6, 2, 120))
+    table["damage_error"] = random.uniform(1e-4, 1e-2, 120)
     table["recovery"] = table["peer_r2"] + 0.3 * random.normal(size=120) - 0.3
     table["layer"], table["depth"], table["dead"] = np.repeat(["a", "b", "c"], 40), np.repeat([0, 1, 2], 40), False
     return table
@@ -37,6 +38,7 @@ def test_threshold_table_counts_what_lies_above(lesions):
     some = lesions[lesions["damage"] > 1e-4]
     row = table.iloc[0]
     assert row["channels"] == len(some) and row["median_recovery"] == some["recovery"].median()
+    assert row["noise"] == some["damage_error"].median()
     assert row["helped"] == pytest.approx((some["recovery"] > 0).mean())
     interval = binomtest(int((some["recovery"] > 0).sum()), len(some)).proportion_ci(method="wilson")
     assert (row["helped_low"], row["helped_high"]) == pytest.approx((interval.low, interval.high))
