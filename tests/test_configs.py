@@ -7,6 +7,7 @@ import yaml
 
 from lit_prune.cli.prune_cli import PruneCLI, build_cli
 from lit_prune.errors import InputError
+from lit_prune.lab.suite.suite import Suite
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -82,3 +83,25 @@ def test_recipes_of_the_papers_say_what_they_choose(name):
     callback = yaml.safe_load((ROOT / f"configs/prune/{name}.yaml").read_text())["trainer"]["callbacks+"][0]
     stages = [stage["init_args"] for stage in callback["init_args"]["stages"] if "ChannelStage" in stage["class_path"]]
     assert stages and all({"score", "allocation", "replace"} <= set(stage) for stage in stages)
+
+
+LAB = sorted((ROOT / "configs/lab").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", LAB, ids=lambda p: p.stem)
+def test_configurations_of_the_papers_are_accepted_by_the_verb_of_their_first_line(path, tmp_path):
+    verb, *words = path.read_text().splitlines()[0].removeprefix("# python train.py ").split()
+    configs = [part for word in words if word.startswith("configs/") for part in ("-c", str(ROOT / word))]
+    if verb != "suite":
+        assert (
+            build_cli([verb, *configs, "--run_dir", str(tmp_path)], run=False).config[verb]["trainer"]["devices"] == 1
+        )
+        return
+    written = yaml.safe_load(path.read_text())
+    suite = Suite(tmp_path, written["base"], written["networks"], tuple(written["seeds"]), then=written["then"])
+    for run in suite.runs():
+        run.folder.mkdir(parents=True)
+        run.write_config()
+        for step in (run, *run.then):
+            if step.verb != "report":
+                assert build_cli(step.arguments, run=False).config[step.verb]["model"]["backbone"] == run.network

@@ -119,6 +119,7 @@ def suite(
     seeds: list[int],
     run_dir: str = "runs/suite",
     options: list[str] = [],  # noqa: B006
+    then: dict = {},  # noqa: B006
     dry_run: bool = False,
     devices: int | None = None,
     runs_per_device: int = 1,
@@ -132,7 +133,9 @@ def suite(
         networks: by name, what is added to `base` for that network.
         seeds: one run of every network for each.
         run_dir: a run's folder in it is `NETWORK/seed=SEED`; the results of all go to `suite.parquet`.
-        options: further command line arguments of every `fit`, such as `["--data.root", "DATA"]`.
+        options: further command line arguments of every verb, such as `["--data.root", "DATA"]`.
+        then: verbs that follow each `fit` in its folder (analyze, lesion, sensitivity, sweep, reduce, report), each
+            with what is added to its configuration.
         dry_run: print what would be done and its estimated cost, and do nothing.
         devices: devices to spread the runs over, one process each; default: all CUDA devices, one process on the CPU.
         runs_per_device: runs at the same time on each.
@@ -142,7 +145,7 @@ def suite(
     from lit_prune.cli.prune_cli import fit_parts
     from lit_prune.lab.suite.suite import Suite, device_slots, preview, run_suite
 
-    asked = Suite(Path(run_dir), base, networks, tuple(seeds), tuple(options))
+    asked = Suite(Path(run_dir), base, networks, tuple(seeds), tuple(options), then)
     slots = device_slots(devices, runs_per_device)
     table = preview(asked, len(slots), fit_parts) if dry_run else run_suite(asked, slots, part, parts)
     terminal().print(table)

@@ -1,4 +1,4 @@
-"""The verb `suite`: networks × seeds, each a `fit` of its own in its own folder, on however many devices there are."""
+"""The verb `suite`: networks × seeds, each a `fit` and what follows it, on however many devices there are."""
 
 import re
 import subprocess
@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from os import environ, getpid
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,15 @@ import yaml
 from rich.table import Table
 
 from lit_prune.errors import InputError
-from lit_prune.files import LOCK, alone, write_json, write_parquet, write_text
+from lit_prune.files import LOCK, alone, write_json, write_parquet
 from lit_prune.lab.suite.estimate import Estimate, estimate_fit
+from lit_prune.lab.suite.runs import FOLLOWING, Run, merge
 from lit_prune.processes import PARENT
 from lit_prune.progress import bars, terminal
 from lit_prune.report.event_files import read_scalars
-from lit_prune.structure.networks import epochs_done
 
 NAME = r"(?!\.)[\w.+=-]+"
-CONFIG, LOG, FINISHED = "fit.yaml", "log.txt", "finished.json"
+LOG = "log.txt"
 POLL_SECONDS = 0.2
 
 
@@ -39,7 +39,8 @@ class Suite:
         base: configuration of every `fit`, as in its YAML file.
         networks: by name, what is added to `base` for that network.
         seeds: one run of every network for each.
-        options: further command line arguments of every `fit`.
+        options: further command line arguments of every `fit` and every verb after it but `report`.
+        then: verbs that follow each `fit` in its folder, in this order, each with what is added to its configuration.
     """
 
     run_dir: Path
@@ -47,12 +48,13 @@ class Suite:
     networks: dict[str, dict[str, Any]]
     seeds: tuple[int, ...]
     options: tuple[str, ...] = ()
+    then: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def runs(self) -> list["Run"]:
+    def runs(self) -> list[Run]:
         """All runs, seed after seed, so that a suite cut short has whole seeds.
 
         Raises:
-            InputError: no network or no seed, or one that is given twice.
+            InputError: no network or no seed, or one that is given twice; a verb that cannot follow a `fit`.
         """
         if not self.networks or not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise InputError(
@@ -63,67 +65,16 @@ class Suite:
             raise InputError(
                 f"suite: network name {unfit!r} would be the name of a folder; use letters, digits and . _ - + ="
             )
+        unknown = next((verb for verb in self.then if verb not in FOLLOWING), None)
+        if unknown is not None:
+            raise InputError(f"suite: then: {unknown!r} cannot follow a fit; use {', '.join(FOLLOWING)}")
         return [self._run(name, seed) for seed in self.seeds for name in self.networks]
 
-    def _run(self, network: str, seed: int) -> "Run":
+    def _run(self, network: str, seed: int) -> Run:
         config = merge(merge(self.base, self.networks[network]), {"seed_everything": seed})
-        return Run(network, seed, self.run_dir / network / f"seed={seed}", config, self.options)
-
-
-@dataclass(frozen=True)
-class Run:
-    """One `fit` of the suite."""
-
-    network: str
-    seed: int
-    folder: Path
-    config: dict[str, Any]
-    options: tuple[str, ...]
-
-    @property
-    def finished(self) -> bool:
-        """Whether it has run to its end, which its last checkpoint says too."""
-        return (self.folder / FINISHED).exists() and self.reached_end
-
-    @property
-    def reached_end(self) -> bool:
-        """Whether its last checkpoint is that of its last epoch, or the configuration may end it earlier."""
-        file = self.folder / "config.yaml"
-        try:
-            trainer = yaml.safe_load(file.read_text(encoding="utf-8"))["trainer"]
-            epochs, callbacks = int(trainer["max_epochs"]), trainer.get("callbacks") or []
-        except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
-            return False
-        limited = trainer.get("max_time") or (trainer.get("max_steps") or -1) > 0
-        stops = any("EarlyStopping" in str(one) or "tolerance" in str(one) for one in callbacks)
-        return bool(limited or stops) or _epochs_done(self) >= epochs
-
-    @property
-    def arguments(self) -> list[str]:
-        """Command line after the program's name."""
-        return ["fit", "-c", str(self.folder / CONFIG), "--run_dir", str(self.folder), *self.options]
-
-    def write_config(self) -> None:
-        """Writes the configuration of the `fit`.
-
-        Raises:
-            InputError: the folder holds a run with another one.
-        """
-        file, text = self.folder / CONFIG, yaml.safe_dump(self.config, sort_keys=False)
-        if file.exists() and file.read_text() != text:
-            raise InputError(
-                f"run folder {self.folder} holds a run with another configuration; give another --run_dir, or delete it"
-            )
-        write_text(file, text)
-
-
-def merge(base: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the values of `more`, dictionaries merged key by key."""
-    merged = dict(base)
-    for key, value in more.items():
-        both = isinstance(value, dict) and isinstance(base.get(key), dict)
-        merged[key] = merge(base[key], value) if both else value
-    return merged
+        fit = Run(network, seed, self.run_dir / network / f"seed={seed}", config, self.options)
+        later = (replace(fit, verb=verb, config=merge(config, more or {})) for verb, more in self.then.items())
+        return replace(fit, then=tuple(later))
 
 
 def device_slots(devices: int | None, runs_per_device: int) -> list[dict[str, str]]:
@@ -163,7 +114,7 @@ def run_suite(suite: Suite, slots: Sequence[dict[str, str]], part: int = 0, part
     with alone(suite.run_dir, LOCK if parts == 1 else f"{LOCK}.{part}"):
         for run in runs[part::parts]:
             run.write_config()
-        failed = _execute([run for run in runs[part::parts] if not run.finished], slots)
+        failed = _execute([run.left for run in runs[part::parts] if run.left], slots)
         table = result_frame(runs)
         write_parquet(suite.run_dir / "suite.parquet", table)
     if failed:
@@ -172,23 +123,30 @@ def run_suite(suite: Suite, slots: Sequence[dict[str, str]], part: int = 0, part
     return suite_table(table, len(runs))
 
 
-def _execute(runs: Sequence[Run], slots: Sequence[dict[str, str]]) -> list[Run]:
-    """Runs all, as many at a time as there are slots; returns those that failed. Stops them when it is stopped."""
+def _execute(runs: Sequence[Sequence[Run]], slots: Sequence[dict[str, str]]) -> list[Run]:
+    """Runs all, each step by step, as many at a time as there are slots; returns the steps that failed.
+
+    Stops them when it is stopped.
+    """
     waiting, free = deque(runs), list(slots)
-    running: dict[subprocess.Popen, tuple[Run, dict[str, str], float]] = {}
+    running: dict[subprocess.Popen, tuple[Sequence[Run], dict[str, str], float]] = {}
     failed: list[Run] = []
     with bars(shown=sys.stderr.isatty()) as progress:
         task = progress.add_task("runs", total=len(runs))
         try:
             while waiting or running:
                 while waiting and free:
-                    run, slot = waiting.popleft(), free.pop()
-                    running[_start(run, slot)] = run, slot, time.monotonic()
+                    steps, slot = waiting.popleft(), free.pop()
+                    running[_start(steps[0], slot)] = steps, slot, time.monotonic()
                 for process in [process for process in running if process.poll() is not None]:
-                    run, slot, began = running.pop(process)
+                    (run, *rest), slot, began = running.pop(process)
                     free.append(slot)
-                    progress.advance(task)
-                    failed += _finish(run, process.returncode, time.monotonic() - began)
+                    broken = _finish(run, process.returncode, time.monotonic() - began)
+                    failed += broken
+                    if rest and not broken:
+                        waiting.appendleft(rest)
+                    else:
+                        progress.advance(task)
                 time.sleep(POLL_SECONDS)
         finally:
             for process in running:
@@ -210,8 +168,9 @@ def _finish(run: Run, code: int, seconds: float) -> list[Run]:
     """Marks a run that ended; returns it where it failed."""
     finished = code == 0 and run.reached_end
     if finished:
-        write_json(run.folder / FINISHED, {"seconds": seconds})
-    terminal().print(f"{run.network} seed {run.seed}: {'finished' if finished else 'failed'} after {seconds:.0f} s")
+        write_json(run.marker, {"seconds": seconds})
+    named = f"{run.network} seed {run.seed}" + ("" if run.verb == "fit" else f" {run.verb}")
+    terminal().print(f"{named}: {'finished' if finished else 'failed'} after {seconds:.0f} s")
     return [] if finished else [run]
 
 
@@ -253,23 +212,21 @@ def preview(suite: Suite, slots: int, load: Callable[[list[str]], tuple[Any, Any
     for run in suite.runs():
         if run.network not in estimates:
             estimates[run.network] = _estimate(run, load)
-        estimate, done = estimates[run.network], _epochs_done(run)
+        estimate, done = estimates[run.network], run.epochs_done
         left = 0 if run.finished else estimate.epochs - done
         cost = estimate.petaflop * left / estimate.epochs, estimate.seconds * left / estimate.epochs / 3600
         flops, hours = flops + cost[0], hours + cost[1]
         state = "finished" if run.finished else f"goes on at epoch {done}" if done else "to do"
         table.add_row(f"{run.network} seed {run.seed}", state, str(left), f"{cost[0]:.3g}", f"{cost[1]:.3g}")
     table.caption = f"{flops:.4g} PFLOP of training; {hours / slots:.3g} hours with {slots} run(s) at a time"
+    if suite.then:
+        table.caption += f"; after each fit, not estimated: {', '.join(suite.then)}"
     return table
-
-
-def _epochs_done(run: Run) -> int:
-    return epochs_done(run.folder / "checkpoints" / "last.ckpt")
 
 
 def _estimate(run: Run, load: Callable[[list[str]], tuple[Any, Any, dict[str, Any]]]) -> Estimate:
     """Estimate of one network, from its configuration in a file that is not kept."""
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / CONFIG
+        file = Path(folder) / "fit.yaml"
         file.write_text(yaml.safe_dump(run.config, sort_keys=False))
         return estimate_fit(*load(["fit", "-c", str(file), "--run_dir", folder, *run.options]))
