@@ -152,6 +152,22 @@ def test_the_order_of_batches_does_not_matter(trunk, batches):
         torch.testing.assert_close(value, other.model.state_dict()[name], rtol=0, atol=1e-9)
 
 
+def test_the_same_plan_is_refitted_to_the_same_function_after_units_are_rescaled(trunk, batches):
+    """Units times factors in [0.01, 100], undone by their reader: the ridge is relative to each unit's own scale."""
+    scaled = copy.deepcopy(trunk)
+    with torch.no_grad():
+        for block in (scaled.first, scaled.second):
+            factors = torch.exp(torch.empty(6, dtype=torch.float64).uniform_(-4.6, 4.6))
+            block.bn1.weight *= factors
+            block.bn1.bias *= factors
+            block.conv2.weight /= factors[:, None, None]
+    images = batches[0][0]
+    torch.testing.assert_close(scaled(images), trunk(images))
+    one, other = (replace_mechanisms(net, PLAN, batches, "refit", task=Unlabelled()).model for net in (trunk, scaled))
+    torch.testing.assert_close(other(images), one(images), rtol=1e-6, atol=1e-6)
+    assert (one(images) - trunk(images)).abs().max() > 1e-3
+
+
 def test_an_error_in_the_network_ends_all_waiting_passes(trunk, batches):
     class Fragile(Trunk):
         def forward(self, images):

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -111,6 +113,30 @@ def test_without_parents_the_constant_of_equation_7_comes_out(net, batches):
     live = head.rows().curvature.sum(0) > 1e-9
     torch.testing.assert_close(fit.offsets[live], head.curvature().constants()[live], **CLOSE)
     torch.testing.assert_close(fit.risk[live], head.curvature().scores()[live], **CLOSE)
+
+
+def test_equation_7_repeated_ends_at_the_constant_of_least_loss(net, batches):
+    """On a unit that is a constant already it is a Newton step; the oracle is a search over the real loss."""
+    head = softmax_head(net, batches)
+    place = torch.arange(7) == 2
+
+    def with_constant(value) -> SoftmaxHead:
+        return replace(head, values=torch.where(place, value, head.values))
+
+    def loss(value) -> float:
+        moved = with_constant(value)
+        return float(F.cross_entropy(moved.values @ head.weight.T + head.bias, head.labels))
+
+    low, high = -50.0, 50.0
+    for _ in range(200):  # the loss is convex in the constant
+        left, right = low + (high - low) / 3, high - (high - low) / 3
+        low, high = (low, right) if loss(left) < loss(right) else (left, high)
+    constant = head.curvature().constants()[2]
+    for _ in range(8):
+        constant = with_constant(constant).curvature().constants()[2]
+    assert float(constant) == pytest.approx(low, abs=1e-5)
+    near = with_constant(constant + 1e-3).curvature()  # equation 9 is what the step to the minimum changes
+    assert float(near.scores()[2]) == pytest.approx(loss(constant) - loss(constant + 1e-3), rel=1e-2)
 
 
 def test_curvature_without_gradients_is_weighted_least_squares_whose_constant_is_the_weighted_mean(net, batches):
