@@ -101,24 +101,30 @@ def test_a_failed_run_is_named_the_others_finish_and_the_same_command_does_only_
 def test_what_follows_each_fit_uses_its_network_and_only_what_is_left_is_done(inside, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(CONFIG, "seeds", [1])
     monkeypatch.setitem(CONFIG, "networks", {"narrow": CONFIG["networks"]["narrow"]})
-    then = {"analyze": {"request": {"extras": ["hulls"]}}, "report": None}
-    (tmp_path / "suite.yaml").write_text(yaml.safe_dump({**CONFIG, "then": then}))
     command = ["suite", "-c", str(tmp_path / "suite.yaml"), "--run_dir", str(tmp_path / "suite")]
-    main(command)
-    folder = tmp_path / "suite" / "narrow" / "seed=1"
-    assert "mean_hull_size" in pd.read_parquet(folder / "layers.parquet") and (folder / "report.html").exists()
-    assert inside.started == ["narrow 1"] * 3
-    (folder / "finished_report.json").unlink()
-    main(command)
-    assert inside.started == ["narrow 1"] * 4  # the report alone
-    then["analyze"]["request"]["extras"] = ["triplets"]
-    (tmp_path / "suite.yaml").write_text(yaml.safe_dump({**CONFIG, "then": then}))
-    main(command)
-    assert inside.started == ["narrow 1"] * 6 and "triplet_ratio" in pd.read_parquet(folder / "layers.parquet")
+
+    def run(extra: str) -> pd.DataFrame:
+        then = {"analyze": {"request": {"extras": [extra]}}}
+        (tmp_path / "suite.yaml").write_text(yaml.safe_dump({**CONFIG, "then": then}))
+        main(command)
+        return pd.read_parquet(tmp_path / "suite" / "narrow" / "seed=1" / "layers.parquet")
+
+    assert "mean_hull_size" in run("hulls") and inside.started == ["narrow 1"] * 2
+    run("hulls")
+    assert inside.started == ["narrow 1"] * 2
+    assert "triplet_ratio" in run("triplets") and inside.started == ["narrow 1"] * 3  # the fit stays
     capsys.readouterr()
     with pytest.raises(SystemExit):
         main([*command, "--then", "{fit: {}}"])
     assert "then: 'fit' cannot follow a fit" in capsys.readouterr().err
+
+
+def test_a_report_takes_the_folder_alone(tmp_path):
+    (fit,) = suite.Suite(tmp_path, {}, {"a": {}}, (1,), ("--data.root", "x"), {"lesion": {}, "report": {}}).runs()
+    folder = str(tmp_path / "a" / "seed=1")
+    assert [run.arguments[0] for run in fit.left] == ["fit", "lesion", "report"]
+    assert fit.then[0].arguments == ["lesion", "-c", f"{folder}/lesion.yaml", "--run_dir", folder, "--data.root", "x"]
+    assert fit.then[1].arguments == ["report", "--run_dir", folder]
 
 
 def last(tmp_path: Path) -> list[Path]:
