@@ -54,7 +54,8 @@ def make_plan(
         round_to: widths are multiples of it.
         normalisation: "none", "layer_mean", "layer_max", "rank", "z" or "isomorphic".
         cap: largest share of a group that may go.
-        only: "mid", "planes", "heads", "width", a list of them and of group names, or None for all but "width".
+        only: "mid", "planes", "heads", "width", "head_width", a list of them and of group names, or None for all but
+            the last two.
         protect: names of groups that stay whole.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))

@@ -7,32 +7,40 @@ are given the gradient `r · 2^h` beside `r`. Both backward passes do the same a
 digit, and so the quotient of the two gradients is `2^h` exactly where a value serves head h alone and no power of two
 where it serves several. No list of classes, layouts or names is needed for that: fused or separate projections, tables
 of relative positions, temperatures, gates and norms within a head come out the same way.
+
+Codes of the positions within a head instead of the heads tell the width of the values apart in the same gradients, and
+gradients from the queries and keys that are multiplied the width of these.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_prune.structure.attention_slices import Slices, likewise, owners_of, slices_of
 from lit_prune.structure.example import Example
 from lit_prune.structure.stack import Stack, watching
 
 _SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
 _PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 MIXERS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
-_STEP = 16  # heads told apart by one code: 2^0 to 2^15
-_SHARED, _UNSEEN = -2, -1
 
 
 @dataclass(frozen=True)
-class Slices:
-    """What belongs to each head in one tensor: `dim` and, head by head, the places along it."""
+class Inner:
+    """A width of the heads: position by position, the same in every head.
 
-    name: str
-    dim: int
-    positions: tuple[tuple[int, ...], ...]
+    Attributes:
+        size: positions in a head.
+        slices: what serves one position alone, in all heads.
+        columns: position by position, the input channels of the layer that reads the heads; none for queries and keys.
+    """
+
+    size: int
+    slices: tuple[Slices, ...] = ()
+    columns: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,8 @@ class Attention:
         columns: head by head, the input channels of that layer.
         slices: what serves one head alone, without the reader.
         reason: "" or why heads cannot be taken from it.
+        values: the width of the values.
+        pairs: the width of queries and keys.
     """
 
     name: str
@@ -54,15 +64,17 @@ class Attention:
     columns: tuple[tuple[int, ...], ...] = ()
     slices: tuple[Slices, ...] = ()
     reason: str = ""
+    values: Inner = Inner(0)
+    pairs: Inner = Inner(0)
 
 
 @dataclass
 class _Call:
-    """Output of one attention [..., heads, L, d]."""
+    """Output of one attention [..., heads, L, d], and the queries [..., L, e] and keys [..., S, e] behind it."""
 
     owner: str
     output: Tensor
-    code: Tensor | None = None  # of the column that reads each value: [..., heads, L, d]
+    factors: tuple[Tensor, Tensor] | None
 
 
 @dataclass
@@ -99,7 +111,8 @@ class _Watch(Stack):
         self.leaves = {name for name, module in model.named_modules() if next(module.parameters(), None) is None}
         self.calls: list[_Call] = []
         self.reads: list[_Read] = []
-        self.weights: dict[int, Tensor] = {}
+        self.weights: dict[int, tuple[Tensor, tuple[Tensor, Tensor] | None]] = {}
+        self.product: tuple[int, tuple[Tensor, Tensor]] | None = None  # its size, and its factors
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         """Runs the function."""
@@ -108,13 +121,16 @@ class _Watch(Stack):
             args = self._read(function, args, kwargs)
         output = function(*args, **kwargs)
         if function is F.scaled_dot_product_attention:
-            self._call(output)
+            self._call(output, (args[0], args[1]) if len(args) > 1 else None)
         elif function in _SOFTMAX and output.dim() > 3:
-            self.weights[output.data_ptr()] = output
+            known = self.product is not None and self.product[0] == output.numel()
+            self.weights[output.data_ptr()] = (output, self.product[1] if known and self.product else None)
         elif function in _PRODUCTS and len(args) == 2 and isinstance(args[0], Tensor):
-            weights = self.weights.get(args[0].data_ptr())
+            weights, factors = self.weights.get(args[0].data_ptr(), (None, None))
             if weights is not None and weights.shape == args[0].shape:
-                self._call(output)
+                self._call(output, factors)
+            else:
+                self.product = (output.numel(), (args[0], args[1].transpose(-2, -1)))
         return output
 
     def _read(self, function, args: tuple, kwargs: dict) -> tuple:
@@ -125,10 +141,10 @@ class _Watch(Stack):
         self.reads.append(_Read(self.names.get(id(weight), ""), inputs, dim))
         return (inputs.detach(), *args[1:])
 
-    def _call(self, output: Tensor) -> None:
+    def _call(self, output: Tensor, factors: tuple[Tensor, Tensor] | None) -> None:
         if output.dim() > 3 and output.requires_grad:
             owner = next((name for name in reversed(self.running) if name not in self.leaves), "")
-            self.calls.append(_Call(owner, output))
+            self.calls.append(_Call(owner, output, factors))
 
 
 def _columns(calls: Sequence[_Call], reads: Sequence[_Read]) -> list[tuple[int, Tensor] | str]:
@@ -190,82 +206,44 @@ def _attention(model: nn.Module, call: _Call, reads: Sequence[_Read], found: tup
     width = read.inputs.shape[read.dim]
     if not read.weight or sorted(p for row in places for p in row) != list(range(width)):
         return Attention(call.owner, heads, reason="no layer alone reads all its heads and nothing else")
-    owners = dict(_owners(model, read, columns, heads))
-    slices = {name: part for name, owner in owners.items() if (part := _slices(name, owner, heads))}
-    slices |= _likewise(model, slices, owners)
-    return Attention(call.owner, heads, read.weight, places, tuple(slices.values()))
+    named = _near(model, read.weight)
+    of = lambda unit: torch.empty(width, dtype=torch.int64).index_copy(0, columns.flatten().cpu(), unit)  # noqa: E731
+    head_of = of(torch.arange(heads).repeat_interleave(columns.shape[1]))
+    owners = dict(owners_of(named, [(read.inputs, read.dim, head_of)], heads))
+    slices = {name: part for name, owner in owners.items() if (part := slices_of(name, owner, heads))}
+    slices |= likewise(model, slices, owners)
+    inner = columns.shape[1]
+    owners = dict(owners_of(named, [(read.inputs, read.dim, of(torch.arange(inner).repeat(heads)))], inner))
+    values = tuple(part for name, owner in owners.items() if (part := slices_of(name, owner, inner, partly=True)))
+    across = tuple(tuple(sorted(row)) for row in columns.T.tolist())
+    return Attention(
+        call.owner,
+        heads,
+        read.weight,
+        places,
+        tuple(slices.values()),
+        values=Inner(inner, values, across),
+        pairs=_pairs(model, call, named),
+    )
 
 
-def _owners(model: nn.Module, read: _Read, columns: Tensor, heads: int) -> Iterator[tuple[str, Tensor]]:
-    """Parameter by parameter that the heads depend on, the head that each of its values serves, int64 of its shape."""
-    head_of = torch.empty(columns.numel(), dtype=torch.int64)
-    head_of[columns.flatten().cpu()] = torch.arange(heads).repeat_interleave(columns.shape[1])
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and name != read.weight]
-    generator = torch.Generator().manual_seed(0)
-    weight = 0.5 + torch.rand(read.inputs.shape, generator=generator).to(read.inputs)
-    shape = [1] * read.inputs.dim()
-    shape[read.dim] = -1
-    codes = [torch.zeros_like(head_of), head_of % _STEP, head_of // _STEP]
-    codes = codes if heads > _STEP else codes[:2]
-    found = [
-        torch.autograd.grad(
-            (read.inputs * weight * (1 << code).view(shape).to(read.inputs)).sum(),
-            [parameter for _, parameter in named],
-            retain_graph=True,
-            allow_unused=True,
-        )
-        for code in codes
-    ]
-    for (name, _), plain, *coded in zip(named, *found, strict=True):
-        if plain is not None:
-            yield name, sum(_STEP**place * _exponents(plain, values) for place, values in enumerate(coded))
+def _near(model: nn.Module, reader: str) -> list[tuple[str, Tensor]]:
+    """All parameters but the weight `reader`."""
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad and name != reader]
 
 
-def _exponents(plain: Tensor, coded: Tensor) -> Tensor:
-    """The k for which `coded = 2^k · plain`, a large negative number where that holds for no whole k or both are 0."""
-    whole = torch.log2((coded / plain).abs()).round()
-    exact = coded == plain * torch.exp2(whole).round()
-    return torch.where(exact & (plain != 0), whole, torch.where(plain == 0, _UNSEEN, _SHARED) * 10**4).long()
-
-
-def _slices(name: str, owner: Tensor, heads: int) -> Slices | None:
-    """The slices of one parameter that serve one head each; None if there is no axis that parts it by heads."""
-    for dim in range(owner.dim()):
-        rows = owner.movedim(dim, 0).flatten(1) if owner.dim() > 1 else owner[:, None]
-        highest = rows.max(1).values
-        known = torch.where(_unseen(rows), highest[:, None], rows)
-        if bool((known == highest[:, None]).all()) and bool((highest >= 0).all()):
-            places = tuple(tuple((highest == head).nonzero().flatten().tolist()) for head in range(heads))
-            if len({len(row) for row in places}) == 1 and places[0]:
-                return Slices(name, dim, places)
-    return None
-
-
-def _unseen(owner: Tensor) -> Tensor:
-    """Where no gradient came: the value matters to no output, or to none on this image."""
-    return (owner < 0) & (owner > _SHARED * 10**4)
-
-
-def _likewise(model: nn.Module, slices: dict[str, Slices], owners: dict[str, Tensor]) -> dict[str, Slices]:
-    """Vectors that lie beside a tensor with heads along its first axis, of the same length, in the same module.
-
-    The bias of the keys has no gradient, since softmax does not see it, and a buffer never has one.
-    """
-    found = {}
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        beside = [s for s in slices.values() if s.name.rpartition(".")[0] == name.rpartition(".")[0] and not s.dim]
-        if name in slices or tensor.dim() != 1 or not tensor.is_floating_point():
-            continue
-        for other in beside:
-            places = other.positions
-            if sum(map(len, places)) == len(tensor) and _agrees(owners.get(name), places):
-                found[name] = Slices(name, 0, places)
-    return found
-
-
-def _agrees(owner: Tensor | None, places: tuple[tuple[int, ...], ...]) -> bool:
-    """Whether most of what was seen of a vector lies where `places` say (the rest is rounding)."""
-    if owner is None:
-        return True
-    hits = sum(int((owner[list(row)] == head).sum()) for head, row in enumerate(places))
-    return 2 * hits >= int((owner >= 0).sum())
+def _pairs(model: nn.Module, call: _Call, named: Sequence[tuple[str, Tensor]]) -> Inner:
+    """What serves one position of queries and keys alone."""
+    if call.factors is None:
+        return Inner(0)
+    size = call.factors[0].shape[-1]
+    roots = [(f, f.dim() - 1, torch.arange(size)) for f in call.factors if f.requires_grad and f.shape[-1] == size]
+    if len(roots) < 2:
+        return Inner(size)
+    owners = owners_of(named, roots, size)
+    slices = [part for name, owner in owners if (part := slices_of(name, owner, size, partly=True))]
+    for name, buffer in model.named_buffers():  # a bias of the keys that is no parameter
+        beside = [s for s in slices if s.name.rpartition(".")[0] == name.rpartition(".")[0] and buffer.dim() == 1]
+        same = [s for s in beside if sum(map(len, s.positions)) == len(buffer) and not s.dim]
+        slices += [Slices(name, 0, same[0].positions)] if same and buffer.is_floating_point() else []
+    return Inner(size, tuple(slices))

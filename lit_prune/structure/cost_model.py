@@ -44,12 +44,12 @@ class CostModel:
         for name, layer in counted.layers.items():
             module = model.get_submodule(name)
             if layer.kind == "attention" or not (axes.is_weighted(module) or axes.is_mixing(module)):
-                heads = _heads_row(rows, graph, name)
                 inner = rows.get((f"{name}.in_proj_weight", "dim:1"))
                 projections = 0 if inner is None else _projections(module, layer)
-                macs[-1] += (layer.macs - projections) // int(heads @ np.append(sizes, 1)) * heads
+                macs[-1] += _attention_row(rows, graph, name, layer.macs - projections)
                 if inner is not None:
-                    macs += projections // _dense(heads, inner, sizes) * np.outer(heads, inner)
+                    width = int(inner @ np.append(sizes, 1))
+                    macs += np.outer(_attention_row(rows, graph, name, projections // width), inner)
                 continue
             out, read = _row(rows, graph, module, name, "out"), _row(rows, graph, module, name, "in")
             macs += layer.macs // _dense(out, read, sizes) * np.outer(out, read)
@@ -72,10 +72,14 @@ class CostModel:
 
 
 def _projections(module: Any, layer: LayerCost) -> int:
-    """What the four projections take of `h·(2LE + 2SE + 2LS)` multiply-adds; h = heads · their width, L = queries."""
+    """What the four projections take of `h·(LE + SE + LS)` multiply-adds; h = width of queries and values of all heads.
+
+    L and S are the numbers of queries and keys.
+    """
     inner, width, queries = module.num_heads * module.head_dim, module.embed_dim, layer.positions
-    keys = (layer.macs // inner - 2 * queries * width) // (2 * (width + queries))
-    return 2 * inner * width * (queries + keys)
+    inner += module.out_proj.in_features
+    keys = (layer.macs // inner - queries * width) // (width + queries)
+    return inner * width * (queries + keys)
 
 
 def _form(matrix: np.ndarray, widths: np.ndarray) -> int:
@@ -103,12 +107,23 @@ def _axis_rows(graph: ChannelGraph) -> dict[axes.Axis, np.ndarray]:
     return rows
 
 
-def _heads_row(rows: dict, graph: ChannelGraph, name: str) -> np.ndarray:
-    """Row of the heads of the attention that a module carries out; the constant 1 where none of its heads can go."""
-    stated = (row for (holder, axis), row in rows.items() if holder == name and axis.startswith("heads:"))
-    constant = np.zeros(len(graph.groups) + 1, dtype=np.int64)
-    constant[-1] = 1
-    return next(stated, constant)
+def _attention_row(rows: dict, graph: ChannelGraph, name: str, macs: int) -> np.ndarray:
+    """Row of multiply-adds that are proportional to heads · (width of queries and keys + width of values).
+
+    Heads and widths of heads are never cut by one plan (`selected_groups`), so the product needs one factor to vary.
+    """
+    unit = np.zeros(len(graph.groups) + 1, dtype=np.int64)
+    unit[-1] = 1
+    heads = next((row for (holder, axis), row in rows.items() if holder == name and axis.startswith("heads:")), unit)
+    total = macs // int(heads @ np.array([*(group.size for group in graph.groups), 1])) * heads
+    widths = [graph.by_name.get(f"{name or 'attention'}.{part}") for part in ("query_key", "values")]
+    whole = sum(group.size for group in widths if group is not None)
+    for group in widths:
+        if group is not None and not group.protected:
+            column = graph.groups.index(group)
+            total[column] += macs // whole
+            total[-1] -= macs // whole * group.size
+    return total
 
 
 def _row(rows: dict, graph: ChannelGraph, module: nn.Module, name: str, axis: str) -> np.ndarray:

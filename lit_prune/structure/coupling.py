@@ -36,7 +36,7 @@ class Group:
         protected: "" or the reason why no unit may be removed.
         producers: convolutions and linear layers (depthwise ones left out) that write the channels.
         consumers: convolutions and linear layers that read them.
-        role: "planes" (trunk, see `group_role`), "mid", "heads" or "width".
+        role: "planes" (trunk, see `group_role`), "mid", "heads", "head_width" or "width".
         kind: role and types of layers; groups of one kind are built alike and their scores compare.
     """
 
@@ -51,7 +51,10 @@ class Group:
 
 
 def group_role(group: Group) -> str:
-    """Role of a group in a network of blocks: "planes", "mid", "heads" (whole heads of an attention) or "width".
+    """Role of a group in a network of blocks: "planes", "mid", "heads", "head_width" or "width".
+
+    "heads" are whole heads of an attention, "head_width" the width of its heads: of queries and keys, which are cut in
+    pairs, or of values, which a projection reads. Units of both lie in the same layers, so a plan takes either.
 
     "width" is every width that a LayerNorm or RMSNorm takes its statistics over, such as the embedding of a
     transformer or ConvNeXt: what is left is the same architecture built narrower, not the network with those channels

@@ -17,7 +17,7 @@ from lit_prune.structure.coupling import Draft, Group, Member, assign_roles, gro
 from lit_prune.structure.cutting import cut_layer
 from lit_prune.structure.example import Example
 from lit_prune.structure.heads import axis_widths, head_groups, with_heads
-from lit_prune.structure.opened import opened
+from lit_prune.structure.opened import open_layer, opened
 from lit_prune.structure.proposals import propose_groups
 from lit_prune.structure.tracing import one_sample, run, traceable
 from lit_prune.tensor_files import check_defined
@@ -71,6 +71,8 @@ class ChannelGraph:
         """
         shared = protection.shared_parameters(model)
         for (name, axis), positions in self.removed_positions(removed).items():
+            if axes.stated(axis):
+                open_layer(model.get_submodule(name))  # which states widths of heads only then
             before = axes.width(axes.find(model, name), axis)
             cut_layer(model, name, axis, positions)
             after = axes.stored_width(axes.find(model, name), axis)
@@ -84,7 +86,7 @@ class ChannelGraph:
 def trace_groups(model: nn.Module, example_input: Any) -> ChannelGraph:
     """Traces `model` and finds its groups of coupled channels. The model is left as it was found.
 
-    Whole attention heads are groups too (see `heads`), named after the module that attends.
+    Whole attention heads are groups too, and the width of heads (see `heads`), named after the module that attends.
     Protected, with the reason: the classifier's output; channels joined with the network's input; channels under
     a norm that mixes all of them (LayerNorm, GroupNorm of one group) or under attention; zeros of a parameter-
     free channel padding; parts of unequal length; layers with reparametrised weights; and whatever else the
@@ -99,7 +101,8 @@ def trace_groups(model: nn.Module, example_input: Any) -> ChannelGraph:
         example_input: a tensor [B, ...], a tuple of arguments or a dictionary of them; one sample is used.
 
     Returns:
-        The groups in module order; the positions of different prunable groups are disjoint.
+        The groups in module order; the positions of different prunable groups are disjoint, but for heads and the
+        widths of the same heads.
 
     Raises:
         InputError: the network does not run on `example_input`, or its weights are not finite: no check of positions

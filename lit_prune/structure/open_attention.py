@@ -17,14 +17,24 @@ def join_heads(values: Tensor) -> Tensor:
     return values.transpose(1, 2).flatten(2)
 
 
+def split_projection(values: Tensor, inner: int, dim: int = -1) -> tuple[Tensor, ...]:
+    """Queries, keys and values of a fused projection: the values of all heads are `inner` wide, the others share."""
+    rest = (values.shape[dim] - inner) // 2
+    return values.split([rest, rest, inner], dim)
+
+
 @opens(nn.MultiheadAttention)
 class OpenMultiheadAttention(nn.MultiheadAttention):
-    """`nn.MultiheadAttention` with `num_heads` heads of width `head_dim`, whatever `embed_dim` is."""
+    """`nn.MultiheadAttention` with `num_heads` heads of any width, whatever `embed_dim` is.
+
+    `head_dim` is the width of queries and keys, `value_dim` that of values; `scale` stays when they shrink.
+    """
 
     @staticmethod
-    def opened_attributes(module: nn.MultiheadAttention) -> dict[str, int | bool]:
+    def opened_attributes(module: nn.MultiheadAttention) -> dict[str, int | float | bool]:
         """What changes when a layer is opened; the flag keeps torch's fused encoder layer away, which asks for it."""
-        return {"head_dim": module.head_dim, "_qkv_same_embed_dim": False}
+        width = module.head_dim
+        return {"head_dim": width, "value_dim": width, "scale": width**-0.5, "_qkv_same_embed_dim": False}
 
     def forward(
         self,
@@ -48,13 +58,13 @@ class OpenMultiheadAttention(nn.MultiheadAttention):
         k, v, mask = self._with_zeros(k, v, mask)
         dropout = self.dropout if self.training else 0.0
         if need_weights:
-            weights = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)
+            weights = (q * self.scale) @ k.transpose(-2, -1)
             weights = F.softmax(weights if mask is None else weights + mask, -1)
             weights = F.dropout(weights, dropout) if dropout else weights
             output = weights @ v
         else:
             weights = None
-            output = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+            output = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=self.scale)
         output = self.out_proj(join_heads(output))
         if weights is not None:
             weights = weights.mean(1) if average_attn_weights else weights
@@ -64,12 +74,13 @@ class OpenMultiheadAttention(nn.MultiheadAttention):
         return (output if self.batch_first else output.transpose(0, 1)), weights
 
     def _project(self, inputs: list[Tensor], same: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, L, heads · head_dim] of queries, keys and values, the learned extra key and value included."""
-        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        """[B, L, heads · width] of queries, keys and values, the learned extra key and value included."""
+        inner = self.out_proj.in_features
+        biases = (None,) * 3 if self.in_proj_bias is None else split_projection(self.in_proj_bias, inner)
         if same and self.in_proj_weight is not None:
-            q, k, v = F.linear(inputs[0], self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+            q, k, v = split_projection(F.linear(inputs[0], self.in_proj_weight, self.in_proj_bias), inner)
         elif self.in_proj_weight is not None:
-            q, k, v = map(F.linear, inputs, self.in_proj_weight.chunk(3), biases)
+            q, k, v = map(F.linear, inputs, split_projection(self.in_proj_weight, inner, 0), biases)
         else:
             q, k, v = map(F.linear, inputs, (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight), biases)
         if self.bias_k is not None and self.bias_v is not None:

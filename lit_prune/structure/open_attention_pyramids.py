@@ -11,7 +11,7 @@ from timm.models.twins import GlobalSubSampleAttn, LocallyGroupedAttn
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lit_prune.structure.open_attention import join_heads, split_heads
+from lit_prune.structure.open_attention import join_heads, split_heads, split_projection
 from lit_prune.structure.opened import opens
 
 
@@ -20,13 +20,14 @@ class _OpenReduced(nn.Module):
 
     @staticmethod
     def opened_attributes(module: nn.Module) -> dict[str, int]:
-        """What changes when a layer is opened; it states the width of a head."""
-        return {"head_dim": module.proj.in_features // module.num_heads}
+        """What changes when a layer is opened; it states the widths of a head."""
+        return dict.fromkeys(("head_dim", "value_dim"), module.proj.in_features // module.num_heads)
 
     def attended(self, x: Tensor, size: Sequence[int]) -> Tensor:
         """Tokens [B, L, C] of a map of `size` to tokens of the same shape."""
         q = split_heads(self.q(x), self.num_heads)
-        k, v = (split_heads(part, self.num_heads) for part in self.kv(self._reduced(x, size)).chunk(2, -1))
+        parts = self.kv(self._reduced(x, size)).split([self.q.out_features, self.proj.in_features], -1)
+        k, v = (split_heads(part, self.num_heads) for part in parts)
         dropout = self.attn_drop.p if self.training else 0.0
         output = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.scale)
         return self.proj_drop(self.proj(join_heads(output)))
@@ -72,12 +73,15 @@ class OpenLocallyGroupedAttn(LocallyGroupedAttn):
         rows, columns = (side // self.ws for side in maps.shape[1:3])
         windows = maps.unflatten(2, (columns, self.ws)).unflatten(1, (rows, self.ws)).transpose(2, 3)
         windows = windows.flatten(3, 4).flatten(0, 2)  # [B · windows, places, C]
-        q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(windows).chunk(3, -1))
+        q, k, v = (split_heads(part, self.num_heads) for part in self._parts(windows))
         dropout = self.attn_drop.p if self.training else 0.0
         output = join_heads(F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.scale))
         output = output.unflatten(0, (-1, rows, columns)).unflatten(3, (self.ws, self.ws)).transpose(2, 3)
         output = output.flatten(3, 4).flatten(1, 2)[:, : size[0], : size[1]]
         return self.proj_drop(self.proj(output.flatten(1, 2)))
+
+    def _parts(self, windows: Tensor) -> tuple[Tensor, ...]:
+        return split_projection(self.qkv(windows), self.proj.in_features)
 
 
 @opens(WindowAttentionV2)
@@ -88,7 +92,8 @@ class OpenWindowAttentionV2(WindowAttentionV2):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Windows [B · windows, L, C] to windows of the same shape; mask [windows, L, L]."""
-        q, k, v = (split_heads(part, self.num_heads) for part in self._project(x).chunk(3, -1))
+        parts = split_projection(self._project(x), self.proj.in_features)
+        q, k, v = (split_heads(part, self.num_heads) for part in parts)
         scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
         scores = scores * self.logit_scale.clamp(max=math.log(100.0)).exp() + self._bias(q.shape[2])
         if mask is not None:

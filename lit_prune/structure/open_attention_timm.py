@@ -1,16 +1,18 @@
 """The attention layers of timm whose heads can go only with another forward, see `opened`."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import apply_rot_embed_cat
+from timm.layers import Attention, apply_rot_embed_cat
 from timm.models.beit import Attention as BeitAttention
 from timm.models.eva import EvaAttention
+from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lit_prune.structure.open_attention import join_heads, split_heads
+from lit_prune.structure.open_attention import join_heads, split_heads, split_projection
 from lit_prune.structure.opened import opens
 
 
@@ -21,18 +23,18 @@ class _OpenTokens(nn.Module):
 
     @staticmethod
     def opened_attributes(module: nn.Module) -> dict[str, int]:
-        """What changes when a layer is opened: it states the width of a head."""
-        return {"head_dim": module.proj.in_features // module.num_heads}
+        """What changes when a layer is opened: it states the widths of a head."""
+        return dict.fromkeys(("head_dim", "value_dim"), module.proj.in_features // module.num_heads)
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values [B, heads, L, head_dim]; the keys' bias is zero in these classes."""
         if self.qkv is None:
-            parts = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+            parts: tuple[Tensor, ...] = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         elif self.q_bias is None:
-            parts = self.qkv(x).chunk(3, -1)
+            parts = split_projection(self.qkv(x), self.proj.in_features)
         else:
             bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-            parts = functional_call(self.qkv, {"bias": bias}, x).chunk(3, -1)
+            parts = split_projection(functional_call(self.qkv, {"bias": bias}, x), self.proj.in_features)
         return tuple(split_heads(part, self.num_heads) for part in parts)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool = False) -> Tensor:
@@ -78,3 +80,42 @@ class OpenEvaAttention(_OpenTokens, EvaAttention):
     def _rotated(self, values: Tensor, rope: Tensor) -> Tensor:
         prefix, rest = values.tensor_split([self.num_prefix_tokens], 2)
         return torch.cat([prefix, apply_rot_embed_cat(rest, rope, half=self.rotate_half)], 2)
+
+
+class _OpenFused(nn.Module):
+    """One projection of tokens to queries, keys and values."""
+
+    opened_attributes = staticmethod(_OpenTokens.opened_attributes)
+
+    def _project(self, x: Tensor) -> Iterator[Tensor]:
+        """Queries, keys and values [B, heads, L, width]."""
+        return (split_heads(part, self.num_heads) for part in split_projection(self.qkv(x), self.proj.in_features))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool = False) -> Tensor:
+        dropout = self.attn_drop.p if self.training else 0.0
+        return join_heads(F.scaled_dot_product_attention(q, k, v, bias, dropout, causal, scale=self.scale))
+
+
+@opens(Attention)
+class OpenAttention(_OpenFused, Attention):
+    """timm's attention with heads of any width; the scale stays that of the dense one."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Tokens [B, L, C] to tokens of the same shape."""
+        q, k, v = self._project(x)
+        output = self.norm(self._attend(self.q_norm(q), self.k_norm(k), v, attn_mask, is_causal))
+        output = output if self.gate is None else output * self.gate(x).sigmoid()
+        return self.proj_drop(self.proj(output))
+
+
+@opens(WindowAttention)
+class OpenWindowAttention(_OpenFused, WindowAttention):
+    """timm's attention of Swin with heads of any width."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Windows [B · windows, L, C] to windows of the same shape; mask [windows, L, L]."""
+        bias = self._get_rel_pos_bias()
+        if mask is not None:
+            bias = (bias + mask[:, None]).repeat(len(x) // len(mask), 1, 1, 1)
+        q, k, v = self._project(x)
+        return self.proj_drop(self.proj(self._attend(q, k, v, bias)))

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
 
-from lit_prune.structure.open_attention import join_heads, split_heads
+from lit_prune.structure.open_attention import join_heads, split_heads, split_projection
 from lit_prune.structure.opened import opens
 
 
@@ -14,9 +14,10 @@ class _OpenWindows(nn.Module):
     """Forward of torchvision's shifted window attention, with heads of width `head_dim`."""
 
     @staticmethod
-    def opened_attributes(module: ShiftedWindowAttention) -> dict[str, int]:
-        """What changes when a layer is opened: it states the width of a head."""
-        return {"head_dim": module.qkv.out_features // (3 * module.num_heads)}
+    def opened_attributes(module: ShiftedWindowAttention) -> dict[str, int | float]:
+        """What changes when a layer is opened: it states the widths of a head, and a scale that stays."""
+        width = module.proj.in_features // module.num_heads
+        return {"head_dim": width, "value_dim": width, "scale": width**-0.5}
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [B, H, W, C] to maps of the same shape."""
@@ -36,7 +37,8 @@ class _OpenWindows(nn.Module):
 
     def _attend(self, x: Tensor, mask: Tensor | None, batch: int) -> Tensor:
         """Windows [B · n, P, C] to the joined heads [B · n, P, heads · head_dim]."""
-        q, k, v = (split_heads(part, self.num_heads) for part in self._project(x).chunk(3, -1))
+        parts = split_projection(self._project(x), self.proj.in_features)
+        q, k, v = (split_heads(part, self.num_heads) for part in parts)
         scores = self._scores(q, k) + self.get_relative_position_bias()
         if mask is not None:
             scores = (scores.unflatten(0, (batch, -1)) + mask).flatten(0, 1)
@@ -47,7 +49,7 @@ class _OpenWindows(nn.Module):
         return self.qkv(x)
 
     def _scores(self, q: Tensor, k: Tensor) -> Tensor:
-        return (q * self.head_dim**-0.5) @ k.transpose(-2, -1)
+        return (q * self.scale) @ k.transpose(-2, -1)
 
 
 @opens(ShiftedWindowAttention)
@@ -63,7 +65,7 @@ class OpenShiftedWindowAttentionV2(_OpenWindows, ShiftedWindowAttentionV2):
         bias = self.qkv.bias
         if bias is None:
             return self.qkv(x)
-        q, k, v = bias.chunk(3)
+        q, k, v = split_projection(bias, self.proj.in_features)
         return functional_call(self.qkv, {"bias": torch.cat([q, torch.zeros_like(k), v])}, x)
 
     def _scores(self, q: Tensor, k: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ LIBRARIES = {
     "lit_prune.structure.open_attention_torchvision": "torchvision",
     "lit_prune.structure.open_attention_timm": "timm",
     "lit_prune.structure.open_attention_pyramids": "timm",
+    "lit_prune.structure.open_attention_hf": "transformers",
 }
 """Module that opens layers -> their library; imported, which takes seconds, where the library has been."""
 
@@ -40,7 +41,7 @@ def open_classes() -> dict[type, Any]:
     """`OPENED` with the layers of every library that is in use: a network of another one cannot hold them."""
     for module, library in LIBRARIES.items():
         if library in sys.modules:
-            import_module(module)
+            getattr(import_module(module), "open_families", lambda: None)()  # whose own modules come one by one
     return OPENED
 
 

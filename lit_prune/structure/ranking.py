@@ -14,7 +14,9 @@ from lit_prune.structure.groups import ChannelGraph, Group
 
 Ranks = Mapping[str, Tensor]
 
-ROLES = ("mid", "planes", "heads", "width")
+ROLES = ("mid", "planes", "heads", "width", "head_width")
+ASKED = ("width", "head_width")
+"""Roles that go only where they are asked for."""
 ALLOCATIONS = {
     "global": "one threshold over all groups",
     "uniform": "the same share of every group",
@@ -63,8 +65,9 @@ class Budget:
             "layer_max" (of absolute values), "rank" (to quantiles), "z"; or "isomorphic": to quantiles over all groups
             of one kind (heads with heads, MLP widths with MLP widths), so that each kind loses the same share.
         cap: largest share of a group that may go.
-        only: "mid", "planes", "heads", "width" (see `group_role`), a list of them and of group names, or None for all
-            but "width", which changes the statistics of norms.
+        only: "mid", "planes", "heads", "width", "head_width" (see `group_role`), a list of them and of group names, or
+            None for all but "width", which changes the statistics of norms, and "head_width", since one plan takes
+            whole heads of an attention or narrows them.
         protect: names of groups that stay whole.
     """
 
@@ -204,17 +207,32 @@ def selected_groups(graph: ChannelGraph, request: Budget) -> list[Group]:
     wanted = [group for group in graph.prunable if group.name not in request.protect]
     if request.only is None:
         named = request.keep if isinstance(request.keep, Mapping) else ()
-        return [group for group in wanted if group.role != "width" or group.name in named]
-    roles = (request.only,) if isinstance(request.only, str) else request.only
-    return [group for group in wanted if group.role in roles or group.name in only]
+        chosen = [group for group in wanted if group.role not in ASKED or group.name in named]
+    else:
+        roles = (request.only,) if isinstance(request.only, str) else request.only
+        chosen = [group for group in wanted if group.role in roles or group.name in only]
+    _check_apart([group for group in chosen if not request.shares or group.name in request.shares])
+    return chosen
+
+
+def _check_apart(groups: list[Group]) -> None:
+    """Refuses groups of which one takes heads of an attention that another narrows."""
+    heads = {group.name for group in groups if group.role == "heads"}
+    for group in groups:
+        attention = group.name.rpartition(".")[0]
+        if group.role == "head_width" and attention in heads:
+            raise InputError(
+                f"only: one plan takes whole heads of {attention!r} or narrows them ({group.name!r}), not both; make "
+                "a plan of either and apply it before the other is made"
+            )
 
 
 def unit_scores(graph: ChannelGraph, group: Group, ranks: Ranks) -> np.ndarray | None:
     """Score of each unit, the mean over the members that have ranks, float64 [size]; None if none has.
 
-    Heads may have scores of their own under the name of their group; then these alone count.
+    Heads and their widths may have scores of their own under the name of their group; then these alone count.
     """
-    if group.role == "heads" and group.name in ranks:
+    if group.role in ("heads", "head_width") and group.name in ranks:
         return _checked(group.name, ranks[group.name], group.size)
     rows = []
     for member in group.members:

@@ -118,7 +118,7 @@ def _check_amount(
 ) -> None:
     """Whatever the scores and the allocation, no network is smaller than with every group at its smallest width."""
     scores = {name: torch.zeros(graph.widths[name, "out"]) for group in groups for name in group.producers}
-    scores |= {group.name: torch.zeros(group.size) for group in groups if group.role == "heads"}
+    scores |= {group.name: torch.zeros(group.size) for group in groups if group.role in ("heads", "head_width")}
     request = replace(stage.request(stage.keep), allocation="uniform", normalisation="none")
     plan = plan_channels(graph, CostModel.build(network, graph, example), scores, request)
     if plan.notes["achieved"] > stage.keep:

@@ -101,7 +101,8 @@ class BlockStage(Stage):
             raise InputError(f"stage blocks: budget={self.budget} counts no blocks; use macs or params")
 
 
-PARTS = {"channels": None, "planes": "planes", "mid": "mid", "heads": "heads", "width": "width"}
+ROLES = ("planes", "mid", "heads", "width", "head_width")
+PARTS = {"channels": None, **{role: role for role in ROLES}}
 
 
 @checked
@@ -115,7 +116,7 @@ class ChannelStage(Stage):
         keep: share of the *dense* network's `budget` left after this stage, in (0, 1].
         epoch: epoch (from 0) at whose start it happens; `compress` fills it in.
         part: `planes` slices the residual trunk, `mid` the channels inside the blocks, `heads` whole heads, `width`
-            what norms read (see `group_role`), `channels` all but the last.
+            what norms read, `head_width` the width of heads (see `group_role`), `channels` all but the last two.
         budget: what `keep` counts: `macs`, `params`, `latency`, `channels` (the share of this stage's channels), or
             `package.module:Class`.
         score: name of the method that ranks the channels (`lit_prune.scores.SCORES`), such as `proxy` (the paper's).
@@ -132,7 +133,7 @@ class ChannelStage(Stage):
 
     keep: float
     epoch: int = 0
-    part: Literal["channels", "planes", "mid", "heads", "width"] = "channels"
+    part: Literal["channels", "planes", "mid", "heads", "width", "head_width"] = "channels"
     budget: str = "macs"
     score: str = "reconstruction"
     allocation: Literal["global", "uniform", "measured"] = "measured"

@@ -95,8 +95,10 @@ def test_arithmetic_on_widths_equals_the_counter_after_surgery(build, random_ran
     assert (cost_model.macs(cost_model.sizes), cost_model.params(cost_model.sizes)) == (dense.macs, dense.params)
     draw = np.random.default_rng(0)
     for trial in range(2):
-        keep = {group.name: float(draw.uniform(0.2, 1.0)) for group in graph.prunable}
-        ranks = random_ranks(model, trial) | {g.name: torch.rand(g.size) for g in graph.prunable if g.role == "heads"}
+        other = ("heads", "head_width")[trial % 2]  # one plan takes heads or narrows them
+        groups = [group for group in graph.prunable if group.role != other]
+        keep = {group.name: float(draw.uniform(0.2, 1.0)) for group in groups}
+        ranks = random_ranks(model, trial) | {g.name: torch.rand(g.size) for g in groups if "head" in g.role}
         plan = plan_channels(graph, cost_model, ranks, Budget(keep=keep, allocation="layerwise"))
         widths = cost_model.widths(plan.keep_channels)
         small = cost(apply_plan(model, plan, images), images)

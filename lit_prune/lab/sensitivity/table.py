@@ -121,7 +121,9 @@ def _groups(evidence: Evidence, asked: Asked) -> list[tuple[int, Group]]:
     if unknown or not prunable:
         known = ", ".join(sorted(names)[:8]) or "none"
         raise InputError(f"groups: {unknown or 'nothing'} may not be pruned here; there are {known}")
-    return [(depth, group) for depth, group in prunable if asked.groups is None or group.name in asked.groups]
+    usual = {group.name for _, group in prunable if group.role != "head_width"}
+    chosen = usual if asked.groups is None else asked.groups
+    return [(depth, group) for depth, group in prunable if group.name in chosen]
 
 
 def _rows(subject: DenseNetwork, asked: Asked, depth: int, group: Group, keep: float) -> Iterator[dict[str, Any]]:

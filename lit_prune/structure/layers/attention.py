@@ -52,6 +52,7 @@ class WholeAttention(LayerType):
         params = sum(parameter.numel() for parameter in module.parameters())
         queries, keys = query.numel() // query.shape[-1], key.numel() // key.shape[-1]  # L, S
         inner, width = module.num_heads * module.head_dim, module.out_proj.out_features
-        projections = queries * inner * query.shape[-1] + keys * inner * (key.shape[-1] + value.shape[-1])
-        macs = projections + queries * inner * width + 2 * queries * keys * inner
+        read = module.out_proj.in_features  # values of all heads
+        projections = inner * (queries * query.shape[-1] + keys * key.shape[-1]) + read * keys * value.shape[-1]
+        macs = projections + queries * read * width + queries * keys * (inner + read)
         return LayerCost(macs, params, width, width, queries, "attention")

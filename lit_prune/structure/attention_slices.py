@@ -1,0 +1,104 @@
+"""Which values of a parameter serve one unit alone (a head, or a position within heads): gradients with exact codes."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+_STEP = 16  # units told apart by one code: 2^0 to 2^15
+_SHARED, _UNSEEN = -2, -1
+
+
+@dataclass(frozen=True)
+class Slices:
+    """What belongs to each head in one tensor: `dim` and, head by head, the places along it."""
+
+    name: str
+    dim: int
+    positions: tuple[tuple[int, ...], ...]
+
+
+def owners_of(
+    named: Sequence[tuple[str, Tensor]], roots: Sequence[tuple[Tensor, int, Tensor]], units: int
+) -> Iterator[tuple[str, Tensor]]:
+    """Parameter by parameter that `roots` depend on, the unit that each of its values serves, int64 of its shape.
+
+    Args:
+        named: parameters.
+        roots: tensor, the dimension along which it has units, and the unit of each place along that.
+        units: their number.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weights = [0.5 + torch.rand(root.shape, generator=generator).to(root) for root, _, _ in roots]
+
+    def total(code: Callable[[Tensor], Tensor]) -> Tensor:
+        parts = []
+        for (root, dim, unit), weight in zip(roots, weights, strict=True):
+            shape = [1] * root.dim()
+            shape[dim] = -1
+            parts.append((root * weight * (1 << code(unit)).view(shape).to(root)).sum())
+        return sum(parts[1:], parts[0])
+
+    codes = [torch.zeros_like, lambda unit: unit % _STEP, lambda unit: unit // _STEP]
+    found = [
+        torch.autograd.grad(total(code), [p for _, p in named], retain_graph=True, allow_unused=True)
+        for code in (codes if units > _STEP else codes[:2])
+    ]
+    for (name, _), plain, *coded in zip(named, *found, strict=True):
+        if plain is not None:
+            yield name, sum(_STEP**place * _exponents(plain, values) for place, values in enumerate(coded))
+
+
+def _exponents(plain: Tensor, coded: Tensor) -> Tensor:
+    """The k for which `coded = 2^k · plain`, a large negative number where that holds for no whole k or both are 0."""
+    whole = torch.log2((coded / plain).abs()).round()
+    exact = coded == plain * torch.exp2(whole).round()
+    return torch.where(exact & (plain != 0), whole, torch.where(plain == 0, _UNSEEN, _SHARED) * 10**4).long()
+
+
+def slices_of(name: str, owner: Tensor, heads: int, partly: bool = False) -> Slices | None:
+    """The slices of one parameter that serve one head each; None if there is no axis that parts it by heads.
+
+    `partly`: other places along the axis may serve something else.
+    """
+    for dim in range(owner.dim()):
+        rows = owner.movedim(dim, 0).flatten(1) if owner.dim() > 1 else owner[:, None]
+        highest = rows.max(1).values
+        known = torch.where(_unseen(rows), highest[:, None], rows)
+        served = highest >= 0
+        if bool((known == highest[:, None])[served].all()) and (partly or bool(served.all())):
+            places = tuple(tuple((highest == head).nonzero().flatten().tolist()) for head in range(heads))
+            if len({len(row) for row in places}) == 1 and places[0]:
+                return Slices(name, dim, places)
+    return None
+
+
+def _unseen(owner: Tensor) -> Tensor:
+    """Where no gradient came: the value matters to no output, or to none on this image."""
+    return (owner < 0) & (owner > _SHARED * 10**4)
+
+
+def likewise(model: nn.Module, slices: dict[str, Slices], owners: dict[str, Tensor]) -> dict[str, Slices]:
+    """Vectors that lie beside a tensor with heads along its first axis, of the same length, in the same module.
+
+    The bias of the keys has no gradient, since softmax does not see it, and a buffer never has one.
+    """
+    found = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        beside = [s for s in slices.values() if s.name.rpartition(".")[0] == name.rpartition(".")[0] and not s.dim]
+        if name in slices or tensor.dim() != 1 or not tensor.is_floating_point():
+            continue
+        for other in beside:
+            places = other.positions
+            if sum(map(len, places)) == len(tensor) and _agrees(owners.get(name), places):
+                found[name] = Slices(name, 0, places)
+    return found
+
+
+def _agrees(owner: Tensor | None, places: tuple[tuple[int, ...], ...]) -> bool:
+    """Whether most of what was seen of a vector lies where `places` say (the rest is rounding)."""
+    if owner is None:
+        return True
+    hits = sum(int((owner[list(row)] == head).sum()) for head, row in enumerate(places))
+    return 2 * hits >= int((owner >= 0).sum())
