@@ -93,6 +93,8 @@ def attention_with_heads(model: nn.Module, name: str) -> Any:
     if module is None or not is_attention(module):
         some = [key for key, value in model.named_modules() if is_attention(value)]
         raise InputError(f"layer={name!r} is no attention with qkv and proj; there are: {', '.join(some) or 'none'}")
+    if getattr(module, "value_dim", module.head_dim) != module.head_dim:
+        raise InputError(f"layer={name!r}: its values are {module.value_dim} wide and its queries {module.head_dim}")
     if not isinstance(getattr(module, "norm", nn.Identity()), nn.Identity) or getattr(module, "gate", None) is not None:
         raise InputError(f"layer={name!r}: a norm or gate across heads lies before the projection; heads are coupled")
     return module

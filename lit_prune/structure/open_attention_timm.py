@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import Attention, apply_rot_embed_cat
 from timm.models.beit import Attention as BeitAttention
+from timm.models.cait import ClassAttn
 from timm.models.eva import EvaAttention
 from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
@@ -119,3 +120,14 @@ class OpenWindowAttention(_OpenFused, WindowAttention):
             bias = (bias + mask[:, None]).repeat(len(x) // len(mask), 1, 1, 1)
         q, k, v = self._project(x)
         return self.proj_drop(self.proj(self._attend(q, k, v, bias)))
+
+
+@opens(ClassAttn)
+class OpenClassAttention(_OpenFused, ClassAttn):
+    """timm's attention of the class token alone (CaiT, XCiT), with heads of any width."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens [B, L, C] to the class token [B, 1, C]."""
+        parts = (self.q(x[:, :1]), self.k(x), self.v(x))
+        q, k, v = (split_heads(part, self.num_heads) for part in parts)
+        return self.proj_drop(self.proj(self._attend(q, k, v, None)))

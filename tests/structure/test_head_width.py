@@ -12,7 +12,18 @@ from lit_prune.replace import replace_mechanisms
 from lit_prune.structure import CostModel, Group, Plan, apply_plan, cost, make_plan, trace_groups
 from tests.structure.test_heads import _network
 
-BOTH = ("torchvision_vit", "torchvision_swin", "torch_encoder", "deit", "timm_swin", "pvt", "twins", "beit", "by_hand")
+BOTH = (
+    "torchvision_vit",
+    "torchvision_swin",
+    "torch_encoder",
+    "deit",
+    "timm_swin",
+    "pvt",
+    "twins",
+    "beit",
+    "class_token",
+    "by_hand",
+)
 VALUES = ("torchvision_swin_v2", "registers_and_norms", "timm_swin_v2", "eva")
 
 

@@ -62,6 +62,19 @@ class PerHead(nn.Module):
         return self.head(self.proj(mixed.permute(0, 2, 3, 1).flatten(2)).mean(1))
 
 
+class ClassToken(nn.Module):
+    """The class attention of CaiT and XCiT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 24, 8, 8)
+        self.attn = timm.models.cait.ClassAttn(24, 4, qkv_bias=True)
+        self.head = nn.Linear(24, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.attn(self.patches(images).flatten(2).transpose(1, 2)).flatten(1))
+
+
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "torchvision_vit": lambda: models.VisionTransformer(32, 8, 2, 4, 24, 32, num_classes=3),
     "torchvision_swin": _swin,
@@ -90,6 +103,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "eva": lambda: timm.models.Eva(
         32, 8, embed_dim=24, depth=2, num_heads=3, num_classes=3, qkv_bias=True, use_rot_pos_emb=True
     ),
+    "class_token": ClassToken,
     "by_hand": PerHead,
 }
 
