@@ -208,7 +208,7 @@ def test_a_device_without_stable_timing_is_told(build, random_ranks, monkeypatch
         ({"keep": 0.0}, "outside"),
         ({"keep": 1.01}, "outside"),
         ({"keep": -1}, "outside"),
-        ({"keep": float("nan")}, "outside"),
+        ({"keep": float("nan")}, "keep is nan"),
         ({"keep": {"fc1": 0.5}}, "layerwise"),
         ({"keep": {}, "allocation": "layerwise"}, "one group at least"),
         ({"allocation": "layerwise"}, "layerwise"),

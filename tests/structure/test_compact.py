@@ -49,10 +49,10 @@ def saved(tmp_path, random_ranks):
 
 def test_loaded_network_gives_the_same_bits_and_trains(saved) -> None:
     model, images, folder = saved
-    loaded = load_compact(folder)
+    loaded = load_compact(folder)  # on the CPU
     assert not loaded.training
-    assert torch.equal(loaded(images), model(images))
-    loaded.train()(images).sum().backward()
+    assert torch.equal(loaded(images.cpu()), model.cpu()(images.cpu()))
+    loaded.train()(images.cpu()).sum().backward()
     assert all(parameter.grad is not None for parameter in loaded.parameters())
 
 
@@ -201,6 +201,7 @@ def test_somebodys_own_network_is_saved_bare_and_loads_into_a_dense_one_of_the_s
 
 def test_a_kill_between_the_two_renames_loses_nothing(saved, tmp_path) -> None:
     model, images, folder = saved
+    model, images = model.cpu(), images.cpu()
     folder.rename(tmp_path / ".compact.replaced")
     assert torch.equal(load_compact(folder)(images), model(images))
     folder.rename(tmp_path / ".compact.replaced")
@@ -221,6 +222,7 @@ def test_every_changed_value_of_the_structure_is_noticed(saved) -> None:
             load_compact(saved[2])
 
 
+@pytest.mark.cpu
 def test_sizes_beyond_all_memory_are_compared_and_refused(saved) -> None:
     change_structure(checksum=None, plans=[Plan((), {"conv1": (0,)}, {"conv1": 10**15}).to_dict()])(saved[2])
     with pytest.raises(InputError, match="the plan says 1000000000000000|no group"):
