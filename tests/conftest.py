@@ -15,6 +15,9 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from PIL import Image
 from torch import nn
 
+from lit_prune import timing
+from lit_prune.structure import latency
+
 
 def pytest_addoption(parser) -> None:
     """`--device cuda` runs the tests there; `--table FILE` writes what they did and how long it took."""
@@ -44,6 +47,14 @@ def on_device(request, device, monkeypatch):
     monkeypatch.setattr(torch.testing, "assert_close", compare)
     with far.far_device() if device == far.PLACE else nullcontext(), placement.OnDevice(device):
         yield
+
+
+@pytest.fixture(autouse=True)
+def few_timed_passes(monkeypatch):
+    """Every finished run times its networks, which tests seldom look at: a pass of each is enough."""
+    monkeypatch.setattr(latency, "SINGLE", 1)
+    monkeypatch.setattr(latency, "BATCHED", 1)
+    monkeypatch.setattr(timing, "WARM_UP", 0)
 
 
 def _trains_on(device: torch.device, init):
@@ -130,9 +141,22 @@ def tiny_net() -> nn.Module:
     return net.eval()
 
 
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a finished `fit -c tests/tiny_run.yaml`; who writes into it takes a copy."""
+    from lit_prune.cli.main import main
+
+    folder = tmp_path_factory.mktemp("tiny") / "run"
+    main(["fit", "-c", str(Path(__file__).with_name("tiny_run.yaml")), "--run_dir", str(folder)])
+    return folder
+
+
 @pytest.fixture
 def make_run():
-    """Factory of a whole run on small digit images: `(trainer, module, data)`, fresh objects at every call."""
+    """Factory of a whole run on small digit images: `(trainer, module, data)`, fresh objects at every call.
+
+    Channel stages are cheap ones unless `settings` says otherwise; `settings={}` is what a user gets.
+    """
     from functools import partial
 
     from lit_prune.cli.trainer import Trainer, last_checkpoint
@@ -143,10 +167,26 @@ def make_run():
     from lit_prune.train.staged_pruning import StagedPruning
     from lit_prune.train.stages import BlockStage, ChannelStage
 
-    def make(run_dir, stages=(("blocks", 2), ("channels", 4)), max_epochs=6, callbacks=(), trainer=None, **pruning):
+    cheap = {
+        "score": "proxy",
+        "allocation": "uniform",
+        "replace": "delete",
+    }  # solving readers takes longer than training
+
+    def make(
+        run_dir,
+        stages=(("blocks", 2), ("channels", 4)),
+        max_epochs=6,
+        callbacks=(),
+        trainer=None,
+        settings=cheap,
+        **pruning,
+    ):
         keeps = iter((0.5, 0.4, 0.3))
         parts = [
-            BlockStage(epoch, remove_ratio=0.3) if part == "blocks" else ChannelStage(next(keeps), epoch, part)
+            BlockStage(epoch, remove_ratio=0.3)
+            if part == "blocks"
+            else ChannelStage(next(keeps), epoch, part, **settings)
             for part, epoch in stages
         ]
         os.environ["PL_GLOBAL_SEED"] = "7"
@@ -166,3 +206,10 @@ def make_run():
         return lightning_trainer, module, data
 
     return make
+
+
+@pytest.fixture
+def without_drawing(monkeypatch):
+    """A report's figures are made but not rendered, which takes most of its time: for tests of the page's text."""
+    monkeypatch.setattr("lit_prune.report.page.render_svg", lambda figure, name: "<svg></svg>")
+    monkeypatch.setattr("lit_prune.report.page.render_png", lambda figure: b"")

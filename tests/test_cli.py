@@ -84,13 +84,13 @@ def test_a_refused_first_fit_leaves_nothing_behind_and_the_corrected_command_run
 def test_a_misspelt_score_is_refused_before_anything_is_trained_or_written(tmp_path, capsys, wrong):
     text = (ROOT / "tests" / "tiny_run.yaml").read_text()
     config = tmp_path / "run.yaml"
-    config.write_text(text.replace("keep: 0.5", f"keep: 0.5, score: {wrong}"))
+    config.write_text(text.replace("score: proxy", f"score: {wrong}"))
     line = refused(capsys, "fit", "-c", str(config), "--run_dir", str(tmp_path / "run"))
     assert wrong in line and "magnitude" in line and not (tmp_path / "run").exists()
 
 
 CORRECTED = "[{class_path: lit_prune.BlockStage, init_args: {epoch: 1, remove_ratio: 0.3}},"
-CORRECTED += " {class_path: lit_prune.ChannelStage, init_args: {epoch: 2, keep: 0.6, replace: delete}}]"
+CORRECTED += " {class_path: lit_prune.ChannelStage, init_args: {epoch: 2, keep: 0.6, score: proxy, replace: delete}}]"
 
 
 def test_a_folder_in_which_nothing_was_trained_takes_another_configuration(tmp_path):
@@ -151,11 +151,9 @@ def test_an_option_that_an_older_run_folder_lacks_counts_with_its_default():
     assert cli.changed_since(gone) == ["model.no_more"]
 
 
-def test_test_verb_rebuilds_the_pruned_network_of_a_checkpoint(tmp_path):
-    run_dir = tmp_path / "run"
-    main([*TINY, "--run_dir", str(run_dir)])
-    records = [json.loads(line) for line in (run_dir / "stages.jsonl").read_text().splitlines()]
-    last = str(run_dir / "checkpoints" / "last.ckpt")
+def test_test_verb_rebuilds_the_pruned_network_of_a_checkpoint(tmp_path, tiny_run):
+    records = [json.loads(line) for line in (tiny_run / "stages.jsonl").read_text().splitlines()]
+    last = str(tiny_run / "checkpoints" / "last.ckpt")
     cli = main(["test", *TINY[1:], "--run_dir", str(tmp_path / "test"), "--ckpt_path", last])
     accuracy = cli.trainer.callback_metrics["test/accuracy"].item()
     assert accuracy == pytest.approx(records[-1]["accuracy"]["after_repair"], abs=1e-6)
@@ -207,7 +205,7 @@ def test_compress_sweeps_block_ratios_and_resumes(tmp_path, capsys):
     main([*TINY, "--run_dir", str(tmp_path / "dense"), "--trainer.callbacks", "[]", "--trainer.max_epochs", "1"])
     config = tmp_path / "blocks.yaml"
     config.write_text(
-        (ROOT / "tests" / "tiny_run.yaml").read_text().split("          - {class_path: lit_prune.ChannelStage")[0]
+        (ROOT / "tests" / "tiny_run.yaml").read_text().split("          - class_path: lit_prune.ChannelStage")[0]
     )
     command = ["compress", "-c", str(config), "--run_dir", str(tmp_path / "sweep"), "--repair_epochs", "1"]
     command += ["--model.weights", str(tmp_path / "dense" / "checkpoints" / "last.ckpt"), "--ratios", "[0.2, 0.5]"]

@@ -27,7 +27,7 @@ def test_every_example_is_short_and_tried_here():
 
 
 def test_a_timm_network_with_mixup_and_one_cycle_is_as_good_after_the_cut(tmp_path):
-    found = run("timm_mixup", tmp_path, "--epochs", "6", "--images", "600")
+    found = run("timm_mixup", tmp_path, "--network", "test_resnet", "--epochs", "6", "--images", "600")
     assert found["after_repair"] > found["after_surgery"]
     assert (tmp_path / "compact").is_dir()
 

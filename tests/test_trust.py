@@ -154,9 +154,8 @@ def test_every_verb_that_reads_a_folder_or_a_checkpoint_refuses_and_runs_nothing
     assert not marker.exists()
 
 
-def test_the_teacher_of_a_run_is_weights_alone_so_nothing_there_can_be_named(tmp_path):
-    main(["fit", "-c", TINY, "--run_dir", str(tmp_path / "run")])
-    assert [file.name for file in (tmp_path / "run" / "teacher").iterdir()] == ["model.safetensors"]
+def test_the_teacher_of_a_run_is_weights_alone_so_nothing_there_can_be_named(tiny_run):
+    assert [file.name for file in (tiny_run / "teacher").iterdir()] == ["model.safetensors"]
 
 
 class Own(nn.Module):

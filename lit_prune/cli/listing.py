@@ -142,9 +142,9 @@ def _below(cls: type) -> Iterator[Any]:
 
 
 def _extras() -> Table:
-    from lit_prune.lab.analyze.extras import PARTS, extra_names
+    from lit_prune.lab.analyze.extras import EXTRAS, extra_names
 
-    return _named((name, first_sentence(PARTS[name].build)) for name in extra_names())
+    return _named((name, first_sentence(EXTRAS[name].build)) for name in extra_names())
 
 
 def _sections() -> Table:

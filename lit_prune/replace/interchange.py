@@ -16,7 +16,7 @@ from lit_prune.replace.certificate import Certificate, certify
 from lit_prune.replace.consumers import find_readers
 from lit_prune.replace.finite import check_answers
 from lit_prune.replace.flow import observe
-from lit_prune.replace.pairs import Images, Swaps, draw_pairs, gather_images
+from lit_prune.replace.pairs import Pool, Swaps, draw_pairs, gather_images
 from lit_prune.replace.patches import channel_dim
 from lit_prune.replace.replacement import Reduced
 from lit_prune.running import undisturbed
@@ -129,7 +129,7 @@ def interchange(
 
 
 def swap_units(
-    networks: Sequence[nn.Module], layer: str, units: Sequence[Sequence[Sequence[int]]], images: Images, swaps: Swaps
+    networks: Sequence[nn.Module], layer: str, units: Sequence[Sequence[Sequence[int]]], images: Pool, swaps: Swaps
 ) -> Interchange:
     """Interchange of units that are one or several input channels of `layer` each.
 
@@ -204,7 +204,7 @@ def _swapped(
     model: nn.Module,
     layer: str,
     units: Sequence[Sequence[int]],
-    images: Images,
+    images: Pool,
     pair: tuple[Tensor, Tensor],
     mask: Tensor,
 ) -> Tensor:
@@ -230,7 +230,7 @@ def _swapped(
         return images.task.prediction(_called(model, images, pair[0])).cpu()
 
 
-def _called(model: nn.Module, images: Images, chosen: Tensor) -> Any:
+def _called(model: nn.Module, images: Pool, chosen: Tensor) -> Any:
     """What the model answers to the chosen samples."""
     example = images.take(chosen)
     args, kwargs = to_network((example.args, example.kwargs), model)

@@ -45,7 +45,7 @@ class Swaps:
 
 
 @dataclass(frozen=True)
-class Images:
+class Pool:
     """Samples that can be picked one by one: what the networks are called with.
 
     Attributes:
@@ -66,7 +66,7 @@ class Images:
         return Example(tuple(v[chosen] for v in self.args), {name: v[chosen] for name, v in self.kwargs.items()})
 
 
-def gather_images(batches: Batches, limit: int, task: Task) -> Images:
+def gather_images(batches: Batches, limit: int, task: Task) -> Pool:
     """The first `limit` samples.
 
     Raises:
@@ -85,7 +85,7 @@ def gather_images(batches: Batches, limit: int, task: Task) -> Images:
         kwargs = {name: torch.cat([part.kwargs[name] for part in parts]) for name in parts[0].kwargs}
     except (TypeError, RuntimeError, ValueError) as error:
         raise InputError(f"batches: samples of several batches cannot be put together for swaps ({error})") from error
-    return Images(args, kwargs, task)
+    return Pool(args, kwargs, task)
 
 
 def draw_pairs(images: int, units: int, swaps: Swaps) -> tuple[Tensor, Tensor, Tensor]:

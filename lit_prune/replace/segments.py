@@ -129,14 +129,14 @@ def _calls(model: nn.Module, example_input: Any) -> dict[str, _Call]:
     return {name: found[0] for name, found in seen.items() if len(found) == 1 and found[0] is not None}
 
 
-def _removed(plan: Plan, graph: ChannelGraph) -> dict[axes.Axis, list[int]]:
+def _removed(plan: Plan, graph: ChannelGraph) -> dict[axes.AxisKey, list[int]]:
     """Positions that each axis of the dense network loses."""
     removed = {group: plan.removed(group) for group in plan.keep_channels if plan.removed(group)}
     return graph.removed_positions(removed) if removed else {}
 
 
 def _outputs(
-    model: nn.Module, names: Collection[str], example_input: Any, removed: Mapping[axes.Axis, list[int]]
+    model: nn.Module, names: Collection[str], example_input: Any, removed: Mapping[axes.AxisKey, list[int]]
 ) -> dict[str, tuple[int, tuple[int, ...] | None]]:
     """For each module the dimension of its output that loses positions, and those that stay; others are left out."""
     seen: dict[str, Tensor | None] = {}

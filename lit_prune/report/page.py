@@ -18,7 +18,7 @@ from lit_prune.report.drawing import Picture, render_png, styled
 from lit_prune.report.makers import commands_for
 from lit_prune.report.run_folder import AbsentInput, RunFolder
 from lit_prune.report.sections import Section, question_of, register_section, sections
-from lit_prune.report.tables import Cell, Table, Text, format_bytes, tabulate_result
+from lit_prune.report.tables import Entry, Table, Text, format_bytes, tabulate_result
 from lit_prune.report.vector import LARGEST, render_svg, themed
 from lit_prune.report.verdict import find_verdict
 
@@ -35,7 +35,7 @@ def list_files(run: RunFolder) -> Table:
     """Returns the files of the run folder with their sizes."""
     files = run.files
     rows = tuple(
-        (Cell(name, link=quote(name, safe="/=")), Cell(format_bytes(size), exact=f"{size} bytes"))
+        (Entry(name, link=quote(name, safe="/=")), Entry(format_bytes(size), exact=f"{size} bytes"))
         for name, size in files
     )
     total = format_bytes(sum(size for _, size in files))

@@ -20,7 +20,7 @@ MINUS = "−"
 
 
 @dataclass(frozen=True)
-class Cell:
+class Entry:
     """One table cell: what is shown, a small remark beside it, the exact value for the tooltip, where it leads."""
 
     text: str
@@ -34,7 +34,7 @@ class Table:
     """A table of the page: column titles, rows of cells, a caption below; `folded` titles a closed block around it."""
 
     columns: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]
+    rows: tuple[tuple[Entry, ...], ...]
     caption: str
     text_columns: int = 1  # leading ones
     folded: str = ""
@@ -91,7 +91,7 @@ def point_change(value: float, dense: float) -> str:
 
 
 @dataclass(frozen=True)
-class Quantity:
+class Column:
     """A column of the result table: its key in `compact/report.json`, title, format, and form of change."""
 
     key: str
@@ -100,22 +100,22 @@ class Quantity:
     change: Callable[[float, float], str] = relative_change
 
 
-ACCURACY = Quantity("accuracy", "accuracy", format_percent, point_change)
+ACCURACY = Column("accuracy", "accuracy", format_percent, point_change)
 COSTS = (
-    Quantity("macs", "MACs", format_count),
-    Quantity("params", "params", format_count),
-    Quantity("latency_ms", "latency, batch 1", _format_milliseconds),
-    Quantity("throughput", "throughput, batch 64", _format_rate),
-    Quantity("bytes", "file size", format_bytes),
+    Column("macs", "MACs", format_count),
+    Column("params", "params", format_count),
+    Column("latency_ms", "latency, batch 1", _format_milliseconds),
+    Column("throughput", "throughput, batch 64", _format_rate),
+    Column("bytes", "file size", format_bytes),
 )
 
 
-def figure_of(record: Mapping[str, Any]) -> Quantity:
+def figure_of(record: Mapping[str, Any]) -> Column:
     """Returns the figure of a result or of a stage: what the run was told to monitor, or the accuracy."""
     name = (record.get("metric") or {}).get("name", "accuracy")
     if "acc" in name:
         return replace(ACCURACY, key=name, title=name)
-    return Quantity(name, name, lambda value: f"{value:.4g}", lambda value, dense: f"{value - dense:+.3g}")
+    return Column(name, name, lambda value: f"{value:.4g}", lambda value, dense: f"{value - dense:+.3g}")
 
 
 def is_number(value: object) -> TypeGuard[float]:
@@ -123,12 +123,12 @@ def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def format_cell(value: object, quantity: Quantity, dense: object = None) -> Cell:
+def format_entry(value: object, quantity: Column, dense: object = None) -> Entry:
     """Returns the cell of one quantity, with the change against `dense` where both are measured."""
     if not is_number(value):
-        return Cell(ABSENT)
+        return Entry(ABSENT)
     note = quantity.change(value, dense) if is_number(dense) else ""
-    return Cell(quantity.format(value), note, repr(value))
+    return Entry(quantity.format(value), note, repr(value))
 
 
 def result_cells(result: Mapping[str, Any]) -> Table:
@@ -145,10 +145,10 @@ def result_cells(result: Mapping[str, Any]) -> Table:
         raise InputError(f"compact/report.json has no object {' and '.join(absent)}; export the compact network again")
     dense, quantities = result["dense"], (figure_of(result), *COSTS)
     entries = [(f"after {stage.get('name', '?')}", stage) for stage in result.get("stages") or ()]
-    rows = [(Cell("dense"), *(format_cell(dense.get(q.key), q) for q in quantities))]
+    rows = [(Entry("dense"), *(format_entry(dense.get(q.key), q) for q in quantities))]
     unsure = times_are_unsure(result)
     for name, entry in (*entries, ("compact", result["compact"])):
-        rows.append((Cell(name), *(_changed(entry, dense, q, unsure) for q in quantities)))
+        rows.append((Entry(name), *(_changed(entry, dense, q, unsure) for q in quantities)))
     caption = (
         "Change against the dense network in small type; point at a number for its exact value. A stage's figure is "
         "the one after BatchNorm recalibration, before its repair; the compact network's the one after the last repair."
@@ -158,9 +158,9 @@ def result_cells(result: Mapping[str, Any]) -> Table:
     )
 
 
-def _changed(entry: Mapping[str, Any], dense: Mapping[str, Any], quantity: Quantity, unsure: bool) -> Cell:
+def _changed(entry: Mapping[str, Any], dense: Mapping[str, Any], quantity: Column, unsure: bool) -> Entry:
     """A cell with its change; times that are worth little have a remark in the place of a change."""
-    cell = format_cell(entry.get(quantity.key), quantity, dense.get(quantity.key))
+    cell = format_entry(entry.get(quantity.key), quantity, dense.get(quantity.key))
     return (
         replace(cell, note="noisy") if unsure and cell.note and quantity.key in ("latency_ms", "throughput") else cell
     )
@@ -219,7 +219,7 @@ def tabulate_stages(run: RunFolder) -> Table:
     name = figure_of(run.stages[0]).title
     titles = ("plan", "epoch", "MACs", "params", *(f"{name} {title}" for _, title in POINTS), "time")
     names = tuple(str(stage.get("name", "?")) for stage in run.stages)
-    rows = zip(map(Cell, titles), *(_stage_cells(stage) for stage in run.stages), strict=True)
+    rows = zip(map(Entry, titles), *(_stage_cells(stage) for stage in run.stages), strict=True)
     caption = (
         f"{name.capitalize()} of each stage at the points where it was measured: what the cut alone cost, what new "
         "BatchNorm statistics gave back (the dense network gets the same treatment for comparison), what training gave "
@@ -228,35 +228,35 @@ def tabulate_stages(run: RunFolder) -> Table:
     return Table(("stage", *names), tuple(rows), caption)
 
 
-def _stage_cells(stage: Mapping[str, Any]) -> tuple[Cell, ...]:
+def _stage_cells(stage: Mapping[str, Any]) -> tuple[Entry, ...]:
     quantity = figure_of(stage)
     figures = stage.get(quantity.key) or {}
-    values = (format_cell(figures.get(key), quantity) for key, _ in POINTS)
+    values = (format_entry(figures.get(key), quantity) for key, _ in POINTS)
     epoch = stage.get("epoch")
     return (
-        Cell(summarise_plan(stage.get("plan") or {})),
-        Cell(str(epoch) if is_number(epoch) else ABSENT),
+        Entry(summarise_plan(stage.get("plan") or {})),
+        Entry(str(epoch) if is_number(epoch) else ABSENT),
         *(_reduction_cell(stage.get(key) or {}) for key in ("macs", "params")),
         *values,
         _seconds_cell(stage.get("seconds") or {}),
     )
 
 
-def _reduction_cell(counts: Mapping[str, Any]) -> Cell:
+def _reduction_cell(counts: Mapping[str, Any]) -> Entry:
     before, after = counts.get("before"), counts.get("after")
     if not (is_number(before) and is_number(after)):
-        return Cell(ABSENT)
-    return Cell(
+        return Entry(ABSENT)
+    return Entry(
         f"{format_count(before)} → {format_count(after)}", relative_change(after, before), f"{before} → {after}"
     )
 
 
-def _seconds_cell(seconds: Mapping[str, Any]) -> Cell:
+def _seconds_cell(seconds: Mapping[str, Any]) -> Entry:
     measured = {key: value for key, value in seconds.items() if is_number(value)}
     if not measured:
-        return Cell(ABSENT)
+        return Entry(ABSENT)
     parts = ", ".join(f"{key} {value:.3g} s" for key, value in measured.items())
-    return Cell(f"{sum(measured.values()):.3g} s", parts)
+    return Entry(f"{sum(measured.values()):.3g} s", parts)
 
 
 def summarise_plan(plan: Mapping[str, Any]) -> str:
@@ -280,7 +280,7 @@ def tabulate_protocol(run: RunFolder) -> Table:
     for stage in stages_if_any(run):
         rows += _flatten(stage.get("protocol") or {}, f"stage {stage.get('name', '?')}: ")
     caption = "What has to be equal for another run to be comparable. The full lists are in run.json."
-    cells = tuple((Cell(name), Cell(value)) for name, value in rows)
+    cells = tuple((Entry(name), Entry(value)) for name, value in rows)
     return Table(("field", "value"), cells, caption, text_columns=2, folded=f"{len(cells)} fields")
 
 

@@ -15,7 +15,7 @@ from lit_prune.registry import Registry
 from lit_prune.scores.evidence import COLLECTORS, Evidence
 
 Axis = Literal["local", "target", "baseline", "mixed"]
-Cost = Literal["weights", "activations", "gradients", "labels"]
+Reads = Literal["weights", "activations", "gradients", "labels"]
 SPARSITY = 0.8  # taken for a score that depends on the sparsity where no plan says how much goes
 
 
@@ -35,7 +35,7 @@ class Score:
 
     function: Callable[..., dict[str, Tensor]]
     axis: Axis
-    cost: Cost
+    cost: Reads
     defaults: tuple[Any, ...] = ()
     needs: tuple[str, ...] = ()
 
@@ -48,7 +48,7 @@ _Function = TypeVar("_Function", bound=Callable[..., dict[str, Tensor]])
 @checked
 def register_score(
     axis: Axis,
-    cost: Cost = "activations",
+    cost: Reads = "activations",
     *,
     name: str | None = None,
     defaults: tuple[Any, ...] = (),

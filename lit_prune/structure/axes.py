@@ -8,9 +8,9 @@ from lit_prune.structure.layers import layer_type
 from lit_prune.structure.layers.norms import BATCH_NORMS
 from lit_prune.structure.layers.weighted import CONVOLUTIONS, goes_by_group
 
-__all__ = ["BATCH_NORMS", "Axis", "goes_by_group"]
+__all__ = ["BATCH_NORMS", "AxisKey", "goes_by_group"]
 
-Axis = tuple[str, str]
+AxisKey = tuple[str, str]
 """(qualified name, axis): "out" or "in" of a module or bare parameter, "dim:K" of a tensor, and numbers that a module
 states in an attribute: "heads:NAME" of heads, "attribute:NAME" of channels of all heads."""
 

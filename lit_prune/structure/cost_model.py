@@ -92,9 +92,9 @@ def _dense(out: np.ndarray, inner: np.ndarray, sizes: np.ndarray) -> int:
     return int(out @ extended) * int(inner @ extended)
 
 
-def _axis_rows(graph: ChannelGraph) -> dict[axes.Axis, np.ndarray]:
+def _axis_rows(graph: ChannelGraph) -> dict[axes.AxisKey, np.ndarray]:
     """Row a of each axis that belongs to groups: positions for each unit, then what belongs to none."""
-    rows: dict[axes.Axis, np.ndarray] = {}
+    rows: dict[axes.AxisKey, np.ndarray] = {}
     for column, group in enumerate(graph.groups):
         for member in group.members:
             axis = (member.module, member.axis)

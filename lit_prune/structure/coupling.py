@@ -78,13 +78,13 @@ class Draft:
     joined: bool
 
 
-def lost_positions(groups: Mapping[str, Group], removed: Mapping[str, Sequence[int]]) -> dict[axes.Axis, list[int]]:
+def lost_positions(groups: Mapping[str, Group], removed: Mapping[str, Sequence[int]]) -> dict[axes.AxisKey, list[int]]:
     """Positions that each (module, axis) loses when the groups lose the given units, ascending.
 
     Raises:
         InputError: unknown or protected group, unit out of range, nothing removed, or nothing left of a group.
     """
-    lost: dict[axes.Axis, set[int]] = {}
+    lost: dict[axes.AxisKey, set[int]] = {}
     for name, units in removed.items():
         group = _checked(groups, name, units)
         for member in group.members if units else ():

@@ -35,7 +35,7 @@ class ChannelGraph:
     """
 
     groups: tuple[Group, ...]
-    widths: Mapping[axes.Axis, int] = field(default_factory=dict)
+    widths: Mapping[axes.AxisKey, int] = field(default_factory=dict)
 
     @cached_property
     def by_name(self) -> dict[str, Group]:
@@ -47,7 +47,7 @@ class ChannelGraph:
         """The groups that are not protected."""
         return tuple(group for group in self.groups if not group.protected)
 
-    def removed_positions(self, removed: Mapping[str, Sequence[int]]) -> dict[axes.Axis, list[int]]:
+    def removed_positions(self, removed: Mapping[str, Sequence[int]]) -> dict[axes.AxisKey, list[int]]:
         """Positions that each (module, axis) loses when the groups lose the given units.
 
         Raises:

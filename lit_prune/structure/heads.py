@@ -96,7 +96,7 @@ def _member(model: nn.Module, slices: Slices) -> Member | str:
     return Member(slices.name, f"dim:{slices.dim}", slices.positions)
 
 
-def axis_widths(model: nn.Module, groups: Sequence[Group]) -> dict[axes.Axis, int]:
+def axis_widths(model: nn.Module, groups: Sequence[Group]) -> dict[axes.AxisKey, int]:
     """(name, axis) -> its width, for the axes of `groups` that are no channels of layers."""
     members = (member for group in groups for member in group.members if ":" in member.axis)
     return {(m.module, m.axis): axes.width(axes.find(model, m.module), m.axis) for m in members}

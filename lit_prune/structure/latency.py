@@ -14,6 +14,7 @@ from lit_prune.structure.cost import cost
 from lit_prune.structure.example import Example
 from lit_prune.timing import Timing, time_runs
 
+SINGLE, BATCHED = 60, 3  # timed passes of `compare_profiles` with one image, and with 64
 Inputs = Sequence[int] | Example  # shape of one image, or what a network is called with
 
 
@@ -75,8 +76,8 @@ def compare_profiles(
         the times are worth little).
     """
     shape = tuple(example_input.shape[1:]) if isinstance(example_input, Tensor) else example_input
-    single = time_networks(models, shape, repeats=60)
-    batched = time_networks(models, shape, batch_size=64, repeats=3)
+    single = time_networks(models, shape, repeats=SINGLE)
+    batched = time_networks(models, shape, batch_size=64, repeats=BATCHED)
     figures = []
     for model, accuracy, one, many in zip(models, accuracies, single, batched, strict=True):
         counted = cost(model, example_input)

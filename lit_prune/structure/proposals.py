@@ -15,7 +15,7 @@ from lit_prune.structure.example import Example
 from lit_prune.structure.following import Follower
 from lit_prune.structure.labels import Labels
 
-_Unit = dict[axes.Axis, list[int]]
+_Unit = dict[axes.AxisKey, list[int]]
 _STATED = ("hidden_dim", "embed_dim", "num_features", "head_hidden_size")
 """Attributes in which a network states the width of its embedding."""
 

@@ -160,7 +160,7 @@ def _equal(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
 
 
 @contextmanager
-def _silenced(model: nn.Module, lost: Mapping[axes.Axis, Sequence[int]], sites: probe.Sites) -> Iterator[None]:
+def _silenced(model: nn.Module, lost: Mapping[axes.AxisKey, Sequence[int]], sites: probe.Sites) -> Iterator[None]:
     """Inside, zeros at the input positions that the readers lose, and norms over the channels that they keep."""
 
     def zeros(positions: Sequence[int]):

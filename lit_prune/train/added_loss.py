@@ -12,7 +12,7 @@ from lit_prune.arguments import checked
 from lit_prune.errors import InputError
 
 
-class Term(Protocol):
+class AddedTerm(Protocol):
     """A scalar to be added to the loss of a step."""
 
     def __call__(self) -> Tensor | None:
@@ -35,7 +35,7 @@ class AddedLoss:
     """
 
     def __init__(self) -> None:
-        self.terms: dict[str, Term] = {}
+        self.terms: dict[str, AddedTerm] = {}
         self.begin_epoch()
 
     def begin_epoch(self) -> None:
@@ -76,7 +76,7 @@ class AddedLoss:
         return mean
 
 
-def add_term(module: LightningModule, name: str, term: Term) -> AddedLoss:
+def add_term(module: LightningModule, name: str, term: AddedTerm) -> AddedLoss:
     """Adds a term to the loss that `module.training_step` returns (a tensor, or a dict with `loss`).
 
     In manual optimization nothing is returned: there the module's own loss takes `added_loss(self)`.

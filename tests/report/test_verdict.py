@@ -83,6 +83,7 @@ def test_validation_on_the_test_split_is_said(run):
     assert found["figures of"] == "360 images of the test split, which choices were made by too"
 
 
+@pytest.mark.usefixtures("without_drawing")
 def test_the_page_begins_with_the_verdict_and_says_how_the_network_is_used(run):
     folder = run(0.80).path
     page = write_report(folder).read_text()

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from lit_prune import timing
 from lit_prune.errors import InputError
 from lit_prune.structure import cost, measure_latency, profile
 
@@ -24,7 +25,8 @@ class Counting(nn.Module):
         return self.layer(images)
 
 
-def test_passes_are_warmed_up_in_evaluation_mode_without_gradients() -> None:
+def test_passes_are_warmed_up_in_evaluation_mode_without_gradients(monkeypatch) -> None:
+    monkeypatch.setattr(timing, "WARM_UP", 3)
     model = Counting().train()
     assert measure_latency(model, (4,), batch_size=5, repeats=2) > 0
     assert model.calls == [((5, 4), False, False)] * 5  # three to warm up, two timed

@@ -193,8 +193,7 @@ class Stop(Callback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("epoch", [1, 3])
-def test_a_run_with_everything_on_resumes_with_equal_weights(make_run, tmp_path, epoch):
+def test_a_run_with_everything_on_resumes_with_equal_weights(make_run, tmp_path):
     def run(folder, callbacks=(), checkpoint=None):
         traces = [AxisTrace(limit=32), GradientTrace(limit=32)]
         options = {"max_epochs": 4, "trainer": {"precision": "bf16-mixed"}}
@@ -207,7 +206,7 @@ def test_a_run_with_everything_on_resumes_with_equal_weights(make_run, tmp_path,
         return weights(module)
 
     whole = run(tmp_path / "whole")
-    run(tmp_path / "part", [Stop(epoch)])
+    run(tmp_path / "part", [Stop(2)])  # just after the second stage, which is done again
     torch.manual_seed(99)
     resumed = run(tmp_path / "part", checkpoint=tmp_path / "part" / "checkpoints" / "last.ckpt")
     assert whole.keys() == resumed.keys()

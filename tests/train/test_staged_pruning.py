@@ -10,18 +10,20 @@ from lit_prune.errors import InputError
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    return tmp_path_factory.mktemp("run")
+def finished():
+    return []
 
 
 @pytest.fixture
-def run(finished, make_run):
-    """One finished two-stage run, shared by the tests that only read its folder."""
-    trainer, module, data = make_run(finished)
-    last = finished / "checkpoints" / "last.ckpt"
-    trainer.fit(module, datamodule=data, ckpt_path=last if last.exists() else None)
-    records = [json.loads(line) for line in (finished / "stages.jsonl").read_text().splitlines()]
-    return finished, module, data, records
+def run(finished, make_run, tmp_path_factory):
+    """One finished two-stage run, shared by the tests that only read it: folder, module, data, records."""
+    if not finished:  # trained within a test, on the device of the tests
+        folder = tmp_path_factory.mktemp("run")
+        trainer, module, data = make_run(folder, settings={})
+        trainer.fit(module, datamodule=data)
+        finished.extend((folder, module, data))
+    records = [json.loads(line) for line in (finished[0] / "stages.jsonl").read_text().splitlines()]
+    return *finished, records
 
 
 def test_records_tell_what_was_removed_and_what_it_cost(run):
@@ -169,7 +171,7 @@ def test_frontier_hands_over_the_last_stage_whose_repair_held(tmp_path, make_run
 
 def test_statistics_are_measured_anew_only_where_nothing_has_solved_them(tmp_path, make_run):
     trainer, module, data = make_run(
-        tmp_path, stages=[("blocks", 0), ("mid", 1)], max_epochs=2, recalibration_batches=None
+        tmp_path, stages=[("blocks", 0), ("mid", 1)], max_epochs=2, recalibration_batches=None, settings={}
     )
     trainer.fit(module, datamodule=data)
     blocks, channels = (json.loads(line) for line in (tmp_path / "stages.jsonl").read_text().splitlines())

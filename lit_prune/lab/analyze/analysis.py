@@ -15,7 +15,7 @@ from torch import nn
 
 from lit_prune.files import read_parquet, write_parquet
 from lit_prune.lab.analyze.evidence import Analysis
-from lit_prune.lab.analyze.extras import BASE, PARTS, Frames, extra_names
+from lit_prune.lab.analyze.extras import BASE, EXTRAS, Frames, extra_names
 from lit_prune.lab.analyze.request import AnalyzeRequest
 from lit_prune.lab.ledger import Ledger, signature
 from lit_prune.measurement.channel_table import layer_table
@@ -85,7 +85,7 @@ def analyze(
         model, batches, replace(request, extras=tuple(extra for extra in missing if extra != BASE)), lesions, watch
     )
     for name in watch(missing, "extras"):
-        store.write(name, PARTS[name].build(analysis))
+        store.write(name, EXTRAS[name].build(analysis))
     tables = store.tables()
     if folder is not None:
         for name in ("channels", "layers"):
@@ -110,7 +110,7 @@ class KeptExtras:
 
     def signature(self, name: str) -> str:
         """Hash of all that an extra's result depends on."""
-        chosen = {key: self._settings[key] for key in (*COMMON, *PARTS[name].settings)}
+        chosen = {key: self._settings[key] for key in (*COMMON, *EXTRAS[name].settings)}
         lesions = None if self._folder is None else self._folder / "lesions.parquet"
         if name == "damage" and lesions is not None and lesions.exists():
             chosen["lesions"] = hashlib.sha256(lesions.read_bytes()).hexdigest()
@@ -119,12 +119,12 @@ class KeptExtras:
     def read(self, name: str) -> Frames | None:
         """An extra's tables, or None if they are not there for these settings."""
         signed = self.signature(name)
-        frames = {output: self._kept.table(f"{name}.{output}", signed) for output in PARTS[name].outputs}
+        frames = {output: self._kept.table(f"{name}.{output}", signed) for output in EXTRAS[name].outputs}
         return None if any(frame is None for frame in frames.values()) else frames
 
     def write(self, name: str, frames: Frames) -> None:
         """Keeps an extra's tables."""
-        for output in PARTS[name].outputs:
+        for output in EXTRAS[name].outputs:
             self._kept.keep_table(f"{name}.{output}", self.signature(name), frames[output])
 
     def names(self) -> list[str]:

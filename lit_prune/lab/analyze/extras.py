@@ -21,7 +21,7 @@ ABOVE = ("analysis", "run", "figures")  # modules of this folder that use the ex
 
 
 @dataclass(frozen=True)
-class Part:
+class Extra:
     """One extra.
 
     Attributes:
@@ -35,15 +35,15 @@ class Part:
     settings: tuple[str, ...] = ()
 
 
-PARTS: Registry[Part] = Registry("extras")
-PARTS.add(BASE, Part(lambda analysis: {"channels": analysis.channels}, ("channels",)))
+EXTRAS: Registry[Extra] = Registry("extras")
+EXTRAS.add(BASE, Extra(lambda analysis: {"channels": analysis.channels}, ("channels",)))
 
 
 def register_extra(*outputs: str, settings: tuple[str, ...] = ()) -> Callable[[Build], Build]:
-    """Function decorator: an extra of `analyze` under the function's name, see `Part`."""
+    """Function decorator: an extra of `analyze` under the function's name, see `Extra`."""
 
     def register(build: Build) -> Build:
-        PARTS.add(build.__name__, Part(build, outputs, settings), build)
+        EXTRAS.add(build.__name__, Extra(build, outputs, settings), build)
         return build
 
     return register
@@ -53,4 +53,4 @@ def register_extra(*outputs: str, settings: tuple[str, ...] = ()) -> Callable[[B
 def extra_names() -> tuple[str, ...]:
     """Names of all extras; the modules of this folder are imported, so that theirs are known."""
     import_files(__file__, __package__, ABOVE)
-    return tuple(name for name in PARTS if name != BASE)
+    return tuple(name for name in EXTRAS if name != BASE)

@@ -9,7 +9,7 @@ import pandas as pd
 
 from lit_prune.report.run_folder import AbsentInput, RunFolder
 from lit_prune.report.sections import register_section
-from lit_prune.report.tables import Cell, Table
+from lit_prune.report.tables import Entry, Table
 
 PAPER = "Printed small: the two-axis paper's tables 15 and 16 (45 cells of CIFAR-100 networks, 2,720 channels)."
 PAPER_REPLACEMENT = {1e-4: (0.666, 0.808, 0.357, 0.176), 1e-3: (0.687, 0.843, 0.423, 0.225)}
@@ -23,7 +23,7 @@ def tabulate_replacement(run: RunFolder) -> Table:
     """Peer replacement by threshold, of all runs that were pooled where there are any."""
     table, of = _read(run, "thresholds")
 
-    def cells(row: Any) -> list[Cell]:
+    def cells(row: Any) -> list[Entry]:
         helped = _interval(row.helped, row.helped_low, row.helped_high)
         return [_cell(row.median_recovery), helped, _cell(row.peer_r2), _cell(row.task_information)]
 
@@ -41,7 +41,7 @@ def tabulate_matched(run: RunFolder) -> Table:
     """What predicts recovery at matched task information."""
     table, of = _read(run, "matched_task")
 
-    def cells(row: Any) -> list[Cell]:
+    def cells(row: Any) -> list[Entry]:
         names = ("peer_r2", "input_capture", "task_information")
         found = [_interval(*(getattr(row, name + end) for end in ("", "_low", "_high"))) for name in names]
         return [*found, _interval(row.high_peer_win, row.win_low, row.win_high)]
@@ -60,9 +60,9 @@ def tabulate_ranking(run: RunFolder) -> Table:
     table, of = _read(run, "ranking")
     rows = []
     for row in table.itertuples():
-        mean = Cell(f"{_number(row.agreement)} ± {_number(row.standard_error)}", exact=str(row.agreement))
+        mean = Entry(f"{_number(row.agreement)} ± {_number(row.standard_error)}", exact=str(row.agreement))
         win = _interval(row.matched_win, row.win_low, row.win_high)
-        rows.append((Cell(row.score), mean, _cell(row.pooled), win))
+        rows.append((Entry(row.score), mean, _cell(row.pooled), win))
     caption = (
         f"Scores oriented so that larger means safer to remove, {of}: Spearman correlation with low damage (mean and "
         "standard error over layers; pooled after ranking within layers), and how often the larger score wins between "
@@ -80,18 +80,18 @@ def _read(run: RunFolder, name: str) -> tuple[pd.DataFrame, str]:
 
 
 def _rows(
-    table: pd.DataFrame, cells: Callable[[Any], list[Cell]], paper: dict[float, tuple[float, ...]]
-) -> tuple[tuple[Cell, ...], ...]:
+    table: pd.DataFrame, cells: Callable[[Any], list[Entry]], paper: dict[float, tuple[float, ...]]
+) -> tuple[tuple[Entry, ...], ...]:
     rows = []
     for row in table.itertuples():
         there = paper.get(row.threshold, ())
         found = cells(row)
-        noted = [Cell(c.text, f"({v:g})" if v is not None else "", c.exact) for c, v in _paired(found, there)]
-        rows.append((Cell(f"{row.threshold:g} nats"), Cell(str(row.channels)), *noted))
+        noted = [Entry(c.text, f"({v:g})" if v is not None else "", c.exact) for c, v in _paired(found, there)]
+        rows.append((Entry(f"{row.threshold:g} nats"), Entry(str(row.channels)), *noted))
     return tuple(rows)
 
 
-def _paired(cells: list[Cell], values: tuple[float, ...]) -> list[tuple[Cell, float | None]]:
+def _paired(cells: list[Entry], values: tuple[float, ...]) -> list[tuple[Entry, float | None]]:
     return list(zip(cells, values or [None] * len(cells), strict=True))
 
 
@@ -99,9 +99,9 @@ def _number(value: float) -> str:
     return "–" if value != value else f"{value:.3f}"
 
 
-def _cell(value: float) -> Cell:
-    return Cell(_number(value), exact=str(value))
+def _cell(value: float) -> Entry:
+    return Entry(_number(value), exact=str(value))
 
 
-def _interval(value: float, low: float, high: float) -> Cell:
-    return Cell(_number(value) if value != value else f"{value:.3f} [{low:.3f}, {high:.3f}]", exact=str(value))
+def _interval(value: float, low: float, high: float) -> Entry:
+    return Entry(_number(value) if value != value else f"{value:.3f} [{low:.3f}, {high:.3f}]", exact=str(value))

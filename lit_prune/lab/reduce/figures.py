@@ -14,7 +14,7 @@ from lit_prune.report import drawing
 from lit_prune.report.drawing import Picture, new_figure
 from lit_prune.report.run_folder import AbsentInput, RunFolder
 from lit_prune.report.sections import register_section
-from lit_prune.report.tables import Cell, Table, format_percent
+from lit_prune.report.tables import Entry, Table, format_percent
 
 COLOURS = (drawing.BLUE, drawing.ORANGE, drawing.GREEN, drawing.VERMILLION, "#CC79A7", "#56B4E9", drawing.INK)
 WIDE_LABEL = 26  # characters; of longer ones two fit side by side, else three
@@ -185,22 +185,22 @@ def tabulate_reduction(run: RunFolder) -> Table:
     """Returns one row a request, method and width: accuracy, IIA, KL, certificate, seconds of the stages."""
     titles = ("layer", "kept", "method", "accuracy", "IIA", "KL, nats", "certified", "score, s", "compile, s")
     rows = tuple(
-        (Cell(request.layer), *_cells(row)) for request in _requests(run) for row in request.summary.to_dict("records")
+        (Entry(request.layer), *_cells(row)) for request in _requests(run) for row in request.summary.to_dict("records")
     )
     caption = "Means over seeds; in small type one standard deviation. Certified: Markov, then the empirical tail."
     return Table((*titles, "verify, s"), rows, caption, text_columns=3)
 
 
-def _cells(row: dict[str, Any]) -> tuple[Cell, ...]:
-    def spread(name: str, digits: int) -> Cell:
-        return Cell(f"{row[name]:.{digits}f}", f"± {row[f'{name}_sd']:.{digits}f}" if row["seeds"] > 1 else "")
+def _cells(row: dict[str, Any]) -> tuple[Entry, ...]:
+    def spread(name: str, digits: int) -> Entry:
+        return Entry(f"{row[name]:.{digits}f}", f"± {row[f'{name}_sd']:.{digits}f}" if row["seeds"] > 1 else "")
 
-    accuracy = Cell(format_percent(row["accuracy"]), f"± {100 * row['accuracy_sd']:.2f}" if row["seeds"] > 1 else "")
-    stages = (Cell(f"{row[f'seconds_{stage}']:.2g}") for stage in ("score", "compile", "verify"))
-    certified = Cell(f"{row['bound']:.3f}, {row['empirical']:.3f}")
+    accuracy = Entry(format_percent(row["accuracy"]), f"± {100 * row['accuracy_sd']:.2f}" if row["seeds"] > 1 else "")
+    stages = (Entry(f"{row[f'seconds_{stage}']:.2g}") for stage in ("score", "compile", "verify"))
+    certified = Entry(f"{row['bound']:.3f}, {row['empirical']:.3f}")
     return (
-        Cell(str(row["width"])),
-        Cell(row["method"]),
+        Entry(str(row["width"])),
+        Entry(row["method"]),
         accuracy,
         spread("iia", 3),
         spread("kl", 3),

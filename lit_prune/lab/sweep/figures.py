@@ -16,7 +16,7 @@ from lit_prune.report import drawing
 from lit_prune.report.drawing import Picture, new_figure
 from lit_prune.report.run_folder import RunFolder
 from lit_prune.report.sections import register_section
-from lit_prune.report.tables import ABSENT, Cell, Table
+from lit_prune.report.tables import ABSENT, Entry, Table
 
 COLOURS = {
     "local": drawing.BLUE,
@@ -190,13 +190,13 @@ def _area_table(found: pd.DataFrame, caption: str) -> Table:
     rows = []
     for entry in means.sort_values(["axis", "mean"], ascending=[True, False]).itertuples():
         cells = [_area_cell(by, (*setting, entry.method)) for setting in settings]
-        rows.append((Cell(AXIS_NAMES[entry.axis]), Cell(entry.method), *cells))
+        rows.append((Entry(AXIS_NAMES[entry.axis]), Entry(entry.method), *cells))
     return Table(("axis", "score", *map(setting_name, settings)), tuple(rows), caption, text_columns=2)
 
 
-def _area_cell(by: pd.DataFrame, key: tuple[str, ...]) -> Cell:
+def _area_cell(by: pd.DataFrame, key: tuple[str, ...]) -> Entry:
     if key not in by.index:
-        return Cell(ABSENT)
+        return Entry(ABSENT)
     row = by.loc[key]
     note = "" if np.isnan(row["ci_low"]) else f"{row['ci_low']:.3f} to {row['ci_high']:.3f}"
-    return Cell(f"{row['mean']:.3f}", note, repr(float(row["mean"])))
+    return Entry(f"{row['mean']:.3f}", note, repr(float(row["mean"])))

@@ -1,6 +1,7 @@
 """The verb `analyze`: what it writes, what it does not do twice, and the command line."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from lit_prune.cli.main import main
 from lit_prune.cli.prune_cli import build_cli
 from lit_prune.errors import InputError
 from lit_prune.lab.analyze.analysis import analyze
-from lit_prune.lab.analyze.extras import PARTS, extra_names
+from lit_prune.lab.analyze.extras import EXTRAS, extra_names
 from lit_prune.lab.analyze.request import AnalyzeRequest
 from lit_prune.measurement.channel_table import measure
 
@@ -64,7 +65,7 @@ def test_every_extra_adds_its_columns_or_its_table_and_the_model_stays_as_found(
         assert layers[column].notna().any(), column
     for name in ("channels", "layers"):
         pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / f"{name}.parquet"), tables[name])
-    controls = {name for name, part in PARTS.items() if "table" in part.outputs} - {"damage"}
+    controls = {name for name, part in EXTRAS.items() if "table" in part.outputs} - {"damage"}
     assert controls <= set(tables)
     record = json.loads((tmp_path / "run.json").read_text())["analyze"]
     assert record["request"]["protocol"]["hook_point"] == "pre_bn" and set(record["extras"]) == set(EVERYTHING)
@@ -112,8 +113,8 @@ def test_interrupted_analysis_keeps_the_extras_that_were_done(tiny_net, batches,
     def stop(analysis):
         raise KeyboardInterrupt
 
-    whole = PARTS["triplets"]
-    monkeypatch.setattr(PARTS, "_things", {**PARTS, "triplets": replace(whole, build=stop)})
+    whole = EXTRAS["triplets"]
+    monkeypatch.setattr(EXTRAS, "_things", {**EXTRAS, "triplets": replace(whole, build=stop)})
     with pytest.raises(KeyboardInterrupt):
         analyze(tiny_net, batches, request, run_dir=tmp_path)
     assert not (tmp_path / "channels.parquet").exists()
@@ -134,9 +135,8 @@ def test_damage_joins_the_lesions_of_the_run_folder(tiny_net, batches, tmp_path)
     assert found["r2_capture"] == pytest.approx(1)
 
 
-def test_the_verb_reads_a_checkpoint_of_a_pruned_run_and_the_report_shows_it(tmp_path, capsys):
-    run_dir = str(tmp_path / "run")
-    main(["fit", "-c", TINY, "--run_dir", run_dir])
+def test_the_verb_reads_a_checkpoint_of_a_pruned_run_and_the_report_shows_it(tmp_path, tiny_run, capsys):
+    run_dir = str(shutil.copytree(tiny_run, tmp_path / "run"))
     config = (tmp_path / "run" / "config.yaml").read_text()
     command = ["analyze", "-c", TINY, "--run_dir", run_dir, "--request.extras", "[groupings,propagation]"]
     main(command)

@@ -1,6 +1,7 @@
 """The verb `lesion`: what it writes, resuming, the command line."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -165,9 +166,9 @@ def test_bad_requests_are_refused(tiny_net, images, settings, words):
         lesion(tiny_net, images, LesionRequest(**settings))
 
 
-def test_the_verb_reads_a_checkpoint_pools_runs_and_the_report_shows_it(tmp_path, capsys):
-    run_dir = str(tmp_path / "run")
-    main(["fit", "-c", TINY, "--run_dir", run_dir])
+@pytest.mark.usefixtures("without_drawing")
+def test_the_verb_reads_a_checkpoint_pools_runs_and_the_report_shows_it(tmp_path, tiny_run, capsys):
+    run_dir = str(shutil.copytree(tiny_run, tmp_path / "run"))
     command = ["lesion", "-c", TINY, "--request.images", "32", "--request.channels", "40"]
     checkpoint = ["--ckpt_path", f"{run_dir}/checkpoints/last.ckpt"]
     main([*command, "--run_dir", run_dir])

@@ -192,6 +192,7 @@ def test_hybrid_allocation_takes_widths_from_taylor_and_channels_from_the_method
     assert rules["taylor", "global"] == rules["taylor", "hybrid"]
 
 
+@pytest.mark.usefixtures("without_drawing")
 def test_masks_are_labelled_keep_the_parameters_and_count_multiply_adds_as_if_removed(tmp_path):
     table = sweep(tmp_path, methods=("fpgm", "magnitude"), recoveries=("none",), removals=("physical", "mask"))
     physical, masked = (table[table["removal"] == removal].reset_index(drop=True) for removal in ("physical", "mask"))
