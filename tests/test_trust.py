@@ -196,6 +196,8 @@ def test_an_import_path_needs_the_callers_own_word(tmp_path, own_package):
     with pytest.raises(InputError, match="trust="):
         lit_prune.load_compact(tmp_path / "compact", trust=("own_package:made",))
     with pytest.raises(InputError, match="trust="):  # a part of a trusted name is not the name
+        lit_prune.load_compact(tmp_path / "compact", trust=(f"x{own_package}",))
+    with pytest.raises(InputError, match="trust is"):  # nor is a text a list of names
         lit_prune.load_compact(tmp_path / "compact", trust=f"x{own_package}")
     loaded = lit_prune.load_compact(tmp_path / "compact", trust=(own_package,))
     assert torch.equal(loaded(images), small(images))
