@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     callbacks = [AxisTrace(**measured), pruning]
     trainer = Trainer(max_epochs=given.epochs, default_root_dir=given.folder, callbacks=callbacks)
     loaders = DataLoader(train, batch_size=4, shuffle=True), DataLoader(test, batch_size=4)
-    trainer.fit(StreetScenes(espnet_camvid().train(), lr=5e-4), *loaders)
+    trainer.fit(StreetScenes(espnet_camvid().train(), lr=5e-5), *loaders)
     return pruning.records[-1]["val/miou"]
 
 
