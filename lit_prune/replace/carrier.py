@@ -61,8 +61,7 @@ def light_carriers(
     Returns:
         Producers that gained a bias.
     """
-    removed = {name: plan.removed(name) for name in plan.keep_channels if plan.removed(name)}
-    lost = graph.removed_positions(removed) if removed else {}
+    lost = graph.lost(plan)
     gained = []
     for name, unit in carriers.items():
         for rank, producer in enumerate(graph.by_name[name].producers):

@@ -43,10 +43,9 @@ def find_readers(model: nn.Module, plan: Plan, graph: ChannelGraph, flow: Flow) 
         graph: of `model`.
         flow: of `model`.
     """
-    removed = {group: plan.removed(group) for group in plan.keep_channels if plan.removed(group)}
-    lost = graph.removed_positions(removed) if removed else {}
+    lost = graph.lost(plan)
     groups: dict[str, list[str]] = {}
-    for name in removed:
+    for name in plan.removals:
         for member in graph.by_name[name].members:
             if member.axis == "in":
                 groups.setdefault(member.module, []).append(name)

@@ -168,11 +168,14 @@ def ridged(inputs: Tensor, ridge: float) -> Tensor:
     So a fit does not change when an input is rescaled and its weights undo it. Inputs that hardly vary get the median
     variance instead of their own: nothing is read from their rounding.
     """
-    variances = inputs.diagonal()
-    alive = variances[variances > 0]
-    typical = alive.median() if len(alive) else variances.new_ones(())
-    loading = torch.where(variances > DEAD * typical, variances, typical)
-    return inputs + torch.diag(ridge * loading)
+    return inputs + torch.diag(ridge * alive(inputs.diagonal()))
+
+
+def alive(variances: Tensor) -> Tensor:
+    """The variances, those that hardly differ from 0 replaced by the median of the others."""
+    varying = variances[variances > 0]
+    typical = varying.median() if len(varying) else variances.new_ones(())
+    return torch.where(variances > DEAD * typical, variances, typical)
 
 
 def solve(data: Covariance, ridge: float, prior: Tensor | None = None) -> Fit:

@@ -10,7 +10,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from lit_prune.measurement.layers import removing
 from lit_prune.structure import ChannelGraph, Plan, axes
-from lit_prune.structure.example import Example
 from lit_prune.structure.following import Follower
 from lit_prune.structure.labels import compact
 from lit_prune.structure.tracing import one_sample, run, traceable
@@ -57,7 +56,8 @@ def find_segments(
 
     Among the modules that run once, take one tensor and give one, and hold two or more layers: such as are no chain of
     smaller ones, but at most of `MOST_LAYERS` layers. So a residual block, an inverted bottleneck with its gate and a
-    block of a transformer are one each. A module whose remaining outputs are not known is left out.
+    block of a transformer are one each. A module whose remaining outputs are not known, or whose parameters others hold
+    too, is left out.
 
     Args:
         dense: the network before the plan's channels go.
@@ -69,32 +69,25 @@ def find_segments(
     """
     calls = _calls(reduced, example_input)
     layers = [name for name, module in reduced.named_modules() if axes.is_weighted(module)]
-    found = list(_chosen("", reduced, calls, layers))
-    wanted = {name: held for name, held in found if not held.isdisjoint(changed)}
-    outputs = _outputs(dense, wanted, example_input, _removed(plan, graph))
-    segments = []
-    for name in calls:
-        if name in outputs:
-            dim, kept = outputs[name]
-            segments.append(Segment(name, tuple(sorted(wanted[name])), dim, kept))
-    fitting = _shapes(dense, segments, example_input)
-    return [s for s in segments if fitting.get(s.name) == calls[s.name].output.shape]
+    found = dict(_chosen("", reduced, calls, layers))
+    wanted = {name: held for name, held in found.items() if not held.isdisjoint(changed) and not _shares(reduced, name)}
+    outputs = _outputs(dense, wanted, example_input, graph.lost(plan))
+    return [
+        Segment(name, tuple(sorted(wanted[name])), output.dim, output.kept)
+        for name, call in calls.items()
+        if (output := outputs.get(name)) and output.shape == call.output.shape
+    ]
 
 
 def _chosen(
     name: str, module: nn.Module, calls: Mapping[str, _Call], layers: Collection[str]
 ) -> Iterator[tuple[str, set[str]]]:
     """Segments in a module, with their layers."""
-    inner = {key: m for child, m in module.named_children() if (key := f"{name}.{child}" if name else child) in calls}
     held = {layer for layer in layers if not name or layer.startswith(f"{name}.")}
-    parts = [part for key, child in inner.items() for part in _chosen(key, child, calls, layers)]
-    for child_name, child in module.named_children():
-        key = f"{name}.{child_name}" if name else child_name
-        if key not in inner:
-            parts += _chosen(key, child, calls, layers)
+    children = [(f"{name}.{key}" if name else key, child) for key, child in module.named_children()]
+    parts = [part for key, child in children for part in _chosen(key, child, calls, layers)]
     chained = any(calls[one].output is calls[other].given for one, _ in parts for other, _ in parts if one != other)
-    whole = name in calls and 2 <= len(held) <= MOST_LAYERS
-    if whole and not chained:
+    if name in calls and 2 <= len(held) <= MOST_LAYERS and not chained:
         yield name, held
     else:
         yield from parts
@@ -129,69 +122,56 @@ def _calls(model: nn.Module, example_input: Any) -> dict[str, _Call]:
     return {name: found[0] for name, found in seen.items() if len(found) == 1 and found[0] is not None}
 
 
-def _removed(plan: Plan, graph: ChannelGraph) -> dict[axes.AxisKey, list[int]]:
-    """Positions that each axis of the dense network loses."""
-    removed = {group: plan.removed(group) for group in plan.keep_channels if plan.removed(group)}
-    return graph.removed_positions(removed) if removed else {}
+def _shares(model: nn.Module, name: str) -> bool:
+    """Whether a module has parameters that others hold too."""
+    inside: set[int] = set()
+    outside: set[int] = set()
+    for key, parameter in model.named_parameters(remove_duplicate=False):
+        (inside if not name or key.startswith(f"{name}.") else outside).add(id(parameter))
+    return not inside.isdisjoint(outside)
+
+
+@dataclass(frozen=True)
+class _Output:
+    """What stays of a module's output: as in `Segment`, and its shape."""
+
+    dim: int
+    kept: tuple[int, ...] | None
+    shape: torch.Size
 
 
 def _outputs(
-    model: nn.Module, names: Collection[str], example_input: Any, removed: Mapping[axes.AxisKey, list[int]]
-) -> dict[str, tuple[int, tuple[int, ...] | None]]:
-    """For each module the dimension of its output that loses positions, and those that stay; others are left out."""
+    model: nn.Module, names: Collection[str], example_input: Any, lost: Mapping[axes.AxisKey, list[int]]
+) -> dict[str, _Output]:
+    """What stays of the modules' outputs when axes lose positions; modules of which that is not known are left out."""
     seen: dict[str, Tensor | None] = {}
 
-    def follow(follower: Follower, name: str):
+    def follow(name: str):
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
             with _disable_current_modes():
                 seen[name] = follower.of(output)
 
         return hook
 
-    with traceable(model), torch.no_grad():
-        sample: Example = one_sample(model, example_input)
+    with traceable(model):
         follower = Follower(model)
-        for tensor in sample.tensors:
-            if tensor.is_floating_point():
-                follower.put_input(tensor)
-        handles = [model.get_submodule(name).register_forward_hook(follow(follower, name)) for name in names]
-        with removing(handles), follower.watching(model), follower:
-            model(*sample.args, **sample.kwargs)
+        with removing([model.get_submodule(name).register_forward_hook(follow(name)) for name in names]):
+            follower.run(model, one_sample(model, example_input))
     first = follower.labels.axes
-    gone = [first[axis] + place for axis, places in removed.items() if axis in first for place in places]
-    found = {}
-    for name, labels in seen.items():
-        if labels is not None and (kept := _left(labels, torch.tensor(gone, dtype=torch.float64))) is not None:
-            found[name] = kept
-    return found
+    gone = [first[axis] + place for axis, places in lost.items() if axis in first for place in places]
+    labels = torch.tensor(gone, dtype=torch.float64)
+    return {name: left for name, values in seen.items() if values is not None and (left := _left(values, labels))}
 
 
-def _left(labels: Tensor, gone: Tensor) -> tuple[int, tuple[int, ...] | None] | None:
-    """Dimension and positions that stay; None where labels that go lie along several dimensions."""
+def _left(labels: Tensor, gone: Tensor) -> _Output | None:
+    """What stays of an output with these labels; None where those that go lie along several dimensions."""
     values = compact(labels)
     lost = torch.isin(values, gone)
     if not bool(lost.any()):
-        return 1, None
-    wide = [dim for dim, size in enumerate(values.shape) if size > 1]
-    for dim in wide:
+        return _Output(1, None, labels.shape)
+    for dim in (dim for dim, size in enumerate(values.shape) if size > 1):
         along = lost.movedim(dim, 0).flatten(1)
         if bool((along == along[:, :1]).all()):
-            return dim, tuple((~along[:, 0]).nonzero().flatten().tolist())
+            kept = tuple((~along[:, 0]).nonzero().flatten().tolist())
+            return _Output(dim, kept, torch.Size((*labels.shape[:dim], len(kept), *labels.shape[dim + 1 :])))
     return None
-
-
-def _shapes(model: nn.Module, segments: Collection[Segment], example_input: Any) -> dict[str, torch.Size]:
-    """Shapes of what stays of the original's outputs."""
-    found: dict[str, torch.Size] = {}
-
-    def note(segment: Segment):
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            found[segment.name] = segment.left(output).shape
-
-        return hook
-
-    with traceable(model), torch.no_grad():
-        handles = [model.get_submodule(s.name).register_forward_hook(note(s)) for s in segments]
-        with removing(handles):
-            run(model, one_sample(model, example_input))
-    return found

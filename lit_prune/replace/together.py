@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 from lit_prune.measurement.layers import removing
 from lit_prune.replace.patches import channel_dim
-from lit_prune.replace.regression import DEAD
+from lit_prune.replace.regression import alive
 from lit_prune.structure import axes
 
 STEP = 0.02  # of a weight, in what would change its layer's output by that share of its spread
@@ -18,6 +18,7 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the way that may be gone; what serves
 BATCH = 64
 LEAST_BATCH = 8
 VALUES = 1 << 20  # of a segment's input in one step, where that leaves LEAST_BATCH samples
+TINY = torch.finfo(torch.float32).tiny
 CHECKED = 32  # samples that held-out errors are computed of at once
 
 
@@ -42,15 +43,10 @@ class Samples:
         inputs, wanted = (torch.stack(values) for values in both)
         return inputs, wanted
 
-    @property
-    def places(self) -> list[tuple[int, int]]:
-        """All of them."""
-        return [(batch, place) for batch, values in enumerate(self.inputs) for place in range(len(values))]
-
     def spread(self) -> float:
         """Summed variance of the wanted values, every position of a sample an output of its own channel."""
         means = sum(values.double().sum(0) for values in self.wanted) / len(self)
-        return float(sum((values.double() - means).square().sum() for values in self.wanted))
+        return max(TINY, float(sum((values.double() - means).square().sum() for values in self.wanted)))
 
 
 def solve_together(module: nn.Module, fitted: Samples, held_out: Samples, passes: int, seed: int) -> dict[str, float]:
@@ -72,50 +68,58 @@ def solve_together(module: nn.Module, fitted: Samples, held_out: Samples, passes
         `share` of the way, and `steps`.
     """
     judge = held_out if len(held_out) else fitted
-    names = [name for name, p in module.named_parameters() if p.is_floating_point()]
-    start = {name: module.get_parameter(name).detach().clone() for name in names}
-    one = max(1, fitted.inputs[0][0].numel())
-    batch = max(LEAST_BATCH, min(BATCH, VALUES // one))
+    start = {name: p.detach().clone() for name, p in module.named_parameters() if p.is_floating_point()}
+    way, steps = _descended(module, start, fitted, passes, seed)
+    spread = judge.spread()
+    errors = {share: _error(module, _moved(start, way, share), judge) / spread for share in SHARES}
+    share = min((share for share in SHARES if math.isfinite(errors[share])), key=errors.__getitem__, default=0.0)
+    with torch.no_grad():
+        for name, value in _moved(start, way, share).items():
+            module.get_parameter(name).copy_(value)
+    return {"before": errors[0.0], "after": errors[share], "share": share, "steps": steps}
+
+
+def _descended(
+    module: nn.Module, start: Mapping[str, Tensor], samples: Samples, passes: int, seed: int
+) -> tuple[dict[str, Tensor], int]:
+    """How far Adam takes each parameter, and in how many steps."""
+    batch = max(LEAST_BATCH, min(BATCH, VALUES // max(1, samples.inputs[0][0].numel())))
+    places = [(index, place) for index, values in enumerate(samples.inputs) for place in range(len(values))]
+    steps = math.ceil(passes * len(places) / batch)
+    generator, scale = torch.Generator().manual_seed(seed), len(samples) / samples.spread()
+    rates = _rates(module, samples.draw(places[:batch])[0])
+    moves = {name: torch.zeros_like(value, requires_grad=True) for name, value in start.items()}
+    optimizer = torch.optim.Adam(moves.values(), STEP, eps=1e-12)
+    ahead: list[tuple[int, int]] = []
     with torch.enable_grad():
-        rates = _rates(module, fitted.draw(fitted.places[:batch])[0])
-        moves = {name: torch.zeros_like(value, requires_grad=True) for name, value in start.items()}
-        optimizer = torch.optim.Adam(moves.values(), STEP, eps=1e-12)
-        generator = torch.Generator().manual_seed(seed)
-        scale = 1 / max(fitted.spread() / len(fitted), torch.finfo(torch.float32).tiny)
-        steps = math.ceil(passes * len(fitted) / batch)
-        places: list[tuple[int, int]] = []
         for step in range(steps):
-            if len(places) < batch:
-                order = torch.randperm(len(fitted), generator=generator).tolist()
-                places += [fitted.places[index] for index in order]
-            inputs, wanted = fitted.draw(places[:batch])
-            del places[:batch]
+            if len(ahead) < batch:
+                ahead += [places[index] for index in torch.randperm(len(places), generator=generator).tolist()]
+            inputs, wanted = samples.draw(ahead[:batch])
+            del ahead[:batch]
             optimizer.param_groups[0]["lr"] = STEP * (1 + math.cos(math.pi * step / steps)) / 2
-            moved = {name: start[name] + rates[name] * moves[name] for name in names}
+            moved = {name: start[name] + rates[name] * move for name, move in moves.items()}
             loss = scale * (functional_call(module, moved, (inputs,)) - wanted).square().sum() / len(inputs)
             gradients = torch.autograd.grad(loss, list(moves.values()), materialize_grads=True)
             for move, gradient in zip(moves.values(), gradients, strict=True):
                 move.grad = gradient
             optimizer.step()
-    errors = {}
-    for share in SHARES:
-        found = {name: start[name] + share * rates[name] * moves[name].detach() for name in names}
-        errors[share] = _error(module, found, judge)
-    share = min(errors, key=errors.__getitem__)
-    with torch.no_grad():
-        for name in names:
-            module.get_parameter(name).add_(share * rates[name] * moves[name].detach())
-    return {"before": errors[0.0], "after": errors[share], "share": share, "steps": steps}
+    return {name: rates[name] * move.detach() for name, move in moves.items()}, steps
+
+
+def _moved(start: Mapping[str, Tensor], way: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+    """Parameters after a share of the way; after none of it those of the start, however the way has ended."""
+    return {name: value + share * way[name] if share else value for name, value in start.items()}
 
 
 def _error(module: nn.Module, parameters: Mapping[str, Tensor], samples: Samples) -> float:
-    """Squared error of what the segment gives, over the variance of what is wanted."""
+    """Summed squared error of what the segment gives."""
     total = 0.0
     with torch.no_grad():
         for inputs, wanted in zip(samples.inputs, samples.wanted, strict=True):
             for u, z in zip(inputs.split(CHECKED), wanted.split(CHECKED), strict=True):
                 total += float((functional_call(module, dict(parameters), (u.clone(),)) - z).double().square().sum())
-    return total / max(samples.spread(), torch.finfo(torch.float32).tiny)
+    return total
 
 
 def _rates(module: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
@@ -154,12 +158,9 @@ def _rate(part: nn.Module, key: str, parameter: Tensor, given: Tensor | None, ou
             return ratio.view(*ratio.shape, *[1] * (parameter.ndim - 2)) / math.sqrt(fan_in)
         if parameter.shape == output.shape:
             return output
-    return parameter.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+    return parameter.square().mean().sqrt().clamp_min(TINY)
 
 
 def _spread(values: Tensor, dim: int) -> Tensor:
     """Standard deviation of each channel; those that hardly vary get the median one's."""
-    spread = values.movedim(dim, 0).flatten(1).double().var(1, correction=0)
-    alive = spread[spread > 0]
-    typical = alive.median() if len(alive) else spread.new_ones(())
-    return torch.where(spread > DEAD * typical, spread, typical).sqrt().to(values)
+    return alive(values.movedim(dim, 0).flatten(1).double().var(1, correction=0)).sqrt().to(values)

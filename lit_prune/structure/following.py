@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_map
 
 from lit_prune.structure import operations, reasons
+from lit_prune.structure.example import Example
 from lit_prune.structure.labelled import LabelledTensors, tensors_in
 from lit_prune.structure.labels import NOBODY, compact, varies
 from lit_prune.structure.layers import layer_type
@@ -55,6 +56,14 @@ class Follower(LabelledTensors, TorchDispatchMode):
         finally:
             for handle in handles:
                 handle.remove()
+
+    def run(self, model: nn.Module, sample: Example) -> Any:
+        """Output of the model, run once with its channels followed from the input on."""
+        for tensor in sample.tensors:
+            if tensor.is_floating_point():
+                self.put_input(tensor)
+        with torch.no_grad(), self.watching(model), self:
+            return model(*sample.args, **sample.kwargs)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Runs an operation, then says what happens to the labels."""

@@ -18,6 +18,7 @@ from lit_prune.structure.cutting import cut_layer
 from lit_prune.structure.example import Example
 from lit_prune.structure.heads import axis_widths, head_groups, with_heads
 from lit_prune.structure.opened import open_layer, opened
+from lit_prune.structure.plan import Plan
 from lit_prune.structure.proposals import propose_groups
 from lit_prune.structure.tracing import one_sample, run, traceable
 from lit_prune.tensor_files import check_defined
@@ -54,6 +55,14 @@ class ChannelGraph:
             InputError: unknown or protected group, unit out of range, nothing removed, or nothing left of a group.
         """
         return lost_positions(self.by_name, removed)
+
+    def lost(self, plan: Plan) -> dict[axes.AxisKey, list[int]]:
+        """Positions that each (module, axis) loses under a plan; none where it removes nothing.
+
+        Raises:
+            InputError: the plan names what cannot go, see `removed_positions`.
+        """
+        return self.removed_positions(plan.removals) if plan.removals else {}
 
     def remove(self, model: nn.Module, removed: Mapping[str, Sequence[int]]) -> None:
         """Removes units from `model` in place: weights, gradients, statistics and the attributes that state a width.

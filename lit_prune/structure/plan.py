@@ -79,6 +79,11 @@ class Plan:
             return []
         return sorted(set(range(self.sizes[group])) - set(self.keep_channels[group]))
 
+    @property
+    def removals(self) -> dict[str, list[int]]:
+        """Units that each group loses, of the groups that lose some."""
+        return {group: units for group in self.keep_channels if (units := self.removed(group))}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers, with format and version."""
         return {

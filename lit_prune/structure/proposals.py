@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -28,11 +27,7 @@ def propose_groups(model: nn.Module, sample: Example) -> list[Draft]:
         sample: what it is called with.
     """
     follower = Follower(model)
-    for tensor in sample.tensors:
-        if tensor.is_floating_point():
-            follower.put_input(tensor)
-    with torch.no_grad(), follower.watching(model), follower:
-        output = model(*sample.args, **sample.kwargs)
+    output = follower.run(model, sample)
     labels = follower.labels
     labels.keep([found for t in _results(output) if (found := follower.of(t)) is not None], reasons.OUTPUT)
     _tie_shared(model, labels)

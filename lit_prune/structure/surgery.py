@@ -84,9 +84,8 @@ def transfer_tensors(
             owner, _, key = name.rpartition(".")
             value = tensors[name].detach().clone()
             setattr(smaller.get_submodule(owner), key, nn.Parameter(value, requires_grad=False))
-        removed = {group: plan.removed(group) for group in plan.keep_channels}
-        if any(removed.values()):
-            graph.remove(smaller, removed)
+        if plan.removals:
+            graph.remove(smaller, plan.removals)
         parameters = dict(smaller.named_parameters())
         return {name: parameters[name].detach() for name in alive}
 
@@ -107,12 +106,11 @@ def kept_columns(model: nn.Module, plans: Sequence[Plan], layer: str, example_in
     with torch.inference_mode(False):
         for plan in plans:
             model, graph = _opened(model, plan, example_input)
-            removed = {group: plan.removed(group) for group in plan.keep_channels}
             _layer(model, layer)
-            if any(removed.values()):
-                lost = set(graph.removed_positions(removed).get((layer, "in"), ()))
+            if plan.removals:
+                lost = set(graph.lost(plan).get((layer, "in"), ()))
                 columns = [column for position, column in enumerate(columns) if position not in lost]
-                graph.remove(model, removed)
+                graph.remove(model, plan.removals)
     return columns
 
 
@@ -171,15 +169,14 @@ def _opened(model: nn.Module, plan: Plan, example_input: Any) -> tuple[nn.Module
 
 def _remove(model: nn.Module, graph: ChannelGraph, plan: Plan, example_input: Any) -> None:
     """Removes the plan's channels from `model` in place and checks that it is sound and runs."""
-    removed = {group: plan.removed(group) for group in plan.keep_channels if plan.removed(group)}
-    if removed:
-        graph.remove(model, removed)
+    if plan.removals:
+        graph.remove(model, plan.removals)
         check_invariants(model, graph)
         with traceable(model):
             try:
                 run(model, one_sample(model, example_input))
             except InputError as error:
-                groups = ", ".join(removed)
+                groups = ", ".join(plan.removals)
                 raise RuntimeError(f"the network does not run without channels of {groups}: {error}") from error
 
 

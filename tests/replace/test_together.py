@@ -162,6 +162,46 @@ def test_parameters_stay_where_held_out_samples_are_not_served_better():
     assert all(torch.equal(value, truth.state_dict()[name]) for name, value in module.state_dict().items())
 
 
+class Root(nn.Module):
+    """Its gradient is not a number."""
+
+    def forward(self, values):
+        return values + (0 * values).sqrt()
+
+
+def test_parameters_stay_where_the_way_ends_in_nan():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(5, 8), Root(), nn.Linear(8, 4))
+    before = copy.deepcopy(module.state_dict())
+    given = samples([(torch.randn(40, 5), torch.randn(40, 4))])
+    found = solve_together(module, given, given, 2, 0)
+    assert found["share"] == 0.0
+    assert found["before"] == found["after"] > 0
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+class Tied(nn.Module):
+    """Two blocks, one convolution of which is held by both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = Block(), Block(), Block()
+        self.second.project = self.first.project
+
+    def forward(self, images):
+        return self.third(self.second(self.first(images)))
+
+
+def test_a_block_whose_layer_another_holds_too_is_left_alone():
+    torch.manual_seed(0)
+    net, image = Tied().eval(), torch.zeros(1, 8, 6, 6)
+    graph = trace_groups(net, image)
+    plan = Plan(keep_channels={"third.expand": tuple(range(9))}, sizes={"third.expand": 16})
+    names = [name for name, module in net.named_modules() if isinstance(module, nn.Conv2d)]
+    found = find_segments(net, apply_plan(net, plan, image), plan, graph, image, names)
+    assert [segment.name for segment in found] == ["third"]
+
+
 @pytest.mark.parametrize("make", [nn.Linear, lambda i, o: nn.Conv2d(i, o, 3, padding=1)])
 def test_rescaling_units_and_undoing_it_changes_nothing(make):
     torch.manual_seed(0)
