@@ -10,7 +10,7 @@ from lit_prune import score
 from lit_prune.errors import InputError
 from lit_prune.replace import replace_mechanisms
 from lit_prune.structure import CostModel, Group, Plan, apply_plan, cost, make_plan, trace_groups
-from tests.structure.test_heads import _network
+from tests.structure.test_heads import attention_network, check_equal_in_both_modes
 
 BOTH = (
     "torchvision_vit",
@@ -68,19 +68,13 @@ def _silenced(model: nn.Module, plan: Plan, interleaved: bool) -> nn.Module:
 
 @pytest.mark.parametrize("name", BOTH + VALUES)
 def test_network_with_narrower_heads_equals_the_one_with_these_positions_silenced(name: str) -> None:
-    model, images = _network(name)
+    model, images = attention_network(name)
     groups = _widths(model, images)
     kinds = {group.name.rpartition(".")[2] for group in groups}
     assert kinds == ({"values", "query_key"} if name in BOTH else {"values"})
     plan = Plan.from_dict(_plan(groups).to_dict())
     small, silent = apply_plan(model, plan, images), _silenced(model, plan, name == "by_hand")
-    for training in (False, True):
-        torch.manual_seed(1)
-        actual = small.train(training)(images)
-        torch.manual_seed(1)
-        expected = silent.train(training)(images)
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-    actual.square().mean().backward()
+    check_equal_in_both_modes(small, silent, images)
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
     again = _plan(_widths(small.eval(), images))  # narrower heads are traced and cut like others
     assert torch.isfinite(apply_plan(small, again, images)(images)).all()
@@ -89,7 +83,7 @@ def test_network_with_narrower_heads_equals_the_one_with_these_positions_silence
 @pytest.mark.parametrize("name", ["torchvision_vit", "deit", "timm_swin", "pvt", "torchvision_swin_v2"])
 @pytest.mark.parametrize("role", ["head_width", "heads"])
 def test_the_cost_of_narrower_heads_is_that_of_the_network(name: str, role: str) -> None:
-    model, images = _network(name)
+    model, images = attention_network(name)
     for _ in range(2):  # also where queries and values differ already
         graph = trace_groups(model, images)
         costs = CostModel.build(model, graph, images)
@@ -102,7 +96,7 @@ def test_the_cost_of_narrower_heads_is_that_of_the_network(name: str, role: str)
 
 
 def test_numbers_that_state_widths_follow_and_the_scale_stays() -> None:
-    model, images = _network("deit")
+    model, images = attention_network("deit")
     small = apply_plan(model, _plan(_widths(model, images)), images)
     old, new = model.blocks[0].attn, small.blocks[0].attn
     assert (new.num_heads, new.head_dim, new.value_dim, new.attn_dim) == (4, 4, 4, 16)
@@ -114,7 +108,7 @@ def test_numbers_that_state_widths_follow_and_the_scale_stays() -> None:
 
 @pytest.mark.parametrize("name", ["deit", "torchvision_vit"])
 def test_stand_ins_for_values_bring_the_output_nearer(name: str) -> None:
-    model, _ = _network(name)
+    model, _ = attention_network(name)
     images = torch.randn(40, 3, 32, 32)
     plan = _plan([group for group in _widths(model, images) if group.name.endswith("values")])
     distance = {}
@@ -125,7 +119,7 @@ def test_stand_ins_for_values_bring_the_output_nearer(name: str) -> None:
 
 
 def test_widths_of_heads_are_scored_planned_and_kept_apart_from_whole_heads() -> None:
-    model, images = _network("deit")
+    model, images = attention_network("deit")
     batches = [(images, torch.tensor([0, 1]))]
     dense = cost(model, images).macs
     for name in ("magnitude", "taylor"):
@@ -140,6 +134,6 @@ def test_widths_of_heads_are_scored_planned_and_kept_apart_from_whole_heads() ->
 
 def test_what_mixes_positions_of_queries_and_keys_keeps_them_with_the_reason() -> None:
     for name in VALUES:
-        model, images = _network(name)
+        model, images = attention_network(name)
         found = [group for group in trace_groups(model, images).groups if group.name.endswith("query_key")]
         assert found and all("norm or rotation" in group.protected for group in found)

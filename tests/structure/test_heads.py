@@ -108,7 +108,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def _network(name: str) -> tuple[nn.Module, Tensor]:
+def attention_network(name: str) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     model = NETWORKS[name]().eval()
     for parameter in model.parameters():
@@ -136,14 +136,8 @@ def _plan(model: nn.Module, images: Tensor) -> Plan:
     return Plan((), keep, {group.name: group.size for group in heads})
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_network_without_heads_equals_the_one_with_these_heads_silenced(name: str) -> None:
-    model, images = _network(name)
-    plan = Plan.from_dict(_plan(model, images).to_dict())
-    attentions = [m for m in model.modules() if hasattr(m, "num_heads") or hasattr(m, "n_heads")]
-    inner = [m for m in attentions if hasattr(m, "proj") or hasattr(m, "out_proj")]
-    assert len(plan.keep_channels) == len(inner)
-    small, silent = apply_plan(model, plan, images), _silenced(model, plan, name == "by_hand")
+def check_equal_in_both_modes(small: nn.Module, silent: nn.Module, images: Tensor) -> None:
+    """The outputs in evaluation and in training, after which `small` has its gradients."""
     for training in (False, True):
         torch.manual_seed(1)
         actual = small.train(training)(images)
@@ -151,6 +145,17 @@ def test_network_without_heads_equals_the_one_with_these_heads_silenced(name: st
         expected = silent.train(training)(images)
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     actual.square().mean().backward()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_network_without_heads_equals_the_one_with_these_heads_silenced(name: str) -> None:
+    model, images = attention_network(name)
+    plan = Plan.from_dict(_plan(model, images).to_dict())
+    attentions = [m for m in model.modules() if hasattr(m, "num_heads") or hasattr(m, "n_heads")]
+    inner = [m for m in attentions if hasattr(m, "proj") or hasattr(m, "out_proj")]
+    assert len(plan.keep_channels) == len(inner)
+    small, silent = apply_plan(model, plan, images), _silenced(model, plan, name == "by_hand")
+    check_equal_in_both_modes(small, silent, images)
     assert all(p.grad is None or p.grad.isfinite().all() for p in small.parameters())
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
 
@@ -160,7 +165,7 @@ OPENED = tuple(name for name in NETWORKS if name != "by_hand")
 
 @pytest.mark.parametrize("name", OPENED)
 def test_opened_attention_computes_the_same_in_both_modes(name: str) -> None:
-    model, images = _network(name)
+    model, images = attention_network(name)
     opened = open_copy(model)
     assert opened.state_dict().keys() == model.state_dict().keys()
     for training in (False, True):
@@ -185,7 +190,7 @@ def test_opened_multihead_attention_follows_every_option(options: dict) -> None:
 
 @pytest.mark.parametrize("name", ["deit", "torchvision_vit", "timm_swin"])
 def test_a_budget_is_shared_by_heads_and_widths_and_met(name: str) -> None:
-    model, images = _network(name)
+    model, images = attention_network(name)
     graph = trace_groups(model, images)
     heads = {g.name: torch.arange(g.size).double() for g in graph.prunable if g.role == "heads"}
     widths = {
@@ -204,7 +209,7 @@ def test_a_budget_is_shared_by_heads_and_widths_and_met(name: str) -> None:
 
 
 def test_what_mixes_heads_is_protected_with_its_reason() -> None:
-    model, images = _network("by_hand")
+    model, images = attention_network("by_hand")
     model.proj = nn.Sequential(nn.LayerNorm(12), model.proj)
     found = next(group for group in trace_groups(model, images).groups if group.role == "heads")
     assert "mixed" in found.protected
@@ -213,14 +218,14 @@ def test_what_mixes_heads_is_protected_with_its_reason() -> None:
 
 
 def test_a_forward_with_a_fixed_number_of_heads_is_protected() -> None:
-    model, images = _network("by_hand")
+    model, images = attention_network("by_hand")
     model.forward = lambda x, whole=model.forward: setattr(model, "n_heads", 3) or whole(x)
     found = next(group for group in trace_groups(model, images).groups if group.role == "heads")
     assert found.protected
 
 
 def test_isomorphic_scores_take_the_same_share_of_heads_and_of_widths() -> None:
-    model, images = _network("deit")
+    model, images = attention_network("deit")
     groups = [group for group in trace_groups(model, images).prunable if group.role in ("heads", "mid")]
     assert len({group.kind for group in groups}) == 2
     scores = {g.name: torch.rand(g.size) for g in groups if g.role == "heads"}
