@@ -1,7 +1,7 @@
 """Which units a layer can spare when its weights are solved again: backward elimination on second moments."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -9,21 +9,27 @@ from torch import Tensor
 from lit_prune.replace.regression import ridged
 
 RANK = 1e-12  # share of the largest eigenvalue below which one counts as 0
+WAITING = 32  # removals carried out in one product
 
 
 @dataclass
 class Elimination:
-    """The state of one reader of a group during the elimination.
+    """The state of one reader of a group during the elimination; units are told by their place among those held.
+
+    The inverse is `inverse - Σ rowsᵀ solved` over the removals that wait: a layer of 512 channels and 3 x 3 kernels has
+    one of 4,608 x 4,608, and to write all of it once a removal would take most of an elimination's time.
 
     Attributes:
-        inverse: inverse of the ridged covariance of its input patches, float64 [D, D]; changed by the elimination.
-        weight: its flattened kernels, rows weighted by sensitivity, float64 [O, D]; changed by the elimination.
-        columns: for each unit its places in the patch, int64 [units, taps].
+        inverse: inverse of the ridged covariance of its input patches at the units' places, float64 [units·taps, same].
+        weight: its flattened kernels there, transposed, outputs weighted by sensitivity, float64 [units·taps, O].
+        blocks: present diagonal blocks of the inverse, float64 [units, taps, taps].
+        waiting: (rows, solved) of each removal that `inverse` does not have yet, [taps, units·taps] both.
     """
 
     inverse: Tensor
     weight: Tensor
-    columns: Tensor
+    blocks: Tensor
+    waiting: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     @classmethod
     def build(cls, covariance: Tensor, weight: Tensor, metric: Tensor, columns: Tensor, ridge: float) -> "Elimination":
@@ -33,32 +39,48 @@ class Elimination:
             covariance: of the input patches, [D, D].
             weight: [O, D].
             metric: positive semidefinite [O, O]; an error δ of the output counts δᵀ·metric·δ.
-            columns: [units, taps].
+            columns: places of each unit in the patch, int64 [units, taps].
             ridge: relative to each input's own variance.
         """
         values, vectors = torch.linalg.eigh(metric)
         seen = values > RANK * values[-1]  # few images give a classifier of 1,000 outputs a metric of low rank
         root = (vectors[:, seen] * values[seen].sqrt()).T  # rootᵀ root = metric
-        return cls(torch.cholesky_inverse(torch.linalg.cholesky(ridged(covariance, ridge))), root @ weight, columns)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(ridged(covariance, ridge)))
+        blocks = inverse[columns[:, :, None], columns[:, None, :]]
+        places = columns.flatten()
+        return cls(inverse[places][:, places], (root @ weight[:, places]).T.contiguous(), blocks)
 
     def costs(self, units: Tensor) -> Tensor:
         """Rise of the error if one of `units` goes and all other weights are solved again, float64 [len(units)].
 
         `tr(W_j (P_jj)⁻¹ W_jᵀ)`, P the inverse and W the present solution (optimal brain surgeon, on blocks).
         """
-        columns = self.columns[units]  # [n, taps]
-        blocks = self.inverse[columns[:, :, None], columns[:, None, :]]  # [n, taps, taps]
-        weight = self.weight[:, columns].movedim(1, 0)  # [n, O, taps]
-        solved = torch.linalg.solve(blocks, weight.transpose(1, 2))  # [n, taps, O]
-        return (weight.transpose(1, 2) * solved).sum((1, 2))
+        weight = self.weight.unflatten(0, self.blocks.shape[:2])[units]  # [n, taps, O]
+        return torch.linalg.solve(self.blocks[units], weight @ weight.mT).diagonal(dim1=1, dim2=2).sum(1)
 
     def remove(self, unit: int) -> None:
         """Takes the unit out and solves the other weights again."""
-        columns = self.columns[unit]
-        rows = self.inverse[columns]  # [taps, D]
-        solved = torch.linalg.solve(rows[:, columns], rows)  # P_jj⁻¹ P_j:
-        self.weight -= self.weight[:, columns] @ solved
-        self.inverse -= rows.T @ solved
+        units, taps = self.blocks.shape[:2]
+        here = slice(unit * taps, (unit + 1) * taps)
+        rows = self.inverse[here].clone()
+        for before, solved in self.waiting:
+            rows -= before[:, here].T @ solved
+        solved = torch.linalg.solve(rows[:, here], rows)  # P_jj⁻¹ P_j:
+        self.weight -= solved.T @ self.weight[here]
+        self.blocks -= torch.einsum(
+            "aub,auc->ubc", rows.unflatten(1, (units, taps)), solved.unflatten(1, (units, taps))
+        )
+        self.waiting.append((rows, solved))
+
+    def keep(self, units: Tensor) -> None:
+        """Carries the waiting removals out and forgets all units but these."""
+        if self.waiting:
+            rows, solved = (torch.cat(parts) for parts in zip(*self.waiting, strict=True))
+            self.inverse.addmm_(rows.T, solved, alpha=-1)
+        taps = self.blocks.shape[1]
+        places = (units[:, None] * taps + torch.arange(taps)).flatten()
+        self.inverse, self.weight = self.inverse[places][:, places], self.weight[places]
+        self.blocks, self.waiting = self.blocks[units], []
 
 
 def elimination_costs(readers: Sequence[Elimination], units: int) -> Tensor:
@@ -71,17 +93,19 @@ def elimination_costs(readers: Sequence[Elimination], units: int) -> Tensor:
         readers: layers that read the units; used up.
         units: how many there are.
     """
-    left = torch.arange(units)
+    held, left = torch.arange(units), torch.arange(units)  # units that the readers hold; places in it not yet removed
     costs = torch.zeros(units, dtype=torch.float64)
     highest = 0.0
-    while len(left) > 1:
+    while len(left):
         rises = torch.stack([reader.costs(left) for reader in readers]).sum(0)
-        place = int(rises.argmin())
-        unit = int(left[place])
-        highest = max(highest * (1 + 1e-12), float(rises[place]))
-        costs[unit] = highest
+        cheapest = int(rises.argmin())
+        place, left = int(left[cheapest]), torch.cat([left[:cheapest], left[cheapest + 1 :]])
+        highest = max(highest * (1 + 1e-12), float(rises[cheapest]))
+        costs[held[place]] = highest
         for reader in readers:
-            reader.remove(unit)
-        left = torch.cat([left[:place], left[place + 1 :]])
-    costs[left] = max(highest * (1 + 1e-12), float(sum(reader.costs(left) for reader in readers)))
+            reader.remove(place)
+        if len(held) - len(left) == WAITING:
+            for reader in readers:
+                reader.keep(left)
+            held, left = held[left], torch.arange(len(left))
     return costs

@@ -130,3 +130,14 @@ def test_few_images_do_not_make_a_wide_reader_look_replaceable():
         widths, errors = distortion_ladders(net, graph, {"0": range(64)}, [images], moments, "unlabelled")["0"]
         damage.append(errors[widths.index(40)])
     assert damage[1] / 2 < damage[0] < 2 * damage[1]
+
+
+def test_the_order_is_the_same_however_many_removals_wait(monkeypatch):
+    covariance, weight, metric, columns = moments(units=12, taps=2)
+    shuffled = columns.flatten()[torch.randperm(24)].reshape(12, 2)[:9]  # three units' places belong to another group
+    found = []
+    for waiting in (1, 4, 100):
+        monkeypatch.setattr("lit_prune.replace.elimination.WAITING", waiting)
+        found.append(elimination_costs([Elimination.build(covariance, weight, metric, shuffled, 1e-6)], 9))
+    torch.testing.assert_close(found[1], found[0])
+    torch.testing.assert_close(found[2], found[0])
