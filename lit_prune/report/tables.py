@@ -101,11 +101,12 @@ class Column:
 
 
 ACCURACY = Column("accuracy", "accuracy", format_percent, point_change)
+THROUGHPUT = Column("throughput", "throughput", _format_rate)
 COSTS = (
     Column("macs", "MACs", format_count),
     Column("params", "params", format_count),
     Column("latency_ms", "latency, batch 1", _format_milliseconds),
-    Column("throughput", "throughput, batch 64", _format_rate),
+    THROUGHPUT,
     Column("bytes", "file size", format_bytes),
 )
 
@@ -153,9 +154,9 @@ def result_cells(result: Mapping[str, Any]) -> Table:
         "Change against the dense network in small type; point at a number for its exact value. A stage's figure is "
         "the one after BatchNorm recalibration, before its repair; the compact network's the one after the last repair."
     )
-    return Table(
-        ("network", *(q.title for q in quantities)), tuple(rows), f"{caption} {times_hold_for(result)}".strip()
-    )
+    batch = dense.get("throughput_batch")
+    titles = [f"{q.title}, batch {batch}" if q is THROUGHPUT and batch else q.title for q in quantities]
+    return Table(("network", *titles), tuple(rows), f"{caption} {times_hold_for(result)}".strip())
 
 
 def _changed(entry: Mapping[str, Any], dense: Mapping[str, Any], quantity: Column, unsure: bool) -> Entry:

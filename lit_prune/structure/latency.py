@@ -14,7 +14,9 @@ from lit_prune.structure.cost import cost
 from lit_prune.structure.example import Example
 from lit_prune.timing import Timing, time_runs
 
-SINGLE, BATCHED = 60, 3  # timed passes of `compare_profiles` with one image, and with 64
+SINGLE, BATCHED = 60, 3  # timed passes of `compare_profiles` at the most with one image, and with a batch
+LARGEST = 64  # images of a batch
+PASS_SECONDS, SINGLE_SECONDS = 2.0, 10.0  # most for a pass of one batch, and for all passes with one image
 Inputs = Sequence[int] | Example  # shape of one image, or what a network is called with
 
 
@@ -71,13 +73,17 @@ def compare_profiles(
         accuracies: one a network, 0 to 1, passed through.
 
     Returns:
-        For each: `accuracy`, `macs` and `params` (see `cost`), `latency_ms` (batch 1), `throughput` (images/s at batch
-        64), `bytes` (size of the weights as safetensors), `latency_spread_ms` (interquartile range), `noisy` (whether
-        the times are worth little).
+        For each: `accuracy`, `macs` and `params` (see `cost`), `latency_ms` (batch 1), `throughput` (images/s),
+        `throughput_batch` (images in its batch: 64, or as many as the slowest network takes in 2 s), `bytes` (size of
+        the weights as safetensors), `latency_spread_ms` (interquartile range), `noisy` (whether the times are worth
+        little).
     """
     shape = tuple(example_input.shape[1:]) if isinstance(example_input, Tensor) else example_input
-    single = time_networks(models, shape, repeats=SINGLE)
-    batched = time_networks(models, shape, batch_size=64, repeats=BATCHED)
+    seconds = compare_latencies(models, shape, repeats=1)
+    passes = max(min(SINGLE, BATCHED), min(SINGLE, int(SINGLE_SECONDS / sum(seconds))))
+    single = time_networks(models, shape, repeats=passes)
+    batch = _batch_within(PASS_SECONDS / max(seconds))
+    batched = time_networks(models, shape, batch_size=batch, repeats=BATCHED)
     figures = []
     for model, accuracy, one, many in zip(models, accuracies, single, batched, strict=True):
         counted = cost(model, example_input)
@@ -87,13 +93,22 @@ def compare_profiles(
                 "macs": counted.macs,
                 "params": counted.params,
                 "latency_ms": one.median,
-                "throughput": 64_000 / many.median,
+                "throughput": 1000 * batch / many.median,
+                "throughput_batch": batch,
                 "bytes": len(save(own_tensors(model))),
                 "latency_spread_ms": one.spread,
                 "noisy": one.noisy or many.noisy,
             }
         )
     return figures
+
+
+def _batch_within(images: float) -> int:
+    """The largest power of two up to `LARGEST` of so many images."""
+    batch = LARGEST
+    while batch > max(images, 1):
+        batch //= 2
+    return batch
 
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:

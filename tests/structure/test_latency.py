@@ -7,7 +7,7 @@ from torch import nn
 
 from lit_prune import timing
 from lit_prune.errors import InputError
-from lit_prune.structure import cost, measure_latency, profile
+from lit_prune.structure import cost, latency, measure_latency, profile
 
 TIMES = ("latency_spread_ms", "noisy")
 
@@ -38,10 +38,32 @@ def test_profile_reports_the_keys_of_the_report_and_the_size_on_disk(build, tmp_
     figures = profile(model, images, accuracy=0.5)
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     counted = cost(model, images)
-    assert set(figures) == {"accuracy", "macs", "params", "latency_ms", "throughput", "bytes", *TIMES}
+    assert set(figures) == {
+        "accuracy",
+        "macs",
+        "params",
+        "latency_ms",
+        "throughput",
+        "throughput_batch",
+        "bytes",
+        *TIMES,
+    }
     assert (figures["accuracy"], figures["macs"], figures["params"]) == (0.5, counted.macs, counted.params)
     assert figures["bytes"] == (tmp_path / "model.safetensors").stat().st_size
     assert figures["throughput"] > 0 and figures["latency_ms"] > 0
+
+
+def test_the_batch_of_a_slow_network_is_as_large_as_it_takes_in_two_seconds(monkeypatch) -> None:
+    def times(models, shape, batch_size=1, repeats=20):
+        seen.append((batch_size, repeats))
+        return [timing.Timing.of([0.15 * batch_size] * 3)]
+
+    seen: list[tuple[int, int]] = []
+    monkeypatch.setattr(latency, "time_networks", times)
+    monkeypatch.setattr(latency, "SINGLE", 60)
+    figures = profile(Counting(), torch.zeros(1, 4))
+    assert (figures["throughput_batch"], figures["throughput"]) == (8, pytest.approx(1 / 0.15))
+    assert seen == [(1, 1), (1, 60), (8, latency.BATCHED)]
 
 
 def test_wrong_counts_are_refused() -> None:
