@@ -28,7 +28,8 @@ from compression_cases import CASES, Bench, moved, split
 from torch import nn
 
 from lit_prune import recalibrate_batchnorm
-from lit_prune.compression import Comparison, Recipe, compress
+from lit_prune.compression import Recipe, compress
+from lit_prune.compression_report import Comparison
 from lit_prune.replace import Replacement
 from lit_prune.replace.distil import Distilling, distil
 from lit_prune.running import undisturbed

@@ -7,18 +7,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lit_prune.arguments import checked
+from lit_prune.compression_report import CompressionReport, verify
 from lit_prune.errors import InputError
 from lit_prune.measurement.layers import Batches
 from lit_prune.progress import looking_on
-from lit_prune.replace import Reduced, Replacement, replace_mechanisms
+from lit_prune.replace import Replacement, replace_mechanisms
 from lit_prune.replace.distil import Distilling, distil
 from lit_prune.replace.replacement import take_batches
-from lit_prune.running import undisturbed
 from lit_prune.scores import Evidence, plan_method
-from lit_prune.structure import Budget, CostModel, Plan, apply_plan, cost
+from lit_prune.structure import Budget, CostModel, Plan
 from lit_prune.task import Task, settle
 
 
@@ -72,7 +72,7 @@ def compress(
     seconds: float | None = None,
     *,
     recipe: Recipe = STRONGEST,
-) -> tuple[nn.Module, dict[str, Any]]:
+) -> tuple[nn.Module, CompressionReport]:
     """A smaller dense network within the budget whose prediction stays near the original's; `model` is untouched.
 
     Units that the readers' other inputs can make up for go first (`reconstruction`), widths are chosen by what they do
@@ -97,11 +97,11 @@ def compress(
         recipe: how.
 
     Returns:
-        The network, in the mode of `model`, and plain values: `plan` (a `Plan` dict; replayed on `model` it gives the
-        structure), `dense` and `compact` (macs, params, and the task's figure on `batches` where they have targets),
-        `distortion` (squared change of the prediction over its variance), `agreement` (see `Task.agreement`; of a task
-        without decisions 1 - `distortion`),
-        `layers` (see `Reduced.report`), `images`, `seconds` by step, and `repair` (see `distil`) where asked for.
+        The network, in the mode of `model`, and a dictionary of plain values that prints as a summary: `plan` (a `Plan`
+        dict; replayed on `model` it gives the structure), `dense` and `compact` (macs, params, and the task's figure on
+        `batches` where they have targets), `distortion` (squared change of the prediction over its variance),
+        `agreement` (see `Task.agreement`; of a task without decisions 1 - `distortion`), `layers` (see
+        `Reduced.report`), `images`, `seconds` by step, and `repair` (see `distil`) where asked for.
 
     Raises:
         InputError: no batches, a budget outside (0, 1] or out of reach, nothing to prune; fewer images than a solve
@@ -131,9 +131,9 @@ def compress(
         warnings.warn(
             f"compress: the compact network {found}; repair it (seconds=, or StagedPruning in a fit), keep more, or "
             "give more samples",
-            stacklevel=2,
+            stacklevel=3,  # past the check of arguments
         )
-    return reduced.model, report | repair | {"seconds": clock.seconds}
+    return reduced.model, CompressionReport(report | repair | {"seconds": clock.seconds})
 
 
 def _say_undetermined(layers: dict[str, Any]) -> None:
@@ -144,7 +144,7 @@ def _say_undetermined(layers: dict[str, Any]) -> None:
         warnings.warn(
             f"compress: {len(needed)} layers have fewer positions than weights to solve for and are pulled towards "
             f"those they have; {needed[most]} calibration images determine all of them (most for {most!r})",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -165,77 +165,6 @@ def plan_compression(model: nn.Module, batches: Iterable[Any], request: Budget, 
             f"keep={plan.notes['achieved']:.3f}, or protect less"
         )
     return plan
-
-
-def verify(model: nn.Module, reduced: Reduced, batches: Iterable[Any], example: Any, task: Task) -> dict[str, Any]:
-    """Compares both networks on the batches and checks that the plan alone rebuilds the compact one's structure.
-
-    Raises:
-        RuntimeError: it does not.
-    """
-    rebuilt = apply_plan(model, reduced.plan, example)
-    shapes = [{name: value.shape for name, value in net.state_dict().items()} for net in (rebuilt, reduced.model)]
-    if shapes[0] != shapes[1]:
-        raise RuntimeError("the plan does not rebuild the compact network: their tensors have other shapes")
-    comparison = Comparison(task)
-    with undisturbed(model), undisturbed(reduced.model):
-        for piece in (piece for batch in batches for piece in task.pieces(batch)):
-            original, other = (task.run(net, task.to(piece, net)) for net in (model, reduced.model))
-            comparison.add(original, other, piece)
-    figures = comparison.figures()
-    report = {"plan": reduced.plan.to_dict(), "layers": reduced.report["layers"], "images": comparison.count}
-    for name, net in (("dense", model), ("compact", reduced.model)):
-        counted = cost(net, example)
-        report[name] = {"macs": counted.macs, "params": counted.params} | figures.get(name, {})
-    return report | comparison.distances()
-
-
-@dataclass
-class Comparison:
-    """Sums over samples of two networks' outputs, the original's first."""
-
-    task: Task
-    count: int = 0
-    agreed: float = 0.0
-    squared: float = 0.0
-    moments: tuple[Tensor, Tensor] | None = None  # sums of the original's values and of their squares
-    metrics: tuple[Tensor, ...] = ()
-
-    def add(self, original: Any, other: Any, batch: Any) -> None:
-        """Adds one batch."""
-        task = self.task
-        values = (task.prediction(output).double() for output in (original, other))
-        before, after = (value.reshape(len(value), -1) for value in values)
-        self.count += len(before)
-        if task.decides:
-            self.agreed += float(task.agreement(task.prediction(original), task.prediction(other)).sum())
-        self.squared += float((after - before).square().sum())
-        first, second = self.moments or (0.0, 0.0)
-        self.moments = first + before.sum(0), second + before.square().sum(0)
-        if task.needs_target and task.target(batch) is not None:
-            found = tuple(task.metric(output, batch) for output in (original, other))
-            self.metrics = tuple(a + b for a, b in zip(self.metrics, found, strict=True)) if self.metrics else found
-
-    def distances(self) -> dict[str, float]:
-        """`distortion` and `agreement`."""
-        assert self.moments is not None, "there was a batch"
-        first, second = (total / self.count for total in self.moments)
-        variance = float((second - first.square()).sum()) * self.count
-        distortion = self.squared / variance if variance else self.squared
-        return {
-            "distortion": distortion,
-            "agreement": self.agreed / self.count if self.task.decides else 1 - distortion,
-        }
-
-    def figures(self) -> dict[str, dict[str, float]]:
-        """The task's figure of both networks, under its name; empty without targets."""
-        if not self.metrics:
-            return {}
-        names = ("dense", "compact")
-        return {
-            name: {self.task.metric_name: self.task.figure(sums.cpu())}
-            for name, sums in zip(names, self.metrics, strict=True)
-        }
 
 
 @dataclass

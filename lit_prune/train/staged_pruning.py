@@ -232,7 +232,7 @@ class StagedPruning(StagedRun):
         if not self.phases.ends_after(trainer.current_epoch, total_epochs(trainer)):
             return
         self._measure_repair(trainer)
-        trainer.save_checkpoint(self._checkpoint(trainer, len(self.records)))
+        trainer.save_checkpoint(self._checkpoint(trainer, len(self.records)), weights_only=False)
         trainer.should_stop = trainer.should_stop or self.failed
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,5 +1,7 @@
 """`compress` on answers that are no logits."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -71,3 +73,14 @@ def test_nothing_that_can_be_solved_again_is_a_line():
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3, groups=2)).eval()
     with pytest.raises(InputError, match="no layer without groups reads channels"):
         score(net, "reconstruction", [images()])
+
+
+def test_the_report_prints_what_was_asked_and_what_it_cost_and_the_warning_names_the_callers_line():
+    recipe = Recipe(score="cmr_logit", allocation="global", kind="delete")
+    with pytest.warns(UserWarning, match="is off by") as caught:
+        _, report = compress(One().eval(), [(images(), images().mean((1, 2, 3)))], keep=0.2, recipe=recipe)
+    said, dense, compact = str(report), report["dense"], report["compact"]
+    assert f"MACs {dense['macs']:,} -> {compact['macs']:,} ({compact['macs'] / dense['macs']:.1%})" in said
+    assert f"distortion of its prediction {report['distortion']:.3g}, on the 24 calibration samples" in said
+    assert len(said) < 800 and json.loads(json.dumps(report)) == report
+    assert {warning.filename for warning in caught} == {__file__}

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
-from lit_prune.compression import Comparison
+from lit_prune.compression_report import Comparison
 from lit_prune.errors import InputError
 from lit_prune.progress import Watch, unwatched
 from lit_prune.replace import Replacement, replace_mechanisms

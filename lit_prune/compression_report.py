@@ -1,0 +1,110 @@
+"""What `compress` found: the compact network compared with the original."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lit_prune.replace import Reduced
+from lit_prune.running import undisturbed
+from lit_prune.structure import apply_plan, cost
+from lit_prune.task import Task
+
+
+class CompressionReport(dict[str, Any]):
+    """The values that `compress` returns, a dictionary; printed, they are told in a few lines."""
+
+    def __repr__(self) -> str:
+        """Costs, distance to the original, what was cut, and the seconds."""
+        dense, compact, plan = self["dense"], self["compact"], self["plan"]
+        lines = [", ".join(_change(name, dense[name], compact[name]) for name in ("macs", "params"))]
+        lines += [_change(name, dense[name], compact[name]) for name in compact if name not in ("macs", "params")]
+        lines.append(
+            f"agreement with the original {self['agreement']:.4g}, distortion of its prediction "
+            f"{self['distortion']:.3g}, on the {self['images']} calibration samples"
+        )
+        sizes, kept = plan["sizes"], plan["keep_channels"]
+        cut = [name for name in kept if len(kept[name]) < sizes[name]]
+        lines.append(f"{len(cut)} groups of channels cut, {len(self['layers'])} layers solved again")
+        lines.append(", ".join(f"{name} {seconds:.1f} s" for name, seconds in self["seconds"].items()))
+        return "\n".join(lines) + f"\nkeys: {', '.join(self)}"
+
+
+def _change(name: str, before: float, after: float) -> str:
+    """From the original to the compact network; counts with their share."""
+    if name in ("macs", "params"):
+        label = {"macs": "MACs", "params": "parameters"}[name]
+        return f"{label} {before:,} -> {after:,} ({after / before:.1%})"
+    return f"{name} {before:.4g} -> {after:.4g}"
+
+
+def verify(model: nn.Module, reduced: Reduced, batches: Iterable[Any], example: Any, task: Task) -> dict[str, Any]:
+    """Compares both networks on the batches and checks that the plan alone rebuilds the compact one's structure.
+
+    Raises:
+        RuntimeError: it does not.
+    """
+    rebuilt = apply_plan(model, reduced.plan, example)
+    shapes = [{name: value.shape for name, value in net.state_dict().items()} for net in (rebuilt, reduced.model)]
+    if shapes[0] != shapes[1]:
+        raise RuntimeError("the plan does not rebuild the compact network: their tensors have other shapes")
+    comparison = Comparison(task)
+    with undisturbed(model), undisturbed(reduced.model):
+        for piece in (piece for batch in batches for piece in task.pieces(batch)):
+            original, other = (task.run(net, task.to(piece, net)) for net in (model, reduced.model))
+            comparison.add(original, other, piece)
+    figures = comparison.figures()
+    report = {"plan": reduced.plan.to_dict(), "layers": reduced.report["layers"], "images": comparison.count}
+    for name, net in (("dense", model), ("compact", reduced.model)):
+        counted = cost(net, example)
+        report[name] = {"macs": counted.macs, "params": counted.params} | figures.get(name, {})
+    return report | comparison.distances()
+
+
+@dataclass
+class Comparison:
+    """Sums over samples of two networks' outputs, the original's first."""
+
+    task: Task
+    count: int = 0
+    agreed: float = 0.0
+    squared: float = 0.0
+    moments: tuple[Tensor, Tensor] | None = None  # sums of the original's values and of their squares
+    metrics: tuple[Tensor, ...] = ()
+
+    def add(self, original: Any, other: Any, batch: Any) -> None:
+        """Adds one batch."""
+        task = self.task
+        values = (task.prediction(output).double() for output in (original, other))
+        before, after = (value.reshape(len(value), -1) for value in values)
+        self.count += len(before)
+        if task.decides:
+            self.agreed += float(task.agreement(task.prediction(original), task.prediction(other)).sum())
+        self.squared += float((after - before).square().sum())
+        first, second = self.moments or (0.0, 0.0)
+        self.moments = first + before.sum(0), second + before.square().sum(0)
+        if task.needs_target and task.target(batch) is not None:
+            found = tuple(task.metric(output, batch) for output in (original, other))
+            self.metrics = tuple(a + b for a, b in zip(self.metrics, found, strict=True)) if self.metrics else found
+
+    def distances(self) -> dict[str, float]:
+        """`distortion` and `agreement`."""
+        assert self.moments is not None, "there was a batch"
+        first, second = (total / self.count for total in self.moments)
+        variance = float((second - first.square()).sum()) * self.count
+        distortion = self.squared / variance if variance else self.squared
+        return {
+            "distortion": distortion,
+            "agreement": self.agreed / self.count if self.task.decides else 1 - distortion,
+        }
+
+    def figures(self) -> dict[str, dict[str, float]]:
+        """The task's figure of both networks, under its name; empty without targets."""
+        if not self.metrics:
+            return {}
+        names = ("dense", "compact")
+        return {
+            name: {self.task.metric_name: self.task.figure(sums.cpu())}
+            for name, sums in zip(names, self.metrics, strict=True)
+        }
