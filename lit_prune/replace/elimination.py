@@ -45,10 +45,11 @@ class Elimination:
         values, vectors = torch.linalg.eigh(metric)
         seen = values > RANK * values[-1]  # few images give a classifier of 1,000 outputs a metric of low rank
         root = (vectors[:, seen] * values[seen].sqrt()).T  # rootᵀ root = metric
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(ridged(covariance, ridge)))
+        read = root @ weight
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(ridged(covariance, ridge, read.square().sum(0))))
         blocks = inverse[columns[:, :, None], columns[:, None, :]]
         places = columns.flatten()
-        return cls(inverse[places][:, places], (root @ weight[:, places]).T.contiguous(), blocks)
+        return cls(inverse[places][:, places], read[:, places].T.contiguous(), blocks)
 
     def costs(self, units: Tensor) -> Tensor:
         """Rise of the error if one of `units` goes and all other weights are solved again, float64 [len(units)].

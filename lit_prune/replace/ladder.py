@@ -63,8 +63,8 @@ class Cut:
         rest = first.nonzero().flatten()  # columns of other groups
         placed = torch.cat([rest, columns[torch.tensor(order)].flatten()])
         inputs = covariance.inputs[placed][:, placed]
-        factor = torch.linalg.cholesky(ridged(inputs, ridge))
         outgoing = weight[:, placed].T  # [D, O]
+        factor = torch.linalg.cholesky(ridged(inputs, ridge, outgoing.square().sum(1)))
         changes = []
         for width in widths:
             kept = len(rest) + width * columns.shape[1]

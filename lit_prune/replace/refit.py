@@ -163,13 +163,14 @@ class _Solver:
         few, towards_zero = everything.rows <= len(everything.inputs), self.settings.towards == "zero"
         if few and towards_zero and not (self.reader.removed and self.settings.unsupported == "delete"):
             return self._left(everything), False
-        prior = kernel_of(self.module).double().flatten(1) if few or not towards_zero else None
+        weight = kernel_of(self.module).double().flatten(1)
+        prior, power = weight if few or not towards_zero else None, weight.square().sum(0)
         candidates = RIDGES if prior is None else (*RIDGES, *STRONG_RIDGES)
         borne = [ridge for ridge in candidates if ridge >= self.settings.noise**2 * (1 - 1e-9)]
         ridges = borne if self.settings.ridge == "held_out" else [self.settings.ridge]
-        fit, held_out = solve_held_out(self.sums[False], self.sums[True], ridges, prior)
+        fit, held_out = solve_held_out(self.sums[False], self.sums[True], ridges, prior, power)
         if self.stop.clip is not None and self.settings.clipped:
-            fit = self._clipped(fit, everything, prior)
+            fit = self._clipped(fit, everything, prior, power)
         set_kernel(self.module, fit.weight)
         bias = fit.bias
         if self.module.bias is not None:
@@ -201,7 +202,7 @@ class _Solver:
             )
         return {"rows": rows, "left": f"{rows} positions do not determine {wide} weights"}
 
-    def _clipped(self, fit: Fit, sums: PairSums, prior: Tensor | None) -> Fit:
+    def _clipped(self, fit: Fit, sums: PairSums, prior: Tensor | None, power: Tensor) -> Fit:
         """The fit to the output behind the clip: `argmin Σ‖W u + b - clamp(W u + b, low, high)‖²` by majorisation.
 
         The sum never rises. In each round the target of a row is the value within its range that is nearest to the
@@ -213,7 +214,7 @@ class _Solver:
                 rows = input_rows(self.module, piece.inputs, piece.chosen) if piece.rows is None else piece.rows
                 present = rows @ fit.weight.T.to(rows) + fit.bias.to(rows)
                 targets.add(rows, present.clamp(piece.wanted.low, piece.wanted.high))
-            fit = solve(targets.covariance(sums), fit.ridge, prior)
+            fit = solve(targets.covariance(sums), fit.ridge, prior, power)
         return fit
 
 

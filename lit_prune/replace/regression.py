@@ -12,7 +12,8 @@ CHUNK = 8192  # rows in one float32 product
 UNTESTED_RIDGE = 1e-6  # where no data is held out to choose by
 RIDGES = (1e-10, 1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # relative to each input's own variance
 STRONG_RIDGES = (1.0, 10.0, 100.0)  # with a prior: the last leaves the weights as they are
-DEAD = 1e-10  # share of the median variance below which an input is as good as constant
+DEAD = 1e-10  # share of the mean variance below which an input is as good as constant
+FAINT = 1e-6  # the same of one that the layer does not read either
 
 
 @dataclass
@@ -162,41 +163,57 @@ class Fit:
     ridge: float
 
 
-def ridged(inputs: Tensor, ridge: float) -> Tensor:
-    """Covariance [D, D] with `ridge` times each input's own variance added to it.
+def ridged(inputs: Tensor, ridge: float, power: Tensor | None = None) -> Tensor:
+    """Covariance [D, D] with `ridge` times each input's own variance added to it, see `alive`.
 
-    So a fit does not change when an input is rescaled and its weights undo it. Inputs that hardly vary get the median
-    variance instead of their own: nothing is read from their rounding.
+    So a fit does not change when an input is rescaled and its weights undo it.
     """
-    return inputs + torch.diag(ridge * alive(inputs.diagonal()))
+    return inputs + torch.diag(ridge * alive(inputs.diagonal(), power))
 
 
-def alive(variances: Tensor) -> Tensor:
-    """The variances, those that hardly differ from 0 replaced by the median of the others."""
-    varying = variances[variances > 0]
-    typical = varying.median() if len(varying) else variances.new_ones(())
-    return torch.where(variances > DEAD * typical, variances, typical)
+def alive(variances: Tensor, power: Tensor | None = None) -> Tensor:
+    """The variances [D], those of inputs that are as good as constant replaced by the mean one.
+
+    An input that the network has shut off still varies by a millionth of what others do. Relative to that a weight of
+    thousands is small, and the fit that takes it is lost with the next step of training. A unit that was made faint by
+    rescaling is told from it by the weights that undo the scale.
+
+    Args:
+        variances: of the inputs.
+        power: ‖W[:,d]‖² of the layer that reads them, [D]; None: unknown, and only what is fainter still counts.
+    """
+    typical = variances.mean() if (variances > 0).any() else variances.new_ones(())
+    constant = variances <= DEAD * typical
+    if power is not None:
+        read = variances * power
+        constant |= (variances <= FAINT * typical) & (read <= FAINT * read.mean())
+    return torch.where(constant, typical, variances)
 
 
-def solve(data: Covariance, ridge: float, prior: Tensor | None = None) -> Fit:
+def solve(data: Covariance, ridge: float, prior: Tensor | None = None, power: Tensor | None = None) -> Fit:
     """Ridge regression `argmin Σ‖W u + b - z‖² + Σ_d λ_d‖W_d - prior_d‖²`, b free, λ_d = ridge · rows · Var(u_d).
 
     Args:
         data: covariances.
         ridge: relative ridge, above 0.
         prior: [O, D], where the penalty is zero; None: at zero.
+        power: see `alive`.
     """
     prior = data.cross.new_zeros(data.cross.T.shape) if prior is None else prior
-    factor, failed = torch.linalg.cholesky_ex(ridged(data.inputs, ridge))
+    factor, failed = torch.linalg.cholesky_ex(ridged(data.inputs, ridge, power))
     if failed:
-        return solve(data, max(10 * ridge, 1e-12), prior)
+        return solve(data, max(10 * ridge, 1e-12), prior, power)
     change = torch.cholesky_solve(data.cross - data.inputs @ prior.T, factor).T  # [O, D]
     weight = prior + change
     return Fit(weight, data.target_mean - weight @ data.input_mean, ridge)
 
 
 def solve_held_out(
-    fitted: PairSums, held_out: PairSums, ridges: Sequence[float] = RIDGES, prior: Tensor | None = None
+    fitted: PairSums,
+    held_out: PairSums,
+    ridges: Sequence[float] = RIDGES,
+    prior: Tensor | None = None,
+    power: Tensor | None = None,
 ) -> tuple[Fit, float]:
     """The fit to both data sets with the ridge that serves the held-out one best, and the error it had there.
 
@@ -206,13 +223,14 @@ def solve_held_out(
             all are larger, and the error is NaN.
         ridges: candidates, ascending; a larger one must win by more than rounding.
         prior: as in `solve`.
+        power: see `alive`.
     """
     if not held_out.rows or len(ridges) == 1:
         ridge = ridges[0] if len(ridges) == 1 else max(UNTESTED_RIDGE, ridges[0])
-        fit = solve((fitted + held_out).covariance(), ridge, prior)
+        fit = solve((fitted + held_out).covariance(), ridge, prior, power)
         return fit, held_out.covariance().error(fit) if held_out.rows else float("nan")
     data, test = fitted.covariance(), held_out.covariance()
-    errors = [test.error(solve(data, ridge, prior)) for ridge in ridges]
+    errors = [test.error(solve(data, ridge, prior, power)) for ridge in ridges]
     best = min(errors)
     chosen = next(index for index, error in enumerate(errors) if error <= best * (1 + 1e-9) + 1e-15)
-    return solve((fitted + held_out).covariance(), ridges[chosen], prior), errors[chosen]
+    return solve((fitted + held_out).covariance(), ridges[chosen], prior, power), errors[chosen]

@@ -130,7 +130,7 @@ def _rates(module: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
         def hook(part: nn.Module, args: tuple, output: Tensor) -> None:
             if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
                 dim = channel_dim(part) if axes.is_weighted(part) else 1 if isinstance(part, axes.BATCH_NORMS) else -1
-                spreads[name] = (_spread(args[0].detach(), dim), _spread(output.detach(), dim))
+                spreads[name] = (_variances(args[0].detach(), dim), _variances(output.detach(), dim))
 
         return hook
 
@@ -148,19 +148,21 @@ def _rates(module: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
 def _rate(part: nn.Module, key: str, parameter: Tensor, given: Tensor | None, output: Tensor | None) -> Tensor:
     """The spread of the output over that of what the parameter multiplies; else the parameter's own size."""
     if output is not None and given is not None:
+        spread = alive(output).sqrt()
         if key == "weight" and axes.is_weighted(part):
-            groups = getattr(part, "groups", 1)
-            inputs, outputs = given.view(groups, 1, -1), output.view(groups, -1, 1)
-            ratio = outputs / inputs  # [groups, out, in], of a group
-            transposed = getattr(part, "transposed", False)
+            groups, transposed = getattr(part, "groups", 1), getattr(part, "transposed", False)
+            kernel = parameter.reshape(groups, len(parameter) // groups, parameter.shape[1], -1)
+            kernel = kernel.transpose(1, 2) if transposed else kernel  # [groups, out, in, taps]
+            inputs = alive(given, kernel.square().sum((1, 3)).flatten()).sqrt()
+            ratio = spread.view(groups, -1, 1) / inputs.view(groups, 1, -1)
+            fan_in = kernel.shape[2] * kernel.shape[3]
             ratio = (ratio.transpose(1, 2) if transposed else ratio).flatten(0, 1)
-            fan_in = ratio.shape[-1] * parameter[0, 0].numel() if not transposed else parameter[:, 0].numel() // groups
-            return ratio.view(*ratio.shape, *[1] * (parameter.ndim - 2)) / math.sqrt(fan_in)
+            return ratio.view(*ratio.shape, *[1] * (parameter.ndim - 2)).to(parameter) / math.sqrt(fan_in)
         if parameter.shape == output.shape:
-            return output
+            return spread.to(parameter)
     return parameter.square().mean().sqrt().clamp_min(TINY)
 
 
-def _spread(values: Tensor, dim: int) -> Tensor:
-    """Standard deviation of each channel; those that hardly vary get the median one's."""
-    return alive(values.movedim(dim, 0).flatten(1).double().var(1, correction=0)).sqrt().to(values)
+def _variances(values: Tensor, dim: int) -> Tensor:
+    """Of each channel, float64."""
+    return values.movedim(dim, 0).flatten(1).double().var(1, correction=0)
