@@ -150,7 +150,7 @@ class Row:
         """What the network predicts for the batches, without targets where they change how it runs."""
         with torch.no_grad():
             torch.manual_seed(0)
-            return [self.task.prediction(self.task.run(model, batch)) for batch in self.batches]
+            return [self.task.compared(self.task.run(model, batch)) for batch in self.batches]
 
     def difference(self, one: nn.Module, other: nn.Module) -> float:
         """Largest difference over the largest value."""

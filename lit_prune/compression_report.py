@@ -1,12 +1,13 @@
 """What `compress` found: the compact network compared with the original."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from lit_prune.replace import Reduced
+from lit_prune.replace.spread import Spread
 from lit_prune.running import undisturbed
 from lit_prune.structure import apply_plan, cost
 from lit_prune.task import Task
@@ -70,29 +71,26 @@ class Comparison:
     count: int = 0
     agreed: float = 0.0
     squared: float = 0.0
-    moments: tuple[Tensor, Tensor] | None = None  # sums of the original's values and of their squares
+    spread: Spread = field(default_factory=Spread)  # of the original's values
     metrics: tuple[Tensor, ...] = ()
 
     def add(self, original: Any, other: Any, batch: Any) -> None:
         """Adds one batch."""
         task = self.task
-        values = (task.prediction(output).double() for output in (original, other))
-        before, after = (value.reshape(len(value), -1) for value in values)
+        answers = [task.compared(output) for output in (original, other)]
+        before, after = (values.double().reshape(len(values), -1) for values in answers)
         self.count += len(before)
         if task.decides:
-            self.agreed += float(task.agreement(task.prediction(original), task.prediction(other)).sum())
+            self.agreed += float(task.agreement(*answers).sum())
         self.squared += float((after - before).square().sum())
-        first, second = self.moments or (0.0, 0.0)
-        self.moments = first + before.sum(0), second + before.square().sum(0)
+        self.spread.add(before)
         if task.needs_target and task.target(batch) is not None:
             found = tuple(task.metric(output, batch) for output in (original, other))
             self.metrics = tuple(a + b for a, b in zip(self.metrics, found, strict=True)) if self.metrics else found
 
     def distances(self) -> dict[str, float]:
         """`distortion` and `agreement`."""
-        assert self.moments is not None, "there was a batch"
-        first, second = (total / self.count for total in self.moments)
-        variance = float((second - first.square()).sum()) * self.count
+        variance = self.spread.variance() * self.count
         distortion = self.squared / variance if variance else self.squared
         return {
             "distortion": distortion,

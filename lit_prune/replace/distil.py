@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lit_prune.arguments import checked
 from lit_prune.errors import InputError
+from lit_prune.replace.spread import Spread
 from lit_prune.running import undisturbed
 from lit_prune.task import Task
 
@@ -137,10 +138,11 @@ class _Race:
         self.optimizer = torch.optim.Adam(self.parameters, settings.learning_rate)
         self.average = copy.deepcopy([p.detach() for p in self.parameters])
         self.best, self.checks, self.steps = copy.deepcopy(self.average), 0, 0
-        self.wanted = self._predictions(original)
-        self.scale = 1.0
-        self.scale = 1 / max(self._distortion(None), torch.finfo(torch.float32).tiny)  # the prediction's own variance
-        self.before = self.least = self._distortion(self.reduced)
+        self.wanted, spread = self._predictions(original), Spread()
+        for values in self.wanted:
+            spread.add(values)
+        self.scale = 1 / max(spread.variance(), torch.finfo(torch.float32).tiny)
+        self.before = self.least = self._distortion()
         self.generator = torch.Generator().manual_seed(settings.seed)
 
     def step(self, piece: Any, progress: float) -> None:
@@ -151,9 +153,10 @@ class _Race:
         batch = self.task.to(piece, self.reduced)
         with torch.no_grad():
             wanted = self._predict(self.original, batch)
-        loss = self.scale * (self._predict(self.reduced, batch) - wanted).square().flatten(1).sum(1).mean()
+        loss = self.scale * (self._predict(self.reduced, batch) - wanted).square().sum(1).mean()
         self.optimizer.param_groups[0]["lr"] = self.settings.learning_rate * (1 + math.cos(math.pi * progress)) / 2
-        for parameter, gradient in zip(self.parameters, torch.autograd.grad(loss, self.parameters), strict=True):
+        gradients = torch.autograd.grad(loss, self.parameters, materialize_grads=True)
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
         self.optimizer.step()
         for mean, parameter in zip(self.average, self.parameters, strict=True):
@@ -164,7 +167,7 @@ class _Race:
         self.checks += 1
         present = [p.detach().clone() for p in self.parameters]
         self._write(self.average)
-        found = self._distortion(self.reduced)
+        found = self._distortion()
         if found < self.least:
             self.least, self.best = found, [mean.clone() for mean in self.average]
         self._write(present)
@@ -182,15 +185,18 @@ class _Race:
                 parameter.copy_(value)
 
     def _predict(self, model: nn.Module, batch: Any) -> Tensor:
-        return self.task.prediction(self.task.run(model, batch))
+        """[B, D]."""
+        values = self.task.compared(self.task.run(model, batch))
+        return values.reshape(len(values), -1)
 
-    def _predictions(self, model: nn.Module) -> Tensor:
-        """Of the held-out samples, float64 [n, D]."""
+    def _predictions(self, model: nn.Module) -> list[Tensor]:
+        """Of the held-out samples, float64, batch by batch."""
         with torch.no_grad():
             batches = (self.task.to(batch, self.reduced) for batch in self.held_out)
-            return torch.cat([self._predict(model, batch).double().flatten(1) for batch in batches])
+            return [self._predict(model, batch).double() for batch in batches]
 
-    def _distortion(self, model: nn.Module | None) -> float:
-        """Mean squared change of the held-out prediction, scaled; without a model its variance."""
-        other = self.wanted.mean(0) if model is None else self._predictions(model)
-        return self.scale * float((self.wanted - other).square().sum(1).mean())
+    def _distortion(self) -> float:
+        """Mean squared change of the held-out prediction, scaled."""
+        pairs = zip(self.wanted, self._predictions(self.reduced), strict=True)
+        squared = sum(float((wanted - found).square().sum()) for wanted, found in pairs)
+        return self.scale * squared / sum(map(len, self.wanted))

@@ -227,7 +227,7 @@ def _swapped(
 
     with removing([module.register_forward_pre_hook(hook)]):
         _called(model, images, pair[1])
-        return images.task.prediction(_called(model, images, pair[0])).cpu()
+        return images.task.compared(_called(model, images, pair[0])).cpu()
 
 
 def _called(model: nn.Module, images: Pool, chosen: Tensor) -> Any:

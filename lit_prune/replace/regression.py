@@ -13,7 +13,7 @@ UNTESTED_RIDGE = 1e-6  # where no data is held out to choose by
 RIDGES = (1e-10, 1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # relative to each input's own variance
 STRONG_RIDGES = (1.0, 10.0, 100.0)  # with a prior: the last leaves the weights as they are
 DEAD = 1e-10  # share of the mean variance below which an input is as good as constant
-FAINT = 1e-6  # the same of one that the layer does not read either
+FAINT = 1e-4  # the same of one that the layer does not read either
 
 
 @dataclass
@@ -174,7 +174,7 @@ def ridged(inputs: Tensor, ridge: float, power: Tensor | None = None) -> Tensor:
 def alive(variances: Tensor, power: Tensor | None = None) -> Tensor:
     """The variances [D], those of inputs that are as good as constant replaced by the mean one.
 
-    An input that the network has shut off still varies by a millionth of what others do. Relative to that a weight of
+    An input that the network has shut off still varies by a thousandth of what others do. Relative to that a weight of
     thousands is small, and the fit that takes it is lost with the next step of training. A unit that was made faint by
     rescaling is told from it by the weights that undo the scale.
 

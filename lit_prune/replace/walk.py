@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lit_prune.errors import InputError
 from lit_prune.measurement.layers import removing, without_gradients
 from lit_prune.task import Task
 
@@ -82,7 +83,11 @@ class Walk:
         if self._seen is None or self._seen[0] != layer:
             if layer is None and self._seen is None:
                 return None
-            raise RuntimeError(f"the pass stopped at {self._seen and self._seen[0]}, expected {layer}")
+            raise InputError(
+                f"model: {self._seen[0] if self._seen else 'the end'!r} came where layer {layer!r} was to run next: for "
+                "these batches layers run in another order, or another number of times, than for one sample; give "
+                "batches of one sample"
+            )
         return self._seen[1]
 
     def close(self) -> None:

@@ -88,7 +88,7 @@ def _change(model: nn.Module, small: nn.Module, batches: Sequence[Any], task: Ta
     with undisturbed(model), undisturbed(small), torch.no_grad():
         for batch in batches:
             batch = task.to(batch, model)
-            before, after = (task.prediction(task.run(net, batch)).double() for net in (model, small))
+            before, after = (task.compared(task.run(net, batch)).double() for net in (model, small))
             total, count = total + float((after - before).square().sum()), count + len(before)
     return total / count
 

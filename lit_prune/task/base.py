@@ -126,6 +126,10 @@ class Task(Named):
         """The values that must stay as they are, [B, ...]."""
         return joined(output)
 
+    def compared(self, output: Any) -> Tensor:
+        """What the answers of two networks to one batch are compared by, [B, ...]; here the prediction."""
+        return self.prediction(output)
+
     @property
     def variables(self) -> tuple[str, ...]:
         """Names of the task variables."""

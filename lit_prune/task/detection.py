@@ -27,12 +27,14 @@ class Detected:
         losses: its losses by name; empty where the batch has no targets.
         boxes: its detections, a dict an image; empty where it gave losses.
         heads: the tensors of its heads, before any box is chosen.
+        anchored: those of them that have a value for each anchor, whatever the network makes of the image.
         images: number of images.
     """
 
     losses: dict[str, Tensor] = field(default_factory=dict)
     boxes: list[dict[str, Tensor]] = field(default_factory=list)
     heads: list[Tensor] = field(default_factory=list)
+    anchored: list[Tensor] = field(default_factory=list)
     images: int = 1
 
 
@@ -60,14 +62,14 @@ class Detection(Task):
         """Losses where the call or the batch has targets, else boxes; and what the heads gave."""
         images, targets = _arguments(*call.args, **call.kwargs)
         targets = self.target(batch) if targets is None else targets
-        with watched_heads(model) as heads:
+        with watched_heads(model) as (heads, anchored):
             if targets is None:
-                return Detected(boxes=model(images), heads=heads, images=len(images))
+                return Detected({}, model(images), heads, anchored, len(images))
             with _asked_for_losses(model):
                 found = model(images, [dict(target) for target in targets])
         if not isinstance(found, Mapping):
             raise InputError(f"model: in training it returns {describe(found)}, not losses by name; give task=")
-        return Detected(dict(found), heads=heads, images=len(images))
+        return Detected(dict(found), [], heads, anchored, len(images))
 
     def asked(self, call: Example) -> Example:
         """The list of images."""
@@ -92,6 +94,12 @@ class Detection(Task):
         if not output.heads:
             raise InputError(f"model: none of the heads {', '.join(HEADS)} runs in it; give task= with a prediction")
         return torch.cat([_rows(value, output.images) for value in output.heads], 1)
+
+    def compared(self, output: Detected) -> Tensor:
+        """The prediction without what is said of proposals, of which two networks make different ones."""
+        if not output.anchored:
+            return self.prediction(output)
+        return torch.cat([_rows(value, output.images) for value in output.anchored], 1)
 
     def _images(self, batch: Any) -> Any:
         args, _ = super().inputs(batch).args, None
@@ -127,13 +135,23 @@ def reads_proposals(name: str) -> bool:
 
 
 @contextmanager
-def watched_heads(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Tensors that the heads return inside."""
+def watched_heads(model: nn.Module) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Tensors that the heads return inside: of all heads, and of those that do not read proposals."""
     found: list[Tensor] = []
-    hook = lambda module, args, output: found.extend(answers(output))  # noqa: E731
-    handles = [head.register_forward_hook(hook) for head in detector_heads(model)]
+    anchored: list[Tensor] = []
+
+    def keep(name: str):
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            tensors = list(answers(output))
+            found.extend(tensors)
+            anchored.extend([] if reads_proposals(name) else tensors)
+
+        return hook
+
+    modules = dict(model.named_modules())
+    handles = [modules[name].register_forward_hook(keep(name)) for name in HEADS if name in modules]
     try:
-        yield found
+        yield found, anchored
     finally:
         for handle in handles:
             handle.remove()

@@ -80,6 +80,10 @@ class SeenTask(_OnSeen):
         """The inner task's."""
         return self.inner.prediction(output)
 
+    def compared(self, output: Any) -> Tensor:
+        """The inner task's."""
+        return self.inner.compared(output)
+
     @property
     def variables(self) -> tuple[str, ...]:
         """The inner task's."""

@@ -367,3 +367,21 @@ def test_a_solution_that_bears_noise_reads_no_faint_differences(kind, towards):
         errors.append(float((small[1](noisy) - net(batches[0])).var().detach()))
     assert weights[0] > 50 and weights[1] < 5
     assert errors[1] < 0.1 * errors[0]
+
+
+def test_an_input_that_was_shut_off_is_not_read_and_one_that_was_scaled_down_is():
+    """Both have a ten-thousandth of the others' spread; the second's weights make up for it."""
+    torch.manual_seed(0)
+    common = torch.randn(4096, 1, dtype=torch.float64)
+    rows = torch.cat([torch.randn(4096, 6, dtype=torch.float64), 1e-4 * common, 1e-4 * common], 1)
+    weight = torch.ones(1, 8, dtype=torch.float64)
+    weight[0, 7] = 1e4
+    wanted = rows @ weight.T
+    power = weight.square().sum(0)
+    for shut, scaled in ((6, 7), (7, 6)):
+        order = [0, 1, 2, 3, 4, 5, shut, scaled]
+        sums = PairSums.zeros(rows, wanted)
+        sums.add(rows[:, order], wanted)
+        fit = solve(sums.covariance(), 1e-4, power=power[[0, 1, 2, 3, 4, 5, 6, 7]])
+        assert fit.weight[0, 6].abs() < 10
+        assert fit.weight[0, 7] == pytest.approx(1e4, rel=0.01)

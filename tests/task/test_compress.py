@@ -84,3 +84,41 @@ def test_the_report_prints_what_was_asked_and_what_it_cost_and_the_warning_names
     assert f"distortion of its prediction {report['distortion']:.3g}, on the 24 calibration samples" in said
     assert len(said) < 800 and json.loads(json.dumps(report)) == report
     assert {warning.filename for warning in caught} == {__file__}
+
+
+class TwoStages(nn.Module):
+    """A detector whose second head has a row for each proposal, of which there are as many as the first head says."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
+        self.rpn, self.roi_heads = nn.Module(), nn.Module()
+        self.rpn.head, self.roi_heads.box_predictor = nn.Conv2d(8, 1, 1), nn.Linear(8, 4)
+
+    def forward(self, images, targets=None):
+        features = self.body(torch.stack(images))
+        scores = self.rpn.head(features)
+        rows = features.movedim(1, -1)[scores[:, 0] > scores.median()]
+        boxes = self.roi_heads.box_predictor(rows)
+        if self.training:
+            return {"scores": scores.square().mean(), "boxes": boxes.square().mean()}
+        return [{"boxes": boxes, "labels": boxes[:, 0], "scores": boxes[:, 0]} for _ in images]
+
+
+def test_a_detector_with_proposals_is_compared_by_its_anchors_whatever_the_sizes_of_images():
+    sizes = [(6, 6), (6, 8), (5, 6)]
+    batches = [
+        ([torch.randn(3, *size) for _ in range(4)], [{"boxes": torch.zeros(1, 4), "labels": torch.zeros(1)}] * 4)
+        for size in sizes
+    ]
+    recipe = Recipe(score="cmr_logit", allocation="global")
+    _, report = compress(TwoStages().eval(), batches, keep=0.6, task="detection", seconds=1.0, recipe=recipe)
+    assert 0 < report["distortion"] < 1 and report["images"] == 12
+    assert report["repair"]["distortion_after"] <= report["repair"]["distortion_before"]
+
+
+def test_one_number_a_sample_is_repaired():
+    recipe = Recipe(score="cmr_logit", allocation="global", kind="constant")
+    _, report = compress(One().eval(), [images(), images()], keep=0.7, seconds=1.0, recipe=recipe)
+    assert report["repair"]["distortion_after"] < report["repair"]["distortion_before"]
