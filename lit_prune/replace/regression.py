@@ -199,12 +199,12 @@ def solve(data: Covariance, ridge: float, prior: Tensor | None = None, power: Te
         prior: [O, D], where the penalty is zero; None: at zero.
         power: see `alive`.
     """
-    prior = data.cross.new_zeros(data.cross.T.shape) if prior is None else prior
     factor, failed = torch.linalg.cholesky_ex(ridged(data.inputs, ridge, power))
     if failed:
         return solve(data, max(10 * ridge, 1e-12), prior, power)
-    change = torch.cholesky_solve(data.cross - data.inputs @ prior.T, factor).T  # [O, D]
-    weight = prior + change
+    lacking = data.cross if prior is None else data.cross - data.inputs @ prior.T
+    change = torch.cholesky_solve(lacking, factor).T  # [O, D]
+    weight = change if prior is None else prior + change
     return Fit(weight, data.target_mean - weight @ data.input_mean, ridge)
 
 
@@ -230,7 +230,12 @@ def solve_held_out(
         fit = solve((fitted + held_out).covariance(), ridge, prior, power)
         return fit, held_out.covariance().error(fit) if held_out.rows else float("nan")
     data, test = fitted.covariance(), held_out.covariance()
-    errors = [test.error(solve(data, ridge, prior, power)) for ridge in ridges]
-    best = min(errors)
-    chosen = next(index for index, error in enumerate(errors) if error <= best * (1 + 1e-9) + 1e-15)
-    return solve((fitted + held_out).covariance(), ridges[chosen], prior, power), errors[chosen]
+    errors: dict[float, float] = {}  # by ridge, descending
+    for ridge in reversed(ridges):
+        fit = solve(data, ridge, prior, power)
+        errors[fit.ridge] = test.error(fit)
+        if fit.ridge > ridge:  # too small for what rounding leaves of the covariance, and so are those below
+            break
+    best = min(errors.values())
+    chosen = min(ridge for ridge, error in errors.items() if error <= best * (1 + 1e-9) + 1e-15)
+    return solve((fitted + held_out).covariance(), chosen, prior, power), errors[chosen]

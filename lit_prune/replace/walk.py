@@ -84,9 +84,8 @@ class Walk:
             if layer is None and self._seen is None:
                 return None
             raise InputError(
-                f"model: {self._seen[0] if self._seen else 'the end'!r} came where layer {layer!r} was to run next: for "
-                "these batches layers run in another order, or another number of times, than for one sample; give "
-                "batches of one sample"
+                f"model: {self._seen[0] if self._seen else 'the end'!r} came where layer {layer!r} was to run next: in "
+                "these batches layers run in another order, or more often, than for one sample; give batches of one"
             )
         return self._seen[1]
 
