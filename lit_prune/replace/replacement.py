@@ -90,9 +90,10 @@ def replace_mechanisms(
     check_finite(model, taken, task)
     example_input = example_of(task, model, taken[0]) if example_input is None else example_input
     job = Job.prepare(model, plan, example_input, method, settings, task)
-    layers, gained = method.put(job, taken, settings)
-    readers = [job.readers[name] for name in layers]
-    errors = output_errors(job.dense, job.reduced, readers, job.flow.norms, taken, task)
+    with task.paired(job.dense, job.reduced):
+        layers, gained = method.put(job, taken, settings)
+        readers = [job.readers[name] for name in layers]
+        errors = output_errors(job.dense, job.reduced, readers, job.flow.norms, taken, task)
     for name, entry in layers.items():
         entry |= _shape(job.readers[name]) | errors[name].report(entry.pop("border", 0.0))
     final = replace(job.plan, added_biases=tuple(dict.fromkeys((*plan.added_biases, *gained))))
@@ -112,7 +113,8 @@ def refitted(
     """The network of `replace_mechanisms(kind="refit")` alone, without a report: for trials."""
     method = Refit()
     job = Job.prepare(model, plan, example_input, method, settings, task)
-    method.put(job, batches, settings)
+    with task.paired(job.dense, job.reduced):
+        method.put(job, batches, settings)
     return job.reduced
 
 

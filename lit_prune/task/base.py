@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -125,6 +126,10 @@ class Task(Named):
     def prediction(self, output: Any) -> Tensor:
         """The values that must stay as they are, [B, ...]."""
         return joined(output)
+
+    def paired(self, original: nn.Module, other: nn.Module) -> AbstractContextManager[None]:
+        """Inside, the layers of `other` see the same samples, row by row, as those of `original` in the run before."""
+        return nullcontext()
 
     def compared(self, output: Any) -> Tensor:
         """What the answers of two networks to one batch are compared by, [B, ...]; here the prediction."""

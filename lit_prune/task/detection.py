@@ -1,7 +1,7 @@
 """Detection by torchvision's protocol: lists of images and targets in, losses in training, boxes in evaluation."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from lit_prune.structure.example import Example
 from lit_prune.task.base import Task, register_task
 from lit_prune.task.batches import describe
 from lit_prune.task.outputs import answers
+from lit_prune.task.proposals import shared_proposals
 
 PROTOCOL = "torchvision.models.detection"
 HEADS = ("head", "rpn.head", "roi_heads.box_predictor", "roi_heads.mask_predictor", "roi_heads.keypoint_predictor")
@@ -94,6 +95,10 @@ class Detection(Task):
         if not output.heads:
             raise InputError(f"model: none of the heads {', '.join(HEADS)} runs in it; give task= with a prediction")
         return torch.cat([_rows(value, output.images) for value in output.heads], 1)
+
+    def paired(self, original: nn.Module, other: nn.Module) -> AbstractContextManager[None]:
+        """Both networks work on the original's proposals."""
+        return shared_proposals(original, other)
 
     def compared(self, output: Detected) -> Tensor:
         """The prediction without what is said of proposals, of which two networks make different ones."""

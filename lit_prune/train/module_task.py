@@ -1,7 +1,7 @@
 """The task of a LightningModule: its batches as its network gets them, its loss as its own step computes it."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -79,6 +79,10 @@ class SeenTask(_OnSeen):
     def prediction(self, output: Any) -> Tensor:
         """The inner task's."""
         return self.inner.prediction(output)
+
+    def paired(self, original: nn.Module, other: nn.Module) -> AbstractContextManager[None]:
+        """The inner task's."""
+        return self.inner.paired(original, other)
 
     def compared(self, output: Any) -> Tensor:
         """The inner task's."""
