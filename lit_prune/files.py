@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +18,15 @@ if TYPE_CHECKING:
     import pandas as pd
 
 LOCK = ".lock"
+PARTIAL = ".partial"
 CHECKSUM = "checksum"
 
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success it is renamed to `path`, on an exception it is removed.
+
+    What processes that were killed left of the same file goes too.
 
     Raises:
         InputError: `path` is a folder.
@@ -31,7 +35,9 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     if path.is_dir():
         raise InputError(f"{path} is a folder; give the name of a file")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    for abandoned in path.parent.glob(f".{escape(path.name)}.*{PARTIAL}"):
+        _delete_abandoned(abandoned)
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
         yield partial
         os.replace(partial, path)
@@ -239,8 +245,14 @@ def sweep_partial(folder: Path) -> None:
     for path, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not (Path(path) / name / LOCK).exists()]
         for name in files:
-            if name.startswith(".") and name.endswith(".partial") and not _is_alive(name.split(".")[-2]):
-                (Path(path) / name).unlink(missing_ok=True)
+            if name.startswith(".") and name.endswith(PARTIAL):
+                _delete_abandoned(Path(path) / name)
+
+
+def _delete_abandoned(partial: Path) -> None:
+    """Deletes a half-written file that no process is writing any more."""
+    if not _is_alive(partial.name.split(".")[-2]):
+        partial.unlink(missing_ok=True)
 
 
 def _is_alive(process: str) -> bool:

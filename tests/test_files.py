@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -68,6 +69,16 @@ def test_a_folder_in_which_nothing_was_written_is_gone_and_others_stay(tmp_path)
     with alone(tmp_path / "old"):
         pass
     assert (tmp_path / "old" / "kept").exists()
+
+
+def test_what_killed_processes_left_of_a_file_goes_when_it_is_written_again(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    living = tmp_path / f".one.json.{os.getppid()}.partial"
+    for path in (tmp_path / f".one.json.{dead.pid}.partial", living, tmp_path / f".two.json.{dead.pid}.partial"):
+        path.touch()
+    write_json(tmp_path / "one.json", {})
+    assert {path.name for path in tmp_path.iterdir()} == {"one.json", living.name, f".two.json.{dead.pid}.partial"}
 
 
 def test_a_table_comes_back_as_it_was_and_a_changed_name_in_its_footer_is_noticed(tmp_path):

@@ -1,6 +1,5 @@
 """Checkpoints that are written beside training, and appear whole or not at all wherever the run folder lies."""
 
-from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,6 @@ class WholeFileIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Writes `checkpoint` to `path`, whole or not at all."""
-        path = Path(path)
-        for abandoned in path.parent.glob(f".{escape(path.name)}.*.partial"):  # of a run that was killed
-            abandoned.unlink(missing_ok=True)
         with whole_file(path) as partial:
             torch.save(checkpoint, partial)
 
