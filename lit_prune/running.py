@@ -1,10 +1,40 @@
 """How a network is run without leaving a trace on it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
+
+CUDNN: Any = torch.backends.cudnn  # both put their settings there as they are imported
+MKLDNN: Any = torch.backends.mkldnn
+MATMUL = (torch.backends.cuda.matmul, MKLDNN.matmul)  # what may compute in less than float32
+OTHERS = tuple(getattr(kind, name) for kind in (CUDNN, MKLDNN) for name in ("conv", "rnn") if hasattr(kind, name))
+PRECISION, EXACT = (  # name of their setting, its values that mean float32; the first of them is the one to set
+    ("fp32_precision", ("ieee", "none")) if hasattr(MKLDNN.matmul, "fp32_precision") else ("allow_tf32", (False,))
+)
+
+
+@contextmanager
+def full_float32(backends: Sequence[Any] = (*MATMUL, *(OTHERS or (CUDNN,)))) -> Iterator[None]:
+    """Inside, float32 is computed in float32, not in TF32 or bfloat16, whatever is allowed outside.
+
+    On CUDA convolutions take TF32 unless they are told not to, and many programs allow it for products: two forms of
+    one network then differ by a thousandth of their outputs.
+
+    Args:
+        backends: whose products; default: every product and convolution.
+    """
+    found = {backend: getattr(backend, PRECISION, EXACT[0]) for backend in backends}
+    lowered = {backend: value for backend, value in found.items() if value not in EXACT}
+    try:
+        for backend in lowered:
+            setattr(backend, PRECISION, EXACT[0])
+        yield
+    finally:
+        for backend, value in lowered.items():
+            setattr(backend, PRECISION, value)
 
 
 @contextmanager

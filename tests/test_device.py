@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch._subclasses import fake_impls
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_prune.data import augmentation
 from lit_prune.data.augmentation import Normalisation, PadCropFlip
@@ -19,6 +20,7 @@ from lit_prune.data.sampling import EpochSampler
 from lit_prune.data.sources import MemoryImages
 from lit_prune.measurement.channel_table import collect_sums
 from lit_prune.models import build_backbone
+from lit_prune.task.batches import to_network
 from lit_prune.train.distillation import Distillation, Repair
 from lit_prune.train.evaluation import evaluate
 
@@ -60,6 +62,28 @@ def batches(place: str | torch.device = "cpu") -> list[tuple[torch.Tensor, torch
 def test_a_mistake_in_placement_is_seen_without_a_device(fake):
     with pytest.raises(RuntimeError, match="device"):
         network()(torch.randn(2, 3, 8, 8))
+
+
+class Copies(TorchDispatchMode):
+    """Where tensors are copied to while it lasts, and whether the program goes on before they are there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, bool]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default and kwargs.get("device") is not None:
+            self.seen.append((torch.device(kwargs["device"]).type, bool(kwargs.get("non_blocking"))))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("place", "origin"), [("cpu", CUDA), (CUDA, "cpu")])
+def test_a_batch_is_waited_for_only_on_its_way_to_the_cpu(fake, place, origin):
+    model = nn.Linear(2, 2, device=place)
+    with Copies() as copies:
+        found = to_network(batches(origin)[0], model)
+    assert all(tensor.device == torch.device(place) for tensor in found)
+    assert copies.seen and set(copies.seen) == {(torch.device(place).type, place == CUDA)}
 
 
 def tensors_of(value, seen: set[int]) -> list[torch.Tensor]:

@@ -23,13 +23,8 @@ from lit_prune.measurement.moments import Moments, picked
 from lit_prune.measurement.pointwise import Source, pointwise_input, weight_state
 from lit_prune.measurement.protocol import DEFAULT_PROTOCOL, Protocol
 from lit_prune.measurement.sums import ActivationSums, LayerSums
+from lit_prune.running import MATMUL, full_float32
 from lit_prune.structure.example import Example
-
-MKLDNN: Any = torch.backends.mkldnn  # puts its settings there as it is imported
-BACKENDS = (torch.backends.cuda.matmul, MKLDNN.matmul)  # that may multiply in less than float32
-PRECISION, EXACT = (  # name of their setting, its values that mean float32; the first of them is the one to set
-    ("fp32_precision", ("ieee", "none")) if hasattr(BACKENDS[1], "fp32_precision") else ("allow_tf32", (False,))
-)
 
 
 class Recording:
@@ -195,16 +190,8 @@ def exact_sums(device_type: str) -> Iterator[None]:
     Args:
         device_type: the device whose autocast is switched off.
     """
-    found = {backend: getattr(backend, PRECISION, EXACT[0]) for backend in BACKENDS}
-    lowered = {backend: value for backend, value in found.items() if value not in EXACT}
-    try:
-        for backend in lowered:
-            setattr(backend, PRECISION, EXACT[0])
-        with without_gradients(), torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        for backend, value in lowered.items():
-            setattr(backend, PRECISION, value)
+    with full_float32(MATMUL), without_gradients(), torch.autocast(device_type, enabled=False):
+        yield
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lit_prune.errors import InputError
-from lit_prune.running import undisturbed
+from lit_prune.running import full_float32, undisturbed
 from lit_prune.structure.example import Example, as_example, first_sample
 from lit_prune.structure.hooks import bare, copy_hooks, without_hooks
 
@@ -22,8 +22,9 @@ _PLAIN = frozenset({bool, int, float, str, type(None)})
 def traceable(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, autograd on, every floating-point parameter requiring grad, no hooks, nothing compiled.
 
-    All put back on exit. Works inside `torch.no_grad()`, `torch.inference_mode()` and autocast. The train/eval flag of
-    each module, the `requires_grad` flag of each parameter and the random state of torch are as before afterwards.
+    Float32 is computed in float32. All put back on exit. Works inside `torch.no_grad()`, `torch.inference_mode()` and
+    autocast. The train/eval flag of each module, the `requires_grad` flag of each parameter and the random state of
+    torch are as before afterwards.
 
     Raises:
         InputError: a TorchScript module, whose layers cannot be seen.
@@ -35,6 +36,7 @@ def traceable(model: nn.Module) -> Iterator[None]:
     with (
         undisturbed(model, gradients=True),
         torch.autocast(device.type, enabled=False),
+        full_float32(),  # forms of one network are compared
         torch.compiler.set_stance("force_eager"),
         without_hooks(model),
     ):

@@ -149,8 +149,11 @@ def to_network(batch: Any, model: nn.Module) -> Any:
     if parameter is None:
         return batch
 
+    on_its_way = parameter.device.type != "cpu"  # a copy to the CPU would be read before it is there
+
     def change(value: Tensor) -> Tensor:
-        return value.to(parameter.device, parameter.dtype if value.is_floating_point() else None, non_blocking=True)
+        dtype = parameter.dtype if value.is_floating_point() else None
+        return value.to(parameter.device, dtype, non_blocking=on_its_way)
 
     if hasattr(batch, "to") and not isinstance(batch, Tensor | Mapping):
         return batch.to(parameter.device)  # a batch of a class of its own

@@ -6,13 +6,13 @@ from torch.nn import functional
 
 from lit_prune.errors import InputError
 from lit_prune.measurement import local_axis
-from lit_prune.measurement.activations import BACKENDS, EXACT, PRECISION, Recording, record
+from lit_prune.measurement.activations import Recording, record
 from lit_prune.measurement.channel_table import collect_sums
 from lit_prune.measurement.layers import following_norms, select_layers
 from lit_prune.measurement.moments import Moments
 from lit_prune.measurement.pooled import pooled_outputs
 from lit_prune.measurement.protocol import Protocol
-from lit_prune.running import undisturbed
+from lit_prune.running import EXACT, MATMUL, PRECISION, undisturbed
 from lit_prune.structure.example import Example
 
 
@@ -159,7 +159,7 @@ def test_products_are_in_full_precision_whatever_the_trainer_allows(monkeypatch)
     settings, add = [], Moments.add
 
     def now():
-        return [getattr(backend, PRECISION, EXACT[0]) for backend in BACKENDS]
+        return [getattr(backend, PRECISION, EXACT[0]) for backend in MATMUL]
 
     def spied(*arguments):
         settings.extend(now())

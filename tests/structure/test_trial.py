@@ -11,6 +11,7 @@ from torchvision.models import resnet18
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from lit_prune.errors import InputError
+from lit_prune.running import EXACT, MATMUL, OTHERS, PRECISION
 from lit_prune.structure import apply_plan, cost, make_plan, trace_groups
 from lit_prune.structure.trial import TRAINING
 
@@ -202,3 +203,27 @@ def test_answers_that_rounding_alone_changes_are_compared_in_double_precision() 
     graph = trace_groups(net, torch.randn(1, 3, 8, 8))
     assert [group.name for group in graph.prunable] == ["body"]
     assert all(value.dtype == torch.float32 and torch.equal(value, before[n]) for n, value in net.state_dict().items())
+
+
+def test_forms_of_a_network_are_compared_in_float32_whatever_is_allowed_outside() -> None:
+    settings = []
+
+    def allowed() -> list:
+        return [getattr(backend, PRECISION) for backend in (*MATMUL, *OTHERS)]
+
+    class Spied(nn.Conv2d):
+        def forward(self, values: Tensor) -> Tensor:
+            settings.append(allowed())
+            return super().forward(values)
+
+    net = nn.Sequential(Spied(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(64, 3)).eval()
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        outside = allowed()
+        assert not set(outside) <= set(EXACT)
+        apply_plan(net, make_plan(net, {"0": torch.arange(8.0)}, torch.randn(1, 3, 8, 8)), torch.randn(1, 3, 8, 8))
+        assert allowed() == outside
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert settings and all(set(found) <= set(EXACT) for found in settings)

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from lit_prune.measurement.layers import Batches, removing
-from lit_prune.running import undisturbed
+from lit_prune.running import full_float32, undisturbed
 from lit_prune.task import Task, settle
 
 LOGGER = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ def variant_losses(
     target = model.get_submodule(layer)
     found: list[Tensor] = []
     shared = None
-    with undisturbed(model):
+    with undisturbed(model), full_float32():  # losses are subtracted
         for batch in watch(batches, layer):
             batch = task.to(batch, model)
             if shared is None:
@@ -136,7 +136,7 @@ def losses_one_by_one(
     """What `variant_losses` returns, by one full forward pass a variant and batch."""
     task, batches = settle(task, model, batches)
     found = []
-    with undisturbed(model):
+    with undisturbed(model), full_float32():  # losses are subtracted
         for batch in batches:
             batch = task.to(batch, model)
             module = model.get_submodule(layer)
