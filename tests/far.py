@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 PLACE = torch.device("lazy", 0)
 aten = torch.ops.aten
 CROSSING = {aten.copy_.default, aten._to_copy.default, aten._local_scalar_dense.default}
-CROSSING |= {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
+INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 
 
 class Far(torch.Tensor):
@@ -94,12 +94,13 @@ def carry_out(func: Any, args: tuple, kwargs: dict) -> Any:
     """One operation, on the CPU's tensors inside; its result is where the operation's operands are."""
     operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     far = any(isinstance(operand, Far) for operand in operands)
-    if far and func not in CROSSING and any(not isinstance(operand, Far) and operand.ndim for operand in operands):
+    if far and func not in CROSSING and not together(func, args, operands):
         places = ", ".join(str(operand.device) for operand in operands)
         raise RuntimeError(f"Expected all tensors to be on the same device, but {func} got {places}")
     asked = kwargs.get("device")
     if asked is not None:
-        far, kwargs = torch.device(asked).type == PLACE.type, {**kwargs, "device": "cpu"}
+        far = torch.device(asked).type == PLACE.type
+        kwargs = {**kwargs, "device": "cpu" if far else asked}
     elif func is aten.copy_.default:
         far = isinstance(args[0], Far)
     if "pin_memory" in kwargs:
@@ -110,6 +111,15 @@ def carry_out(func: Any, args: tuple, kwargs: dict) -> Any:
     with torch.inference_mode(False):  # a wrapper that was made in it has no version that its views could share
         result = tree_map(lambda leaf: Far(leaf) if isinstance(leaf, torch.Tensor) else leaf, result)
         return result if asked is not None else return_and_correct_aliasing(func, args, kwargs, result)
+
+
+def together(func: Any, args: tuple, operands: list[torch.Tensor]) -> bool:
+    """Whether an operation takes operands that are where these are; a tensor there can be indexed from the CPU."""
+    if func in INDEXING:
+        if not isinstance(args[0], Far):
+            return False
+        operands = [operand for operand in operands if all(operand is not index for index in args[1])]
+    return all(isinstance(operand, Far) or not operand.ndim for operand in operands)
 
 
 def _near(value: Any) -> Any:

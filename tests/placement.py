@@ -19,7 +19,8 @@ LIBRARY, BUILDERS = "lit_prune", "lit_prune.models"
 DRAWN_IN_PLACE = {getattr(torch.Tensor, name) for name in ("uniform_", "normal_", "random_", "bernoulli_")}
 DRAWN_IN_PLACE |= {getattr(torch.Tensor, name) for name in ("exponential_", "log_normal_", "geometric_", "cauchy_")}
 READ = {torch.Tensor.numpy, torch.Tensor.__array__}
-MOVES = {torch.Tensor.to, torch.Tensor.copy_, torch.Tensor.cpu, torch.Tensor.__setitem__, torch.Tensor.__getitem__}
+PLACED = {torch.Tensor.__setitem__, torch.Tensor.__getitem__}  # what is put in, or says where, goes to the tensor
+MOVES = {torch.Tensor.to, torch.Tensor.copy_, torch.Tensor.cpu}
 
 
 def library_frames() -> Iterator[str]:
@@ -62,6 +63,8 @@ class OnDevice(TorchFunctionMode):
         elif func in READ:
             if args[0].device == self.device and by_test():
                 return func(args[0].cpu(), *args[1:], **kwargs)
+        elif func in PLACED and mixed(args, kwargs) and by_test():
+            args = (args[0], *tree_map(lambda value: _put(value, args[0].device), args[1:]))
         elif func not in MOVES and mixed(args, kwargs) and by_test():
             args, kwargs = tree_map(_on_cpu, args), tree_map(_on_cpu, kwargs)
         return func(*args, **kwargs)
@@ -81,4 +84,8 @@ def mixed(args: tuple, kwargs: dict) -> bool:
 
 
 def _on_cpu(value: Any) -> Any:
-    return value.cpu() if isinstance(value, torch.Tensor) else value
+    return _put(value, torch.device("cpu"))
+
+
+def _put(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value

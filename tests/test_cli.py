@@ -209,6 +209,9 @@ def test_compress_sweeps_block_ratios_and_resumes(tmp_path, capsys):
     )
     command = ["compress", "-c", str(config), "--run_dir", str(tmp_path / "sweep"), "--repair_epochs", "1"]
     command += ["--model.weights", str(tmp_path / "dense" / "checkpoints" / "last.ckpt"), "--ratios", "[0.2, 0.5]"]
+    for ratios, words in (("[0.301, 0.302]", "the same as 0.301"), ("[0.5, 0.01]", "0.01 removes 0 blocks")):
+        assert words in refused(capsys, *command[:-1], ratios)
+    assert not list((tmp_path / "sweep").glob("ratio=*"))
     main(command)
     reports = sorted((tmp_path / "sweep").glob("ratio=*/compact/report.json"))
     assert [file.parts[-3] for file in reports] == ["ratio=0.20", "ratio=0.50"]

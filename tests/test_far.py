@@ -35,6 +35,12 @@ def test_values_train_and_copy_there_and_meet_those_of_the_cpu_only_by_a_move(th
     torch.testing.assert_close(model.weight.detach().cpu(), near.weight.detach())
     with pytest.raises(RuntimeError, match="same device"):
         model(images)
+    places = torch.tensor([2, 0])
+    assert images.to(there)[:, places].device == there
+    with pytest.raises(RuntimeError, match="same device"):
+        images[:, places.to(there)]
+    with pytest.raises(RuntimeError, match="same device"):
+        images.to(there)[:, places] = images[:, places]
     with pytest.raises(TypeError, match="cpu()"):
         exec("tensor.numpy()", {"__name__": "lit_prune.example", "tensor": model.weight.detach()})
 
@@ -71,3 +77,19 @@ def test_partners_and_conditional_order_are_found_where_the_sums_are(there):
     noise = torch.eye(9, dtype=torch.float64)
     found, wanted = _greedy(total.to(there), noise.to(there)), _greedy(total, noise)
     assert found[0].tolist() == wanted[0].tolist()
+
+
+def test_channels_are_followed_through_an_index_that_is_there(there):
+    class Indexed(nn.Module):
+        """As windows of attention take their position bias."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 3)
+            self.register_buffer("places", torch.tensor([0, 2, 1, 0]))
+
+        def forward(self, images):
+            return self.second(torch.relu(self.first(images))[:, :, self.places])
+
+    graph = lit_prune.structure.trace_groups(Indexed().to(there), torch.rand(1, 3, 8, 8).to(there))
+    assert [group.name for group in graph.prunable] == ["first"]

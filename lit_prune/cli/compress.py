@@ -25,7 +25,9 @@ SHOWN = {
 CAPTION = "r: share of free blocks removed; MACs, params: share left; accuracies; recal.: recalibrated BatchNorm"
 
 
-def schedule_sweep(run_dir: Path, ratios: Sequence[float], run_one: Callable[[float, Path], None]) -> Table:
+def schedule_sweep(
+    run_dir: Path, ratios: Sequence[float], run_one: Callable[[float, Path], None], count: Callable[[float], int]
+) -> Table:
     """Runs `run_one(ratio, folder)` for each ratio and tabulates what the runs handed over.
 
     A ratio whose folder already holds its `compact/report.json` is not run again, so a killed sweep resumes.
@@ -34,9 +36,10 @@ def schedule_sweep(run_dir: Path, ratios: Sequence[float], run_one: Callable[[fl
         run_dir: each ratio gets the folder `ratio=0.25` in it; the table is written to `schedule.parquet`.
         ratios: shares of the free blocks to remove, each in (0, 1).
         run_one: carries out one compression in the folder it is given.
+        count: how many blocks go at a ratio.
 
     Raises:
-        InputError: a ratio outside (0, 1).
+        InputError: a ratio outside (0, 1), one that removes no block, or two that remove the same ones.
 
     Source: m2m_dc section 4.1 (r = 0.10, 0.25, 0.40, 0.50).
     """
@@ -45,6 +48,7 @@ def schedule_sweep(run_dir: Path, ratios: Sequence[float], run_one: Callable[[fl
         raise InputError(f"ratios must lie in (0, 1), got {outside}")
     if len({float(ratio) for ratio in ratios}) < len(ratios):
         raise InputError(f"ratios must be distinct, got {list(ratios)}")
+    _check_counts({ratio: count(ratio) for ratio in ratios})
     rows = []
     for ratio in ratios:
         folder = run_dir / f"ratio={ratio if round(ratio, 2) != ratio else format(ratio, '.2f')}"
@@ -54,6 +58,18 @@ def schedule_sweep(run_dir: Path, ratios: Sequence[float], run_one: Callable[[fl
     table = pd.DataFrame(rows)
     write_parquet(run_dir / "schedule.parquet", table)
     return _terminal_table(table)
+
+
+def _check_counts(blocks: dict[float, int]) -> None:
+    """Refuses ratios that do not stand for a network each."""
+    taken: dict[int, float] = {0: 0.0}
+    for ratio, number in blocks.items():
+        if number in taken:
+            raise InputError(
+                f"ratios: {ratio} removes {number} blocks, the same as {taken[number]}; give ratios that differ by a "
+                "block at least"
+            )
+        taken[number] = ratio
 
 
 def _row(ratio: float, folder: Path) -> dict[str, float | int]:

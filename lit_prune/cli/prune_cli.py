@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -26,10 +27,12 @@ from lit_prune.data import ImageData
 from lit_prune.files import alone, nothing_of_a_refused_run
 from lit_prune.lab.reduce.request import ReduceRequest
 from lit_prune.lab.reduce.run import Setup, reduce_run
+from lit_prune.models import find_blocks
 from lit_prune.progress import terminal
 from lit_prune.train.checkpoints import checkpoint_writer
 from lit_prune.train.classifier import LitClassifier
 from lit_prune.train.execution import check_precision
+from lit_prune.train.stage_plans import blocks_of_ratio
 from lit_prune.train.trainer_state import callbacks_of
 
 TRAINING_VERBS = ("fit", "compress")
@@ -169,8 +172,9 @@ class PruneCLI(RunFolderCLI):
         if ratios is None:
             self.trainer.compress(**arguments)
             return
-        one = partial(self._one_ratio, arguments=arguments)
-        terminal().print(schedule_sweep(self.run_dir, ratios, one))
+        blocks = find_blocks(self.model.backbone, torch.zeros(1, *self.model.image_shape))
+        one, count = partial(self._one_ratio, arguments=arguments), partial(blocks_of_ratio, blocks)
+        terminal().print(schedule_sweep(self.run_dir, ratios, one, count))
 
     def _one_ratio(self, ratio: float, run_dir: Path, arguments: dict[str, Any]) -> None:
         """One run of a schedule sweep in its own folder, with a network and a trainer of its own."""

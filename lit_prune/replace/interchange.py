@@ -172,7 +172,7 @@ def paired_bootstrap(
     Raises:
         InputError: the two differ in length, or are empty.
     """
-    first, second = np.asarray(one, dtype=float), np.asarray(other, dtype=float)
+    first, second = (np.asarray(v.cpu() if isinstance(v, Tensor) else v, dtype=float) for v in (one, other))
     if first.shape != second.shape or not len(first):
         raise InputError(f"paired_bootstrap needs equally many values, got {len(first)} and {len(second)}")
     difference = first - second

@@ -154,9 +154,11 @@ class Follower(LabelledTensors, TorchDispatchMode):
             return
         sources = {id(tensor) for tensor in tensors_in(args[:1]) if self.of(tensor) is not None}
 
-        def shadow(leaf: Any) -> Any:  # integers that are no source say where values go
-            moves = isinstance(leaf, Tensor) and (leaf.is_floating_point() or id(leaf) in sources)
-            return self.shadow(leaf) if moves else leaf
+        def shadow(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            moves = leaf.is_floating_point() or id(leaf) in sources
+            return self.shadow(leaf) if moves else leaf.cpu()  # other integers say where values go: labels are there
 
         moved = function(*tree_map(shadow, args), **kwargs)
         for tensor, moved_labels in zip(tensors_in(output), tensors_in(moved), strict=True):

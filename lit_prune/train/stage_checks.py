@@ -19,7 +19,7 @@ from lit_prune.task.detection import detector_heads
 from lit_prune.task.outputs import shared_outputs
 from lit_prune.train.distillation import Repair, nothing_shared
 from lit_prune.train.features import input_width, last_layer
-from lit_prune.train.stage_plans import choose_blocks, dense_costs
+from lit_prune.train.stage_plans import check_count, choose_blocks, dense_costs
 from lit_prune.train.stages import BlockStage, ChannelStage, Stage, budgets_of
 
 
@@ -46,6 +46,7 @@ def check_stages(network: nn.Module, stages: Sequence[Stage], example: Any, is_d
         first = is_dense and place == 0
         if isinstance(stage, BlockStage):
             blocks = blocks if blocks is not None else find_blocks(network, example)
+            check_count(_blocks_asked_for(stages[: place + 1]), blocks)
             _check_blocks(network, stage, blocks, example, first, not any(_drops(one) for one in stages[:place]))
         elif isinstance(stage, ChannelStage):
             graph = graph or trace_groups(network, example)
@@ -55,6 +56,11 @@ def check_stages(network: nn.Module, stages: Sequence[Stage], example: Any, is_d
 
 def _drops(stage: Stage) -> bool:
     return isinstance(stage, BlockStage)
+
+
+def _blocks_asked_for(stages: Sequence[Stage]) -> int:
+    """Blocks that go in all, of the stages that say how many."""
+    return sum(stage.remove_count or 0 for stage in stages if isinstance(stage, BlockStage))
 
 
 def _check_order(stages: Sequence[Stage]) -> None:

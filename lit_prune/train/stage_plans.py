@@ -56,6 +56,25 @@ def removable_in_order(blocks: tuple[Block, ...], information: Mapping[str, floa
     return order
 
 
+def removable(blocks: tuple[Block, ...]) -> int:
+    """How many blocks may go together."""
+    return len(removable_in_order(blocks, {block.name: 0.0 for block in blocks}))
+
+
+def blocks_of_ratio(blocks: tuple[Block, ...], ratio: float) -> int:
+    """How many blocks a share of the free ones is: `floor(r * free)`, or as many as may go."""
+    return min(removable(blocks), int(ratio * sum(not block.protected for block in blocks)))
+
+
+def check_count(count: int, blocks: tuple[Block, ...]) -> None:
+    """Raises InputError where fewer blocks may go."""
+    if count > removable(blocks):
+        raise InputError(
+            f"stage blocks: remove_count asks for {count} blocks, and {removable(blocks)} can go (one of each stage "
+            "stays); give fewer"
+        )
+
+
 def plan_block_stage(model: nn.Module, stage: BlockStage, batches: Batches, dense: Costs, probe: Probe) -> Plan:
     """Plan that drops the blocks with the least information about the label.
 
@@ -117,9 +136,10 @@ def _block_count(
 ) -> int:
     """How many blocks of `order` go: `floor(r * free)`, or as few as bring the cost under the budget."""
     if stage.remove_ratio is not None:
-        return min(len(order), int(stage.remove_ratio * sum(not block.protected for block in blocks)))
+        return blocks_of_ratio(blocks, stage.remove_ratio)
     if stage.remove_count is not None:
-        return min(len(order), stage.remove_count)
+        check_count(stage.remove_count, blocks)
+        return stage.remove_count
     budget = stage.budget or "macs"
     quantity, target = find_budget(budget), (stage.keep or 0.0) * dense[budget]
     for count in range(len(order) + 1):

@@ -158,6 +158,7 @@ def test_more_parents_never_raise_the_affine_score(rows):
     assert (risks[1] <= risks[0] + 1e-12).all() and (risks[2] <= risks[1] + 1e-12).all()
 
 
+@pytest.mark.cpu  # rows have come from the device when this is asked
 @pytest.mark.parametrize("rule", ["pearson", "weighted_pearson", "random"])
 def test_the_affine_score_does_not_change_where_the_reader_undoes_a_scale(rows, rule):
     torch.manual_seed(0)
@@ -186,7 +187,7 @@ def test_remainder_of_the_risk_stays_under_its_bound(make_classifier, seed):
     images, labels = torch.randn(50, 5, dtype=torch.float64), torch.randint(4, (50,))
     lipschitz = hessian_lipschitz(net, "head", observe(net, images[:1]), images)
     head = softmax_head(net, [(images, labels)])
-    for constants in (head.curvature().constants(), head.values.mean(0), torch.full((7,), 3.0).double()):
+    for constants in (head.curvature().constants(), head.values.mean(0), torch.full_like(head.values[0], 3.0)):
         bound = remainder_bound(lipschitz, head.values, constants)
         for unit in range(7):
             replaced = head.values.clone()

@@ -30,6 +30,8 @@ IMPOSSIBLE = {
     "no such block": ([BlockStage(0, keep_blocks={"layer1": [0, 5]})], "layer1 has positions 0 to 2, got 5"),
     "blocks are too few": ([BlockStage(0, keep=0.01)], "cannot reach keep=0.01"),
     "channels are too few": ([ChannelStage(0.01, part="mid", cap=0.5)], "cannot reach keep=0.01 of macs: with every"),
+    "more than there are": ([BlockStage(0, remove_count=99)], "asks for 99 blocks, and 6 can go"),
+    "more in all": ([BlockStage(0, remove_count=4), BlockStage(1, remove_count=3)], "7 blocks, and 6 can go"),
     "keep is all": ([ChannelStage(1.0)], "removes nothing: keep=1.0 of the dense macs, and the dense network leaves 1"),
     "keep rises": ([ChannelStage(0.4), ChannelStage(0.5, 1)], "stage channels before it leaves 0.4"),
     "widths are too coarse": ([ChannelStage(0.99, round_to=64)], "cannot reach keep"),
