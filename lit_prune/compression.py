@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from lit_prune.arguments import checked
-from lit_prune.compression_report import CompressionReport, verify
+from lit_prune.compression_report import CompressionReport, measure_budget, verify
 from lit_prune.errors import InputError
 from lit_prune.measurement.layers import Batches
 from lit_prune.progress import looking_on
@@ -19,6 +19,9 @@ from lit_prune.replace.distil import Distilling, distil
 from lit_prune.replace.replacement import take_batches
 from lit_prune.scores import Evidence, plan_method
 from lit_prune.structure import Budget, CostModel, Plan
+from lit_prune.structure.budgets import find_budget
+from lit_prune.structure.example import as_example
+from lit_prune.structure.record import example_input
 from lit_prune.task import Task, settle
 
 
@@ -91,7 +94,8 @@ def compress(
         model: any trained network that `trace_groups` can follow.
         batches: calibration samples, unaugmented, of any kind that the task reads; 1,000 to 2,000 images serve.
         keep: share kept, in (0, 1].
-        budget: "macs", "params", "channels" or "latency" (of one sample).
+        budget: "macs", "params", "channels", or seconds of one sample or of 64: "latency", "latency_64" (PyTorch on the
+            network's device), "latency_onnx", "latency_onnx_64" (ONNX Runtime on the CPU).
         task: what a batch and an output mean; None recognises it.
         seconds: of repair after that; None: no training.
         recipe: how.
@@ -101,7 +105,9 @@ def compress(
         dict; replayed on `model` it gives the structure), `dense` and `compact` (macs, params, and the task's figure on
         `batches` where they have targets), `distortion` (squared change of the prediction over its variance),
         `agreement` (see `Task.agreement`; of a task without decisions 1 - `distortion`), `layers` (see
-        `Reduced.report`), `images`, `seconds` by step, and `repair` (see `distil`) where asked for.
+        `Reduced.report`), `images`, `seconds` by step, and `repair` (see `distil`) where asked for; under a budget that
+        is measured also `budget`: `dense` and `compact` (measured in turns at the end, `unit`), and the shares
+        `requested`, `predicted` (by the plan's prices), `measured` and `spread` (of the dense figures).
 
     Raises:
         InputError: no batches, a budget outside (0, 1] or out of reach, nothing to prune; fewer images than a solve
@@ -125,6 +131,8 @@ def compress(
             )
     with clock.step("verify"):
         report = verify(model, reduced, batches, example, task)
+        if find_budget(budget).measured:
+            report["budget"] = measure_budget(model, reduced, example_input(as_example(example)))
     if report["agreement"] < TOLERABLE:
         share = f"{1 - report['agreement']:.0%}"
         found = f"decides otherwise on {share} of the samples" if task.decides else f"is off by {share} of the variance"

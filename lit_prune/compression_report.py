@@ -10,6 +10,7 @@ from lit_prune.replace import Reduced
 from lit_prune.replace.spread import Spread
 from lit_prune.running import undisturbed
 from lit_prune.structure import apply_plan, cost
+from lit_prune.structure.budgets import find_budget
 from lit_prune.task import Task
 
 
@@ -25,6 +26,11 @@ class CompressionReport(dict[str, Any]):
             f"agreement with the original {self['agreement']:.4g}, distortion of its prediction "
             f"{self['distortion']:.3g}, on the {self['images']} calibration samples"
         )
+        if budget := self.get("budget"):
+            lines.append(
+                f"{budget['kind']} {budget['dense']:.4g} -> {budget['compact']:.4g} {budget['unit']} measured "
+                f"({budget['measured']:.1%})"
+            )
         sizes, kept = plan["sizes"], plan["keep_channels"]
         cut = [name for name in kept if len(kept[name]) < sizes[name]]
         lines.append(f"{len(cut)} groups of channels cut, {len(self['layers'])} layers solved again")
@@ -61,6 +67,17 @@ def verify(model: nn.Module, reduced: Reduced, batches: Iterable[Any], example: 
         counted = cost(net, example)
         report[name] = {"macs": counted.macs, "params": counted.params} | figures.get(name, {})
     return report | comparison.distances()
+
+
+def measure_budget(model: nn.Module, reduced: Reduced, example: Any) -> dict[str, Any]:
+    """What a measured budget came to, see `compress`."""
+    notes = reduced.plan.notes
+    quantity = find_budget(notes["budget"])
+    dense, compact = quantity.compare([model, reduced.model], example)
+    shares = {name: notes[name] for name in ("requested", "predicted", "spread") if name in notes}
+    return {"kind": quantity.name, "unit": quantity.unit, "dense": dense, "compact": compact} | (
+        shares | {"measured": compact / dense}
+    )
 
 
 @dataclass

@@ -71,6 +71,47 @@ def time_runs(runs: Sequence[Callable[[], Any]], rounds: int = ROUNDS, seconds: 
     return [Timing.of(passes) for passes in zip(*taken[WARM_UP:], strict=True)]
 
 
+@dataclass(frozen=True)
+class Best:
+    """Seconds of the quickest of some passes: what the work takes where nothing else runs.
+
+    Attributes:
+        seconds: of the quickest.
+        spread: by how much the quickest of either half of the passes differ, relative to it.
+    """
+
+    seconds: float
+    spread: float
+
+    @classmethod
+    def of(cls, passes: Sequence[float]) -> "Best":
+        """From the seconds of two passes at least.
+
+        >>> Best.of([0.4, 0.2, 0.25, 0.3])
+        Best(seconds=0.2, spread=0.25)
+        """
+        halves = min(passes[: len(passes) // 2]), min(passes[len(passes) // 2 :])
+        return cls(min(halves), round(abs(halves[0] - halves[1]) / min(halves), 6))
+
+
+def best_times(runs: Sequence[Callable[[], Any]], seconds: float, least: int = 4, most: int = 20) -> list[Best]:
+    """The quickest passes of functions that take turns; one more of each is run first and not timed.
+
+    Args:
+        runs: as in `time_runs`.
+        seconds: rounds are run until so much time has passed.
+        least: rounds at the least.
+        most: rounds at the most.
+    """
+    for run in runs:
+        run()
+    taken: list[list[float]] = []
+    begin = time.perf_counter()
+    while len(taken) < least or (len(taken) < most and time.perf_counter() - begin < seconds):
+        taken.append([_timed(run) for run in runs])
+    return [Best.of(passes) for passes in zip(*taken, strict=True)]
+
+
 def _timed(run: Callable[[], Any]) -> float:
     start = time.perf_counter()
     run()

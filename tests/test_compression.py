@@ -10,6 +10,7 @@ from lit_prune.compression import Recipe
 from lit_prune.errors import InputError
 from lit_prune.replace import Replacement
 from lit_prune.structure import Plan, apply_plan, cost
+from lit_prune.structure.budgets import Quantity
 
 
 def wide_block() -> nn.Module:
@@ -64,6 +65,24 @@ def test_labels_are_not_read_and_images_alone_serve(net, batches):
 def test_parameters_are_a_budget_too(net, batches):
     compact, report = lit_prune.compress(net, batches, keep=0.7, budget="params")
     assert report["compact"]["params"] <= 0.7 * report["dense"]["params"]
+
+
+class Time(Quantity):
+    """Measured: multiply-adds, and a tenth of a dense pass for the calls."""
+
+    measured, unit = True, "s"
+
+    def compare(self, models, example_input):
+        found = [cost(model, example_input).macs for model in models]
+        return [value + 0.1 * found[0] for value in found]
+
+
+def test_a_measured_budget_is_reported_as_asked_for_as_predicted_and_as_measured(net, batches):
+    compact, report = lit_prune.compress(net, batches, keep=0.7, budget=f"{__name__}:Time")
+    said = report["budget"]
+    assert said["requested"] == 0.7 and 0.65 < said["measured"] == said["compact"] / said["dense"] <= 0.7
+    assert said["predicted"] == pytest.approx(said["measured"], abs=0.02) and said["spread"] == 0
+    assert said["compact"] - 0.1 * report["dense"]["macs"] == pytest.approx(cost(compact, batches[0][0]).macs, rel=1e-3)
 
 
 def test_scaling_units_changes_neither_choice_nor_function(net, batches):

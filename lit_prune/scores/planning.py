@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -53,13 +52,13 @@ def plan_method(
         measured = measured_damage(evidence, graph, ranks, request)
         first = plan_ladders(graph, cost_model, ranks, measured, _arithmetic(request))
         measured = corrected_damage(evidence, graph, measured, first)
-        plan_at = partial(plan_ladders, graph, cost_model, ranks, measured)
+        plan_at = lambda priced, wanted: plan_ladders(graph, priced, ranks, measured, wanted)  # noqa: E731
     else:
-        plan_at = partial(plan_channels, graph, cost_model, ranks)
+        plan_at = lambda priced, wanted: plan_channels(graph, priced, ranks, wanted)  # noqa: E731
     if find_budget(request.kind).measured and request.allocation != "layerwise":
-        plan = plan_measured(evidence.model, plan_at, request, example_input(evidence.example))
+        plan = plan_measured(evidence.model, graph, cost_model, plan_at, request, example_input(evidence.example))
     else:
-        plan = plan_at(request)
+        plan = plan_at(cost_model, request)
     return replace(plan, notes={**plan.notes, "method": method if isinstance(method, str) else find_score(method).name})
 
 

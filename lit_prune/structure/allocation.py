@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from torch import nn
 
 from lit_prune.arguments import checked
 from lit_prune.errors import InputError
-from lit_prune.structure.budgets import find_budget
+from lit_prune.structure.budgets import STABLE, find_budget
 from lit_prune.structure.cost_model import CostModel
 from lit_prune.structure.groups import ChannelGraph, trace_groups
 from lit_prune.structure.ladders import Ladder, cheapest_damage
@@ -20,8 +19,9 @@ from lit_prune.structure.ranking import Budget, Ranks, group_scores
 from lit_prune.structure.surgery import apply_plan
 from lit_prune.structure.widths import Price, Steps, allowed_widths, global_widths, uniform_widths
 
-MEASURED_TRIALS = 6
-STABLE = 0.2
+MEASURED_TRIALS = 4
+NEAR = 0.03  # share of a measured budget that may be left over
+STEEPEST = 3.0
 Measured = Mapping[str, tuple[Sequence[int], Sequence[float]]]  # group -> widths, damage at each
 _TOLERANCE = 0.01
 
@@ -73,8 +73,8 @@ def make_plan(
     graph = trace_groups(model, example_input)
     cost_model = CostModel.build(model, graph, example_input)
     if find_budget(budget).measured and allocation != "layerwise":
-        plan_at = partial(plan_channels, graph, cost_model, ranks)
-        return plan_measured(model, plan_at, request, example_input)
+        plan_at = lambda priced, wanted: plan_channels(graph, priced, ranks, wanted)  # noqa: E731
+        return plan_measured(model, graph, cost_model, plan_at, request, example_input)
     return plan_channels(graph, cost_model, ranks, request)
 
 
@@ -207,38 +207,66 @@ def _plan_layerwise(
     return replace(plan, notes=notes | found)
 
 
-def plan_measured(model: nn.Module, plan_at: Callable[[Budget], Plan], request: Budget, example_input: Any) -> Plan:
-    """Bisection over the share of MACs with trial surgery, until what is measured is within the budget.
+def plan_measured(
+    model: nn.Module,
+    graph: ChannelGraph,
+    cost_model: CostModel,
+    plan_at: Callable[[CostModel, Budget], Plan],
+    request: Budget,
+    example_input: Any,
+) -> Plan:
+    """Plans by what the cost grows with (`Quantity.work`), cut and measured until one is within the budget.
 
-    Each trial takes turns with the dense network; `notes["spread"]` says by how much the latter's figures differ from
-    trial to trial, relative to their median. Above `STABLE` a warning says so.
+    The share of the dense cost is taken to be `1 - slope · (1 - work / dense work)`: with a slope of 1 first, then with
+    the one that the last network has shown. Each takes turns with the dense network; `notes["spread"]` says by how much
+    the latter's figures differ from trial to trial, relative to their median. Above `STABLE` a warning says so.
 
     Args:
         model: the network.
-        plan_at: plan for a budget of MACs.
+        graph: its groups.
+        cost_model: of the same network.
+        plan_at: plan for a budget under the prices of a cost model.
         request: the budget of a measured quantity, such as latency.
         example_input: the batch that is measured with.
+
+    Returns:
+        The plan that was measured nearest below the budget; notes: `achieved` (measured), `predicted`, `spread`,
+        `macs_achieved`.
     """
     quantity = find_budget(request.kind)
     quantity.check(example_input)
-    low, high, best, dense = 0.0, 1.0, None, []
-    trials: list[tuple[float, Plan]] = []
+    work = quantity.work(model, graph, cost_model, example_input)
+    slope, whole, dense = 1.0, work(cost_model.sizes), []
+    trials: list[Plan] = []
     for _ in range(MEASURED_TRIALS):
-        share = (low + high) / 2
-        plan = plan_at(replace(request, kind="macs", keep=share))
-        trial = model if plan.removes_nothing else apply_plan(model, plan, example_input)
-        whole, found = quantity.compare([model, trial], example_input)
-        dense.append(whole)
-        ratio = found / whole
-        trials.append((ratio, plan))
-        if ratio <= request.share:
-            low, best = share, (ratio, plan)
-        else:
-            high = share
-    ratio, plan = best or min(trials, key=lambda pair: pair[0])
-    reason = "" if best else f"the best of {MEASURED_TRIALS} trials still takes {ratio:.3f} of the dense {request.kind}"
-    notes = {"budget": request.kind, "requested": request.share, "achieved": ratio, "met": not reason, "reason": reason}
-    notes |= {"spread": _spread(dense, request.kind, quantity.unit), "macs_achieved": plan.notes["achieved"]}
+        share = lambda widths, slope=slope: 1 - slope * (1 - work(widths) / whole)  # noqa: E731
+        wanted = request if not trials else replace(request, keep=request.share * (1 - NEAR / 2))
+        plan = plan_at(replace(cost_model, measured=share), wanted)
+        widths = cost_model.widths(plan.keep_channels)
+        if any(plan.keep_channels == other.keep_channels for other in trials):
+            break  # the nearest that there is
+        small = model if plan.removes_nothing else apply_plan(model, plan, example_input)
+        before, after = quantity.compare([model, small], example_input)
+        dense.append(before)
+        notes = {"predicted": share(widths), "achieved": after / before, "reason": plan.notes["reason"]}
+        notes["macs_achieved"] = cost_model.macs(widths) / cost_model.macs(cost_model.sizes)
+        trials.append(replace(plan, notes={**plan.notes, **notes}))
+        if (1 - NEAR) * request.share <= notes["achieved"] <= request.share:
+            break
+        if work(widths) < whole:
+            slope = float(np.clip((1 - notes["achieved"]) / (1 - work(widths) / whole), 1 / STEEPEST, STEEPEST))
+    dense.append(quantity.compare([model], example_input)[0])  # one trial alone would say nothing of the spread
+    return _nearest(trials, request, _spread(dense, request.kind, quantity.unit))
+
+
+def _nearest(trials: Sequence[Plan], request: Budget, spread: float) -> Plan:
+    """The plan that was measured nearest below the budget, or else the least."""
+    achieved = np.array([plan.notes["achieved"] for plan in trials])
+    met = bool((achieved <= request.share).any())
+    plan = trials[int(np.argmax(np.where(achieved <= request.share, achieved, -1)) if met else np.argmin(achieved))]
+    least = f"the best of {len(trials)} trials still takes {achieved.min():.3f} of the dense {request.kind}"
+    reason = "" if met else f"{least}; {plan.notes['reason']}".removesuffix("; ")
+    notes = {"budget": request.kind, "requested": request.share, "met": met, "reason": reason, "spread": spread}
     return replace(plan, notes={**plan.notes, **notes})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,13 +15,18 @@ from lit_prune.structure.widths import Price
 
 if TYPE_CHECKING:
     from lit_prune.structure.cost_model import CostModel
+    from lit_prune.structure.groups import ChannelGraph
+    from lit_prune.structure.runtimes import Runtime
+
+STABLE = 0.2  # share by which times may differ before it is said
 
 
 class Quantity(Named):
     """A cost of a network, of which a budget keeps a share.
 
     A subclass answers from arithmetic (`whole`), so that a budget is met without a forward pass, or sets `measured` and
-    answers from the network alone (`of`); then the share is found by trial surgery.
+    answers from the network alone (`of`); then widths are priced by what it grows with (`work`), and a few networks are
+    cut and measured to find how (`plan_measured`).
 
     Attributes:
         measured: whether it has to run the network.
@@ -48,14 +54,20 @@ class Quantity(Named):
         """The costs of networks that are measured together."""
         return [self.of(model, example_input) for model in models]
 
-    def whole(self, cost_model: CostModel, widths: np.ndarray) -> int:
-        """The cost of the network whose groups have these widths."""
-        raise InputError(f"budget={self.name!r} is not counted by arithmetic; use make_plan or plan_method")
+    def whole(self, cost_model: CostModel, widths: np.ndarray) -> float:
+        """The cost of the network whose groups have these widths; what is measured has one in `plan_measured` alone."""
+        if cost_model.measured is None:
+            raise InputError(f"budget={self.name!r} is not counted by arithmetic; use make_plan or plan_method")
+        return cost_model.measured(widths)
+
+    def work(self, model: nn.Module, graph: ChannelGraph, cost_model: CostModel, example_input: Any) -> Price:
+        """What a measured cost grows with, of the widths of all groups and in any unit: here the multiply-adds."""
+        return cost_model.macs
 
     def price(self, cost_model: CostModel, columns: np.ndarray) -> Price:
         """Widths of the groups in `columns` -> cost of the whole network, the other groups at their present width."""
 
-        def price(widths: np.ndarray) -> int:
+        def price(widths: np.ndarray) -> float:
             everything = cost_model.sizes.copy()
             everything[columns] = widths
             return self.whole(cost_model, everything)
@@ -124,23 +136,82 @@ class Channels(Quantity):
 
 @register_budget("latency")
 class Latency(Quantity):
-    """Seconds of a forward pass of the example, measured."""
+    """Seconds of a forward pass of the example in PyTorch, on the network's device.
+
+    Attributes:
+        batch: samples in a pass; None: as many as the example has (`compress` and stages give one).
+    """
 
     measured = True
     unit = "s"
+    batch: ClassVar[int | None] = None
+
+    @property
+    def runtime(self) -> Runtime:
+        """What runs the network."""
+        from lit_prune.structure.runtimes import Eager
+
+        return Eager()
 
     def check(self, example_input: Any) -> None:
-        """One tensor, since a batch of it is made."""
+        """One tensor, since a batch of it is made, and what runs it is installed."""
         if not isinstance(example_input, Tensor):
-            raise InputError("budget=latency: the network reads more than one tensor; use macs or params")
+            raise InputError(f"budget={self.name}: the network reads more than one tensor; use macs or params")
+        if absent := self.runtime.missing():
+            raise InputError(f"budget={self.name}: {', '.join(absent)} missing; pip install 'lit-prune[export]'")
 
     def of(self, model: nn.Module, example_input: Any) -> float:
-        """The median of some passes."""
+        """The quickest of some passes."""
         return self.compare([model], example_input)[0]
 
     def compare(self, models: Sequence[nn.Module], example_input: Any) -> list[float]:
-        """Medians of passes in turns."""
-        from lit_prune.structure.latency import compare_latencies
+        """The quickest of passes in turns."""
+        from lit_prune.structure.latency import best_latencies
 
+        return best_latencies(models, self._images(models[0], example_input), self.runtime)
+
+    def work(self, model: nn.Module, graph: ChannelGraph, cost_model: CostModel, example_input: Any) -> Price:
+        """Seconds of the layers by a table of their shapes, see `time_layers`."""
+        from lit_prune.structure.latency_table import time_layers
+
+        table = time_layers(model, graph, self._images(model, example_input), self.runtime)
+        if table is not None and table.spread > STABLE:
+            warnings.warn(
+                f"{self.name}: single layers took up to {table.spread:.0%} longer in one half of the passes than in "
+                "the other; the plan is no better than that: repeat it on an idle device, or give budget='macs'",
+                stacklevel=2,
+            )
+        return table or cost_model.macs
+
+    def _images(self, model: nn.Module, example_input: Any) -> Tensor:
         self.check(example_input)
-        return compare_latencies(models, tuple(example_input.shape[1:]), len(example_input))
+        like = next((p for p in model.parameters() if p.is_floating_point()), example_input)
+        return like.new_zeros(self.batch or len(example_input), *example_input.shape[1:])
+
+
+@register_budget("latency_64")
+class Latency64(Latency):
+    """Seconds of a pass of 64 samples in PyTorch, on the network's device."""
+
+    batch = 64
+
+
+@register_budget("latency_onnx")
+class OnnxLatency(Latency):
+    """Seconds of a pass of one sample in ONNX Runtime, on the CPU with torch's threads."""
+
+    batch = 1
+
+    @property
+    def runtime(self) -> Runtime:
+        """What runs the network."""
+        from lit_prune.structure.runtimes import OnnxRuntime
+
+        return OnnxRuntime()
+
+
+@register_budget("latency_onnx_64")
+class OnnxLatency64(OnnxLatency):
+    """Seconds of a pass of 64 samples in ONNX Runtime, on the CPU with torch's threads."""
+
+    batch = 64

@@ -12,6 +12,7 @@ from lit_prune.structure.cost import LayerCost, cost
 from lit_prune.structure.groups import ChannelGraph
 from lit_prune.structure.layers import layer_type
 from lit_prune.structure.opened import opened
+from lit_prune.structure.widths import Price
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,14 @@ class CostModel:
         sizes: their dense widths, int64 [G].
         macs_matrix: int64 [G+1, G+1].
         params_matrix: int64 [G+1, G+1].
+        measured: what is known of a measured cost at these widths, int64 [G]; see `plan_measured`.
     """
 
     names: tuple[str, ...]
     sizes: np.ndarray
     macs_matrix: np.ndarray
     params_matrix: np.ndarray
+    measured: Price | None = None
 
     @classmethod
     def build(cls, model: nn.Module, graph: ChannelGraph, example_input: Any) -> "CostModel":
@@ -69,6 +72,23 @@ class CostModel:
         """Widths after a plan that keeps these units, int64 [G]."""
         kept = [len(keep_channels.get(name, range(size))) for name, size in zip(self.names, self.sizes, strict=True)]
         return np.array(kept, dtype=np.int64)
+
+
+def layer_rows(model: nn.Module, graph: ChannelGraph, example_input: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Rows of the output and input axis, int64 [G+1] each, of the layers whose two widths may be cut apart.
+
+    Convolutions of one group, depthwise ones (whose widths are one) and linear layers; see `CostModel`.
+    """
+    with opened(model):
+        counted = cost(model, example_input)
+        rows = _axis_rows(graph)
+        found = {}
+        for name in counted.layers:
+            module = model.get_submodule(name)
+            plain = axes.is_weighted(module) and (getattr(module, "groups", 1) == 1 or axes.is_depthwise(module))
+            if plain:
+                found[name] = _row(rows, graph, module, name, "out"), _row(rows, graph, module, name, "in")
+    return found
 
 
 def _projections(module: Any, layer: LayerCost) -> int:

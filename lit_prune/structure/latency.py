@@ -12,11 +12,13 @@ from lit_prune.errors import InputError
 from lit_prune.running import modes_kept
 from lit_prune.structure.cost import cost
 from lit_prune.structure.example import Example
-from lit_prune.timing import Timing, time_runs
+from lit_prune.structure.runtimes import Runtime
+from lit_prune.timing import Timing, best_times, time_runs
 
 SINGLE, BATCHED = 60, 3  # timed passes of `compare_profiles` at the most with one image, and with a batch
 LARGEST = 64  # images of a batch
 PASS_SECONDS, SINGLE_SECONDS = 2.0, 10.0  # most for a pass of one batch, and for all passes with one image
+BEST = 3.0  # seconds of passes of `best_latencies`
 Inputs = Sequence[int] | Example  # shape of one image, or what a network is called with
 
 
@@ -55,6 +57,20 @@ def time_networks(
         for model in models:
             model.eval()
         return time_runs(runs, repeats, seconds=0.0)
+
+
+def best_latencies(models: Sequence[nn.Module], images: Tensor, runtime: Runtime) -> list[float]:
+    """Seconds of the quickest of some passes of each network, which take turns.
+
+    Args:
+        models: the networks; their train/eval flags are as before afterwards.
+        images: what they are called with.
+        runtime: what runs them.
+    """
+    with modes_kept(*models), torch.inference_mode():
+        for model in models:
+            model.eval()
+        return [best.seconds for best in best_times([runtime.network(model, images) for model in models], BEST)]
 
 
 def profile(model: nn.Module, example_input: Tensor, accuracy: float | None = None) -> dict[str, Any]:

@@ -55,8 +55,8 @@ class Budget:
     """What may be kept, and how it is shared out.
 
     Attributes:
-        kind: what is counted: "macs", "params", "channels" (units of the prunable groups) or "latency" (seconds,
-            measured; only `make_plan` can).
+        kind: what is counted: "macs", "params", "channels" (units of the prunable groups), or seconds ("latency",
+            "latency_64", "latency_onnx", "latency_onnx_64": measured; only `make_plan` and `plan_method` can).
         keep: share kept of the present network, in (0, 1]; with "layerwise" a dict group name -> share.
         allocation: "global" (one threshold over all groups), "uniform" (the same share in every group), "layerwise",
             or "measured" (what each group's width does to the prediction; needs data: only `plan_method` can).

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-Price = Callable[[np.ndarray], int]  # widths int64 [G] -> cost
+Price = Callable[[np.ndarray], float]  # widths int64 [G] -> cost
 
 
 @dataclass(frozen=True)
