@@ -107,6 +107,26 @@ def test_a_budget_out_of_reach_says_the_least(net, batches):
         lit_prune.compress(net, batches, keep=0.001)
 
 
+def test_a_measured_budget_out_of_reach_says_the_least(net, batches):
+    with pytest.raises(
+        InputError, match=r"keep=0\.05 is out of reach: .* still takes 0\.\d+ .*give at least keep=0\.\d+"
+    ):
+        lit_prune.compress(net, batches, keep=0.05, budget=f"{__name__}:Time")  # the calls alone take more
+
+
+def test_singular_layers_are_solved_without_harm(net, batches):
+    """Units that never fire, units that never change, and an image channel that is blank, beside the copies."""
+    with torch.no_grad():
+        for block in net.blocks:
+            block[1].bias[:2] = -100.0
+            block[1].weight[2:4], block[1].bias[2:4] = 0.0, 2.0
+    for images, _ in batches:
+        images[:, 1] = 0.0
+    compact, report = lit_prune.compress(net, batches, keep=0.6)
+    assert all(parameter.isfinite().all() for parameter in compact.parameters())
+    assert report["distortion"] < 0.01
+
+
 def test_no_batches_are_refused(net):
     with pytest.raises(InputError, match="batch"):
         lit_prune.compress(net, [], keep=0.5)
