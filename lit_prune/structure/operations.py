@@ -53,7 +53,8 @@ KNOWN = (
     | BATCH_NORM
     | {"constant_pad_nd", "glu"}
 )
-KNOWN |= {"channel_shuffle", "native_channel_shuffle"}
+REGIONS = frozenset("roi_align roi_pool".split())
+KNOWN |= REGIONS | {"channel_shuffle", "native_channel_shuffle", "index_put", "index_put_"}
 
 
 def is_pointwise(function: Any) -> bool:
