@@ -18,6 +18,7 @@ from lit_prune.structure import ChannelGraph, CostModel, Group, axes, trace_grou
 from lit_prune.task import Task, settle
 
 RIDGE = 1e-4
+WIDEST = 10_000  # most values an output reads of which all products are formed: 800 MB, a minute's factorisation
 POSITIONS = 64  # most positions of one image in a covariance
 PIECE = 32  # images unfolded at once
 
@@ -93,7 +94,7 @@ def costs_by_group(
 
 
 def readers_of(model: nn.Module, graph: ChannelGraph) -> list[str]:
-    """All layers that read a prunable group and can be solved again."""
+    """All layers that read a prunable group and that the score can solve again."""
     return sorted({name for group in _silent(graph) for name in solvable_readers(model, group)})
 
 
@@ -103,8 +104,9 @@ def _silent(graph: ChannelGraph) -> list[Group]:
 
 
 def solvable_readers(model: nn.Module, group: Group) -> list[str]:
-    """Layers that read the group and can be solved again."""
-    return [name for name in group.consumers if is_solvable(model.get_submodule(name))]
+    """Layers that read the group, can be solved again, and are not too wide for their second moments (`WIDEST`)."""
+    readers = {name: model.get_submodule(name) for name in group.consumers}
+    return [name for name, m in readers.items() if is_solvable(m) and kernel_of(m)[0].numel() <= WIDEST]
 
 
 def _unit_macs(cost_model: CostModel, group: Group) -> float:

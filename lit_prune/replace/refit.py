@@ -14,7 +14,8 @@ from lit_prune.replace.consumers import Reader
 from lit_prune.replace.folding import add_to_output
 from lit_prune.replace.kernels import kernel_of, set_kernel
 from lit_prune.replace.patches import PositionSample, channel_dim, input_rows, output_rows, taken
-from lit_prune.replace.regression import RIDGES, STRONG_RIDGES, CrossSums, Fit, PairSums, solve, solve_held_out
+from lit_prune.replace.regression import RIDGES, STRONG_RIDGES, Fit, Gathered, PairSums, solve_held_out
+from lit_prune.replace.rows import Rows
 from lit_prune.replace.segments import Segment
 from lit_prune.replace.settings import ROWS_A_WEIGHT, Replacement
 from lit_prune.replace.side_by_side import Pair, passed, walked
@@ -105,7 +106,7 @@ class _Solver:
         self.module = pair.reduced.get_submodule(stop.layer)
         rows = max(settings.rows, ROWS_A_WEIGHT * kernel_of(self.module)[0].numel())
         self.positions = PositionSample(-(-rows // images), settings.seed)
-        self.sums: dict[bool, PairSums] = {}
+        self.sums: dict[bool, Gathered] = {}
         self.seen: list[_Piece] = []
         self.kept = 0
 
@@ -125,7 +126,8 @@ class _Solver:
             piece = _Piece(reduced.inputs[part], at, wanted)
             rows = input_rows(self.module, piece.inputs, at)
             if not self.sums:
-                first = PairSums.zeros(rows, wanted.target)
+                few = self.images * len(rows) // len(output[part]) < rows.shape[1] // 2
+                first: Gathered = Rows() if few else PairSums.zeros(rows, wanted.target)
                 self.sums = {False: first, True: first.empty()}
             self.sums[held_out].add(rows, wanted.target)
             if self.stop.clip is not None and self.settings.clipped:
@@ -160,7 +162,7 @@ class _Solver:
     def finish(self) -> tuple[dict, bool]:
         """Solves, writes weights and bias; the layer's report, and whether it gained a bias."""
         everything = self.sums[False] + self.sums[True]
-        few, towards_zero = everything.rows <= len(everything.inputs), self.settings.towards == "zero"
+        few, towards_zero = everything.rows <= everything.width, self.settings.towards == "zero"
         if few and towards_zero and not (self.reader.removed and self.settings.unsupported == "delete"):
             return self._left(everything), False
         weight = kernel_of(self.module).double().flatten(1)
@@ -184,17 +186,17 @@ class _Solver:
             **({"undetermined": self._needed(everything)} if few else {}),
         }, created
 
-    def _needed(self, sums: PairSums) -> int:
+    def _needed(self, sums: Gathered) -> int:
         """Images that have more positions than the layer has weights an output."""
-        return -(-self.images * (len(sums.inputs) + 1) // int(sums.rows))
+        return -(-self.images * (sums.width + 1) // int(sums.rows))
 
-    def _left(self, sums: PairSums) -> dict:
+    def _left(self, sums: Gathered) -> dict:
         """Report of a layer that stays as it is, because there are fewer rows than weights to solve for.
 
         Raises:
             InputError: it has lost inputs, so that it cannot stay.
         """
-        rows, wide = int(sums.rows), len(sums.inputs)
+        rows, wide = int(sums.rows), sums.width
         if self.reader.removed:
             raise InputError(
                 f"layer {self.stop.layer!r} reads {wide} values and is to be solved again from {rows} positions of "
@@ -202,19 +204,19 @@ class _Solver:
             )
         return {"rows": rows, "left": f"{rows} positions do not determine {wide} weights"}
 
-    def _clipped(self, fit: Fit, sums: PairSums, prior: Tensor | None, power: Tensor) -> Fit:
+    def _clipped(self, fit: Fit, sums: Gathered, prior: Tensor | None, power: Tensor) -> Fit:
         """The fit to the output behind the clip: `argmin Σ‖W u + b - clamp(W u + b, low, high)‖²` by majorisation.
 
         The sum never rises. In each round the target of a row is the value within its range that is nearest to the
         present fit.
         """
         for _ in range(CLIP_ROUNDS):
-            targets = CrossSums.like(sums)
+            targets = sums.retargeted()
             for piece in self.seen:
                 rows = input_rows(self.module, piece.inputs, piece.chosen) if piece.rows is None else piece.rows
                 present = rows @ fit.weight.T.to(rows) + fit.bias.to(rows)
                 targets.add(rows, present.clamp(piece.wanted.low, piece.wanted.high))
-            fit = solve(targets.covariance(sums), fit.ridge, prior, power)
+            fit = targets.covariance(power).solve(fit.ridge, prior)
         return fit
 
 

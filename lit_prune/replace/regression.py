@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +15,53 @@ RIDGES = (1e-10, 1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # relative to each i
 STRONG_RIDGES = (1.0, 10.0, 100.0)  # with a prior: the last leaves the weights as they are
 DEAD = 1e-10  # share of the mean variance below which an input is as good as constant
 FAINT = 1e-4  # the same of one that the layer does not read either
+
+
+class Solved(Protocol):
+    """Means and second moments of a data set, ready to be solved."""
+
+    def solve(self, ridge: float, prior: Tensor | None = None) -> Fit:
+        """Ridge regression."""
+
+    def error(self, fit: Fit) -> float:
+        """Share of the targets' variance that `fit` leaves."""
+
+
+class Gathered(Protocol):
+    """What has been gathered of a data set: rows of inputs [S, D] and targets [S, O], or their sums."""
+
+    @property
+    def rows(self) -> Any:
+        """S."""
+
+    @property
+    def width(self) -> int:
+        """D."""
+
+    def add(self, inputs: Tensor, targets: Tensor) -> None:
+        """Adds rows."""
+
+    def __add__(self, other: Any) -> Gathered:
+        """Of both data sets, which are of one kind."""
+
+    def empty(self) -> Gathered:
+        """Of no rows."""
+
+    def retargeted(self) -> Retargeted:
+        """For the same inputs with other targets, which are to be added."""
+
+    def covariance(self, power: Tensor | None = None) -> Solved:
+        """What is solved."""
+
+
+class Retargeted(Protocol):
+    """Other targets of rows that have been gathered."""
+
+    def add(self, inputs: Tensor, targets: Tensor) -> None:
+        """Adds rows."""
+
+    def covariance(self, power: Tensor | None = None) -> Solved:
+        """What is solved."""
 
 
 @dataclass
@@ -66,17 +114,29 @@ class PairSums:
         values = {f.name: torch.zeros_like(getattr(self, f.name)) for f in fields(self)}
         return PairSums(**values | {"shift": self.shift})
 
-    def covariance(self) -> Covariance:
-        """Population means and covariances."""
+    @property
+    def width(self) -> int:
+        """D."""
+        return len(self.inputs)
+
+    def retargeted(self) -> CrossSums:
+        """For the same inputs with other targets."""
+        outputs = torch.zeros_like(self.targets)
+        return CrossSums(self, torch.zeros_like(self.cross), outputs, outputs.clone())
+
+    def covariance(self, power: Tensor | None = None) -> Covariance:
+        """Population means and covariances; see `alive` for `power`."""
         wide = len(self.inputs)
         mean = self.first / self.rows
         u, z = mean[:wide], mean[wide:]
+        inputs = (self.inputs / self.rows).addr_(u, u, alpha=-1)
         return Covariance(
             self.shift[:wide] + u,
             self.shift[wide:] + z,
-            self.inputs / self.rows - torch.outer(u, u),
+            inputs,
             self.cross / self.rows - torch.outer(u, z),
             self.targets / self.rows - z.square(),
+            alive(inputs.diagonal(), power),
         )
 
 
@@ -85,42 +145,37 @@ class CrossSums:
     """Sums of new targets z over the inputs of `PairSums` that exist already; float64.
 
     Attributes:
-        shift: [D], of the inputs.
+        sums: of the inputs.
         cross: [D, O], Σ (u - shift) zᵀ.
         first: [O], Σ z.
         second: [O], Σ z².
     """
 
-    shift: Tensor
+    sums: PairSums
     cross: Tensor
     first: Tensor
     second: Tensor
 
-    @classmethod
-    def like(cls, sums: PairSums) -> CrossSums:
-        """Empty sums for the inputs of `sums`."""
-        outputs = torch.zeros_like(sums.targets)
-        return cls(sums.shift[: len(sums.inputs)], torch.zeros_like(sums.cross), outputs, outputs.clone())
-
     def add(self, inputs: Tensor, targets: Tensor) -> None:
         """Adds rows: inputs [S, D] and targets [S, O]."""
-        shift = self.shift.to(inputs.dtype)
+        shift = self.sums.shift[: self.sums.width].to(inputs.dtype)
         for u, z in zip(inputs.split(CHUNK), targets.split(CHUNK), strict=True):
             self.cross += (u - shift).T @ z
             self.first += z.sum(0)
             self.second += z.square().sum(0)
 
-    def covariance(self, sums: PairSums) -> Covariance:
-        """Population means and covariances of the inputs of `sums` and the new targets, which came for all rows."""
-        inputs = sums.covariance()
-        mean = self.first / sums.rows
-        offset = inputs.input_mean - self.shift
+    def covariance(self, power: Tensor | None = None) -> Covariance:
+        """Population means and covariances of the inputs and the new targets, which came for all rows."""
+        inputs, rows = self.sums.covariance(power), self.sums.rows
+        mean = self.first / rows
+        offset = inputs.input_mean - self.sums.shift[: self.sums.width]
         return Covariance(
             inputs.input_mean,
             mean,
             inputs.inputs,
-            self.cross / sums.rows - torch.outer(offset, mean),
-            self.second / sums.rows - mean.square(),
+            self.cross / rows - torch.outer(offset, mean),
+            self.second / rows - mean.square(),
+            inputs.penalty,
         )
 
 
@@ -134,6 +189,7 @@ class Covariance:
         inputs: [D, D].
         cross: [D, O].
         targets: [O], variances.
+        penalty: what a ridge is relative to, [D].
     """
 
     input_mean: Tensor
@@ -141,6 +197,7 @@ class Covariance:
     inputs: Tensor
     cross: Tensor
     targets: Tensor
+    penalty: Tensor
 
     def cpu(self) -> Covariance:
         """The same on the CPU."""
@@ -152,6 +209,23 @@ class Covariance:
         explained = (fit.weight * (fit.weight @ self.inputs - 2 * self.cross.T)).sum(1)
         residual = (self.targets + explained + bias.square()).clamp_min(0).sum()
         return float(residual / self.targets.sum()) if self.targets.sum() > 0 else float(residual)
+
+    def solve(self, ridge: float, prior: Tensor | None = None) -> Fit:
+        """Ridge regression `argmin Σ‖W u + b - z‖² + Σ_d λ_d‖W_d - prior_d‖²`, b free, λ_d = ridge · rows · penalty_d.
+
+        Args:
+            ridge: above 0.
+            prior: [O, D], where the penalty is zero; None: at zero.
+        """
+        inputs = self.inputs.clone()
+        inputs.diagonal().add_(ridge * self.penalty)
+        factor, failed = torch.linalg.cholesky_ex(inputs)
+        if failed:
+            return self.solve(max(10 * ridge, 1e-12), prior)
+        lacking = self.cross if prior is None else self.cross - self.inputs @ prior.T
+        change = torch.cholesky_solve(lacking, factor).T  # [O, D]
+        weight = change if prior is None else prior + change
+        return Fit(weight, self.target_mean - weight @ self.input_mean, ridge)
 
 
 @dataclass(frozen=True)
@@ -168,7 +242,9 @@ def ridged(inputs: Tensor, ridge: float, power: Tensor | None = None) -> Tensor:
 
     So a fit does not change when an input is rescaled and its weights undo it.
     """
-    return inputs + torch.diag(ridge * alive(inputs.diagonal(), power))
+    found = inputs.clone()
+    found.diagonal().add_(ridge * alive(inputs.diagonal(), power))
+    return found
 
 
 def alive(variances: Tensor, power: Tensor | None = None) -> Tensor:
@@ -190,27 +266,9 @@ def alive(variances: Tensor, power: Tensor | None = None) -> Tensor:
     return torch.where(constant, typical, variances)
 
 
-def solve(data: Covariance, ridge: float, prior: Tensor | None = None, power: Tensor | None = None) -> Fit:
-    """Ridge regression `argmin Σ‖W u + b - z‖² + Σ_d λ_d‖W_d - prior_d‖²`, b free, λ_d = ridge · rows · Var(u_d).
-
-    Args:
-        data: covariances.
-        ridge: relative ridge, above 0.
-        prior: [O, D], where the penalty is zero; None: at zero.
-        power: see `alive`.
-    """
-    factor, failed = torch.linalg.cholesky_ex(ridged(data.inputs, ridge, power))
-    if failed:
-        return solve(data, max(10 * ridge, 1e-12), prior, power)
-    lacking = data.cross if prior is None else data.cross - data.inputs @ prior.T
-    change = torch.cholesky_solve(lacking, factor).T  # [O, D]
-    weight = change if prior is None else prior + change
-    return Fit(weight, data.target_mean - weight @ data.input_mean, ridge)
-
-
 def solve_held_out(
-    fitted: PairSums,
-    held_out: PairSums,
+    fitted: Gathered,
+    held_out: Gathered,
     ridges: Sequence[float] = RIDGES,
     prior: Tensor | None = None,
     power: Tensor | None = None,
@@ -218,24 +276,24 @@ def solve_held_out(
     """The fit to both data sets with the ridge that serves the held-out one best, and the error it had there.
 
     Args:
-        fitted: sums of the fitting part.
-        held_out: sums of the held-out part; without rows `UNTESTED_RIDGE` is taken, or the least candidate where
+        fitted: sums or rows of the fitting part.
+        held_out: the same of the held-out part; without rows `UNTESTED_RIDGE` is taken, or the least candidate where
             all are larger, and the error is NaN.
         ridges: candidates, ascending; a larger one must win by more than rounding.
-        prior: as in `solve`.
+        prior: as in `Covariance.solve`.
         power: see `alive`.
     """
     if not held_out.rows or len(ridges) == 1:
         ridge = ridges[0] if len(ridges) == 1 else max(UNTESTED_RIDGE, ridges[0])
-        fit = solve((fitted + held_out).covariance(), ridge, prior, power)
+        fit = (fitted + held_out).covariance(power).solve(ridge, prior)
         return fit, held_out.covariance().error(fit) if held_out.rows else float("nan")
-    data, test = fitted.covariance(), held_out.covariance()
+    data, test = fitted.covariance(power), held_out.covariance()
     errors: dict[float, float] = {}  # by ridge, descending
     for ridge in reversed(ridges):
-        fit = solve(data, ridge, prior, power)
+        fit = data.solve(ridge, prior)
         errors[fit.ridge] = test.error(fit)
         if fit.ridge > ridge:  # too small for what rounding leaves of the covariance, and so are those below
             break
     best = min(errors.values())
     chosen = min(ridge for ridge, error in errors.items() if error <= best * (1 + 1e-9) + 1e-15)
-    return solve((fitted + held_out).covariance(), chosen, prior, power), errors[chosen]
+    return (fitted + held_out).covariance(power).solve(chosen, prior), errors[chosen]

@@ -6,7 +6,7 @@ from torch import nn
 
 from lit_prune.replace.ladder import Cut, distortion_ladders, ladder_widths, measured_distortion
 from lit_prune.replace.reconstruction import reader_moments, reconstruction_costs
-from lit_prune.replace.regression import Covariance, solve
+from lit_prune.replace.regression import Covariance
 from lit_prune.structure import trace_groups
 
 
@@ -43,14 +43,22 @@ def test_nested_cuts_are_the_least_squares_fits_on_the_kept_columns():
     weight = torch.randn(3, 8, dtype=torch.float64)
     targets = rows @ weight.T
     centred, mean = rows - rows.mean(0), rows.mean(0)
-    covariance = Covariance(mean, targets.mean(0), centred.T @ centred / 500, centred.T @ targets / 500, targets.var(0))
+    variance = centred.square().mean(0)
+    covariance = Covariance(
+        mean, targets.mean(0), centred.T @ centred / 500, centred.T @ targets / 500, targets.var(0), variance
+    )
     columns = torch.tensor([[0, 1], [4, 5], [6, 7]])  # columns 2 and 3 belong to nobody
     cut = Cut.build(weight, covariance, columns, [2, 0, 1], [1, 2], 1e-4)
     for place, kept in enumerate(([2, 3, 6, 7], [0, 1, 2, 3, 6, 7])):
         inner = Covariance(
-            mean[kept], targets.mean(0), covariance.inputs[kept][:, kept], covariance.cross[kept], covariance.targets
+            mean[kept],
+            targets.mean(0),
+            covariance.inputs[kept][:, kept],
+            covariance.cross[kept],
+            covariance.targets,
+            variance[kept],
         )
-        fit = solve(inner, 1e-4, weight[:, kept])
+        fit = inner.solve(1e-4, weight[:, kept])
         change = -weight.clone()
         change[:, kept] += fit.weight
         torch.testing.assert_close(cut.weight[place], change.float(), rtol=1e-4, atol=1e-5)

@@ -8,7 +8,8 @@ from torch import nn
 from lit_prune.replace import Replacement, replace_mechanisms
 from lit_prune.replace.flow import observe
 from lit_prune.replace.patches import PositionSample, input_rows, output_rows
-from lit_prune.replace.regression import PairSums, solve, solve_held_out
+from lit_prune.replace.regression import PairSums, solve_held_out
+from lit_prune.replace.rows import Rows
 from lit_prune.replace.walk import watching
 from lit_prune.structure import Plan, apply_plan
 from lit_prune.task import Unlabelled
@@ -191,7 +192,7 @@ def test_streamed_sums_solve_the_ridge_problem():
     for part in range(0, 500, 50):
         sums.add(inputs[part : part + 50], targets[part : part + 50])
     data = sums.covariance()
-    fit = solve(data, 0.1)
+    fit = data.solve(0.1)
     u, z = inputs - inputs.mean(0), targets - targets.mean(0)
     penalty = 0.1 * u.square().mean(0) * 500
     expected = torch.linalg.solve(u.T @ u + torch.diag(penalty), u.T @ z).T
@@ -382,6 +383,24 @@ def test_an_input_that_was_shut_off_is_not_read_and_one_that_was_scaled_down_is(
         order = [0, 1, 2, 3, 4, 5, shut, scaled]
         sums = PairSums.zeros(rows, wanted)
         sums.add(rows[:, order], wanted)
-        fit = solve(sums.covariance(), 1e-4, power=power[[0, 1, 2, 3, 4, 5, 6, 7]])
+        fit = sums.covariance(power).solve(1e-4)
         assert fit.weight[0, 6].abs() < 10
         assert fit.weight[0, 7] == pytest.approx(1e4, rel=0.01)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_fewer_rows_than_inputs_are_solved_by_rows_as_by_moments(kept):
+    torch.manual_seed(0)
+    rows, wanted = torch.randn(20, 30, dtype=torch.float64) * torch.logspace(-2, 1, 30), torch.randn(20, 4).double()
+    prior = torch.randn(4, 30, dtype=torch.float64) if kept else None
+    power = torch.rand(30, dtype=torch.float64)
+    found = []
+    for parts in ([PairSums.zeros(rows, wanted) for _ in range(2)], [Rows(), Rows()]):
+        parts[0].add(rows[:14], wanted[:14])
+        parts[1].add(rows[14:], wanted[14:])
+        fit, error = solve_held_out(parts[0], parts[1], (1e-6, 1e-2, 1.0), prior, power)
+        targets = (parts[0] + parts[1]).retargeted()
+        targets.add(rows, wanted.clamp(-0.5, 0.5))
+        found.append((*vars(fit).values(), error, *vars(targets.covariance(power).solve(0.1, prior)).values()))
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(torch.as_tensor(other), torch.as_tensor(mine))
