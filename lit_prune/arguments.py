@@ -42,6 +42,13 @@ def checked(public: Public) -> Public:
     return typing.cast("Public", checked_call(public, public.__name__))
 
 
+def check_seeds(*seeds: int) -> None:
+    """Raises InputError where a seed is none that every generator takes."""
+    for seed in seeds:
+        if not 0 <= seed < 2**32:
+            raise InputError(f"seed={seed} is no seed; give a whole number from 0 to 4294967295")
+
+
 def checked_call(function: Callable, name: str) -> Callable:
     """The function, which refuses as `checked` says and calls itself `name`."""
     signature = inspect.signature(function)

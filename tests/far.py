@@ -59,8 +59,11 @@ class Far(torch.Tensor):
 
     @data.setter
     def data(self, value: torch.Tensor) -> None:
-        value = value.detach().to(PLACE).requires_grad_(self.requires_grad)
-        torch.utils.swap_tensors(self, torch.nn.Parameter(value) if isinstance(self, torch.nn.Parameter) else value)
+        value, required = value.detach().to(PLACE), self.requires_grad
+        parameter = isinstance(self, torch.nn.Parameter)
+        torch.utils.swap_tensors(
+            self, torch.nn.Parameter(value, required) if parameter else value.requires_grad_(required)
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         if id(self) not in memo:

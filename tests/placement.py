@@ -79,8 +79,8 @@ class OnDevice(TorchFunctionMode):
 
 def mixed(args: tuple, kwargs: dict) -> bool:
     """Whether there are tensors with a dimension on two devices."""
-    places = {leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.ndim}
-    return len(places) > 1
+    leaves = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.ndim)
+    return len({leaf.device for leaf in leaves if not leaf.is_meta}) > 1
 
 
 def _on_cpu(value: Any) -> Any:

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from lit_prune.arguments import checked
+from lit_prune.arguments import check_seeds, checked
 from lit_prune.errors import InputError
 
 HookPoint = Literal["pre_bn", "post_bn"]
@@ -45,6 +45,7 @@ class Protocol:
     def __post_init__(self) -> None:
         if self.positions != "all" and self.positions < 1:
             raise InputError(f"positions: {self.positions!r} is neither 'all' nor a positive number")
+        check_seeds(self.seed)
         if self.partners < 1:
             raise InputError(f"partners: {self.partners} is below 1")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lit_prune.arguments import checked
+from lit_prune.arguments import check_seeds, checked
 from lit_prune.errors import InputError
 from lit_prune.measurement.layers import Batches
 from lit_prune.structure.example import Example
@@ -40,6 +40,7 @@ class Swaps:
         """
         if self.pairs < 1 or self.images < 2 or self.batch_size < 1:
             raise InputError(f"pairs={self.pairs} and batch_size must be at least 1, images={self.images} at least 2")
+        check_seeds(self.seed)
         if not 0 <= self.probability <= 1:
             raise InputError(f"probability={self.probability} must lie in [0, 1]")
 

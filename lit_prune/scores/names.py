@@ -1,8 +1,10 @@
 """Names of methods: `fpgm`, `ix_minus_redundancy(0.5)`, `hybrid(taylor, magnitude_plus_ix(2))`."""
 
 import inspect
+import math
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from lit_prune.errors import InputError, did_you_mean
@@ -65,9 +67,7 @@ def _value(text: str, default: Any, plain: str, known: Mapping[str, Score]) -> A
         return parse_method(text, known)
     if isinstance(default, str):
         return text.strip()
-    try:
-        return float(text)
-    except ValueError:
-        raise InputError(
-            f"score: {plain} has the parameter {text!r} that is not a number; write {plain}(0.5)"
-        ) from None
+    with suppress(ValueError):
+        if math.isfinite(number := float(text)):
+            return number
+    raise InputError(f"score: {plain} has the parameter {text!r} that is not a number; write {plain}(0.5)")

@@ -58,7 +58,7 @@ def _initialise(module: nn.Module) -> None:
 def _small_alexnet() -> nn.Module:
     with torch.device("meta"):
         model = models.alexnet()
-    model.features.to_empty(device="cpu").apply(_initialise)
+    model.features.to_empty(device=torch.empty(()).device).apply(_initialise)
     return _with_classifier(model, model.features, 256 * 36)
 
 

@@ -171,9 +171,9 @@ def test_channels_joined_with_the_input_are_protected() -> None:
     ],
 )
 def test_layers_that_mix_or_cannot_be_cut_protect_their_channels(module: nn.Module, word: str) -> None:
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), module, nn.ReLU(), nn.Conv2d(8, 4, 1), nn.Flatten(), nn.LazyLinear(2))
+    tail = nn.ReLU(), nn.Conv2d(8, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
     images = torch.randn(1, 3, 8, 8)
-    model(images)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), module, *tail).to(images.device)
     graph = trace_groups(model, images)
     assert word in graph.by_name["0"].protected
     assert graph.by_name["3"].protected == ""

@@ -34,7 +34,7 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         tokens = self.patches(images).flatten(2).permute(2, 0, 1)
-        mask = torch.ones(len(tokens), len(tokens), dtype=torch.bool).triu(1)
+        mask = torch.ones(len(tokens), len(tokens), dtype=torch.bool, device=images.device).triu(1)
         for layer in self.layers:
             tokens = layer(tokens, mask)
         return self.head(tokens.mean(0))

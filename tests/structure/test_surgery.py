@@ -118,7 +118,7 @@ def test_channels_whose_width_is_fixed_in_the_forward_are_protected_with_the_rea
             self.first, self.second = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
 
         def forward(self, images: torch.Tensor) -> torch.Tensor:
-            return self.second(self.first(images) + torch.ones(1, 4, 1, 1)).mean((2, 3))
+            return self.second(self.first(images) + torch.ones(1, 4, 1, 1, device=images.device)).mean((2, 3))
 
     model, images = Fixed(), torch.randn(1, 3, 4, 4)
     assert trace_groups(model, images).by_name["first"].protected == FAILS

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lit_prune.arguments import check_seeds
 from lit_prune.errors import InputError
 from lit_prune.lab.analyze.extras import extra_names
 from lit_prune.measurement.protocol import DEFAULT_PROTOCOL, Protocol
@@ -59,6 +60,7 @@ class AnalyzeRequest:
             raise InputError(
                 f"target: {self.target!r} is not one of {known} (one_vs_rest: ask for the extra 'targets')"
             )
+        check_seeds(self.seed)
         least = {"limit": 4, "samples": 8, "bins": 2}
         for name, minimum in least.items():
             value = getattr(self, name)

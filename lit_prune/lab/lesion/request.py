@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lit_prune.arguments import check_seeds
 from lit_prune.errors import InputError
 from lit_prune.measurement.protocol import Protocol
 from lit_prune.task import TARGETS
@@ -47,6 +48,9 @@ class LesionRequest:
     def __post_init__(self) -> None:
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(self.layers))
+            if not self.layers:
+                raise InputError("layers: empty; give names or patterns, or null for some of each third of the depth")
+        check_seeds(self.seed)
         least = {"per_third": 1, "channels": 1, "images": 1, "limit": self.peers + 2, "peers": 1, "values": 1}
         for name, minimum in least.items():
             value = getattr(self, name)

@@ -1,8 +1,10 @@
 """What `reduce` is asked for: where, how much, by which methods, how verified."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from lit_prune.arguments import check_seeds
 from lit_prune.errors import InputError
 from lit_prune.replace import Replacement, Swaps, find_stand_in
 from lit_prune.train.distillation import Repair
@@ -129,8 +131,10 @@ class ReduceRequest:
         twice = next((label for label in labels if labels.count(label) > 1), None)
         if twice:
             raise InputError(f"request.methods: {twice!r} is there twice; give the methods different names")
-        if any(share <= 0 for share in self.kept):
-            raise InputError(f"request.kept={min(self.kept)} leaves nothing; give shares in (0, 1) or numbers of units")
+        check_seeds(*self.seeds)
+        wrong = [share for share in self.kept if not 0 < share < math.inf]
+        if wrong:
+            raise InputError(f"request.kept={wrong[0]} leaves nothing; give shares in (0, 1) or numbers of units")
         if min(self.calibration_sizes) < 2 or self.repair_epochs < 0 or self.stress_draws < 1:
             raise InputError(
                 f"request: calibration_sizes={list(self.calibration_sizes)} must be at least 2, stress_draws="

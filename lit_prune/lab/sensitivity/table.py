@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
+from lit_prune.arguments import check_seeds
 from lit_prune.compression_report import Comparison
 from lit_prune.errors import InputError
 from lit_prune.progress import Watch, unwatched
@@ -48,6 +49,7 @@ class Asked:
             raise InputError(f"keep={list(self.keep)}: give shares in (0, 1)")
         if self.images < 1:
             raise InputError(f"images={self.images} must be at least 1")
+        check_seeds(self.seed)
         find_score(self.score)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from lit_prune.arguments import check_seeds
 from lit_prune.errors import InputError
 from lit_prune.scores import find_score
 from lit_prune.structure import Budget
@@ -123,8 +124,7 @@ class SweepRequest:
             value = getattr(self, name)
             if value is not None and value < minimum:
                 raise InputError(f"{name}: {value} is too small; give at least {minimum}")
-        if min(self.seeds) < 0:
-            raise InputError(f"seeds: {min(self.seeds)} is negative; give numbers of at least 0")
+        check_seeds(*self.seeds)
         for count in self.recovery_checks:
             if not 1 <= count < self.max_batches:
                 raise InputError(

@@ -147,7 +147,15 @@ def test_iterators_are_refused(tiny_net, batches):
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"extras": ("hull",)}, {"target": "one_vs_rest"}, {"limit": 2}, {"bins": 1}, {"partner_counts": (0,)}]
+    "arguments",
+    [
+        {"extras": ("hull",)},
+        {"target": "one_vs_rest"},
+        {"limit": 2},
+        {"bins": 1},
+        {"partner_counts": (0,)},
+        {"seed": -1},
+    ],
 )
 def test_bad_requests_are_named(arguments):
     with pytest.raises(InputError, match=next(iter(arguments))):

@@ -155,6 +155,8 @@ def test_analyze_takes_the_lesions(tiny_net, images, tmp_path):
     ("settings", "words"),
     [
         ({"layers": ("convolution",)}, "layers: no convolution or linear layer matches 'convolution'"),
+        ({"layers": ()}, "layers: empty"),
+        ({"seed": -1}, "seed=-1 is no seed"),
         ({"channels": 0}, "channels: 0 is too small"),
         ({"limit": 9}, "limit: 9 is too small; give at least 10"),
         ({"ridge": 0.0}, "ridge"),

@@ -159,6 +159,7 @@ def test_heads_of_an_attention_are_units():
 
 @pytest.mark.parametrize(("values", "message"), [
     ({"kept": (0.01,)}, "leaves nothing"), ({"kept": (12,)}, "removes nothing"), ({"kept": (-1,)}, "leaves nothing"),
+    ({"kept": (float("nan"),)}, "leaves nothing"), ({"kept": (float("inf"),)}, "leaves"), ({"seeds": (-1,)}, "seed"),
     ({"layer": "layers.3"}, "ReLU"), ({"layer": "layer.2"}, "did you mean layers.2"),
     ({"calibration_sizes": (4000,)}, "4000"), ({"calibration_classes": (9,)}, "classes"),
     ({"methods": (ReduceMethod("label"),)}, "'label' is unknown"),

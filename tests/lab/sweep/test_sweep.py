@@ -245,6 +245,8 @@ def test_the_subset_of_the_test_images_is_balanced_and_splits_survive_a_redraw()
         ({"methods": ("composit_ix",)}, "did you mean composite_ix"),
         ({"sparsities": (0.5, 1.0)}, "sparsities: 1.0 lies outside"),
         ({"seeds": ()}, "seeds: empty"),
+        ({"seeds": (2**32,)}, "is no seed"),
+        ({"alphas": (float("nan"),)}, "'nan' that is not a number"),
         ({"recovery_checks": (2,)}, "recovery_checks: 2 must lie in"),
         ({"normalisation": "softmax"}, "normalisation='softmax' is unknown"),
         ({"removals": ("mask",), "allocations": ("hybrid",)}, "'mask' goes with the allocations global and uniform"),
