@@ -94,7 +94,7 @@ class Best:
         return cls(min(halves), round(abs(halves[0] - halves[1]) / min(halves), 6))
 
 
-def best_times(runs: Sequence[Callable[[], Any]], seconds: float, least: int = 4, most: int = 20) -> list[Best]:
+def best_times(runs: Sequence[Callable[[], Any]], seconds: float, least: int = 6, most: int = 500) -> list[Best]:
     """The quickest passes of functions that take turns; one more of each is run first and not timed.
 
     Args:

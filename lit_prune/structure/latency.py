@@ -18,7 +18,7 @@ from lit_prune.timing import Timing, best_times, time_runs
 SINGLE, BATCHED = 60, 3  # timed passes of `compare_profiles` at the most with one image, and with a batch
 LARGEST = 64  # images of a batch
 PASS_SECONDS, SINGLE_SECONDS = 2.0, 10.0  # most for a pass of one batch, and for all passes with one image
-BEST = 3.0  # seconds of passes of `best_latencies`
+BEST = 1.5  # seconds of passes of `best_latencies`
 Inputs = Sequence[int] | Example  # shape of one image, or what a network is called with
 
 

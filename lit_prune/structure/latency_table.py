@@ -1,6 +1,7 @@
 """Seconds of a network's layers as arithmetic on the widths of its groups, from times of each shape at some widths."""
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +23,7 @@ from lit_prune.timing import Best, best_times
 
 LEVELS = 8  # widths of an axis at which a layer is timed
 BLOCK = 8  # channels that kernels take at once: a width costs what the next multiple costs
-SECONDS = 0.05  # of timing for a row of widths
+SECONDS = 0.1  # of timing for a row of widths
 
 
 @dataclass(frozen=True)
@@ -212,8 +213,9 @@ def _narrowed(modules: Sequence[Any], values: Tensor, out: int, read: int, runti
     layer, *after = copy.deepcopy(modules)
     kind = layer_type(layer)
     assert kind is not None, "rows are of layers"
-    dim = kind.channel_dim(layer, values)
-    given = values.narrow(dim, 0, read).contiguous()
+    shape = list(values.shape)
+    shape[kind.channel_dim(layer, values)] = read
+    given = values.flatten()[: math.prod(shape)].view(shape)  # all share the one map of zeros
     width = axes.width(layer, "out")
     for axis, wanted in (("out", out),) if axes.is_depthwise(layer) else (("out", out), ("in", read)):
         kind.cut(layer, axis, range(wanted, axes.width(layer, axis)))
