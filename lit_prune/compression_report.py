@@ -34,6 +34,9 @@ class CompressionReport(dict[str, Any]):
         sizes, kept = plan["sizes"], plan["keep_channels"]
         cut = [name for name in kept if len(kept[name]) < sizes[name]]
         lines.append(f"{len(cut)} groups of channels cut, {len(self['layers'])} layers solved again")
+        if whole := plan["notes"].get("without_scores"):
+            named = ", ".join(whole[:3]) + (", ..." if len(whole) > 3 else "")
+            lines.append(f"{len(whole)} groups left whole, which the score says nothing of: {named}")
         lines.append(", ".join(f"{name} {seconds:.1f} s" for name, seconds in self["seconds"].items()))
         return "\n".join(lines) + f"\nkeys: {', '.join(self)}"
 

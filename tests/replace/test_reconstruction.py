@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from lit_prune import compress
 from lit_prune.replace.elimination import Elimination, elimination_costs
 from lit_prune.replace.ladder import distortion_ladders
 from lit_prune.replace.reconstruction import reader_moments, reconstruction_costs
@@ -141,3 +142,15 @@ def test_the_order_is_the_same_however_many_removals_wait(monkeypatch):
         found.append(elimination_costs([Elimination.build(covariance, weight, metric, shuffled, 1e-6)], 9))
     torch.testing.assert_close(found[1], found[0])
     torch.testing.assert_close(found[2], found[0])
+
+
+def test_a_group_whose_reader_takes_too_many_values_stays_whole_and_the_report_says_so(monkeypatch):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 2)]
+    net, images = nn.Sequential(*layers).eval(), torch.randn(64, 3, 8, 8)
+    monkeypatch.setattr(
+        "lit_prune.replace.reconstruction.WIDEST", 100
+    )  # the second layer reads 72 values, the last 128
+    _, report = compress(net, [images[:32], images[32:]], keep=0.7)
+    assert set(report["plan"]["keep_channels"]) == {"0"}
+    assert "1 groups left whole, which the score says nothing of: 2" in str(report)

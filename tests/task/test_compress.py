@@ -107,6 +107,7 @@ class TwoStages(nn.Module):
 
 
 def test_a_detector_with_proposals_is_compared_by_its_anchors_whatever_the_sizes_of_images():
+    torch.manual_seed(1)
     sizes = [(6, 6), (6, 8), (5, 6)]
     batches = [
         ([torch.randn(3, *size) for _ in range(4)], [{"boxes": torch.zeros(1, 4), "labels": torch.zeros(1)}] * 4)
