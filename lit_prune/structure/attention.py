@@ -19,53 +19,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_prune.structure.attention_alike import moved
+from lit_prune.structure.attention_parts import Attention, Inner
 from lit_prune.structure.attention_slices import Slices, likewise, owners_of, slices_of
 from lit_prune.structure.example import Example
 from lit_prune.structure.stack import Stack, watching
 
 _SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
 _PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
+_UNMET = "its weights meet no values in a product of matrices that could be seen"
 MIXERS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
-
-
-@dataclass(frozen=True)
-class Inner:
-    """A width of the heads: position by position, the same in every head.
-
-    Attributes:
-        size: positions in a head.
-        slices: what serves one position alone, in all heads.
-        columns: position by position, the input channels of the layer that reads the heads; none for queries and keys.
-    """
-
-    size: int
-    slices: tuple[Slices, ...] = ()
-    columns: tuple[tuple[int, ...], ...] = ()
-
-
-@dataclass(frozen=True)
-class Attention:
-    """One attention.
-
-    Attributes:
-        name: qualified name of the module in whose forward it happens.
-        heads: their number.
-        reader: name of the weight of the layer that reads the heads.
-        columns: head by head, the input channels of that layer.
-        slices: what serves one head alone, without the reader.
-        reason: "" or why heads cannot be taken from it.
-        values: the width of the values.
-        pairs: the width of queries and keys.
-    """
-
-    name: str
-    heads: int
-    reader: str = ""
-    columns: tuple[tuple[int, ...], ...] = ()
-    slices: tuple[Slices, ...] = ()
-    reason: str = ""
-    values: Inner = Inner(0)
-    pairs: Inner = Inner(0)
 
 
 @dataclass
@@ -74,6 +37,14 @@ class _Call:
 
     owner: str
     output: Tensor
+    factors: tuple[Tensor, Tensor] | None
+
+
+@dataclass
+class _Weights:
+    """Weights of the values, [..., heads, L, S], and the queries and keys behind them."""
+
+    shape: torch.Size
     factors: tuple[Tensor, Tensor] | None
 
 
@@ -99,8 +70,26 @@ def find_attention(model: nn.Module, sample: Example) -> tuple[list[Attention], 
         model(*sample.args, **sample.kwargs)
     reads = [read for read in watch.reads if read.inputs.requires_grad]
     columns = _columns(watch.calls, reads)
-    attentions = [_attention(model, call, reads, found) for call, found in zip(watch.calls, columns, strict=True)]
+    attentions: list[Attention] = []
+    for call, found in zip(watch.calls, columns, strict=True):
+        known = next((like for other in attentions if (like := _like(model, other, call, reads, found))), None)
+        attentions.append(known or _attention(model, call, reads, found))
+    attentions += [Attention(name, found.shape[-3], reason=_UNMET) for name, found in watch.weights.items()]
     return attentions, watch.calls_of
+
+
+def _like(
+    model: nn.Module, known: Attention, call: _Call, reads: Sequence[_Read], found: tuple[int, Tensor] | str
+) -> Attention | None:
+    """A known attention under the names of this one; None unless both are built, called and read alike."""
+    if isinstance(found, str):
+        return None
+    places = tuple(tuple(sorted(row)) for row in found[1].tolist())
+    width = 0 if call.factors is None else call.factors[0].shape[-1]
+    if (known.heads, known.columns, known.pairs.size) != (call.output.shape[-3], places, width):
+        return None
+    other = moved(model, known, call.owner)
+    return other if other is not None and other.reader == reads[found[0]].weight else None
 
 
 class _Watch(Stack):
@@ -111,7 +100,7 @@ class _Watch(Stack):
         self.leaves = {name for name, module in model.named_modules() if next(module.parameters(), None) is None}
         self.calls: list[_Call] = []
         self.reads: list[_Read] = []
-        self.weights: dict[int, tuple[Tensor, tuple[Tensor, Tensor] | None]] = {}
+        self.weights: dict[str, _Weights] = {}  # by the module in which they still wait for values
         self.product: tuple[int, tuple[Tensor, Tensor]] | None = None  # its size, and its factors
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -122,16 +111,25 @@ class _Watch(Stack):
         output = function(*args, **kwargs)
         if function is F.scaled_dot_product_attention:
             self._call(output, (args[0], args[1]) if len(args) > 1 else None)
-        elif function in _SOFTMAX and output.dim() > 3:
+        elif (
+            function in _SOFTMAX
+            and output.dim() > 3
+            and (args[1:2] or (kwargs.get("dim"),))[0] in (-1, output.dim() - 1)
+        ):
             known = self.product is not None and self.product[0] == output.numel()
-            self.weights[output.data_ptr()] = (output, self.product[1] if known and self.product else None)
+            self.weights[self._owner()] = _Weights(output.shape, self.product[1] if known and self.product else None)
         elif function in _PRODUCTS and len(args) == 2 and isinstance(args[0], Tensor):
-            weights, factors = self.weights.get(args[0].data_ptr(), (None, None))
-            if weights is not None and weights.shape == args[0].shape:
-                self._call(output, factors)
+            weights = self.weights.get(self._owner())
+            if weights is not None and weights.shape[-2:] == args[0].shape[-2:] and args[0].dim() > 3:
+                del self.weights[self._owner()]  # which a layer may have changed on the way, other heads included
+                self._call(output, weights.factors)
             else:
                 self.product = (output.numel(), (args[0], args[1].transpose(-2, -1)))
         return output
+
+    def _owner(self) -> str:
+        """The module that runs, one without parameters left out."""
+        return next((name for name in reversed(self.running) if name not in self.leaves), "")
 
     def _read(self, function, args: tuple, kwargs: dict) -> tuple:
         inputs, weight = args[0], args[1] if len(args) > 1 else kwargs["weight"]
@@ -143,8 +141,7 @@ class _Watch(Stack):
 
     def _call(self, output: Tensor, factors: tuple[Tensor, Tensor] | None) -> None:
         if output.dim() > 3 and output.requires_grad:
-            owner = next((name for name in reversed(self.running) if name not in self.leaves), "")
-            self.calls.append(_Call(owner, output, factors))
+            self.calls.append(_Call(self._owner(), output, factors))
 
 
 def _columns(calls: Sequence[_Call], reads: Sequence[_Read]) -> list[tuple[int, Tensor] | str]:
@@ -210,11 +207,11 @@ def _attention(model: nn.Module, call: _Call, reads: Sequence[_Read], found: tup
     of = lambda unit: torch.empty(width, dtype=torch.int64).index_copy(0, columns.flatten().cpu(), unit)  # noqa: E731
     head_of = of(torch.arange(heads).repeat_interleave(columns.shape[1]))
     owners = dict(owners_of(named, [(read.inputs, read.dim, head_of)], heads))
-    slices = {name: part for name, owner in owners.items() if (part := slices_of(name, owner, heads))}
+    parts = ((name, slices_of(name, owner, heads, partly=owner.dim() > 1)) for name, owner in owners.items())
+    slices = {name: part for name, part in parts if part}
     slices |= likewise(model, slices, owners)
     inner = columns.shape[1]
-    owners = dict(owners_of(named, [(read.inputs, read.dim, of(torch.arange(inner).repeat(heads)))], inner))
-    values = tuple(part for name, owner in owners.items() if (part := slices_of(name, owner, inner, partly=True)))
+    values = _inner_slices(model, named, [(read.inputs, read.dim, of(torch.arange(inner).repeat(heads)))], inner)
     across = tuple(tuple(sorted(row)) for row in columns.T.tolist())
     return Attention(
         call.owner,
@@ -240,10 +237,18 @@ def _pairs(model: nn.Module, call: _Call, named: Sequence[tuple[str, Tensor]]) -
     roots = [(f, f.dim() - 1, torch.arange(size)) for f in call.factors if f.requires_grad and f.shape[-1] == size]
     if len(roots) < 2:
         return Inner(size)
-    owners = owners_of(named, roots, size)
-    slices = [part for name, owner in owners if (part := slices_of(name, owner, size, partly=True))]
+    slices = _inner_slices(model, named, roots, size)
     for name, buffer in model.named_buffers():  # a bias of the keys that is no parameter
         beside = [s for s in slices if s.name.rpartition(".")[0] == name.rpartition(".")[0] and buffer.dim() == 1]
         same = [s for s in beside if sum(map(len, s.positions)) == len(buffer) and not s.dim]
-        slices += [Slices(name, 0, same[0].positions)] if same and buffer.is_floating_point() else []
-    return Inner(size, tuple(slices))
+        slices += (Slices(name, 0, same[0].positions),) if same and buffer.is_floating_point() else ()
+    return Inner(size, slices)
+
+
+def _inner_slices(
+    model: nn.Module, named: Sequence[tuple[str, Tensor]], roots: Sequence[tuple[Tensor, int, Tensor]], units: int
+) -> tuple[Slices, ...]:
+    """What serves one position within the heads alone, see `owners_of`; the rest may serve something else."""
+    owners = dict(owners_of(named, roots, units))
+    slices = {name: part for name, owner in owners.items() if (part := slices_of(name, owner, units, partly=True))}
+    return tuple((slices | likewise(model, slices, owners, partly=True)).values())

@@ -79,26 +79,30 @@ def _unseen(owner: Tensor) -> Tensor:
     return (owner < 0) & (owner > _SHARED * 10**4)
 
 
-def likewise(model: nn.Module, slices: dict[str, Slices], owners: dict[str, Tensor]) -> dict[str, Slices]:
-    """Vectors that lie beside a tensor with heads along its first axis, of the same length, in the same module.
+def likewise(
+    model: nn.Module, slices: dict[str, Slices], owners: dict[str, Tensor], partly: bool = False
+) -> dict[str, Slices]:
+    """Vectors that lie beside a tensor with units along its first axis, of the same length, in the same module.
 
-    The bias of the keys has no gradient, since softmax does not see it, and a buffer never has one.
+    The bias of the keys has no gradient but rounding, since softmax does not see it, and a buffer never has one.
+    `partly`, where some of them may serve something else: parameters alone, some of whose values were seen there.
     """
     found = {}
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, tensor in tensors.items():
         beside = [s for s in slices.values() if s.name.rpartition(".")[0] == name.rpartition(".")[0] and not s.dim]
         if name in slices or tensor.dim() != 1 or not tensor.is_floating_point():
             continue
         for other in beside:
-            places = other.positions
-            if sum(map(len, places)) == len(tensor) and _agrees(owners.get(name), places):
-                found[name] = Slices(name, 0, places)
+            hits, seen = _hits(owners.get(name), other.positions)
+            right = 2 * hits >= max(seen, int(partly))  # the rest is rounding
+            if right and len(tensors[other.name]) == len(tensor):
+                found[name] = Slices(name, 0, other.positions)
     return found
 
 
-def _agrees(owner: Tensor | None, places: tuple[tuple[int, ...], ...]) -> bool:
-    """Whether most of what was seen of a vector lies where `places` say (the rest is rounding)."""
+def _hits(owner: Tensor | None, places: tuple[tuple[int, ...], ...]) -> tuple[int, int]:
+    """How many values of a vector serve the unit that has their place, and how many serve any."""
     if owner is None:
-        return True
-    hits = sum(int((owner[list(row)] == head).sum()) for head, row in enumerate(places))
-    return 2 * hits >= int((owner >= 0).sum())
+        return 0, 0
+    return sum(int((owner[list(row)] == unit).sum()) for unit, row in enumerate(places)), int((owner >= 0).sum())

@@ -49,10 +49,10 @@ class CostModel:
             if layer.kind == "attention" or not (axes.is_weighted(module) or axes.is_mixing(module)):
                 inner = rows.get((f"{name}.in_proj_weight", "dim:1"))
                 projections = 0 if inner is None else _projections(module, layer)
-                macs[-1] += _attention_row(rows, graph, name, layer.macs - projections)
+                macs[-1] += _attention_row(rows, graph, module, name, layer.macs - projections)
                 if inner is not None:
                     width = int(inner @ np.append(sizes, 1))
-                    macs += np.outer(_attention_row(rows, graph, name, projections // width), inner)
+                    macs += np.outer(_attention_row(rows, graph, module, name, projections // width), inner)
                 continue
             out, read = _row(rows, graph, module, name, "out"), _row(rows, graph, module, name, "in")
             macs += layer.macs // _dense(out, read, sizes) * np.outer(out, read)
@@ -127,22 +127,29 @@ def _axis_rows(graph: ChannelGraph) -> dict[axes.AxisKey, np.ndarray]:
     return rows
 
 
-def _attention_row(rows: dict, graph: ChannelGraph, name: str, macs: int) -> np.ndarray:
-    """Row of multiply-adds that are proportional to heads · (width of queries and keys + width of values).
+def _attention_row(rows: dict, graph: ChannelGraph, module: Any, name: str, macs: int) -> np.ndarray:
+    """Row of `c · (maps · width of queries and keys + heads · width of values)` multiply-adds, one map for each head.
 
-    Heads and widths of heads are never cut by one plan (`selected_groups`), so the product needs one factor to vary.
+    Talking heads alone have other numbers of maps and heads, and only the heads go. Heads and widths of heads are never
+    cut by one plan (`selected_groups`), so the products need one factor to vary.
     """
     unit = np.zeros(len(graph.groups) + 1, dtype=np.int64)
     unit[-1] = 1
-    heads = next((row for (holder, axis), row in rows.items() if holder == name and axis.startswith("heads:")), unit)
-    total = macs // int(heads @ np.array([*(group.size for group in graph.groups), 1])) * heads
+    found = next(((axis, row) for (holder, axis), row in rows.items() if holder == name and axis[:6] == "heads:"), None)
+    heads = unit * getattr(module, "value_heads", 1) if found is None else found[1]
+    mixed = hasattr(module, "value_heads") or (found is not None and found[0] == "heads:value_heads")
+    maps = unit * module.num_heads if mixed else heads
+    sizes = np.array([*(group.size for group in graph.groups), 1])
     widths = [graph.by_name.get(f"{name or 'attention'}.{part}") for part in ("query_key", "values")]
-    whole = sum(group.size for group in widths if group is not None)
-    for group in widths:
+    numbers = [0 if group is None else group.size for group in widths]
+    numbers = numbers if sum(numbers) else [0, 1]
+    dense = [int(maps @ sizes), int(heads @ sizes)]
+    each = macs // (numbers[0] * dense[0] + numbers[1] * dense[1])
+    total = each * (numbers[0] * maps + numbers[1] * heads)
+    for group, number in zip(widths, dense, strict=True):
         if group is not None and not group.protected:
-            column = graph.groups.index(group)
-            total[column] += macs // whole
-            total[-1] -= macs // whole * group.size
+            total[graph.groups.index(group)] += each * number
+            total[-1] -= each * number * group.size
     return total
 
 

@@ -15,9 +15,10 @@ def cut_layer(model: nn.Module, name: str, axis: str, positions: list[int]) -> N
     if axes.stated(axis) and isinstance(target, nn.Module):
         setattr(open_layer(target), axes.stated(axis), axes.width(target, axis) - len(positions))
         return
+    inside = name
+    while inside := inside.rpartition(".")[0]:
+        open_layer(model.get_submodule(inside))  # an attention whose width changes, a table of its biases
     around = model.get_submodule(name.rpartition(".")[0])
-    if around is not model:
-        open_layer(around)  # an attention whose width changes
     holder = around if isinstance(target, Tensor) else target
     before = dict(holder.named_parameters(recurse=False))
     if isinstance(target, nn.Module):

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from lit_prune.structure import axes
-from lit_prune.structure.attention import Attention, find_attention
+from lit_prune.structure.attention import find_attention
+from lit_prune.structure.attention_parts import Attention
 from lit_prune.structure.attention_slices import Slices
 from lit_prune.structure.coupling import Group, Member
 from lit_prune.structure.example import Example

@@ -10,7 +10,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lit_prune.structure import axes
-from lit_prune.structure.attention import MIXERS, Attention
+from lit_prune.structure.attention import MIXERS
+from lit_prune.structure.attention_parts import Attention
 from lit_prune.structure.coupling import Group, Member
 from lit_prune.structure.cutting import cut_layer
 from lit_prune.structure.tracing import sketch_network
@@ -83,7 +84,8 @@ def _choices(model: nn.Module, group: Group, attention: Attention, scope: str) -
             sizes.append(Member(holder, f"attribute:{key}", rows))
     inner = [member for member in sizes if _of_heads(member.axis)]
     if heads:
-        yield from dict.fromkeys(((*heads, *inner), tuple(heads), (*heads, *sizes)))
+        alone = ((head, *inner) for head in heads)  # the values may have heads of their own
+        yield from dict.fromkeys(((*heads, *inner), tuple(heads), (*heads, *sizes), *alone))
 
 
 def _width_choices(model: nn.Module, group: Group, attention: Attention, scope: str) -> Iterator[tuple[Member, ...]]:

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torchvision.models.maxvit import RelativePositionalMultiHeadAttention
 from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
 
 from lit_prune.structure.open_attention import join_heads, split_heads, split_projection
@@ -71,6 +72,24 @@ class OpenShiftedWindowAttentionV2(_OpenWindows, ShiftedWindowAttentionV2):
     def _scores(self, q: Tensor, k: Tensor) -> Tensor:
         cosines = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
         return cosines * self.logit_scale.clamp(max=4.605170185988092).exp()  # log 100
+
+
+@opens(RelativePositionalMultiHeadAttention)
+class OpenRelativeAttention(RelativePositionalMultiHeadAttention):
+    """Attention of torchvision's MaxViT with `n_heads` heads of width `head_dim`."""
+
+    @staticmethod
+    def opened_attributes(module: RelativePositionalMultiHeadAttention) -> dict[str, int]:
+        """What changes when a layer is opened: it states the width of a head's values."""
+        return {"value_dim": module.head_dim}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Windows [B, windows, P, C] to windows of the same shape."""
+        parts = split_projection(self.to_qkv(x.flatten(0, 1)), self.merge.in_features)
+        q, k, v = (split_heads(part, self.n_heads) for part in parts)
+        bias = self.get_relative_positional_bias()
+        y = join_heads(F.scaled_dot_product_attention(q, k, v, bias, scale=self.scale_factor))
+        return self.merge(y).unflatten(0, x.shape[:2])
 
 
 def _into_windows(x: Tensor, high: int, wide: int) -> Tensor:

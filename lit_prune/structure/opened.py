@@ -22,6 +22,7 @@ LIBRARIES = {
     "lit_prune.structure.open_attention_torchvision": "torchvision",
     "lit_prune.structure.open_attention_timm": "timm",
     "lit_prune.structure.open_attention_pyramids": "timm",
+    "lit_prune.structure.open_attention_hybrids": "timm",
     "lit_prune.structure.open_attention_hf": "transformers",
 }
 """Module that opens layers -> their library; imported, which takes seconds, where the library has been."""

@@ -10,7 +10,7 @@ from lit_prune import score
 from lit_prune.errors import InputError
 from lit_prune.replace import replace_mechanisms
 from lit_prune.structure import CostModel, Group, Plan, apply_plan, cost, make_plan, trace_groups
-from tests.structure.test_heads import attention_network, check_equal_in_both_modes
+from tests.structure.test_heads import attention_network, check_equal_in_both_modes, projection_of
 
 BOTH = (
     "torchvision_vit",
@@ -23,6 +23,13 @@ BOTH = (
     "beit",
     "class_token",
     "by_hand",
+    "levit",
+    "levit_maps",
+    "levit_between",
+    "timm_maxvit",
+    "timm_maxvit_maps",
+    "torchvision_maxvit",
+    "talking_heads",
 )
 VALUES = ("torchvision_swin_v2", "registers_and_norms", "timm_swin_v2", "eva")
 
@@ -46,9 +53,9 @@ def _silenced(model: nn.Module, plan: Plan, interleaved: bool) -> nn.Module:
             else silent
         )
         kind, lost = name.rpartition(".")[2], torch.tensor(plan.removed(name))
-        projection = attention.out_proj if hasattr(attention, "out_proj") else attention.proj
-        heads = projection.in_features // plan.sizes[name]
-        place = torch.arange(projection.in_features)
+        projection = projection_of(attention)
+        heads = getattr(attention, "num_heads", projection.weight.shape[1] // plan.sizes[name])
+        place = torch.arange(heads * plan.sizes[name])
         place = place // heads if interleaved else place % plan.sizes[name]
         gone = torch.isin(place, lost)
         with torch.no_grad():
@@ -58,9 +65,12 @@ def _silenced(model: nn.Module, plan: Plan, interleaved: bool) -> nn.Module:
             if hasattr(attention, "in_proj_weight"):
                 tensors = [attention.in_proj_weight, attention.in_proj_bias]
             else:
-                queries = attention.q if hasattr(attention, "q") else attention.qkv
-                tensors = [queries.weight, *([] if queries.bias is None else [queries.bias])]
+                queries = next(getattr(attention, key) for key in ("q", "qkv", "to_qkv") if hasattr(attention, key))
+                tensors = list(queries.parameters())
                 tensors += [attention.q_bias] if hasattr(attention, "q_bias") else []
+            if getattr(attention, "head_first", hasattr(attention, "key_attn_dim")):  # in each head one after the other
+                rows = torch.arange(len(tensors[0]))
+                gone = torch.isin(rows % (len(rows) // heads), lost)
             for tensor in tensors:
                 tensor[: len(gone)][gone] = 0
     return silent
@@ -80,7 +90,9 @@ def test_network_with_narrower_heads_equals_the_one_with_these_positions_silence
     assert torch.isfinite(apply_plan(small, again, images)(images)).all()
 
 
-@pytest.mark.parametrize("name", ["torchvision_vit", "deit", "timm_swin", "pvt", "torchvision_swin_v2"])
+@pytest.mark.parametrize(
+    "name", ["torchvision_vit", "deit", "timm_swin", "pvt", "torchvision_swin_v2", "levit", "talking_heads"]
+)
 @pytest.mark.parametrize("role", ["head_width", "heads"])
 def test_the_cost_of_narrower_heads_is_that_of_the_network(name: str, role: str) -> None:
     model, images = attention_network(name)

@@ -2,12 +2,16 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import timm
 import torch
+from timm.layers import RelPosBias, RelPosMlp
+from timm.models import levit, maxxvit
 from torch import Tensor, nn
 from torchvision import models
+from torchvision.models.maxvit import RelativePositionalMultiHeadAttention
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
 
 from lit_prune.errors import InputError
@@ -75,6 +79,37 @@ class ClassToken(nn.Module):
         return self.head(self.attn(self.patches(images).flatten(2).transpose(1, 2)).flatten(1))
 
 
+class Around(nn.Module):
+    """An attention of some library between patches and a head."""
+
+    def __init__(self, attention: nn.Module, reads: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.patches, self.attn, self.head = nn.Conv2d(3, 24, 8, 8), attention, nn.LazyLinear(3)
+        self.reads = reads
+        self.eval()(torch.zeros(1, 3, 32, 32))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.attn(self.reads(self.patches(images))).flatten(1))
+
+
+def _maps(values: Tensor) -> Tensor:
+    return values
+
+
+def _tokens(values: Tensor) -> Tensor:
+    return values.flatten(2).transpose(1, 2)
+
+
+def _window(values: Tensor) -> Tensor:
+    return _tokens(values)[:, None]
+
+
+def _last(values: Tensor) -> Tensor:
+    return values.movedim(1, -1)
+
+
+_LEVIT = {"key_dim": 6, "num_heads": 4, "attn_ratio": 2.0, "resolution": 4}
+
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "torchvision_vit": lambda: models.VisionTransformer(32, 8, 2, 4, 24, 32, num_classes=3),
     "torchvision_swin": _swin,
@@ -105,6 +140,17 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     ),
     "class_token": ClassToken,
     "by_hand": PerHead,
+    "levit": lambda: Around(levit.Attention(24, **_LEVIT), _tokens),
+    "levit_maps": lambda: Around(levit.Attention(24, **_LEVIT, use_conv=True), _maps),
+    "levit_between": lambda: Around(levit.AttentionDownsample(24, 20, **_LEVIT), _tokens),
+    "timm_maxvit": lambda: Around(
+        maxxvit.AttentionCl(24, dim_head=6, rel_pos_cls=partial(RelPosBias, window_size=(4, 4))), _last
+    ),
+    "timm_maxvit_maps": lambda: Around(
+        maxxvit.Attention2d(24, dim_head=6, rel_pos_cls=partial(RelPosMlp, window_size=(4, 4)), head_first=False), _maps
+    ),
+    "torchvision_maxvit": lambda: Around(RelativePositionalMultiHeadAttention(24, 6, 16), _window),
+    "talking_heads": lambda: Around(timm.models.cait.TalkingHeadAttn(24, 4, qkv_bias=True), _tokens),
 }
 
 
@@ -117,13 +163,19 @@ def attention_network(name: str) -> tuple[nn.Module, Tensor]:
     return model, torch.randn(2, 3, 32, 32)
 
 
+def projection_of(attention: nn.Module) -> nn.Module | None:
+    """The layer that reads the heads, if the module is an attention."""
+    found = next((getattr(attention, name) for name in ("out_proj", "merge", "proj") if hasattr(attention, name)), None)
+    return found[-1].linear if isinstance(found, nn.Sequential) else found
+
+
 def _silenced(model: nn.Module, plan: Plan, interleaved: bool) -> nn.Module:
     """The dense network whose projections have zeros in the columns of the heads that go."""
     silent = copy.deepcopy(model)
     for name in plan.keep_channels:
         attention = silent if name == "attention" else silent.get_submodule(name)
-        projection = attention.out_proj if hasattr(attention, "out_proj") else attention.proj
-        columns = torch.arange(projection.in_features)
+        projection = projection_of(attention)
+        columns = torch.arange(projection.weight.shape[1])
         heads = columns % plan.sizes[name] if interleaved else columns // (len(columns) // plan.sizes[name])
         with torch.no_grad():
             projection.weight[:, torch.isin(heads, torch.tensor(plan.removed(name)))] = 0
@@ -152,7 +204,7 @@ def test_network_without_heads_equals_the_one_with_these_heads_silenced(name: st
     model, images = attention_network(name)
     plan = Plan.from_dict(_plan(model, images).to_dict())
     attentions = [m for m in model.modules() if hasattr(m, "num_heads") or hasattr(m, "n_heads")]
-    inner = [m for m in attentions if hasattr(m, "proj") or hasattr(m, "out_proj")]
+    inner = [m for m in attentions if projection_of(m) is not None]
     assert len(plan.keep_channels) == len(inner)
     small, silent = apply_plan(model, plan, images), _silenced(model, plan, name == "by_hand")
     check_equal_in_both_modes(small, silent, images)
