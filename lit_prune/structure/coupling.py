@@ -1,7 +1,7 @@
 """Groups of coupled channels as plain values: members, names, roles, and what removing units takes from each layer."""
 
 import difflib
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -84,15 +84,20 @@ def lost_positions(groups: Mapping[str, Group], removed: Mapping[str, Sequence[i
     Raises:
         InputError: unknown or protected group, unit out of range, nothing removed, or nothing left of a group.
     """
-    lost: dict[axes.AxisKey, set[int]] = {}
-    for name, units in removed.items():
-        group = _checked(groups, name, units)
-        for member in group.members if units else ():
-            positions = (position for unit in set(units) for position in member.positions[unit])
-            lost.setdefault((member.module, member.axis), set()).update(positions)
+    lost = positions_of((_checked(groups, name, units), units) for name, units in removed.items())
     if not lost:
         raise InputError(f"removed={dict(removed)} removes no channel; name at least one unit of one group")
-    return {key: sorted(positions) for key, positions in lost.items()}
+    return lost
+
+
+def positions_of(chosen: Iterable[tuple[Group, Sequence[int]]]) -> dict[axes.AxisKey, list[int]]:
+    """Positions that units of groups have on each (module, axis), ascending."""
+    found: dict[axes.AxisKey, set[int]] = {}
+    for group, units in chosen:
+        for member in group.members if units else ():
+            positions = (position for unit in set(units) for position in member.positions[unit])
+            found.setdefault((member.module, member.axis), set()).update(positions)
+    return {key: sorted(positions) for key, positions in found.items()}
 
 
 def assemble_group(model: nn.Module, members: tuple[Member, ...], taken: set[str], heard: Set[str]) -> Group:

@@ -17,16 +17,26 @@ from torch.utils._pytree import tree_map
 
 from lit_prune.structure import operations, reasons
 from lit_prune.structure.example import Example
-from lit_prune.structure.labelled import LabelledTensors, tensors_in
-from lit_prune.structure.labels import NOBODY, compact, varies
+from lit_prune.structure.labelled import LabelledTensors, key_of, tensors_in
+from lit_prune.structure.labels import NOBODY, compact, condensed, varies
 from lit_prune.structure.layers import layer_type
 
 
 class Follower(LabelledTensors, TorchDispatchMode):
-    """Carries labels along while a network runs; see the module."""
+    """Carries labels along while a network runs; see the module.
 
-    def __init__(self, model: nn.Module) -> None:
+    Attributes:
+        attends: whether anything happened that attention needs.
+        decides: whether a value that depends on the input was turned into True or False.
+        ran: layers that ran.
+    """
+
+    def __init__(self, model: nn.Module, inverts: bool = False) -> None:
         super().__init__(model)
+        self.attends = self.decides = False
+        self.ran: set[str] = set()
+        self._inverts = inverts
+        self._derived: dict[tuple, Tensor] = {}  # what depends on the input, by where it lies
         self._inside = 0
 
     @contextmanager
@@ -39,6 +49,7 @@ class Follower(LabelledTensors, TorchDispatchMode):
         def leave(name: str, rule: Callable) -> Callable:
             def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
                 self._inside -= 1
+                self.ran.add(name)
                 if not self._inside:
                     with _disable_current_modes():
                         rule(self, name, module, tuple(tensors_in((args, kwargs))), output)
@@ -60,6 +71,7 @@ class Follower(LabelledTensors, TorchDispatchMode):
     def run(self, model: nn.Module, sample: Example) -> Any:
         """Output of the model, run once with its channels followed from the input on."""
         for tensor in sample.tensors:
+            self._derived[key_of(tensor)] = tensor
             if tensor.is_floating_point():
                 self.put_input(tensor)
         with torch.no_grad(), self.watching(model), self:
@@ -69,14 +81,21 @@ class Follower(LabelledTensors, TorchDispatchMode):
         """Runs an operation, then says what happens to the labels."""
         kwargs = kwargs or {}
         name = function.overloadpacket.__name__
+        self.attends |= "softmax" in name or "attention" in name
         if not self._inside and name not in operations.KNOWN and not operations.is_pointwise(function):
             with self:
                 output = function.decompose(*args, **kwargs)
             if output is not NotImplemented:
                 return output
-        before = None if self._inside else [self.of(t) for t in tensors_in((args, kwargs))]
+        inputs = tensors_in((args, kwargs))
+        depends = any(key_of(tensor) in self._derived for tensor in inputs)
+        before = None if self._inside else [self.of(tensor) for tensor in inputs]
         strides = args[0].stride() if name in operations.RESTRIDES else ()
         output = function(*args, **kwargs)
+        if depends and isinstance(output, bool):
+            self.decides = True
+            return output != self._inverts
+        self._derived |= {key_of(tensor): tensor for tensor in tensors_in(output)} if depends else {}
         if before is not None and any(labels is not None for labels in before):
             first = before[0]
             if strides and first is not None and operations.same_places(first.shape, strides, output):
@@ -154,7 +173,7 @@ class Follower(LabelledTensors, TorchDispatchMode):
         if labels is not None and isinstance(args[0], Tensor):
             self._hold_together(name, labels, args, output)
         if name in operations.VIEWS:
-            self.put(output, self.shadow(source).reshape(output.shape))
+            self.put(output, condensed(self.shadow(source).reshape(output.shape)))
             return
         sources = {id(tensor) for tensor in tensors_in(args[:1]) if self.of(tensor) is not None}
 
@@ -166,7 +185,7 @@ class Follower(LabelledTensors, TorchDispatchMode):
 
         moved = function(*tree_map(shadow, args), **kwargs)
         for tensor, moved_labels in zip(tensors_in(output), tensors_in(moved), strict=True):
-            self.put(tensor, moved_labels)
+            self.put(tensor, condensed(moved_labels))
 
     def _hold_together(self, name: str, labels: Tensor, args: tuple, output: Any) -> None:
         if name in operations.VIEWS:

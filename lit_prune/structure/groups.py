@@ -12,10 +12,9 @@ from typing import Any
 
 from torch import nn
 
-from lit_prune.structure import axes, probe, protection, reasons, trial
-from lit_prune.structure.coupling import Draft, Group, Member, assign_roles, group_role, lost_positions, with_kind
+from lit_prune.structure import axes, probe, protection, trial
+from lit_prune.structure.coupling import Group, Member, assign_roles, group_role, lost_positions, with_kind
 from lit_prune.structure.cutting import cut_layer
-from lit_prune.structure.example import Example
 from lit_prune.structure.heads import axis_widths, head_groups, with_heads
 from lit_prune.structure.opened import open_layer, opened
 from lit_prune.structure.plan import Plan
@@ -114,28 +113,22 @@ def trace_groups(model: nn.Module, example_input: Any) -> ChannelGraph:
         widths of the same heads.
 
     Raises:
-        InputError: the network does not run on `example_input`, or its weights are not finite: no check of positions
-            would say anything.
+        InputError: the network does not run on `example_input`, its weights are not finite (no check of positions would
+            say anything), or which layers run depends on values of the input (no plan would be right for all).
     """
     check_defined(dict(model.named_parameters()), "model")  # an observer's buffers begin at infinity
     with traceable(model), opened(model):
         sample = one_sample(model, example_input)
         sites = probe.find_sites(model)
         try:
-            drafts = propose_groups(model, sample)
+            drafts, attends = propose_groups(model, sample)
         except Exception:
             run(model, sample)  # says so if it is the network that fails
             raise
-        wrong = _contradictions(model, sample, drafts, sites)
-        heads = head_groups(model, sample)
+        free = [draft.group for draft in drafts if not draft.group.protected]
+        wrong = trial.find_impossible(model, sample, free, sites)
+        heads = head_groups(model, sample) if attends else []
         widths = sites.widths | axis_widths(model, [*heads, *(draft.group for draft in drafts)])
     protected = [replace(d.group, protected=d.group.protected or wrong.get(d.group.name, "")) for d in drafts]
     groups = with_heads(assign_roles(model, protected, drafts), heads)
     return ChannelGraph(tuple(with_kind(model, group) for group in groups), widths)
-
-
-def _contradictions(model: nn.Module, sample: Example, drafts: list[Draft], sites: probe.Sites) -> dict[str, str]:
-    """Name -> reason for the groups that the network itself contradicts."""
-    free = [draft.group for draft in drafts if not draft.group.protected]
-    found = dict.fromkeys(probe.find_misled(model, sample, free, sites), reasons.MISLED)
-    return found | trial.find_impossible(model, sample, [group for group in free if group.name not in found], sites)

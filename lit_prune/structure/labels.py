@@ -55,13 +55,17 @@ class Labels:
     def keep(self, values: Iterable[Tensor], reason: str) -> None:
         """Says that channels with these labels must stay."""
         for labels in values:
-            for label in compact(labels).unique().long().tolist():
+            for label in self._among(labels):
                 if label != NOBODY:
                     self.reasons.setdefault(label, reason)
 
     def join(self, values: Iterable[Tensor]) -> None:
         """Says that an addition joins channels with these labels."""
-        self.joined += [compact(labels).unique().long().numpy() for labels in values]
+        self.joined += [self._among(labels) for labels in values]
+
+    def _among(self, values: Tensor) -> np.ndarray:
+        """The labels that occur, int64, ascending."""
+        return np.flatnonzero(np.bincount(compact(values).flatten().long().numpy(), minlength=1))
 
     def components(self) -> np.ndarray:
         """Number of the set of labels that go together, for each label."""
@@ -79,6 +83,15 @@ def compact(values: Tensor) -> Tensor:
         if stride == 0 and values.shape[dim] > 1:
             values = values.narrow(dim, 0, 1)
     return values
+
+
+def condensed(values: Tensor) -> Tensor:
+    """The same labels without memory along dimensions where they do not change."""
+    shape = values.shape
+    for dim in range(values.dim()):
+        if not varies(values, dim):
+            values = values.narrow(dim, 0, min(shape[dim], 1))
+    return values.expand(shape)
 
 
 def varies(values: Tensor, dim: int) -> bool:

@@ -7,12 +7,10 @@ cleans them, and a group is right exactly if the marks are at the positions that
 A shifted padding, a channel shuffle, a norm over channels, attention or an unknown operation all fail the check.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,12 +18,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lit_prune.structure import axes
+from lit_prune.structure.cutting import cut_layer
 from lit_prune.structure.example import Example
-
-if TYPE_CHECKING:  # which imports this
-    from lit_prune.structure.coupling import Group
-
-_Marks = dict[tuple[str, str], np.ndarray]  # (module, axis) -> bool [width], True where NaN is put or expected
+from lit_prune.structure.tracing import sketch_network
 
 
 @dataclass
@@ -70,71 +65,42 @@ def find_sites(model: nn.Module) -> Sites:
     return sites
 
 
-def find_misled(model: nn.Module, sample: Example, groups: Sequence[Group], sites: Sites) -> set[str]:
-    """Names of the groups whose claimed positions the network contradicts.
+def marked(
+    model: nn.Module, sample: Example, lost: Mapping[axes.AxisKey, Sequence[int]], sites: Sites, call: Callable
+) -> Any:
+    """The network's output while the positions `lost` are marked; None where marks arrive elsewhere than claimed.
 
-    All groups are marked at once with random halves of their units, then with the complements; only if some mark is
-    out of place are halves of the groups tested until the right ones are blamed.
+    Where they arrive as claimed it is the output of the network with these channels silenced: every reader sees zeros
+    in their place, and norms take their statistics over the others.
 
     Args:
         model: network in evaluation mode.
         sample: one sample.
-        groups: groups with disjoint positions.
+        lost: positions that each axis of a group loses.
         sites: where to mark and look.
+        call: the output for a network and a sample.
     """
-    return _blame(model, sample, groups, sites)
+    marks = {key: _row(sites.widths[key], places) for key, places in lost.items() if key in sites.widths}
+    with _watching(sites, marks) as seen:
+        output = call(model, sample)
+    if any(isinstance(leaf, Tensor) and bool(leaf.isnan().any()) for leaf in tree_leaves(output)):
+        return None
+    expected = {name: row for (name, axis), row in marks.items() if _entrance(sites, name, axis)}
+    calls = ((row, expected.get(name, np.zeros_like(row))) for name, rows in seen.items() for row in rows)
+    right = all(name in seen for name in expected) and all(np.array_equal(row, claim) for row, claim in calls)
+    return output if right else None
 
 
-def _blame(model: nn.Module, sample: Example, groups: Sequence[Group], sites: Sites) -> set[str]:
-    """The groups that fail, found by halves: a few wrong ones among many cost a few passes."""
-    pair = _halves(groups, np.random.default_rng(len(groups)))
-    if all(_holds(model, sample, groups, code, sites) for code in pair):
-        return set()
-    if len(groups) == 1:
-        return {groups[0].name}
-    half = len(groups) // 2
-    found = _blame(model, sample, groups[:half], sites) | _blame(model, sample, groups[half:], sites)
-    return found or {group.name for group in groups}
+def _row(width: int, places: Sequence[int]) -> np.ndarray:
+    """Bool [width], True at the places."""
+    row = np.zeros(width, dtype=bool)
+    row[list(places)] = True
+    return row
 
 
 def _entrance(sites: Sites, name: str, axis: str) -> bool:
     """Whether the marks of this axis arrive at the input of the module."""
     return (axis in ("in", "dim:1") and name in sites.readers) or name in sites.passers
-
-
-def _halves(groups: Iterable[Group], generator: np.random.Generator) -> tuple[dict[str, np.ndarray], ...]:
-    """A random half of the units of each group and its complement, as bool arrays [size]."""
-    half = {}
-    for group in groups:
-        half[group.name] = generator.permutation(group.size) < (group.size + 1) // 2
-    return half, {name: ~chosen for name, chosen in half.items()}
-
-
-def _marks(groups: Iterable[Group], chosen: dict[str, np.ndarray], sites: Sites) -> _Marks:
-    """Bool array [width] for each axis that a member claims: True at the positions of the chosen units."""
-    marks: _Marks = {}
-    for group in groups:
-        units = np.flatnonzero(chosen[group.name])
-        for member in group.members:
-            key = (member.module, member.axis)
-            if key in sites.widths:
-                row = marks.setdefault(key, np.zeros(sites.widths[key], dtype=bool))
-                row[np.asarray(member.positions)[units].ravel()] = True
-    return marks
-
-
-def _holds(model: nn.Module, sample: Example, groups: Sequence[Group], chosen: dict, sites: Sites) -> bool:
-    """Whether marks put on the chosen units arrive exactly where the groups say."""
-    marks = _marks(groups, chosen, sites)
-    with _watching(sites, marks) as seen:
-        output = model(*sample.args, **sample.kwargs)
-    if any(isinstance(leaf, Tensor) and bool(leaf.isnan().any()) for leaf in tree_leaves(output)):
-        return False
-    expected = {name: row for (name, axis), row in marks.items() if _entrance(sites, name, axis)}
-    if not all(name in seen for name in expected):
-        return False
-    calls = ((row, expected.get(name, np.zeros_like(row))) for name, rows in seen.items() for row in rows)
-    return all(np.array_equal(row, claim) for row, claim in calls)
 
 
 def inputs(module: nn.Module) -> int:
@@ -152,7 +118,7 @@ def with_inputs(module: nn.Module, args: tuple, change: Callable[[Tensor], Tenso
 
 
 @contextmanager
-def _watching(sites: Sites, marks: _Marks) -> Iterator[dict[str, list[np.ndarray]]]:
+def _watching(sites: Sites, marks: Mapping[axes.AxisKey, np.ndarray]) -> Iterator[dict[str, list[np.ndarray]]]:
     """Hooks that mark (before any of the network's own), note and clean.
 
     Yields name -> marks found on each call, bool [channels].
@@ -163,12 +129,11 @@ def _watching(sites: Sites, marks: _Marks) -> Iterator[dict[str, list[np.ndarray
     def note(name: str, cleans: bool):
         def hook(module: nn.Module, args: tuple) -> tuple | None:
             for values in args[: inputs(module)]:
-                bad = values.isnan()
                 dim = axes.channel_dim(module, values)
-                rows = bad.movedim(dim, -1).reshape(-1, bad.shape[dim]).any(0)  # [C]
+                rows = values.sum([d for d in range(values.dim()) if d != dim]).isnan()  # [C]
                 seen.setdefault(name, []).append(rows.cpu().numpy())
-                held.update({name: bad} if name in sites.norms else {})
-            return with_inputs(module, args, lambda v: v.masked_fill(v.isnan(), 0.0)) if cleans else None
+                held.update({name: values} if name in sites.norms else {})
+            return with_inputs(module, args, _cleaned) if cleans else None
 
         return hook
 
@@ -177,19 +142,24 @@ def _watching(sites: Sites, marks: _Marks) -> Iterator[dict[str, list[np.ndarray
             first, *others = output if isinstance(output, tuple) else (output,)  # an attention gives its weights too
             shape = [1] * first.dim()
             shape[axes.channel_dim(module, first)] = -1
-            marked = first.masked_fill(torch.from_numpy(row).to(first.device).view(shape), torch.nan)
-            return (marked, *others) if isinstance(output, tuple) else marked
+            nans = torch.from_numpy(np.where(row, np.nan, 0.0)).to(first).view(shape)
+            return (first + nans, *others) if isinstance(output, tuple) else first + nans
 
         return hook
 
-    def again(name: str):
-        return lambda module, args, output: output.masked_fill(held.pop(name), torch.nan)
+    def over_the_rest(name: str):
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            lost = np.flatnonzero(seen[name][-1])
+            values = _of_the_rest(module, args[0], lost) if 0 < len(lost) < len(seen[name][-1]) else output
+            return values + 0 * held.pop(name)
+
+        return hook
 
     handles = [module.register_forward_pre_hook(note(name, True)) for name, module in sites.readers.items()]
     handles += [
         module.register_forward_pre_hook(note(name, name in sites.norms)) for name, module in sites.passers.items()
     ]
-    handles += [module.register_forward_hook(again(name), prepend=True) for name, module in sites.norms.items()]
+    handles += [module.register_forward_hook(over_the_rest(name), prepend=True) for name, module in sites.norms.items()]
     handles += [
         module.register_forward_hook(mark(marks[name, "out"]), prepend=True)
         for name, module in sites.writers.items()
@@ -200,3 +170,18 @@ def _watching(sites: Sites, marks: _Marks) -> Iterator[dict[str, list[np.ndarray
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _cleaned(values: Tensor) -> Tensor:
+    """Zeros for the marks."""
+    return values.nan_to_num(0.0, torch.inf, -torch.inf)
+
+
+def _of_the_rest(norm: nn.Module, values: Tensor, lost: np.ndarray) -> Tensor:
+    """A norm of the channels that stay, with its statistics over them alone; zeros in the place of the others."""
+    dim = axes.channel_dim(norm, values)
+    small = nn.Module()
+    small.norm = sketch_network(norm)
+    cut_layer(small, "norm", "out", lost.tolist())
+    kept = torch.from_numpy(np.setdiff1d(np.arange(values.shape[dim]), lost)).to(values.device)
+    return torch.zeros_like(values).index_copy(dim, kept, small.norm(values.index_select(dim, kept)))

@@ -1,6 +1,6 @@
 """Groups of coupled channels: what goes together according to one pass through the network, see `following`."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -8,19 +8,24 @@ import numpy as np
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lit_prune.errors import InputError
 from lit_prune.structure import axes, protection, reasons
 from lit_prune.structure.coupling import Draft, Member, assemble_group
 from lit_prune.structure.example import Example
 from lit_prune.structure.following import Follower
 from lit_prune.structure.labels import Labels
 
-_Unit = dict[axes.AxisKey, list[int]]
 _STATED = ("hidden_dim", "embed_dim", "num_features", "head_hidden_size")
 """Attributes in which a network states the width of its embedding."""
 
 
-def propose_groups(model: nn.Module, sample: Example) -> list[Draft]:
+def propose_groups(model: nn.Module, sample: Example) -> tuple[list[Draft], bool]:
     """Groups of units that lose the same numbers of positions of the same axes, in module order.
+
+    Beside them whether there may be attention in the network.
+
+    Raises:
+        InputError: which layers run depends on values of the input.
 
     Args:
         model: network in evaluation mode, without hooks.
@@ -28,10 +33,30 @@ def propose_groups(model: nn.Module, sample: Example) -> list[Draft]:
     """
     follower = Follower(model)
     output = follower.run(model, sample)
+    if follower.decides:
+        _check_decisions(model, sample, follower.ran)
     labels = follower.labels
     labels.keep([found for t in _results(output) if (found := follower.of(t)) is not None], reasons.OUTPUT)
     _tie_shared(model, labels)
-    return _with_attributes(model, list(_drafts(model, labels)))
+    return _with_attributes(model, list(_drafts(model, labels))), follower.attends
+
+
+def _check_decisions(model: nn.Module, sample: Example, ran: set[str]) -> None:
+    """Runs the network once more with every decision upon values of the input turned round: the same layers must run.
+
+    A decision that only raises an error is none between ways.
+    """
+    other = Follower(model, inverts=True)
+    try:
+        other.run(model, sample)
+    except Exception:  # whatever a network raises that finds its input wrong
+        return
+    if other.ran != ran:
+        name = min(other.ran ^ ran)
+        raise InputError(
+            f"model: whether layer {name!r} runs depends on values of the input, so no plan would be right for all "
+            "inputs; compute both ways and choose with torch.where, or give the part of the network that always runs"
+        )
 
 
 def _with_attributes(model: nn.Module, drafts: list[Draft]) -> list[Draft]:
@@ -76,45 +101,65 @@ def _tie_shared(model: nn.Module, labels: Labels) -> None:
 def _drafts(model: nn.Module, labels: Labels) -> Iterator[Draft]:
     """Units in the order of the first layer that writes them, those alike in one group."""
     component = labels.components()
-    units = _units(labels, component)
+    units = _Units(labels, component)
     reasons: dict[int, set[str]] = {}
     for label, reason in labels.reasons.items():
         reasons.setdefault(int(component[label]), set()).add(reason)
     joined = set(np.concatenate([component[found] for found in labels.joined]).tolist()) if labels.joined else set()
     kinds: dict[tuple, list[int]] = {}
     for number in _in_order(model, labels, component):
-        unit = units[number]
-        counts = tuple((axis, len(positions)) for axis, positions in unit.items())
-        kinds.setdefault((counts, frozenset(reasons.get(number, ()))), []).append(number)
+        kinds.setdefault((units.form(number), frozenset(reasons.get(number, ()))), []).append(number)
     names: set[str] = set()
-    for (counts, why), numbers in kinds.items():
-        members = tuple(
-            _member(model, name, axis, [units[number][name, axis] for number in numbers]) for (name, axis), _ in counts
-        )
+    for (_, why), numbers in kinds.items():
+        members = tuple(_member(model, *axis, positions) for axis, positions in units.positions(numbers))
         group = assemble_group(model, members, names, why)
         names.add(group.name)
         yield Draft(group, bool(joined.intersection(numbers)))
 
 
-def _member(model: nn.Module, name: str, axis: str, positions: list[list[int]]) -> Member:
-    """The member of a group; slices of a bare tensor with several axes lie along the one that is the channels."""
+def _member(model: nn.Module, name: str, axis: str, positions: np.ndarray) -> Member:
+    """The member of a group; slices of a bare tensor with several axes lie along the one that is the channels.
+
+    Args:
+        model: the network.
+        name: layer or tensor.
+        axis: its axis.
+        positions: int64 [units, positions of one].
+    """
     tensor = axes.find(model, name)
     if isinstance(tensor, Tensor) and sum(size > 1 for size in tensor.shape) > 1:
         for dim, size in enumerate(tensor.shape):
-            where = np.unravel_index(np.array(positions), tensor.shape)[dim]  # [units, values of one]
+            where = np.unravel_index(positions, tensor.shape)[dim]  # [units, values of one]
             if where.shape[1] * size == tensor.numel() and (where == where[:, :1]).all():
                 return Member(name, f"dim:{dim}", tuple((int(place),) for place in where[:, 0]))
-    return Member(name, axis, tuple(map(tuple, positions)))
+    return Member(name, axis, tuple(map(tuple, positions.tolist())))
 
 
-def _units(labels: Labels, component: np.ndarray) -> Mapping[int, _Unit]:
-    """Component -> the positions of each axis that belong to it."""
-    units: dict[int, _Unit] = {}
-    for (name, axis), first in labels.axes.items():
-        if name:
-            for position, number in enumerate(component[first : first + labels.widths[name, axis]].tolist()):
-                units.setdefault(number, {}).setdefault((name, axis), []).append(position)
-    return units
+class _Units:
+    """The positions of each axis that belong to a component: all in one table, sorted by component, then axis."""
+
+    def __init__(self, labels: Labels, component: np.ndarray) -> None:
+        self._axes = [axis for axis in labels.axes if axis[0]]
+        firsts, widths = (np.array([of[a] for a in self._axes], dtype=np.int64) for of in (labels.axes, labels.widths))
+        places = np.concatenate([np.arange(0), *map(np.arange, widths)])
+        owners = component[places + np.repeat(firsts, widths)]
+        order = np.argsort(owners, kind="stable")
+        self._places, self._axis = places[order], np.repeat(np.arange(len(widths)), widths)[order]
+        self._begin = np.searchsorted(owners[order], np.arange(component.max() + 2))
+
+    def _rows(self, number: int) -> slice:
+        return slice(self._begin[number], self._begin[number + 1])
+
+    def form(self, number: int) -> bytes:
+        """The same for components with equally many positions of the same axes."""
+        return self._axis[self._rows(number)].tobytes()
+
+    def positions(self, numbers: Sequence[int]) -> Iterator[tuple[axes.AxisKey, np.ndarray]]:
+        """Axis by axis, int64 [components, positions of one], for components of one form."""
+        table = np.stack([self._places[self._rows(number)] for number in numbers])
+        of = self._axis[self._rows(numbers[0])]
+        for axis in dict.fromkeys(of.tolist()):
+            yield self._axes[axis], table[:, of == axis]
 
 
 def _in_order(model: nn.Module, labels: Labels, component: np.ndarray) -> list[int]:

@@ -8,8 +8,7 @@ zeros in their place, and a LayerNorm takes its statistics over the others. If i
 the wrong ones are found.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -17,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lit_prune.structure import axes, probe
-from lit_prune.structure.coupling import Group, lost_positions
+from lit_prune.structure import axes, probe, reasons
+from lit_prune.structure.coupling import Group, positions_of
 from lit_prune.structure.cutting import cut_layer
 from lit_prune.structure.example import Example
 from lit_prune.structure.tracing import copy_network, sketch_network
@@ -40,24 +39,29 @@ def find_impossible(model: nn.Module, sample: Example, groups: Sequence[Group], 
         sites: of the network.
     """
     trial = _Trial(model, sample, sites)
-    groups = [group for group in groups if group.size > 1]
     found: dict[str, str] = {}
-    while groups and (reason := trial.fault(groups)):
-        blamed = _blame(groups, trial.fault) or dict.fromkeys((group.name for group in groups), reason)
+    while groups and (blamed := trial.faults(groups)):
         found |= blamed
         groups = [group for group in groups if group.name not in blamed]
     return found
 
 
 def _blame(groups: Sequence[Group], fault: Callable[[Sequence[Group]], str]) -> dict[str, str]:
-    """The groups that are at fault alone; none where only several together are."""
+    """The groups that are at fault alone, or the fewest halves that are at fault together."""
     reason = fault(groups)
-    if not reason:
-        return {}
-    if len(groups) == 1:
-        return {groups[0].name: reason}
+    if not reason or len(groups) == 1:
+        return {group.name: reason for group in groups if reason}
     half = len(groups) // 2
-    return _blame(groups[:half], fault) | _blame(groups[half:], fault)
+    found = _blame(groups[:half], fault) | _blame(groups[half:], fault)
+    return found or {group.name: reason for group in groups}
+
+
+def _halves(groups: Sequence[Group]) -> Iterator[dict[axes.AxisKey, list[int]]]:
+    """Positions of a random half of the units of each group, and those of all others."""
+    generator = np.random.default_rng(len(groups))
+    orders = [(group, generator.permutation(group.size).tolist()) for group in groups]
+    yield positions_of((group, order[: group.size // 2]) for group, order in orders)
+    yield positions_of((group, order[group.size // 2 :]) for group, order in orders)
 
 
 class _Trial:
@@ -67,15 +71,46 @@ class _Trial:
         self._model, self._sites = model, sites
         self._sample = _noisy(sample)
         self._pair = self._sample.map(lambda tensor: torch.cat([tensor, tensor.flip(0)]))
+        self._last: tuple[Sequence[Group], nn.Module, list[Tensor] | None] = ((), model, None)
 
-    def fault(self, groups: Sequence[Group]) -> str:
-        """Why half of the units of these groups cannot go; "" where they can.
+    def faults(self, groups: Sequence[Group]) -> dict[str, str]:
+        """Name -> reason for groups whose halves cannot go, found by the first check that says so."""
+        checks = (self._runs, self._equals, self._trains)
+        return next(filter(None, (_blame(groups, check) for check in checks)), {})
 
-        Boxes that are chosen by their scores may be others after rounding alone, so what differs is computed again in
-        double precision.
-        """
-        reason = self.fault_here(groups)
-        return self._precise.fault_here(groups) if reason == DIFFERS and self._precise is not None else reason
+    def _without(self, groups: Sequence[Group]) -> tuple[nn.Module, list[Tensor] | None]:
+        """A copy without half of the units of these groups, and its answers if it runs."""
+        if self._last[0] is not groups:
+            lost, _ = _halves(groups)
+            small = sketch_network(self._model)
+            try:
+                for (name, axis), positions in lost.items():
+                    cut_layer(small, name, axis, positions)
+                output = _call(small, self._sample)
+            except _ERRORS:
+                output = None
+            self._last = groups, small, output
+        return self._last[1:]
+
+    def _runs(self, groups: Sequence[Group]) -> str:
+        return FAILS if self._without(groups)[1] is None else ""
+
+    def _equals(self, groups: Sequence[Group]) -> str:
+        """Boxes chosen by their scores may be others after rounding alone: what differs is computed in double too."""
+        reason = self.difference(groups)
+        return self._precise.difference(groups) if reason == DIFFERS and self._precise is not None else reason
+
+    def difference(self, groups: Sequence[Group]) -> str:
+        """Why the copy is not the network with these halves silenced, in the precision that the network has."""
+        lost, rest = _halves(groups)
+        expected = probe.marked(self._model, self._sample, lost, self._sites, _call)
+        if expected is None or probe.marked(self._model, self._sample, rest, self._sites, _call) is None:
+            return reasons.MISLED
+        output = self._without(groups)[1]
+        return "" if output is not None and _equal(output, expected) else DIFFERS
+
+    def _trains(self, groups: Sequence[Group]) -> str:
+        return "" if self._runs_in_training(self._without(groups)[0]) or not self._dense_trains else TRAINING
 
     @cached_property
     def _precise(self) -> "_Trial | None":
@@ -89,24 +124,6 @@ class _Trial:
         except _ERRORS:
             return None
         return _Trial(model, sample, probe.find_sites(model))
-
-    def fault_here(self, groups: Sequence[Group]) -> str:
-        """The same in the precision that the network has."""
-        generator = np.random.default_rng(len(groups))
-        removed = {g.name: sorted(generator.permutation(g.size)[: g.size // 2].tolist()) for g in groups}
-        lost = lost_positions({group.name: group for group in groups}, removed)
-        small = sketch_network(self._model)
-        try:
-            for (name, axis), positions in lost.items():
-                cut_layer(small, name, axis, positions)
-            output = _call(small, self._sample)
-        except _ERRORS:
-            return FAILS
-        with _silenced(self._model, lost, self._sites):
-            expected = _call(self._model, self._sample)
-        if not _equal(output, expected):
-            return DIFFERS
-        return "" if self._runs_in_training(small) or not self._dense_trains else TRAINING
 
     @cached_property
     def _dense_trains(self) -> bool:
@@ -157,47 +174,3 @@ def _equal(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
         for left, right in zip(found, expected, strict=True)
         if right.numel() and right.isfinite().all()
     )
-
-
-@contextmanager
-def _silenced(model: nn.Module, lost: Mapping[axes.AxisKey, Sequence[int]], sites: probe.Sites) -> Iterator[None]:
-    """Inside, zeros at the input positions that the readers lose, and norms over the channels that they keep."""
-
-    def zeros(positions: Sequence[int]):
-        def hook(module: nn.Module, args: tuple) -> tuple:
-            keep = torch.ones(args[0].shape[axes.channel_dim(module, args[0])], dtype=torch.bool)
-            keep[list(positions)] = False
-            shape = [1] * args[0].dim()
-            shape[axes.channel_dim(module, args[0])] = -1
-            mask = ~keep.view(shape).to(args[0].device)
-            return probe.with_inputs(module, args, lambda values: values.masked_fill(mask, 0.0))
-
-        return hook
-
-    def over_the_rest(name: str, positions: list[int]):
-        small = nn.Module()
-        small.norm = sketch_network(sites.norms[name])
-        cut_layer(small, "norm", "out", positions)
-
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-            dim = axes.channel_dim(module, args[0])
-            kept = [place for place in range(args[0].shape[dim]) if place not in set(positions)]
-            index = torch.tensor(kept, device=output.device)
-            return torch.zeros_like(output).index_copy(dim, index, small.norm(args[0].index_select(dim, index)))
-
-        return hook
-
-    norms = {name: list(positions) for (name, _), positions in lost.items() if name in sites.norms}
-    readers = {
-        name: positions for (name, axis), positions in lost.items() if axis in ("in", "dim:1") and name in sites.readers
-    }
-    handles = [sites.readers[name].register_forward_pre_hook(zeros(positions)) for name, positions in readers.items()]
-    handles += [
-        sites.norms[name].register_forward_hook(over_the_rest(name, list(positions)), prepend=True)
-        for name, positions in norms.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -286,6 +286,43 @@ def test_a_network_that_does_not_take_the_image_is_an_input_error(build) -> None
         trace_groups(build("convnet")[0], torch.randn(1, 5, 32, 32))
 
 
+class Choice(nn.Module):
+    """What `decide` says of the trunk chooses between two layers, or only whether an error is raised."""
+
+    def __init__(self, decide, between: bool) -> None:
+        super().__init__()
+        self.trunk, self.low, self.high = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 5, 1), nn.Conv2d(6, 5, 1)
+        self.head, self.decide, self.between = nn.Conv2d(5, 2, 1), decide, between
+
+    def forward(self, images: Tensor) -> Tensor:
+        seen = F.relu(self.trunk(images))
+        yes = bool(self.decide(seen))
+        if self.between:
+            return self.head(self.high(seen) if yes else self.low(seen))
+        if not yes:
+            raise ValueError("the input is not one")
+        return self.head(self.high(seen))
+
+
+@pytest.mark.parametrize("decide", [lambda seen: seen.mean() > 0.3, lambda seen: (seen < 0.1).all()])
+def test_a_network_whose_layers_are_chosen_by_the_data_is_refused_in_one_line(decide) -> None:
+    with pytest.raises(InputError, match="whether layer '(high|low)' runs depends on values of the input") as raised:
+        trace_groups(Choice(decide, between=True).eval(), torch.randn(1, 3, 4, 4))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Choice(lambda seen: seen.isfinite().all(), between=False),
+        Choice(lambda seen: torch.ones(3).sum() > 1, between=True),
+    ],
+    ids=["a check of the input", "a choice without it"],
+)
+def test_decisions_that_are_the_same_for_all_inputs_are_none(model: nn.Module) -> None:
+    assert "high" in {group.name for group in trace_groups(model.eval(), torch.randn(1, 3, 4, 4)).prunable}
+
+
 def test_roles_follow_the_blocks(build) -> None:
     roles = {}
     for name in ("resnet18", "cifar_resnet20", "mobilenet_v2", "efficientnet", "vgg11_bn"):
