@@ -211,6 +211,13 @@ def selected_groups(graph: ChannelGraph, request: Budget) -> list[Group]:
     else:
         roles = (request.only,) if isinstance(request.only, str) else request.only
         chosen = [group for group in wanted if group.role in roles or group.name in only]
+    if chosen and all(group.size <= request.round_to for group in chosen) and request.round_to > 1:
+        widest = max(chosen, key=lambda group: group.size)
+        units = "heads" if widest.role == "heads" else "units"
+        raise InputError(
+            f"round_to={request.round_to}: none of the {len(chosen)} selected groups has more units, {widest.name!r} "
+            f"has {widest.size} {units}; give a smaller round_to"
+        )
     _check_apart([group for group in chosen if not request.shares or group.name in request.shares])
     return chosen
 

@@ -229,6 +229,7 @@ def test_a_device_without_stable_timing_is_told(build, random_ranks) -> None:
         ({"allocation": "best"}, "uniform"),
         ({"normalisation": "l2"}, "layer_mean"),
         ({"round_to": 0}, "round_to"),
+        ({"round_to": 64}, "round_to=64: none of the .* has more units"),
         ({"cap": 1.5}, "cap"),
         ({"only": "inside"}, "list of group names"),
         ({"only": ["nothing"]}, "no group"),

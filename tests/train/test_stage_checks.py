@@ -34,7 +34,7 @@ IMPOSSIBLE = {
     "more in all": ([BlockStage(0, remove_count=4), BlockStage(1, remove_count=3)], "7 blocks, and 6 can go"),
     "keep is all": ([ChannelStage(1.0)], "removes nothing: keep=1.0 of the dense macs, and the dense network leaves 1"),
     "keep rises": ([ChannelStage(0.4), ChannelStage(0.5, 1)], "stage channels before it leaves 0.4"),
-    "widths are too coarse": ([ChannelStage(0.99, round_to=64)], "cannot reach keep"),
+    "no group is so wide": ([ChannelStage(0.9, round_to=64)], "stage channels: round_to=64: none of the 12 selected"),
 }
 
 
@@ -50,6 +50,21 @@ def test_what_the_network_does_not_have_or_cannot_lose_is_refused(resnet, case):
         check_stages(resnet, stages, torch.randn(1, *SHAPE))
     assert "\n" not in str(raised.value)
     assert all(torch.equal(value, before[name]) for name, value in resnet.state_dict().items())
+
+
+def test_a_network_whose_layers_are_chosen_by_the_data_is_refused():
+    class Chooses(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.trunk, self.low, self.high, self.head = (nn.Linear(size, 8) for size in (64, 8, 8, 8))
+
+        def forward(self, images):
+            seen = self.trunk(images.flatten(1)).relu()
+            return self.head(self.high(seen) if seen.mean() > 0.5 else self.low(seen))
+
+    with pytest.raises(InputError, match="whether layer '(high|low)' runs depends on values of the input") as raised:
+        check_stages(Chooses(), [ChannelStage(0.5)], torch.randn(1, *SHAPE))
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("stages", [
