@@ -76,6 +76,7 @@ VISION = {
         *("regnet_y_400mf", "convnext_tiny"),
     ],
     96: "swin_t swin_v2_t".split(),
+    224: ["maxvit_t"],
     299: ["inception_v3"],
 }
 """Image size -> classifiers of torchvision."""
