@@ -30,7 +30,9 @@ gpu-kit: $(VENV)/installed  ## what test-gpu needs beside torch, for a machine w
 	$(BIN)/python -m pip download --disable-pip-version-check -q --no-deps -d $(KIT)/wheels -r $(KIT)/wheels.txt
 	tar -C $(KIT) -cf - wheels.txt wheels | split -b 60M - $(KIT)/wheels.tar.
 	rm -r $(KIT)/wheels
-	@echo "there: cat wheels.tar.* | tar x; pip install --no-index --find-links wheels -r wheels.txt; make test-gpu"
+	@echo "there, in the repository, with torch and torchvision installed:"
+	@echo "  cat $(KIT)/wheels.tar.* | tar x; pip install --no-index --find-links wheels -r wheels.txt"
+	@echo '  make -o .venv/installed BIN=$$(dirname $$(command -v python)) test-gpu'
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -42,6 +42,8 @@ def on_device(request, device, monkeypatch):
         return
     if request.node.get_closest_marker("cpu"):
         pytest.skip("of the CPU alone")
+    if device == far.PLACE and request.node.get_closest_marker("real"):
+        pytest.skip("of a device that is there")
     monkeypatch.setattr(Trainer, "__init__", _trains_on(device, Trainer.__init__))
     compare = partial(torch.testing.assert_close, check_device=False)
     monkeypatch.setattr(torch.testing, "assert_close", compare)

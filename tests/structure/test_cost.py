@@ -129,7 +129,7 @@ def test_folded_batches_and_functional_products_are_counted_as_torch_counts_them
     assert cost(model, clips).macs == counter.get_total_flops() // 2
 
 
-@pytest.mark.cpu  # torch.jit.trace knows no device that is not there
+@pytest.mark.real  # torch.jit.trace knows no other
 def test_a_compiled_network_costs_what_the_network_costs_and_a_traced_one_is_refused() -> None:
     model, images = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval(), torch.randn(1, 3, 8, 8)
     assert cost(torch.compile(model, backend="eager"), images).macs == cost(model, images).macs

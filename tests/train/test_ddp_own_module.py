@@ -51,6 +51,7 @@ def test_a_killed_run_resumes_to_the_same_weights(whole, tmp_path, epoch):
     assert all(torch.equal(got[name], wanted[name]) for name in wanted)
 
 
+@pytest.mark.real  # torch.export reads no program of another
 def test_the_compact_folder_of_a_class_that_we_do_not_know_needs_the_class_or_its_program(whole):
     from lightning_modules import network
 

@@ -52,6 +52,7 @@ def test_inductor_trains_through_surgery(make_run, tmp_path):
     assert len(record_of(module.backbone).plans) == 1 and not any("_orig_mod" in name for name in module.state_dict())
 
 
+@pytest.mark.real  # torch.compile knows no other
 def test_each_structure_is_compiled_once_and_the_state_dict_keeps_its_names(tiny_net, monkeypatch):
     compiled = []
 
@@ -88,6 +89,7 @@ def test_a_device_too_old_to_compile_for_is_refused(monkeypatch):
         check_compile(True, CUDA)
 
 
+@pytest.mark.real  # torch.compile knows no other
 def test_a_network_that_cannot_be_compiled_is_one_line(tiny_net, monkeypatch):
     def backend(graph, inputs):
         raise RuntimeError("no such operation\nand more")
@@ -162,6 +164,7 @@ def test_a_step_waits_for_the_device_only_where_it_logs(make_run, tmp_path):
     assert logged == {(0, 1), (0, 2), (1, 1), (1, 2)}  # every second step, and the last of the epoch
 
 
+@pytest.mark.real  # on another, a network whose graph a traceback holds cannot be moved
 @pytest.mark.parametrize("batch", [0, 2])
 def test_a_loss_that_is_not_finite_ends_the_run_before_a_checkpoint(make_run, tmp_path, batch):
     class Break(Callback):

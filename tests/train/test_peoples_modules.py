@@ -143,7 +143,7 @@ class Gan(LightningModule):
 
     def training_step(self, batch, batch_idx):
         first, second = self.optimizers()
-        fake = self.generator(torch.randn(len(batch[0]), 4, 1, 1))
+        fake = self.generator(torch.randn(len(batch[0]), 4, 1, 1, device=self.device))
         self.toggle_optimizer(first)
         self.manual_backward(F.softplus(-self.critic(fake)).mean() + added_loss(self))
         first.step()
@@ -212,7 +212,7 @@ class Careful(Gan):
             first.step(lambda: self.loss(len(batch[0])))
 
     def loss(self, count):
-        loss = F.softplus(-self.critic(self.generator(torch.randn(count, 4, 1, 1)))).mean()
+        loss = F.softplus(-self.critic(self.generator(torch.randn(count, 4, 1, 1, device=self.device)))).mean()
         self.manual_backward(loss)
         return loss
 
