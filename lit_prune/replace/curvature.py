@@ -178,20 +178,21 @@ class CurvatureSums(InputGradients):
         shapes = [(wide,), (wide,), (wide, wide), (wide, wide), (wide,)]
         sums = self.sums.setdefault(name, [torch.zeros(shape, dtype=torch.float64) for shape in shapes])
         if part.is_loss:
-            new = [(weights * total).sum(0), (weights * product).sum(0)]
-            sums[:2] = [old + more for old, more in zip(sums[:2], new, strict=True)]
+            sums[0] += (weights * total).sum(0)
+            sums[1] += (weights * product).sum(0)
         else:
             weighted = (weights * total).T
-            new = [weighted @ total, weighted @ product, (weights * product.square()).sum(0)]
-            sums[2:] = [old + more for old, more in zip(sums[2:], new, strict=True)]
+            sums[2].addmm_(weighted, total)
+            sums[3].addmm_(weighted, product)
+            sums[4] += (weights * product.square()).sum(0)
 
     def result(self) -> dict[str, Curvature]:
-        """Layer -> means over the images."""
+        """Layer -> means over the images; the sums are used up."""
         found = {}
-        for name, totals in self.sums.items():
-            first, product, square, mixed, diagonal = (total / self.count for total in totals)
-            found[name] = Curvature(first, product, square, mixed, diagonal)
-        return found
+        while self.sums:
+            name, totals = self.sums.popitem()
+            found[name] = Curvature(*(total.div_(self.count) for total in totals))
+        return dict(reversed(found.items()))
 
 
 def measure_curvature(
