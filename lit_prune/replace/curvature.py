@@ -191,7 +191,8 @@ class CurvatureSums(InputGradients):
         found = {}
         while self.sums:
             name, totals = self.sums.popitem()
-            found[name] = Curvature(*(total.div_(self.count) for total in totals))
+            first, product, square, mixed, diagonal = (total.div_(self.count) for total in totals)
+            found[name] = Curvature(first, product, square, mixed, diagonal)
         return dict(reversed(found.items()))
 
 

@@ -65,15 +65,15 @@ class Cut:
         inputs = covariance.inputs[placed][:, placed]
         outgoing = weight[:, placed].T  # [D, O]
         factor = torch.linalg.cholesky(ridged(inputs, ridge, outgoing.square().sum(1)))
-        changes = []
+        changes, biases = [], []
         for width in widths:
             kept = len(rest) + width * columns.shape[1]
             change = -weight.clone()
             lost = inputs[:kept, kept:] @ outgoing[kept:]
             change[:, placed[:kept]] = torch.cholesky_solve(lost, factor[:kept, :kept]).T
-            changes.append(change)
-        change = torch.stack(changes)
-        return cls(change.float(), -(change @ covariance.input_mean).float())
+            changes.append(change.float())
+            biases.append(-(change @ covariance.input_mean).float())
+        return cls(torch.stack(changes), torch.stack(biases))
 
 
 def measured_distortion(
