@@ -7,7 +7,7 @@ computes the right thing (`trial`). The others are listed too, with the reason.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from torch import nn
@@ -15,7 +15,9 @@ from torch import nn
 from lit_prune.structure import axes, probe, protection, trial
 from lit_prune.structure.coupling import Group, Member, assign_roles, group_role, lost_positions, with_kind
 from lit_prune.structure.cutting import cut_layer
+from lit_prune.structure.example import Example
 from lit_prune.structure.heads import axis_widths, head_groups, with_heads
+from lit_prune.structure.known import once
 from lit_prune.structure.opened import open_layer, opened
 from lit_prune.structure.plan import Plan
 from lit_prune.structure.proposals import propose_groups
@@ -94,6 +96,7 @@ class ChannelGraph:
 def trace_groups(model: nn.Module, example_input: Any) -> ChannelGraph:
     """Traces `model` and finds its groups of coupled channels. The model is left as it was found.
 
+    A network that was traced a moment ago, or a copy of it, is not traced again, see `known`.
     Whole attention heads are groups too, and the width of heads (see `heads`), named after the module that attends.
     Protected, with the reason: the classifier's output; channels joined with the network's input; channels under
     a norm that mixes all of them (LayerNorm, GroupNorm of one group) or under attention; zeros of a parameter-
@@ -119,16 +122,21 @@ def trace_groups(model: nn.Module, example_input: Any) -> ChannelGraph:
     check_defined(dict(model.named_parameters()), "model")  # an observer's buffers begin at infinity
     with traceable(model), opened(model):
         sample = one_sample(model, example_input)
-        sites = probe.find_sites(model)
-        try:
-            drafts, attends = propose_groups(model, sample)
-        except Exception:
-            run(model, sample)  # says so if it is the network that fails
-            raise
-        free = [draft.group for draft in drafts if not draft.group.protected]
-        wrong = trial.find_impossible(model, sample, free, sites)
-        heads = head_groups(model, sample) if attends else []
-        widths = sites.widths | axis_widths(model, [*heads, *(draft.group for draft in drafts)])
+        return once(model, sample, partial(_find_groups, model, sample))
+
+
+def _find_groups(model: nn.Module, sample: Example) -> ChannelGraph:
+    """The groups of a network that is `traceable` and `opened`."""
+    sites = probe.find_sites(model)
+    try:
+        drafts, attends = propose_groups(model, sample)
+    except Exception:
+        run(model, sample)  # says so if it is the network that fails
+        raise
+    free = [draft.group for draft in drafts if not draft.group.protected]
+    wrong = trial.find_impossible(model, sample, free, sites)
+    heads = head_groups(model, sample) if attends else []
+    widths = sites.widths | axis_widths(model, [*heads, *(draft.group for draft in drafts)])
     protected = [replace(d.group, protected=d.group.protected or wrong.get(d.group.name, "")) for d in drafts]
     groups = with_heads(assign_roles(model, protected, drafts), heads)
     return ChannelGraph(tuple(with_kind(model, group) for group in groups), widths)

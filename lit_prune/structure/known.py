@@ -1,0 +1,67 @@
+"""Networks that were traced a moment ago: the groups of a copy are those of the network that it was copied from.
+
+Planning, surgery, stand-ins and saving each ask for the groups of one network or of its copies. They are found once:
+networks are the same where types, attributes and the bits of all tensors agree, and what they are called with too.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import fields, is_dataclass
+from types import BuiltinFunctionType, FunctionType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lit_prune.structure.example import Example
+
+_ROOM = 4  # networks: a dense one, two of its stages and a teacher
+_TABLES = frozenset(vars(nn.Module()))
+_WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_last: OrderedDict[Hashable, Any] = OrderedDict()
+Found = TypeVar("Found")
+
+
+def once(model: nn.Module, sample: Example, find: Callable[[], Found]) -> Found:
+    """What `find` finds, or found for this network called with this sample, or for one that is the same."""
+    key = _identity(model, sample)
+    found = _last[key] if key in _last else find()
+    _last[key] = found
+    _last.move_to_end(key)
+    while len(_last) > _ROOM:
+        _last.popitem(last=False)
+    return found
+
+
+def _identity(model: nn.Module, sample: Example) -> Hashable:
+    """Equal for equal networks and samples; that of one which holds more than values is its own alone."""
+    tensors = {name: _known(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    modules = [
+        (name, type(module), tuple((k, _known(v)) for k, v in sorted(vars(module).items()) if k not in _TABLES))
+        for name, module in model.named_modules(remove_duplicate=False)
+    ]
+    called = [_known(leaf) for leaf in tree_leaves((sample.args, sample.kwargs))]
+    return tuple(modules), tuple(tensors.items()), tuple(called), tuple(sample.kwargs)
+
+
+def _known(value: Any) -> Hashable:
+    """Equal for equal values; functions are themselves, and of anything else only the same object is the same."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.device, tuple(value.shape), _bits(value)
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return type(value), tuple(map(_known, value))
+    if isinstance(value, dict):
+        return type(value), tuple((_known(key), _known(one)) for key, one in value.items())
+    if isinstance(value, (bool, int, float, str, type(None), type, FunctionType, BuiltinFunctionType, torch.dtype)):
+        return type(value), value
+    if is_dataclass(value) and not isinstance(value, type):
+        return type(value), tuple(_known(getattr(value, field.name)) for field in fields(value))
+    return type(value), id(value)
+
+
+def _bits(tensor: Tensor) -> int:
+    """A sum over the bits of all values, which a change of any of them changes."""
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+        return id(tensor)
+    return int(tensor.detach().contiguous().view(-1).view(_WHOLE[min(tensor.element_size(), 8)]).sum())
