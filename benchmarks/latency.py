@@ -2,10 +2,11 @@
 
     python benchmarks/latency.py NETWORK SAMPLES --out FOLDER --cells macs=0.5 latency=0.7 latency_onnx=0.8
 
-NETWORK and SAMPLES are those of `compression.py`; a cell is a budget and the share of it that is kept. Each is
-compressed once (`FOLDER/NETWORK-CELL.pt`, not again where it is there) and judged on the test part. At the end all
-networks of the cells are timed in turns, in PyTorch and ONNX Runtime with one and 64 images, so that they compare
-whatever else the machine did: a Markdown table of the quickest of some passes, as shares of the dense network's.
+NETWORK and SAMPLES are those of `compression.py`; a cell is a budget and the share of it that is kept
+(`macs+blocks=0.5`: blocks may go too). Each is compressed once (`FOLDER/NETWORK-CELL.pt`, not again where it is there)
+and judged on the test part. At the end all networks of the cells are timed in turns, in PyTorch and ONNX Runtime with
+one and 64 images, so that they compare whatever else the machine did: a Markdown table of the quickest of some passes,
+as shares of the dense network's.
 """
 
 import argparse
@@ -29,7 +30,8 @@ def compressed(bench: Bench, cell: str, images: int, together: int, judge: Judge
     """The network of a cell and what is known of it."""
     budget, keep = cell.split("=")
     order = torch.randperm(len(bench.train[1]), generator=torch.Generator().manual_seed(0))[:images]
-    recipe = Recipe()
+    budget, _, blocks = budget.partition("+")
+    recipe = Recipe(only=("mid", "planes", "blocks") if blocks else None)
     recipe = replace(recipe, replacement=replace(recipe.replacement, together=together))
     start = time.perf_counter()
     calibration = split(bench.train, bench.batch, order)

@@ -33,8 +33,8 @@ class Recipe:
     Attributes:
         score: in which order units of a group go.
         allocation: how the budget is shared out, see `Budget`.
-        only: "mid", "planes", "heads", "width", "head_width", several of them and of group names, or None for all but
-            the last two.
+        only: "mid", "planes", "heads", "width", "head_width", "blocks" (residual blocks as a whole), several of them
+            and of group names, or None for the first three.
         protect: names of groups that stay whole.
         round_to: widths are multiples of it.
         cap: largest share of a group that may go.

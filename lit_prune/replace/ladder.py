@@ -1,6 +1,6 @@
 """How far the prediction moves when one group alone is cut and its readers are solved again, for a row of widths."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -167,6 +167,7 @@ def distortion_ladders(
     moments: Mapping[str, ReaderMoments],
     task: Task | str | None = None,
     seed: int = 0,
+    droppable: Collection[str] = (),
 ) -> dict[str, tuple[list[int], list[float]]]:
     """Group -> widths (ascending) and how far the prediction moves at each, see `measured_distortion`.
 
@@ -178,9 +179,10 @@ def distortion_ladders(
         moments: of readers.
         task: see `settle`.
         seed: of the projections.
+        droppable: groups that may go as a whole; their readers are left with a bias.
     """
     groups = [graph.by_name[name] for name in scores]
-    widths = {group.name: ladder_widths(group.size) for group in groups}
+    widths = {group.name: [0] * (group.name in droppable) + ladder_widths(group.size) for group in groups}
     cuts = {g.name: group_cuts(model, g, scores[g.name], moments, widths[g.name][:-1]) for g in groups}
     cuts = {name: found for name, found in cuts.items() if found and len(widths[name]) > 1}
     moved = measured_distortion(model, batches, cuts, task, seed)

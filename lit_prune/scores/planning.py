@@ -9,17 +9,19 @@ from torch import nn
 
 from lit_prune.replace.ladder import distortion_ladders
 from lit_prune.replace.reconstruction import solvable_readers
+from lit_prune.scores.depth import droppable_groups, with_a_block_in_each_stage
 from lit_prune.scores.evidence import Evidence
 from lit_prune.scores.method import OwnScore
 from lit_prune.scores.outputs import moments_of_readers
 from lit_prune.scores.table import find_score
 from lit_prune.scores.trials import corrected_damage
-from lit_prune.structure.allocation import Measured, plan_channels, plan_ladders, plan_measured
+from lit_prune.structure.allocation import Measured, check_no_blocks, plan_channels, plan_ladders
 from lit_prune.structure.budgets import find_budget
 from lit_prune.structure.cost import cost
 from lit_prune.structure.cost_model import CostModel
 from lit_prune.structure.groups import ChannelGraph, Group
 from lit_prune.structure.masking import mask_channels, plan_masks
+from lit_prune.structure.measured_budget import plan_measured
 from lit_prune.structure.plan import Plan
 from lit_prune.structure.ranking import Budget, Ranks, group_scores, selected_groups
 from lit_prune.structure.record import example_input
@@ -49,11 +51,13 @@ def plan_method(
     sparsity = channel_sparsity(graph, cost_model, request)
     ranks = find_score(method).at(sparsity).ranks(evidence)
     if request.allocation == "measured":
-        measured = measured_damage(evidence, graph, ranks, request)
-        first = plan_ladders(graph, cost_model, ranks, measured, _arithmetic(request))
+        blocks = droppable_groups(evidence.model, graph, evidence.example) if request.drops_blocks else {}
+        measured = measured_damage(evidence, graph, ranks, request, blocks)
+        first = plan_ladders(graph, cost_model, ranks, measured, _arithmetic(request), blocks)
         measured = corrected_damage(evidence, graph, measured, first)
-        plan_at = lambda priced, wanted: plan_ladders(graph, priced, ranks, measured, wanted)  # noqa: E731
+        plan_at = lambda priced, wanted: plan_ladders(graph, priced, ranks, measured, wanted, blocks)  # noqa: E731
     else:
+        check_no_blocks(request)
         plan_at = lambda priced, wanted: plan_channels(graph, priced, ranks, wanted)  # noqa: E731
     if find_budget(request.kind).measured and request.allocation != "layerwise":
         plan = plan_measured(evidence.model, graph, cost_model, plan_at, request, example_input(evidence.example))
@@ -67,16 +71,20 @@ def _arithmetic(request: Budget) -> Budget:
     return replace(request, kind="macs") if find_budget(request.kind).measured else request
 
 
-def measured_damage(evidence: Evidence, graph: ChannelGraph, ranks: Ranks, request: Budget) -> Measured:
+def measured_damage(
+    evidence: Evidence, graph: ChannelGraph, ranks: Ranks, request: Budget, blocks: Mapping[str, str] = {}
+) -> Measured:
     """How far the prediction moves when one group alone is cut and its readers are solved again, by group and width.
 
     See `lit_prune.replace.ladder.distortion_ladders`. Groups that are read by a layer which cannot be solved again are
-    left out, and so stay whole.
+    left out, and so stay whole. Groups of `blocks` may be left nothing, but not all blocks of a stage.
     """
     scores, _ = group_scores(graph, ranks, request)
     solvable = {name: values for name, values in scores.items() if _all_solvable(evidence, graph.by_name[name])}
     moments = evidence.once(moments_of_readers)
-    return distortion_ladders(evidence.model, graph, solvable, evidence.batches, moments, evidence.task, evidence.seed)
+    model, task, seed = evidence.model, evidence.task, evidence.seed
+    found = distortion_ladders(model, graph, solvable, evidence.batches, moments, task, seed, blocks)
+    return with_a_block_in_each_stage(model, evidence.example, blocks, found) if blocks else found
 
 
 def _all_solvable(evidence: Evidence, group: Group) -> bool:

@@ -30,7 +30,8 @@ def corrected_damage(evidence: Evidence, graph: ChannelGraph, measured: Measured
     A table says what the prediction loses when one group is cut and its readers are solved again. In `refit` all later
     layers are solved too, and repair more of a cut in an early block than of one near the end, and more of one inside a
     block than of one in the trunk. So each part of a plan (role, and place in forward order) is tried alone on a few
-    samples: the squared change of the prediction over the one predicted is the factor of all groups of the part.
+    samples: the squared change of the prediction over the one predicted is the factor of all groups of the part. Blocks
+    that go as a whole are a part, and have a factor of their own.
 
     Args:
         evidence: the network and its calibration batches.
@@ -39,17 +40,30 @@ def corrected_damage(evidence: Evidence, graph: ChannelGraph, measured: Measured
         plan: which widths to try; a plan of a single part needs no trial.
     """
     parts = plan_parts(graph, plan)
-    if len(parts) < 2:
+    if len(parts) + bool(plan.drop_blocks) < 2:
         return measured
-    fitted, judged = _samples(evidence)
+    samples = _samples(evidence)
     factors: dict[str, float] = {}
     for names in watched(parts, "parts of the plan tried"):
         part = Plan((), {n: plan.keep_channels[n] for n in names}, {n: plan.sizes[n] for n in names})
-        small = refitted(evidence.model, part, fitted, evidence.example, TRIAL, evidence.task)
-        found = _change(evidence.model, small, judged, evidence.task)
         expected = sum(_predicted(measured[name], len(plan.keep_channels[name])) for name in names)
-        factors |= dict.fromkeys(names, float(np.clip(found / expected, *BOUNDS)) if expected else 1.0)
-    return {name: (widths, _scaled(errors, factors.get(name, 1.0))) for name, (widths, errors) in measured.items()}
+        factors |= dict.fromkeys(names, _factor(evidence, part, samples, expected))
+    dropped = 1.0
+    if plan.drop_blocks:
+        expected = sum(measured[name][1][0] for name in plan.notes["dropped"])
+        dropped = _factor(evidence, Plan(plan.drop_blocks), samples, expected)
+    return {
+        name: (widths, _scaled(widths, errors, factors.get(name, 1.0), dropped))
+        for name, (widths, errors) in measured.items()
+    }
+
+
+def _factor(evidence: Evidence, part: Plan, samples: tuple[list[Any], list[Any]], expected: float) -> float:
+    """What a part of a plan does to the prediction, over what the tables say of it."""
+    fitted, judged = samples
+    small = refitted(evidence.model, part, fitted, evidence.example, TRIAL, evidence.task)
+    found = _change(evidence.model, small, judged, evidence.task)
+    return float(np.clip(found / expected, *BOUNDS)) if expected else 1.0
 
 
 def plan_parts(graph: ChannelGraph, plan: Plan) -> list[list[str]]:
@@ -99,5 +113,5 @@ def _predicted(table: tuple[Sequence[int], Sequence[float]], width: int) -> floa
     return float(Ladder.interpolated(widths, errors, np.arange(1, max(widths) + 1)).errors[width - 1])
 
 
-def _scaled(errors: Sequence[float], factor: float) -> list[float]:
-    return [factor * error for error in errors]
+def _scaled(widths: Sequence[int], errors: Sequence[float], factor: float, dropped: float) -> list[float]:
+    return [(factor if width else dropped) * error for width, error in zip(widths, errors, strict=True)]

@@ -1,6 +1,5 @@
 """From scores and a budget to a plan: how many channels each group keeps, and which."""
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,18 +9,15 @@ from torch import nn
 
 from lit_prune.arguments import checked
 from lit_prune.errors import InputError
-from lit_prune.structure.budgets import STABLE, find_budget
+from lit_prune.structure.budgets import find_budget
 from lit_prune.structure.cost_model import CostModel
 from lit_prune.structure.groups import ChannelGraph, trace_groups
 from lit_prune.structure.ladders import Ladder, cheapest_damage
+from lit_prune.structure.measured_budget import plan_measured
 from lit_prune.structure.plan import Plan
 from lit_prune.structure.ranking import Budget, Ranks, group_scores
-from lit_prune.structure.surgery import apply_plan
 from lit_prune.structure.widths import Price, Steps, allowed_widths, global_widths, uniform_widths
 
-MEASURED_TRIALS = 4
-NEAR = 0.03  # share of a measured budget that may be left over
-STEEPEST = 3.0
 Measured = Mapping[str, tuple[Sequence[int], Sequence[float]]]  # group -> widths, damage at each
 _TOLERANCE = 0.01
 
@@ -70,6 +66,7 @@ def make_plan(
         InputError: an argument outside its range, scores that are NaN or of the wrong length, nothing to prune.
     """
     request = Budget(budget, keep, allocation, round_to, normalisation, cap, only, protect)
+    check_no_blocks(request)
     graph = trace_groups(model, example_input)
     cost_model = CostModel.build(model, graph, example_input)
     if find_budget(budget).measured and allocation != "layerwise":
@@ -95,7 +92,14 @@ def plan_channels(graph: ChannelGraph, cost_model: CostModel, ranks: Ranks, requ
     return _plan_widths(graph, cost_model, scores, request, notes, choose)
 
 
-def plan_ladders(graph: ChannelGraph, cost_model: CostModel, ranks: Ranks, measured: Measured, request: Budget) -> Plan:
+def plan_ladders(
+    graph: ChannelGraph,
+    cost_model: CostModel,
+    ranks: Ranks,
+    measured: Measured,
+    request: Budget,
+    blocks: Mapping[str, str] | None = None,
+) -> Plan:
     """Plan whose widths do the least summed damage within the budget, see `cheapest_damage`.
 
     Args:
@@ -104,6 +108,7 @@ def plan_ladders(graph: ChannelGraph, cost_model: CostModel, ranks: Ranks, measu
         ranks: which units of a group go first.
         measured: group -> widths and the damage done when the group alone is cut to each; a group without stays whole.
         request: the budget; its `allocation` is not read.
+        blocks: group -> block that is dropped where the group is left nothing; a width of 0 is among those measured.
 
     Raises:
         InputError: as `make_plan`.
@@ -119,10 +124,18 @@ def plan_ladders(graph: ChannelGraph, cost_model: CostModel, ranks: Ranks, measu
 
     def choose(steps: Steps, price: Price, target: float) -> np.ndarray:
         allowed = [allowed_widths(len(values), request.round_to, request.cap) for values in scores.values()]
+        none = [np.zeros(int(0 in measured[name][0]), dtype=np.int64) for name in scores]
+        allowed = [np.concatenate(pair) for pair in zip(none, allowed, strict=True)]
         ladders = [Ladder.interpolated(*measured[name], widths) for name, widths in zip(scores, allowed, strict=True)]
         return cheapest_damage(ladders, price, target)
 
-    return _plan_widths(graph, cost_model, scores, request, notes | {"without_damage": left_out}, choose)
+    return _plan_widths(graph, cost_model, scores, request, notes | {"without_damage": left_out}, choose, blocks)
+
+
+def check_no_blocks(request: Budget) -> None:
+    """Refuses to drop blocks by scores of channels."""
+    if request.drops_blocks:
+        raise InputError(f"only: 'blocks' go by allocation='measured' alone, not by {request.allocation!r}")
 
 
 def _check_arithmetic(request: Budget) -> None:
@@ -138,6 +151,7 @@ def _plan_widths(
     request: Budget,
     notes: dict[str, Any],
     choose: Callable[[Steps, Price, float], np.ndarray],
+    blocks: Mapping[str, str] | None = None,
 ) -> Plan:
     columns = np.array([cost_model.names.index(name) for name in scores])
     steps = Steps.build(list(scores.values()), request.round_to, request.cap)
@@ -148,7 +162,7 @@ def _plan_widths(
     achieved = price(widths) / dense
     reason = _shortfall(graph, steps, scores, widths, price, target)
     notes |= {"budget": request.kind, "requested": request.share, "achieved": achieved, "met": not reason}
-    return _plan(scores, dict(zip(scores, widths.tolist(), strict=True)), notes | {"reason": reason})
+    return _plan(scores, dict(zip(scores, widths.tolist(), strict=True)), notes | {"reason": reason}, blocks or {})
 
 
 def _shortfall(
@@ -176,14 +190,20 @@ def _shortfall(
     )
 
 
-def _plan(scores: Mapping[str, np.ndarray], widths: Mapping[str, int], notes: dict[str, Any]) -> Plan:
-    """Keeps the best units of each group; a tie goes to the lower index. Groups that lose nothing are not named."""
+def _plan(
+    scores: Mapping[str, np.ndarray], widths: Mapping[str, int], notes: dict[str, Any], blocks: Mapping[str, str] = {}
+) -> Plan:
+    """Keeps the best units of each group; a tie goes to the lower index. Groups that lose nothing are not named.
+
+    A group that is left nothing goes with its block; `notes["dropped"]` says which.
+    """
     keep, sizes = {}, {}
+    dropped = {name: block for name, block in blocks.items() if not widths.get(name, 1)}
     for name, values in scores.items():
-        if widths[name] < len(values):
+        if name not in dropped and widths[name] < len(values):
             best = np.argsort(-values, kind="stable")[: widths[name]]
             keep[name], sizes[name] = tuple(np.sort(best).tolist()), len(values)
-    return Plan((), keep, sizes, notes)
+    return Plan(tuple(dropped.values()), keep, sizes, notes | ({"dropped": dropped} if dropped else {}))
 
 
 def _plan_layerwise(
@@ -205,79 +225,3 @@ def _plan_layerwise(
     macs = cost_model.macs(cost_model.widths(plan.keep_channels)) / cost_model.macs(cost_model.sizes)
     found = {"budget": "layerwise", "requested": dict(request.shares), "achieved": macs, "met": True, "reason": ""}
     return replace(plan, notes=notes | found)
-
-
-def plan_measured(
-    model: nn.Module,
-    graph: ChannelGraph,
-    cost_model: CostModel,
-    plan_at: Callable[[CostModel, Budget], Plan],
-    request: Budget,
-    example_input: Any,
-) -> Plan:
-    """Plans by what the cost grows with (`Quantity.work`), cut and measured until one is within the budget.
-
-    The share of the dense cost is taken to be `1 - slope · (1 - work / dense work)`: with a slope of 1 first, then with
-    the one that the last network has shown. Each takes turns with the dense network; `notes["spread"]` says by how much
-    the latter's figures differ from trial to trial, relative to their median. Above `STABLE` a warning says so.
-
-    Args:
-        model: the network.
-        graph: its groups.
-        cost_model: of the same network.
-        plan_at: plan for a budget under the prices of a cost model.
-        request: the budget of a measured quantity, such as latency.
-        example_input: the batch that is measured with.
-
-    Returns:
-        The plan that was measured nearest below the budget; notes: `achieved` (measured), `predicted`, `spread`,
-        `macs_achieved`.
-    """
-    quantity = find_budget(request.kind)
-    quantity.check(example_input)
-    work = quantity.work(model, graph, cost_model, example_input)
-    slope, whole, dense = 1.0, work(cost_model.sizes), []
-    trials: list[Plan] = []
-    for _ in range(MEASURED_TRIALS):
-        share = lambda widths, slope=slope: 1 - slope * (1 - work(widths) / whole)  # noqa: E731
-        wanted = request if not trials else replace(request, keep=request.share * (1 - NEAR / 2))
-        plan = plan_at(replace(cost_model, measured=share), wanted)
-        widths = cost_model.widths(plan.keep_channels)
-        if any(plan.keep_channels == other.keep_channels for other in trials):
-            break  # the nearest that there is
-        small = model if plan.removes_nothing else apply_plan(model, plan, example_input)
-        before, after = quantity.compare([model, small], example_input)
-        dense.append(before)
-        notes = {"predicted": share(widths), "achieved": after / before, "reason": plan.notes["reason"]}
-        notes["macs_achieved"] = cost_model.macs(widths) / cost_model.macs(cost_model.sizes)
-        trials.append(replace(plan, notes={**plan.notes, **notes}))
-        if (1 - NEAR) * request.share <= notes["achieved"] <= request.share:
-            break
-        if work(widths) < whole:
-            slope = float(np.clip((1 - notes["achieved"]) / (1 - work(widths) / whole), 1 / STEEPEST, STEEPEST))
-    dense.append(quantity.compare([model], example_input)[0])  # one trial alone would say nothing of the spread
-    return _nearest(trials, request, _spread(dense, request.kind, quantity.unit))
-
-
-def _nearest(trials: Sequence[Plan], request: Budget, spread: float) -> Plan:
-    """The plan that was measured nearest below the budget, or else the least."""
-    achieved = np.array([plan.notes["achieved"] for plan in trials])
-    met = bool((achieved <= request.share).any())
-    plan = trials[int(np.argmax(np.where(achieved <= request.share, achieved, -1)) if met else np.argmin(achieved))]
-    least = f"the best of {len(trials)} trials still takes {achieved.min():.3f} of the dense {request.kind}"
-    reason = "" if met else f"{least}; {plan.notes['reason']}".removesuffix("; ")
-    notes = {"budget": request.kind, "requested": request.share, "met": met, "reason": reason, "spread": spread}
-    return replace(plan, notes={**plan.notes, **notes})
-
-
-def _spread(values: Sequence[float], kind: str, unit: str) -> float:
-    """Range over median of repeated measurements; warns where the device has no stable timing."""
-    spread = (max(values) - min(values)) / float(np.median(values))
-    if spread > STABLE:
-        warnings.warn(
-            f"{kind}: the dense network took {min(values):.3g} to {max(values):.3g} {unit} in {len(values)} "
-            f"measurements, a spread of {spread:.0%}; the budget is met no more exactly than that: "
-            "repeat it on an idle device, or give budget='macs'",
-            stacklevel=3,
-        )
-    return spread

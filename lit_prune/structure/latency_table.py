@@ -88,6 +88,7 @@ class LatencyTable:
     def __call__(self, widths: np.ndarray) -> float:
         """Of the network whose groups have these widths, int64 [G]."""
         wanted = (self.rows @ np.append(widths, 1))[..., None]  # [2, N, 1]
+        there = (wanted > 0).all((0, 2))  # others go with their block
         block = np.minimum(BLOCK, self.levels[..., :1])
         wanted = np.clip(-(-wanted // block) * block, self.levels[..., :1], self.levels[..., -1:])
         upper = np.clip((self.levels < wanted).sum(-1), 1, self.levels.shape[-1] - 1)
@@ -98,7 +99,7 @@ class LatencyTable:
         corners = [(i - 1, j - 1), (i - 1, j), (i, j - 1), (i, j)]
         low, high, deep, far = (self.seconds[layer, a, b] for a, b in corners)
         u, v = share
-        return float(((1 - u) * ((1 - v) * low + v * high) + u * ((1 - v) * deep + v * far)).sum())
+        return float(((1 - u) * ((1 - v) * low + v * high) + u * ((1 - v) * deep + v * far))[there].sum())
 
 
 def levels_of(size: int) -> np.ndarray:

@@ -14,7 +14,8 @@ from lit_prune.structure.groups import ChannelGraph, Group
 
 Ranks = Mapping[str, Tensor]
 
-ROLES = ("mid", "planes", "heads", "width", "head_width")
+BLOCKS = "blocks"
+ROLES = ("mid", "planes", "heads", "width", "head_width", BLOCKS)
 ASKED = ("width", "head_width")
 """Roles that go only where they are asked for."""
 ALLOCATIONS = {
@@ -67,7 +68,8 @@ class Budget:
         cap: largest share of a group that may go.
         only: "mid", "planes", "heads", "width", "head_width" (see `group_role`), a list of them and of group names, or
             None for all but "width", which changes the statistics of norms, and "head_width", since one plan takes
-            whole heads of an attention or narrows them.
+            whole heads of an attention or narrows them. With "blocks" among them residual blocks may go as a whole too
+            (allocation "measured").
         protect: names of groups that stay whole.
     """
 
@@ -99,6 +101,11 @@ class Budget:
         if self.only is not None and self.only not in ROLES:
             object.__setattr__(self, "only", _names("only", self.only))
         self._check_keep()
+
+    @property
+    def drops_blocks(self) -> bool:
+        """Whether residual blocks may go as a whole."""
+        return isinstance(self.only, tuple) and BLOCKS in self.only
 
     @property
     def share(self) -> float:
