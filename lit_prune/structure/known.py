@@ -1,9 +1,11 @@
 """Networks that were traced a moment ago: the groups of a copy are those of the network that it was copied from.
 
 Planning, surgery, stand-ins and saving each ask for the groups of one network or of its copies. They are found once:
-networks are the same where types, attributes and the bits of all tensors agree, and what they are called with too.
+networks are the same where types, attributes and the bytes of all tensors agree, and what they are called with too. One
+that has hooks, or holds anything else than values, is the same as no other.
 """
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import fields, is_dataclass
@@ -18,7 +20,7 @@ from lit_prune.structure.example import Example
 
 _ROOM = 4  # networks: a dense one, two of its stages and a teacher
 _TABLES = frozenset(vars(nn.Module()))
-_WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_HOOKS = tuple(name for name in _TABLES if name.endswith("_hooks"))
 _last: OrderedDict[Hashable, Any] = OrderedDict()
 Found = TypeVar("Found")
 
@@ -35,21 +37,26 @@ def once(model: nn.Module, sample: Example, find: Callable[[], Found]) -> Found:
 
 
 def _identity(model: nn.Module, sample: Example) -> Hashable:
-    """Equal for equal networks and samples; that of one which holds more than values is its own alone."""
+    """Equal for equal networks and samples."""
     tensors = {name: _known(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     modules = [
         (name, type(module), tuple((k, _known(v)) for k, v in sorted(vars(module).items()) if k not in _TABLES))
         for name, module in model.named_modules(remove_duplicate=False)
     ]
+    hooked = any(getattr(module, name) for module in model.modules() for name in _HOOKS)
     called = [_known(leaf) for leaf in tree_leaves((sample.args, sample.kwargs))]
-    return tuple(modules), tuple(tensors.items()), tuple(called), tuple(sample.kwargs)
+    return tuple(modules), tuple(tensors.items()), tuple(called), tuple(sample.kwargs), _Alone() if hooked else None
+
+
+class _Alone:
+    """Equal to nothing else: what it stands for may change unseen."""
 
 
 def _known(value: Any) -> Hashable:
-    """Equal for equal values; functions are themselves, and of anything else only the same object is the same."""
+    """Equal for equal values; functions are themselves, and anything else is like nothing."""
     if isinstance(value, Tensor):
-        return value.dtype, value.device, tuple(value.shape), _bits(value)
-    if isinstance(value, (list, tuple, set, frozenset)):
+        return value.dtype, value.device, tuple(value.shape), _digest(value)
+    if isinstance(value, (list, tuple)):
         return type(value), tuple(map(_known, value))
     if isinstance(value, dict):
         return type(value), tuple((_known(key), _known(one)) for key, one in value.items())
@@ -57,11 +64,15 @@ def _known(value: Any) -> Hashable:
         return type(value), value
     if is_dataclass(value) and not isinstance(value, type):
         return type(value), tuple(_known(getattr(value, field.name)) for field in fields(value))
-    return type(value), id(value)
+    return _Alone()
 
 
-def _bits(tensor: Tensor) -> int:
-    """A sum over the bits of all values, which a change of any of them changes."""
-    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
-        return id(tensor)
-    return int(tensor.detach().contiguous().view(-1).view(_WHOLE[min(tensor.element_size(), 8)]).sum())
+def _digest(tensor: Tensor) -> Hashable:
+    """Of all bytes: the order of an index says which channels go together."""
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or type(tensor) not in _PLAIN:
+        return _Alone()
+    values = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    return hashlib.blake2b(memoryview(values.numpy()), digest_size=16).digest()
+
+
+_PLAIN: tuple[type, ...] = (Tensor, nn.Parameter, nn.Buffer)

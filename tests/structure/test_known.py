@@ -17,7 +17,7 @@ class Net(nn.Module):
         super().__init__()
         self.body, self.head = nn.Linear(6, 8), nn.Linear(8, 2)
         self.act, self.order, self.times = F.relu, ["body"], 1
-        self.register_buffer("scale", torch.ones(8))
+        self.register_buffer("scale", torch.arange(1.0, 9.0))
 
     def forward(self, values: Tensor) -> Tensor:
         for name in self.order * self.times:
@@ -41,6 +41,7 @@ def _weight(net: Net) -> None:
 CHANGES = {
     "a weight": _weight,
     "a buffer": lambda net: net.scale.mul_(2),
+    "the order of a buffer": lambda net: net.scale.copy_(net.scale.flip(0)),
     "a number": lambda net: setattr(net.head, "note", 3),
     "a function": lambda net: setattr(net, "act", F.gelu),
     "a list": lambda net: net.order.append("other"),
