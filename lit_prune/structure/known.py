@@ -72,7 +72,7 @@ def _digest(tensor: Tensor) -> Hashable:
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or type(tensor) not in _PLAIN:
         return _Alone()
     values = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    return hashlib.blake2b(memoryview(values.numpy()), digest_size=16).digest()
+    return hashlib.blake2b(values.numpy().data, digest_size=16).digest()
 
 
 _PLAIN: tuple[type, ...] = (Tensor, nn.Parameter, nn.Buffer)
