@@ -33,6 +33,11 @@ def find(model: nn.Module, name: str) -> nn.Module | nn.Parameter:
     return getattr(model.get_submodule(parent), last)
 
 
+def dim_of(tensor: Tensor, axis: str) -> int:
+    """Dimension of a bare tensor along which an axis lies: the one that it says, or the longest."""
+    return int(axis[4:]) if axis.startswith("dim:") else max(range(tensor.dim()), key=lambda d: tensor.shape[d])
+
+
 def is_depthwise(module: object) -> bool:
     """Whether `module` is a convolution with one input and one output channel in each of several groups."""
     return isinstance(module, CONVOLUTIONS) and 1 < module.groups == module.out_channels == module.in_channels

@@ -26,9 +26,7 @@ def cut_layer(model: nn.Module, name: str, axis: str, positions: list[int]) -> N
         assert layer is not None, f"{name} is a {type(target).__name__}, which no group holds"
         layer.cut(target, axis, positions)
     else:
-        longest = max(range(target.dim()), key=lambda d: target.shape[d])
-        dim = int(axis[4:]) if axis.startswith("dim:") else longest
-        setattr(holder, name.rpartition(".")[2], without(target, positions, dim))
+        setattr(holder, name.rpartition(".")[2], without(target, positions, axes.dim_of(target, axis)))
     for key, parameter in holder.named_parameters(recurse=False):
         parameter.requires_grad_(before[key].requires_grad)
         if _is_channels_last(before[key]):

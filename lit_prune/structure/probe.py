@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from lit_prune.structure import axes
 from lit_prune.structure.cutting import cut_layer
 from lit_prune.structure.example import Example
+from lit_prune.structure.layers import layer_type
 from lit_prune.structure.tracing import sketch_network
 
 
@@ -81,7 +82,7 @@ def marked(
         call: the output for a network and a sample.
     """
     marks = {key: _row(sites.widths[key], places) for key, places in lost.items() if key in sites.widths}
-    with _watching(sites, marks) as seen:
+    with _watching(sites, marks) as seen, _tensors_marked(model, lost):
         output = call(model, sample)
     if any(isinstance(leaf, Tensor) and bool(leaf.isnan().any()) for leaf in tree_leaves(output)):
         return None
@@ -89,6 +90,27 @@ def marked(
     calls = ((row, expected.get(name, np.zeros_like(row))) for name, rows in seen.items() for row in rows)
     right = all(name in seen for name in expected) and all(np.array_equal(row, claim) for row, claim in calls)
     return output if right else None
+
+
+@contextmanager
+def _tensors_marked(model: nn.Module, lost: Mapping[axes.AxisKey, Sequence[int]]) -> Iterator[None]:
+    """Marks in what no layer writes: class tokens, embeddings of positions, layer scales."""
+    held = []
+    try:
+        for (name, axis), places in lost.items():
+            owner, _, key = name.rpartition(".")
+            holder = model.get_submodule(owner)
+            tables: tuple[Any, ...] = (holder._parameters, holder._buffers)
+            for table in tables if layer_type(holder) is None else ():
+                if (tensor := table.get(key)) is not None and tensor.is_floating_point():
+                    held.append((table, key, tensor))
+                    index = torch.tensor(places, device=tensor.device)
+                    values = tensor.detach().index_fill(axes.dim_of(tensor, axis), index, torch.nan)
+                    table[key] = nn.Parameter(values) if isinstance(tensor, nn.Parameter) else values
+        yield
+    finally:
+        for table, key, tensor in reversed(held):
+            table[key] = tensor
 
 
 def _row(width: int, places: Sequence[int]) -> np.ndarray:

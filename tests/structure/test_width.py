@@ -35,6 +35,10 @@ CASES = {
     "deit with registers": (lambda: _vit(24, reg_tokens=2, init_values=0.1, qk_norm=True), 16),
     "vit averaged": (lambda: _vit(24, global_pool="avg", class_token=False), 16),
     "torchvision vit": (lambda: VisionTransformer(16, 4, 2, 2, 24, 32, num_classes=5), 16),
+    "cait": (
+        lambda: timm.models.Cait(img_size=16, patch_size=4, embed_dim=24, depth=1, num_heads=2, num_classes=5),
+        16,
+    ),
     "swin": (lambda: SwinTransformer([4, 4], 12, [2], [2], [4, 4], num_classes=5), 32),
     "swin v2": (
         lambda: SwinTransformer(
