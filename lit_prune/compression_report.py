@@ -29,11 +29,13 @@ class CompressionReport(dict[str, Any]):
         if budget := self.get("budget"):
             lines.append(
                 f"{budget['kind']} {budget['dense']:.4g} -> {budget['compact']:.4g} {budget['unit']} measured "
-                f"({budget['measured']:.1%})"
+                f"({budget['measured']:.1%}, predicted {budget['predicted']:.1%}, the dense network's figures "
+                f"{budget['spread']:.1%} apart)"
             )
         sizes, kept = plan["sizes"], plan["keep_channels"]
         cut = [name for name in kept if len(kept[name]) < sizes[name]]
-        lines.append(f"{len(cut)} groups of channels cut, {len(self['layers'])} layers solved again")
+        blocks = f"{len(plan['drop_blocks'])} blocks dropped, " if plan["drop_blocks"] else ""
+        lines.append(f"{blocks}{len(cut)} groups of channels cut, {len(self['layers'])} layers solved again")
         if whole := plan["notes"].get("without_scores"):
             named = ", ".join(whole[:3]) + (", ..." if len(whole) > 3 else "")
             lines.append(f"{len(whole)} groups left whole, which the score says nothing of: {named}")
@@ -77,7 +79,7 @@ def measure_budget(model: nn.Module, reduced: Reduced, example: Any) -> dict[str
     notes = reduced.plan.notes
     quantity = find_budget(notes["budget"])
     dense, compact = quantity.compare([model, reduced.model], example)
-    shares = {name: notes[name] for name in ("requested", "predicted", "spread") if name in notes}
+    shares = {name: notes[name] for name in ("requested", "predicted", "spread")}
     return {"kind": quantity.name, "unit": quantity.unit, "dense": dense, "compact": compact} | (
         shares | {"measured": compact / dense}
     )

@@ -82,6 +82,7 @@ def test_a_measured_budget_is_reported_as_asked_for_as_predicted_and_as_measured
     said = report["budget"]
     assert said["requested"] == 0.7 and 0.65 < said["measured"] == said["compact"] / said["dense"] <= 0.7
     assert said["predicted"] == pytest.approx(said["measured"], abs=0.02) and said["spread"] == 0
+    assert f"{said['measured']:.1%}, predicted {said['predicted']:.1%}" in str(report)
     assert said["compact"] - 0.1 * report["dense"]["macs"] == pytest.approx(cost(compact, batches[0][0]).macs, rel=1e-3)
 
 
