@@ -22,8 +22,8 @@ class WholeFileIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Writes `checkpoint` to `path`, whole or not at all."""
-        with whole_file(path) as partial:
-            torch.save(checkpoint, partial)
+        with whole_file(path) as partial, partial.open("wb") as opened:  # torch's own does not say that a disk is full
+            torch.save(checkpoint, opened)
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> Any:
         """The plain values and tensors of a checkpoint, on the CPU; nothing in it is executed.

@@ -1,5 +1,6 @@
 """Checkpoints: whole whenever the run dies, written while training goes on, all there when the run ends."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
+from lit_prune.cli.parsing import causes
 from lit_prune.train.checkpoints import WholeFileIO, checkpoint_writer
 
 DIES_IN_A_WRITE = """
@@ -21,7 +23,7 @@ DIES_IN_A_WRITE = """
     writer.teardown()
 
     def half_written(checkpoint, path):
-        path.write_bytes(b"half")
+        path.write(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
 
     torch.save = half_written
@@ -72,3 +74,16 @@ def test_a_write_that_failed_is_raised_at_the_end_at_the_latest(tmp_path):
     with pytest.raises(OSError, match="file"):  # by the call itself where the writing thread is quicker
         writer.save_checkpoint({"epoch": 0}, tmp_path / "file" / "last.ckpt")
         writer.teardown()
+
+
+def test_a_checkpoint_that_cannot_be_written_says_why_and_leaves_nothing(tmp_path):
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, before[1]))  # as a disk with so little room
+    try:
+        with pytest.raises((OSError, RuntimeError)) as raised:
+            WholeFileIO().save_checkpoint({"state_dict": {"weight": torch.zeros(5_000)}}, tmp_path / "last.ckpt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    reasons = [cause.errno for cause in causes(raised.value) if isinstance(cause, OSError)]
+    assert reasons == [errno.EFBIG] and not list(tmp_path.iterdir())
