@@ -172,7 +172,7 @@ def _check_formats(formats: Sequence[str]) -> None:
 def _attempt(name: str, step: str, function: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return function(*arguments)
-    except InputError:
+    except (InputError, OSError):  # the system refuses a file: it says why
         raise
     except Exception as error:  # the exporters and the runtime raise many families of their own
         cause = error.__cause__ or error

@@ -1,5 +1,6 @@
 """Exported files compute what the network computes, and an unverified file never appears."""
 
+import errno
 import importlib.util
 import json
 import sys
@@ -105,6 +106,17 @@ def test_operator_set_is_the_one_asked_for_or_an_error(tiny_net: nn.Module, tmp_
 def test_unknown_format_is_an_input_error(tiny_net: nn.Module, tmp_path: Path, formats: tuple[str, ...]):
     with pytest.raises(InputError, match="choose from onnx, torch_export"):
         export_module(tiny_net, INPUT_SHAPE, tmp_path, formats)
+
+
+def test_a_full_disk_is_said_as_such_and_is_no_fault_of_the_network(tiny_net, tmp_path: Path, monkeypatch):
+    def write(*_) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    right = export.FORMATS["torch_export"]
+    monkeypatch.setitem(export.FORMATS, "torch_export", Format(right.file, write, right.load))
+    with pytest.raises(OSError, match="No space left"):
+        export_module(tiny_net, (3, 8, 8), tmp_path, ("torch_export",))
+    assert not list(tmp_path.iterdir())
 
 
 def test_missing_extra_names_the_remedy(tiny_net: nn.Module, tmp_path: Path, monkeypatch):
