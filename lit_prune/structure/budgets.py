@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -146,7 +147,7 @@ class Latency(Quantity):
     unit = "s"
     batch: ClassVar[int | None] = None
 
-    @property
+    @cached_property
     def runtime(self) -> Runtime:
         """What runs the network."""
         from lit_prune.structure.runtimes import Eager
@@ -202,7 +203,7 @@ class OnnxLatency(Latency):
 
     batch = 1
 
-    @property
+    @cached_property
     def runtime(self) -> Runtime:
         """What runs the network."""
         from lit_prune.structure.runtimes import OnnxRuntime

@@ -135,3 +135,22 @@ def test_onnx_runtime_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr("lit_prune.structure.runtimes.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"budget=latency_onnx: onnx, onnxscript, onnxruntime missing; pip"):
         find_budget("latency_onnx").check(torch.zeros(1, 3, 8, 8))
+
+
+def test_onnx_runtime_exports_the_dense_network_once(chain, monkeypatch, tmp_path):
+    """Every trial is compared with it."""
+    exported = []
+
+    def export(model, shape, to, formats):
+        exported.append(model)
+        (tmp_path / "model.onnx").write_bytes(b"")
+        return {"onnx": {"file": tmp_path / "model.onnx"}}
+
+    monkeypatch.setattr("lit_prune.export.export_module", export)
+    monkeypatch.setattr("lit_prune.structure.runtimes._session", lambda model, values: lambda: None)
+    monkeypatch.setattr(OnnxRuntime, "missing", lambda self: [])
+    quantity = find_budget("latency_onnx")
+    smaller = [nn.Conv2d(3, width, 3).eval() for width in (4, 5)]
+    for small in smaller:
+        quantity.compare([chain, small], torch.zeros(1, 3, 16, 16))
+    assert exported == [chain, *smaller]
