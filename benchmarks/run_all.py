@@ -33,6 +33,7 @@ NO_BENCHMARKS = (  # no times, or weights and images that are not here
     "compression",
     "compression_cases",
     "fuzz_files",
+    "latency",
     "tasks",
     "task_cases",
     "task_fit",
