@@ -16,7 +16,7 @@ SHAPE = (1, 8, 8)
 PAPER = {"score": "proxy", "allocation": "uniform", "replace": "delete"}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def resnet() -> nn.Module:
     return build_backbone("cifar_resnet20", num_classes=10, in_channels=1)
 
