@@ -28,7 +28,7 @@ def test_information_decides_between_the_blocks_of_a_stage():
     assert removable_in_order(BLOCKS, information) == ["s1.0", "s3.1", "s2.1"]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def resnet():
     torch.manual_seed(0)
     model = build_backbone("cifar_resnet20", 4).eval()
