@@ -101,12 +101,11 @@ class Column:
 
 
 ACCURACY = Column("accuracy", "accuracy", format_percent, point_change)
-THROUGHPUT = Column("throughput", "throughput", _format_rate)
 COSTS = (
     Column("macs", "MACs", format_count),
     Column("params", "params", format_count),
     Column("latency_ms", "latency, batch 1", _format_milliseconds),
-    THROUGHPUT,
+    Column("throughput", "throughput", _format_rate),
     Column("bytes", "file size", format_bytes),
 )
 
@@ -155,7 +154,7 @@ def result_cells(result: Mapping[str, Any]) -> Table:
         "the one after BatchNorm recalibration, before its repair; the compact network's the one after the last repair."
     )
     batch = dense.get("throughput_batch")
-    titles = [f"{q.title}, batch {batch}" if q is THROUGHPUT and batch else q.title for q in quantities]
+    titles = [f"{q.title}, batch {batch}" if q.key == "throughput" and batch else q.title for q in quantities]
     return Table(("network", *titles), tuple(rows), f"{caption} {times_hold_for(result)}".strip())
 
 

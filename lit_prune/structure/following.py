@@ -8,6 +8,7 @@ is not, or where it is not known, the channels are kept, with the reason. Nothin
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map
 
-from lit_prune.structure import operations, reasons
+from lit_prune.structure import operations, reasons, rows
 from lit_prune.structure.example import Example
 from lit_prune.structure.labelled import LabelledTensors, key_of, tensors_in
 from lit_prune.structure.labels import NOBODY, compact, condensed, varies
@@ -134,9 +135,9 @@ class Follower(LabelledTensors, TorchDispatchMode):
         if name in operations.BATCH_NORM:
             return self._batch_norm
         if name in operations.REGIONS:
-            return self._regions
+            return partial(rows.follow_regions, self)
         if name in ("index_put", "index_put_"):
-            return self._put_rows
+            return partial(rows.follow_written, self)
         shuffles = dict.fromkeys(("channel_shuffle", "native_channel_shuffle"), self._shuffle)
         return {"constant_pad_nd": self._pad, "glu": self._glu, **shuffles}.get(name)
 
@@ -261,28 +262,6 @@ class Follower(LabelledTensors, TorchDispatchMode):
         one = labels[first]
         self.labels.tie(one.expand(labels.shape), labels)
         self.put(output, one.expand(output.shape))
-
-    def _regions(self, args: tuple, output: Tensor) -> None:
-        """Regions of maps [B, C, H, W], one a row of the boxes [K, ...], are pooled: [K, C, h, w]."""
-        boxes = self.of(args[1])
-        if boxes is not None:
-            self.labels.keep([boxes], reasons.operation("boxes of a pooling"))
-        labels = self.shadow(args[0])
-        one = labels[:1, :, :1, :1]
-        self.labels.tie(one.expand(labels.shape), labels)
-        self.put(output, one.expand(output.shape))
-
-    def _put_rows(self, args: tuple, output: Tensor) -> None:
-        """Rows are written over others of the same channels."""
-        rows, values = self.shadow(args[0]), self.shadow(args[2])
-        along_first = len(args[1]) == 1 and values.dim() == rows.dim()
-        if not along_first or varies(rows, 0) or varies(values, 0):
-            self.labels.keep([rows, values], reasons.operation("index_put"))
-            self.put(output, self.fixed[2].expand(output.shape))
-            return
-        written = values[:1].expand(output.shape) if len(values) else rows
-        self.labels.tie(rows, written)
-        self.put(output, torch.where(rows == NOBODY, written, rows))
 
     def _along(self, name: str, args: tuple, kwargs: dict, output: Any) -> None:
         """Statistics of one channel's values are the channel's; those over several tie them, or keep them all."""
