@@ -69,15 +69,16 @@ class Cell:
     seed: int
 
 
-def run_cell(cell: Cell, samples: Path, repair_images: int, answers: Path) -> dict:
+def run_cell(cell: Cell, samples: Path, repair_images: int, answers: Path, device: str) -> dict:
     """Compresses, repairs and measures; the line of the cell."""
-    bench = CASES[cell.network](samples)
+    bench = CASES[cell.network](samples).to(device)
     generator = torch.Generator().manual_seed(cell.seed)
     order = torch.randperm(len(bench.train[1]), generator=generator)[: cell.images]
     calibration = split(bench.train, bench.batch, order)
     before = peak()
     small, seconds = compressed(bench, cell, calibration)
-    found = {"commit": (commit() or "")[:7], "peak_mb": peak() - before, "process_mb": peak(), "seconds": seconds}
+    found = {"device": device, "commit": (commit() or "")[:7], "seconds": seconds}
+    found |= {"peak_mb": peak() - before, "process_mb": peak()}
     example = bench.test[0][:1]
     found["macs"] = cost(small, example).macs / cost(bench.model, example).macs
     judge = Judge(bench, answers)
@@ -245,6 +246,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=("strongest", *IMPORTANCES), help=", ".join(RECIPES))
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--repair-images", type=int, default=10_000)
+    parser.add_argument("--device", default="cpu", help="where the network and its images lie")
     parser.add_argument("--draw", type=Path, help="file for the curve of the figure against seconds")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -273,7 +275,7 @@ def main() -> None:
     if arguments.cell:
         cell = Cell(**json.loads(arguments.cell))
         answers = arguments.out.with_suffix(f".{cell.network}.pt")
-        row = run_cell(cell, arguments.samples, arguments.repair_images, answers)
+        row = run_cell(cell, arguments.samples, arguments.repair_images, answers, arguments.device)
         with arguments.out.open("a") as file:
             file.write(json.dumps(row) + "\n")
         return

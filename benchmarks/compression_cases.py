@@ -6,7 +6,7 @@ A folder of samples has `data/` (CIFAR strips as lossless WebP of 500 images eac
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +43,11 @@ class Bench:
     batch: int = 125
     task: Task | str | None = None
     moves: bool = True
+
+    def to(self, device: str) -> "Bench":
+        """The same, network and images on a device."""
+        train, test = (tuple(values.to(device) for values in part) for part in (self.train, self.test))
+        return replace(self, model=self.model.to(device), train=train, test=test)
 
 
 def split(part: Part, size: int, order: Tensor | None = None) -> list[Part]:
