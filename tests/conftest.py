@@ -16,6 +16,7 @@ from PIL import Image
 from torch import nn
 
 from lit_prune import timing
+from lit_prune.running import full_float32
 from lit_prune.structure import latency
 
 
@@ -45,9 +46,11 @@ def on_device(request, device, monkeypatch):
     if device == far.PLACE and request.node.get_closest_marker("real"):
         pytest.skip("of a device that is there")
     monkeypatch.setattr(Trainer, "__init__", _trains_on(device, Trainer.__init__))
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)  # runs are compared bit by bit
     compare = partial(torch.testing.assert_close, check_device=False)
     monkeypatch.setattr(torch.testing, "assert_close", compare)
-    with far.far_device() if device == far.PLACE else nullcontext(), placement.OnDevice(device):
+    place = far.far_device() if device == far.PLACE else nullcontext()
+    with full_float32(), place, placement.OnDevice(device):  # tests know what float32 gives
         yield
 
 

@@ -16,11 +16,13 @@ from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_leaves, tree_map
 
 LIBRARY, BUILDERS = "lit_prune", "lit_prune.models"
-DRAWN_IN_PLACE = {getattr(torch.Tensor, name) for name in ("uniform_", "normal_", "random_", "bernoulli_")}
-DRAWN_IN_PLACE |= {getattr(torch.Tensor, name) for name in ("exponential_", "log_normal_", "geometric_", "cauchy_")}
+DRAWN = {getattr(torch.Tensor, name) for name in ("uniform_", "normal_", "random_", "bernoulli_")}
+DRAWN |= {getattr(torch.Tensor, name) for name in ("exponential_", "log_normal_", "geometric_", "cauchy_")}
+DRAWN |= {getattr(torch.nn.init, name) for name in ("uniform_", "normal_", "kaiming_uniform_")}  # below no mode sees it
 READ = {torch.Tensor.numpy, torch.Tensor.__array__}
 PLACED = {torch.Tensor.__setitem__, torch.Tensor.__getitem__}  # what is put in, or says where, goes to the tensor
-MOVES = {torch.Tensor.to, torch.Tensor.copy_, torch.Tensor.cpu}
+MOVES = {torch.Tensor.to, torch.Tensor.copy_, torch.Tensor.cpu, torch.Tensor.data.__set__}  # `module.cpu()` sets data
+NUMBERS_TOO = {torch.stack, torch.cat, torch.equal}  # others take a number from any device
 
 
 def library_frames() -> Iterator[str]:
@@ -55,19 +57,26 @@ class OnDevice(TorchFunctionMode):
         if func in self.constructors:
             if kwargs.get("device") is None and built_by_test():
                 return self.constructed(func, args, kwargs)
-        elif func in DRAWN_IN_PLACE:
-            if args[0].device == self.device and built_by_test():
-                drawn = func(torch.empty(args[0].shape, dtype=args[0].dtype), *args[1:], **kwargs)
-                with torch.no_grad():
-                    return args[0].copy_(drawn)
+        elif func in DRAWN:
+            return self.drawn(func, args, kwargs)
         elif func in READ:
             if args[0].device == self.device and by_test():
                 return func(args[0].cpu(), *args[1:], **kwargs)
         elif func in PLACED and mixed(args, kwargs) and by_test():
             args = (args[0], *tree_map(lambda value: _put(value, args[0].device), args[1:]))
-        elif func not in MOVES and mixed(args, kwargs) and by_test():
+        elif func not in MOVES and mixed(args, kwargs, func in NUMBERS_TOO) and by_test():
             args, kwargs = tree_map(_on_cpu, args), tree_map(_on_cpu, kwargs)
         return func(*args, **kwargs)
+
+    def drawn(self, func, args, kwargs) -> torch.Tensor:
+        """The tensor, filled with the CPU's random numbers where it is on the device."""
+        tensor = args[0] if args else kwargs["tensor"]
+        args, kwargs = args[1:], {name: value for name, value in kwargs.items() if name != "tensor"}
+        if tensor.device != self.device or not built_by_test():
+            return func(tensor, *args, **kwargs)
+        near = func(torch.empty(tensor.shape, dtype=tensor.dtype), *args, **kwargs)
+        with torch.no_grad():
+            return tensor.copy_(near)
 
     def constructed(self, func, args, kwargs) -> torch.Tensor:
         requires_grad = kwargs.get("requires_grad", False)
@@ -77,9 +86,9 @@ class OnDevice(TorchFunctionMode):
         return made.to(self.device).requires_grad_(requires_grad)
 
 
-def mixed(args: tuple, kwargs: dict) -> bool:
-    """Whether there are tensors with a dimension on two devices."""
-    leaves = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.ndim)
+def mixed(args: tuple, kwargs: dict, numbers: bool = False) -> bool:
+    """Whether there are tensors with a dimension (or without one, with `numbers`) on two devices."""
+    leaves = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and (numbers or leaf.ndim))
     return len({leaf.device for leaf in leaves if not leaf.is_meta}) > 1
 
 

@@ -55,7 +55,7 @@ def certify(low: Tensor, high: Tensor) -> Certificate:
 
 def _share(ascending: Tensor, limits: Tensor, below: bool) -> Tensor:
     """Share of values below (or at most) each limit."""
-    return torch.searchsorted(ascending, limits.contiguous(), right=not below) / len(ascending)
+    return torch.searchsorted(ascending, limits.contiguous(), right=not below).double() / len(ascending)
 
 
 def _best(bounds: Tensor, epsilons: Tensor) -> tuple[float, float]:

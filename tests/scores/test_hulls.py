@@ -11,7 +11,7 @@ def correlations(channels: int, factors: int = 3, seed: int = 0) -> torch.Tensor
     generator = np.random.default_rng(seed)
     samples = generator.normal(size=(200, channels))
     samples += generator.normal(size=(200, factors)) @ generator.normal(size=(factors, channels))
-    return torch.from_numpy(np.corrcoef(samples.T))
+    return torch.tensor(np.corrcoef(samples.T))
 
 
 def explanation(matrix: np.ndarray, target: int, peers: list[int]) -> float:

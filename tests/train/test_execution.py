@@ -231,4 +231,7 @@ def test_no_step_synchronises_a_cuda_device(make_run, tmp_path):
 
     options = {"accelerator": "cuda", "precision": "bf16-mixed", "log_every_n_steps": 50}
     trainer, module, data = make_run(tmp_path, (), 2, [Strict()], trainer=options)
-    trainer.fit(module, datamodule=data)
+    try:
+        trainer.fit(module, datamodule=data)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -34,7 +34,7 @@ def hessian_lipschitz(
         kappa: of the loss.
 
     Returns:
-        float64 [C].
+        float64 [C], on the device of the network.
 
     Raises:
         InputError: an addition lies behind the reader.
@@ -49,7 +49,7 @@ def hessian_lipschitz(
     stretch = _norm_scale(model, flow.norms, reader)
     for name in order[place + 1 :]:
         stretch *= spectral_norm(model.get_submodule(name), shapes[name]) * _norm_scale(model, flow.norms, name)
-    weight = model.get_submodule(reader).weight.detach().double().cpu()
+    weight = model.get_submodule(reader).weight.detach().double()
     columns = weight.movedim(1, 0).flatten(1).norm(dim=1)  # [C]
     return kappa * stretch**3 * columns.pow(3)
 
