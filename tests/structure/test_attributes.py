@@ -87,10 +87,10 @@ def test_networks_of_hugging_face_take_a_new_classifier_by_their_config_after_a_
     ranks = score(model, "magnitude")
     plan = make_plan(model, ranks, EXAMPLE, keep=0.5, budget="channels", allocation="uniform", only=only)
     small = apply_plan(model, plan, EXAMPLE)
-    last = small(EXAMPLE, output_hidden_states=True).hidden_states[-1]
+    last = small(EXAMPLE.to(small.device), output_hidden_states=True).hidden_states[-1]
     width = getattr(small.config, "hidden_sizes", [getattr(small.config, "hidden_size", None)])[-1]
     assert width == last.shape[1 if last.ndim == 4 else -1]
     assert width < getattr(model.config, "hidden_sizes", [getattr(model.config, "hidden_size", None)])[-1]
     classifier = "classifier" if isinstance(small.classifier, torch.nn.Linear) else "classifier.1"
     small.set_submodule(classifier, torch.nn.Linear(width, 3))
-    assert small(EXAMPLE).logits.shape == (1, 3)
+    assert small(EXAMPLE.to(small.device)).logits.shape == (1, 3)

@@ -83,7 +83,7 @@ def test_own_network_by_import_path_keeps_precision_and_ties(tmp_path, monkeypat
     details = {"backbone": "own_network:make", "arguments": {"width": 6}, "input_shape": (3, 8, 8), "plans": [plan]}
     save_compact(tmp_path / "compact", small, **details)
     loaded = load_compact(tmp_path / "compact", trust=("own_network:make",))
-    assert torch.equal(loaded(images), small(images))
+    assert torch.equal(loaded.to(images.device)(images), small(images))
     assert loaded.first.bias is loaded.second.bias and loaded.conv.out_channels == 3
 
 

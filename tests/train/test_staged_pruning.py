@@ -44,9 +44,9 @@ def test_records_tell_what_was_removed_and_what_it_cost(run):
 
 def test_compact_folder_is_the_trained_network_bit_for_bit_and_trains_on(run):
     folder, module, data, _ = run
-    compact = load_compact(folder / "compact").eval()
     images, labels = next(iter(data.val_dataloader()))
-    assert torch.equal(compact(images), module.backbone.eval()(images))
+    compact, trained = (net.eval().to(images.device) for net in (load_compact(folder / "compact"), module.backbone))
+    assert torch.equal(compact(images), trained(images))
     loss = torch.nn.functional.cross_entropy(compact.train()(images), labels)
     loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in compact.parameters() if p.ndim > 1)
@@ -150,9 +150,9 @@ def test_stand_ins_survive_training_and_the_compact_folder(tmp_path, make_run, k
     staged = next(callback for callback in trainer.callbacks if hasattr(callback, "stages"))
     staged.stages = (replace(staged.stages[0], replace=kind),)
     trainer.fit(module, datamodule=data)
-    compact = load_compact(tmp_path / "compact")
     images, _ = next(iter(data.val_dataloader()))
-    assert torch.equal(compact(images), module.backbone.eval()(images))
+    compact, trained = (net.eval().to(images.device) for net in (load_compact(tmp_path / "compact"), module.backbone))
+    assert torch.equal(compact(images), trained(images))
     record = json.loads((tmp_path / "stages.jsonl").read_text())
     assert record["protocol"]["stage"]["replace"] == kind and record["macs"]["after"] <= 0.5 * record["macs"]["dense"]
 
