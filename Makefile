@@ -17,17 +17,20 @@ test-slow: $(VENV)/installed  ## the tests that take minutes
 
 CORE := $(addprefix tests/,measurement scores structure replace task train models data test_on_device.py)
 DEVICE ?= cuda
+PROCESSES ?= $(shell n=$$(nproc); echo $$((n < 12 ? n : 12)))
 
 test-gpu: $(VENV)/installed  ## the core's tests on a CUDA device (DEVICE=far: on none); runs/gpu.md has the table
 	mkdir -p runs
-	$(BIN)/python -m pytest $(CORE) -m "gpu or not slow" --device $(DEVICE) --table runs/gpu.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(CORE) -m "gpu or not slow" --device $(DEVICE) --table runs/gpu.md -n $(PROCESSES) --dist loadfile
 
 KIT := runs/gpu-kit
+KIT_PYTHON ?= 3.12
+KIT_PLATFORMS := $(foreach n,17 24 27 28 31 34,--platform manylinux_2_$(n)_$(shell uname -m)) --platform manylinux2014_$(shell uname -m)
 
-gpu-kit: $(VENV)/installed  ## what test-gpu needs beside torch, for a machine without a network: pieces of 60 MiB
+gpu-kit: $(VENV)/installed  ## what test-gpu needs beside torch, for a machine without a network with KIT_PYTHON: pieces of 60 MiB
 	rm -rf $(KIT) && mkdir -p $(KIT)/wheels
 	$(BIN)/python -m pip freeze --exclude-editable | grep -v -E '^(torch|torchvision|triton)==|^(nvidia|cuda)-' > $(KIT)/wheels.txt
-	$(BIN)/python -m pip download --disable-pip-version-check -q --no-deps -d $(KIT)/wheels -r $(KIT)/wheels.txt
+	$(BIN)/python -m pip download --disable-pip-version-check -q --no-deps --only-binary :all: --python-version $(KIT_PYTHON) $(KIT_PLATFORMS) -d $(KIT)/wheels -r $(KIT)/wheels.txt
 	tar -C $(KIT) -cf - wheels.txt wheels | split -b 60M - $(KIT)/wheels.tar.
 	rm -r $(KIT)/wheels
 	@echo "there, in the repository, with torch and torchvision installed:"
