@@ -28,6 +28,13 @@ class OneLineErrors:
             raise given
         if key and chain:
             raise InputError(f"--{key[1]}: {one_line(str(chain[-1]))}")
+        missing = re.fullmatch(r"the following arguments are required: (.*(?:model|data).*)", message)
+        if missing:
+            names = ", ".join(f"--{re.sub(r'^[a-z]+[.](?=model|data)', '', name)}" for name in missing[1].split(", "))
+            raise InputError(
+                f"{names} missing; give them, or -c with a file that has them: a recipe (`lit-prune recipes` lists "
+                "them) or the config.yaml of a run folder"
+            )
         raise InputError(one_line(message))
 
 

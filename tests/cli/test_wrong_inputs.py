@@ -212,6 +212,7 @@ VERBS = {  # verb -> its own wrong options
     "reduce": (("--ckpt_path", "FILES/nan.ckpt"), ("--ckpt_path", "FILES/planless.ckpt")),
 }
 FOLDERS = (
+    ("test", "--run_dir", "FILES/none"),
     ("report",),
     ("report", "--run_dir", "FILES/none"),
     ("report", "--run_dir", "FILES/text.pth"),
@@ -266,6 +267,7 @@ SAID = {  # end of a command -> what its line speaks of, where that is another w
     f"RUN --trainer.callbacks [{GOOD}]": "needs a trained network",
     "--run_dir RUN": " needs ",
     "report": "required: run_dir",
+    "test --run_dir FILES/none": "-c with a file that has them",
     "export": "required: run_dir",
     "suite": "required: base",
     "--no 1": "--no",
