@@ -47,8 +47,9 @@ class Cut:
 
         The ridge pulls the kept weights towards what they are.
 
-        With the columns in the order in which they are kept, the normal matrix of every kept set is a leading block,
-        and so is its Cholesky factor.
+        With the columns in the order in which they are kept, the normal matrix N of every kept set is a leading block,
+        and so is its Cholesky factor L. The right sides are the leading rows of N·W, and L⁻¹·N·W = Lᵀ·W, so that a width
+        costs one triangular solve.
 
         Args:
             weight: of the reader, float64 [O, D].
@@ -65,12 +66,13 @@ class Cut:
         inputs = covariance.inputs[placed][:, placed]
         outgoing = weight[:, placed].T  # [D, O]
         factor = torch.linalg.cholesky(ridged(inputs, ridge, outgoing.square().sum(1)))
+        halfway = factor.T @ outgoing  # [D, O]
         changes, biases = [], []
         for width in widths:
             kept = len(rest) + width * columns.shape[1]
             change = -weight.clone()
-            lost = inputs[:kept, kept:] @ outgoing[kept:]
-            change[:, placed[:kept]] = torch.cholesky_solve(lost, factor[:kept, :kept]).T
+            solved = torch.linalg.solve_triangular(factor[:kept, :kept].T, halfway[:kept], upper=True)
+            change[:, placed[:kept]] = (solved - outgoing[:kept]).T
             changes.append(change.float())
             biases.append(-(change @ covariance.input_mean).float())
         return cls(torch.stack(changes), torch.stack(biases))
