@@ -65,6 +65,39 @@ class Classifier(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
 
 
+class Itself(LightningModule):
+    """No network apart: the layers lie in the module, and its own `forward` says how they follow each other."""
+
+    def __init__(self, width: int = 8):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU())
+        self.branches = nn.ModuleDict({name: nn.Conv2d(width, 12, 3, padding=1) for name in ("left", "right")})
+        self.head = nn.Linear(12, 4)
+        self.share = nn.Parameter(torch.tensor(0.3))
+        self.temperature, self.features = 1.0, None
+
+    def joined(self, maps):
+        left, right = (branch(maps) for branch in self.branches.values())
+        return torch.relu(self.share * left + (1 - self.share) * right)
+
+    def forward(self, pixels):
+        self.features = self.joined(self.stem((pixels - MEAN) / STD)).mean((2, 3))
+        if self.training:
+            return self.head(self.features) / self.temperature
+        return self.head(self.features)
+
+    def training_step(self, batch, batch_idx):
+        logits = self(batch[0])
+        return F.cross_entropy(logits, batch[1]) + 1e-3 * self.features.square().mean()
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/acc", (self(batch[0]).argmax(1) == batch[1]).float().mean())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
+
+
 class OneCycle(Classifier):
     """With a schedule made for the whole run."""
 

@@ -48,8 +48,8 @@ class Cut:
         The ridge pulls the kept weights towards what they are.
 
         With the columns in the order in which they are kept, the normal matrix N of every kept set is a leading block,
-        and so is its Cholesky factor L. The right sides are the leading rows of N·W, and L⁻¹·N·W = Lᵀ·W, so that a width
-        costs one triangular solve.
+        and so is its Cholesky factor L. The right sides are the leading rows of N·W, and L⁻¹·N·W = Lᵀ·W, so that a
+        width costs one triangular solve.
 
         Args:
             weight: of the reader, float64 [O, D].

@@ -24,6 +24,7 @@ from lit_prune.structure.record import Record, check_inputs, example_input, rebu
 from lit_prune.structure.tracing import copy_network
 from lit_prune.tensor_files import write_safetensors
 from lit_prune.timing import circumstances
+from lit_prune.train.locate import prefix_of
 from lit_prune.train.run_record import write_stages
 from lit_prune.train.stage_record import figures_of
 
@@ -180,7 +181,7 @@ def _batch_axis(value: Any) -> Any:
 def weights_of(checkpoint: Path, path: str) -> dict[str, torch.Tensor]:
     """Weights of the network at `path` in a Lightning checkpoint, under the network's own names."""
     saved = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
-    prefix = f"{path}."
+    prefix = prefix_of(path)
     return {name.removeprefix(prefix): value for name, value in saved.items() if name.startswith(prefix)}
 
 

@@ -9,11 +9,14 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
+from lit_prune.train.own_forward import has_forward, own_network, put_own_network
 from lit_prune.train.rewire import configure_network
 
 USUAL_NAMES = ("backbone", "model", "net", "network")
 NEARLY_ALL = 0.95  # of the parameters
 COMPILED = "_orig_mod"
+ITSELF = "."
+"""Path of the network that a LightningModule itself is."""
 
 
 def find_path(module: nn.Module, given: str | None = None) -> str:
@@ -21,8 +24,9 @@ def find_path(module: nn.Module, given: str | None = None) -> str:
 
     Args:
         module: a LightningModule.
-        given: the path, such as `net` or `student.encoder`; None takes the only child with at least 95 % of the
-            parameters, else the only child that is called `backbone`, `model`, `net` or `network`.
+        given: the path, such as `net` or `student.encoder`, or "." for the module itself, whose `forward` is that of
+            the network; None takes the only child with at least 95 % of the parameters, else the only child that is
+            called `backbone`, `model`, `net` or `network`, else the module itself where it has a `forward`.
 
     Raises:
         InputError: there is no such submodule, or more than one that it could be; the candidates are named.
@@ -34,9 +38,11 @@ def find_path(module: nn.Module, given: str | None = None) -> str:
     holders = [name for name, size in sizes.items() if size >= NEARLY_ALL * total]
     named = [name for name in USUAL_NAMES if name in sizes]
     for found in (holders, named):
-        if len(found) == 1:
+        if len(found) == 1 and (has_forward(module.get_submodule(found[0])) or not has_forward(module)):
             return found[0]
     kind = type(module).__name__
+    if total and has_forward(module):
+        return ITSELF
     if not sizes:
         raise InputError(f"network: {kind} has no submodule with parameters; make the network an attribute of it")
     candidates = ", ".join(f"{name} ({size:,} parameters)" for name, size in list(sizes.items())[:6])
@@ -55,7 +61,7 @@ def when_built(trainer: Trainer, given: str | None, begin: Callable[[], None]) -
         begin: finds the network, or refuses.
     """
     module = trainer.lightning_module
-    there = _parameters(module) if given is None else given in dict(module.named_modules())
+    there = _parameters(module) if given in (None, ITSELF) else given in dict(module.named_modules())
     if not is_overridden("setup", module):
         configure_network(trainer)
         begin()
@@ -76,13 +82,18 @@ def when_built(trainer: Trainer, given: str | None, begin: Callable[[], None]) -
 
 
 def _checked(module: nn.Module, path: str) -> str:
+    if path == ITSELF:
+        if not has_forward(module):
+            kind = type(module).__name__
+            raise InputError(f"network: '.' is {kind} itself, which has no forward; give it one that its steps call")
+        return path
     try:
         found = module.get_submodule(path)
     except AttributeError:
         known = ", ".join(name for name, _ in module.named_children()) or "none"
         raise InputError(f"network: {type(module).__name__} has no submodule {path!r}; its own are {known}") from None
     if found is module:
-        raise InputError("network: '' is the LightningModule itself; name the submodule that is the network")
+        raise InputError("network: ''; give '.' for the LightningModule itself, or the name of a submodule")
     if not _parameters(found):
         raise InputError(f"network: {path!r} ({type(found).__name__}) has no parameters")
     return path
@@ -94,8 +105,15 @@ def _parameters(module: nn.Module) -> int:
 
 def network_at(module: nn.Module, path: str) -> nn.Module:
     """The network, without what torch.compile wraps around it."""
+    if path == ITSELF:
+        return own_network(module)
     found = module.get_submodule(path)
     return getattr(found, COMPILED, found)
+
+
+def prefix_of(path: str) -> str:
+    """What stands before the network's own names in the module's state."""
+    return "" if path == ITSELF else f"{path}."
 
 
 def check_replaceable(module: nn.Module, path: str) -> None:
@@ -104,12 +122,14 @@ def check_replaceable(module: nn.Module, path: str) -> None:
     Raises:
         InputError: it, or a part of it, is compiled, or a parameter of it is used by another part of the module too.
     """
-    parts = module.get_submodule(path).modules()
+    parts = (module if path == ITSELF else module.get_submodule(path)).modules()
     if getattr(module, "_compiler_ctx", None) or any(_is_compiled(part) for part in parts):
         raise InputError(
             f"network: {path!r} goes through torch.compile, whose code would go on with the network before the cut; "
             "compile nothing, or only the final network"
         )
+    if path == ITSELF:
+        return
     network = network_at(module, path)
     own = {id(parameter) for parameter in network.parameters()}
     inside = {id(part) for part in network.modules()}
@@ -162,6 +182,8 @@ def put_network(module: nn.Module, path: str, network: nn.Module) -> None:
     Raises:
         InputError: the module holds a part of the network by another name, and that part is gone.
     """
+    if path == ITSELF:
+        return put_own_network(module, network)
     for alias, part in list(_aliases(module, path)):
         try:
             _assign(module, alias, network.get_submodule(part))

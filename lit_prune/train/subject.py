@@ -19,7 +19,8 @@ from lit_prune.structure.record import (
     record_of,
 )
 from lit_prune.structure.tracing import copy_network
-from lit_prune.train.locate import network_at, put_network
+from lit_prune.train.locate import network_at, prefix_of, put_network
+from lit_prune.train.own_forward import release
 from lit_prune.train.pruned_checkpoint import StructureHooks, carried_on
 
 
@@ -47,6 +48,7 @@ class Subject:
         if self._hooks is not None:
             self._hooks.remove()
             self._hooks = None
+            release(self.module)
 
     @property
     def network(self) -> nn.Module:
@@ -102,7 +104,7 @@ class Subject:
 
     def slice_tensors(self, plan: Plan) -> Any:
         """A function that cuts optimizer tensors, under the module's names, as `plan` cuts the present network."""
-        old, example, prefix = self.network, self.example, f"{self.path}."
+        old, example, prefix = self.network, self.example, prefix_of(self.path)
 
         def cut(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             inner = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

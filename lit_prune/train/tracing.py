@@ -17,6 +17,7 @@ from lit_prune.task import Task, find_task
 from lit_prune.train.capture import Seen
 from lit_prune.train.locate import find_path, network_at, when_built
 from lit_prune.train.module_task import ModuleTask, task_in
+from lit_prune.train.own_forward import release
 from lit_prune.train.samples import Samples, calibration_samples, check_calibration
 
 
@@ -112,6 +113,10 @@ class Trace(Callback, ABC):
         finished = trainer.current_epoch + 1
         if finished % self.chosen.every_n_epochs == 0:
             self._timed(trainer, pl_module, epoch=finished)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leaves the module's call as it was."""
+        release(pl_module)
 
     def _timed(self, trainer: Trainer, pl_module: LightningModule, epoch: int) -> None:
         """Traces, logs the seconds, prints them with their share of the epoch's training."""

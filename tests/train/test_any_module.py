@@ -364,15 +364,12 @@ def test_what_cannot_work_is_refused_in_one_line_before_the_first_cut(tmp_path, 
 
 
 class Odd(modules.Classifier):
-    """A module whose network cannot be found, shared, bypassed or compiled."""
+    """A module whose network is shared, bypassed or compiled."""
 
     def __init__(self, how: str):
         super().__init__()
         self.how = how
-        if how == "two":
-            self.first, self.second = modules.network(), modules.network()
-            del self.net
-        elif how == "shared":
+        if how == "shared":
             self.tied = nn.Linear(8, 4)
             self.tied.weight = self.net[10].weight
         elif how == "compiled":
@@ -389,7 +386,6 @@ class Odd(modules.Classifier):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("two", r"Odd holds several; name one by network=: first \(.* parameters\), second"),
         ("shared", "'net' shares the parameter tied.weight"),
         ("compiled", "goes through torch.compile"),
         ("bypassed", "validation_step of Odd does not call Sequential"),
