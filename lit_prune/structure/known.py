@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from lit_prune.structure.example import Example
 
@@ -38,18 +38,43 @@ def once(model: nn.Module, sample: Example, find: Callable[[], Found]) -> Found:
 
 def _identity(model: nn.Module, sample: Example) -> Hashable:
     """Equal for equal networks and samples."""
-    tensors = {name: _known(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    called = [_known(leaf) for leaf in tree_leaves((sample.args, sample.kwargs))]
+    return built(model, values=True), tuple(called), tuple(sample.kwargs)
+
+
+def built(model: nn.Module, values: bool = False) -> Hashable:
+    """Equal for networks that are built alike: the same modules, attributes, and tensors of whole numbers or none.
+
+    Args:
+        model: the network.
+        values: whether the values of floating-point tensors are to be equal too.
+    """
+    seen = _known if values else _form
+    tensors = {name: seen(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     modules = [
         (name, type(module), tuple((k, _known(v)) for k, v in sorted(vars(module).items()) if k not in _TABLES))
         for name, module in model.named_modules(remove_duplicate=False)
     ]
     hooked = any(getattr(module, name) for module in model.modules() for name in _HOOKS)
-    called = [_known(leaf) for leaf in tree_leaves((sample.args, sample.kwargs))]
-    return tuple(modules), tuple(tensors.items()), tuple(called), tuple(sample.kwargs), _Alone() if hooked else None
+    return tuple(modules), tuple(tensors.items()), _Alone() if hooked else None
+
+
+def called_with(values: Any) -> Hashable:
+    """Equal for arguments of one form: nested alike, tensors of the same shapes, one where the other has one."""
+    leaves, spec = tree_flatten(values)
+    first = {id(leaf): place for place, leaf in reversed(list(enumerate(leaves)))}
+    return str(spec), tuple((first[id(leaf)], _form(leaf)) for leaf in leaves)
 
 
 class _Alone:
     """Equal to nothing else: what it stands for may change unseen."""
+
+
+def _form(value: Any) -> Hashable:
+    """As `_known`, but floating-point tensors by their form alone."""
+    if isinstance(value, Tensor) and value.is_floating_point() and value.layout == torch.strided:
+        return value.dtype, value.device, tuple(value.shape)
+    return _known(value)
 
 
 def _known(value: Any) -> Hashable:
@@ -72,7 +97,7 @@ def _digest(tensor: Tensor) -> Hashable:
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or type(tensor) not in _PLAIN:
         return _Alone()
     values = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    return hashlib.blake2b(values.numpy().data, digest_size=16).digest()
+    return hashlib.sha256(values.numpy().data).digest()
 
 
 _PLAIN: tuple[type, ...] = (Tensor, nn.Parameter, nn.Buffer)

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lit_prune.running import removing
 from lit_prune.structure import axes
 from lit_prune.structure.cutting import cut_layer
 from lit_prune.structure.example import Example
+from lit_prune.structure.hollow import Hollow, NeedsValues, for_shapes
 from lit_prune.structure.layers import layer_type
 from lit_prune.structure.tracing import sketch_network
 
@@ -90,6 +92,31 @@ def marked(
     calls = ((row, expected.get(name, np.zeros_like(row))) for name, rows in seen.items() for row in rows)
     right = all(name in seen for name in expected) and all(np.array_equal(row, claim) for row, claim in calls)
     return output if right else None
+
+
+def arrive(
+    model: nn.Module, sample: Example, lost: Mapping[axes.AxisKey, Sequence[int]], sites: Sites, call: Callable
+) -> bool:
+    """Whether the marks of `marked` arrive as claimed; readers are given no marks, so need not compute what they do."""
+
+    def arrived(hollow: bool) -> bool:
+        shapes = Hollow(sample.tensors, skips=False)
+
+        def call_hollow(model: nn.Module, sample: Example) -> Any:
+            enter = lambda *_: setattr(shapes, "skips", hollow)  # noqa: E731
+            leave = lambda *_: setattr(shapes, "skips", False)  # noqa: E731
+            handles = [module.register_forward_pre_hook(enter) for module in sites.readers.values()]
+            handles += [module.register_forward_hook(leave, prepend=True) for module in sites.readers.values()]
+            with removing(handles), shapes:
+                return call(model, sample)
+
+        if marked(model, sample, lost, sites, call_hollow) is not None:
+            return True
+        if hollow:
+            raise NeedsValues
+        return False
+
+    return for_shapes(arrived)
 
 
 @contextmanager

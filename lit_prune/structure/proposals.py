@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from lit_prune.structure import axes, protection, reasons
 from lit_prune.structure.coupling import Draft, Member, assemble_group
 from lit_prune.structure.example import Example
 from lit_prune.structure.following import Follower
+from lit_prune.structure.hollow import for_shapes
 from lit_prune.structure.labels import Labels
 
 _STATED = ("hidden_dim", "embed_dim", "num_features", "head_hidden_size")
@@ -31,8 +33,7 @@ def propose_groups(model: nn.Module, sample: Example) -> tuple[list[Draft], bool
         model: network in evaluation mode, without hooks.
         sample: what it is called with.
     """
-    follower = Follower(model)
-    output = follower.run(model, sample)
+    follower, output = for_shapes(partial(_followed, model, sample))
     if follower.decides:
         _check_decisions(model, sample, follower.ran)
     labels = follower.labels
@@ -41,14 +42,20 @@ def propose_groups(model: nn.Module, sample: Example) -> tuple[list[Draft], bool
     return _with_attributes(model, list(_drafts(model, labels))), follower.attends
 
 
+def _followed(model: nn.Module, sample: Example, hollow: bool) -> tuple[Follower, Any]:
+    """What a follower saw, and the output."""
+    follower = Follower(model, sample, hollow)
+    return follower, follower.run()
+
+
 def _check_decisions(model: nn.Module, sample: Example, ran: set[str]) -> None:
     """Runs the network once more with every decision upon values of the input turned round: the same layers must run.
 
     A decision that only raises an error is none between ways.
     """
-    other = Follower(model, inverts=True)
+    other = Follower(model, sample, inverts=True)
     try:
-        other.run(model, sample)
+        other.run()
     except Exception:  # whatever a network raises that finds its input wrong
         return
     if other.ran != ran:

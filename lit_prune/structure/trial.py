@@ -20,6 +20,7 @@ from lit_prune.structure import axes, probe, reasons
 from lit_prune.structure.coupling import Group, positions_of
 from lit_prune.structure.cutting import cut_layer
 from lit_prune.structure.example import Example
+from lit_prune.structure.hollow import Hollow, for_shapes
 from lit_prune.structure.tracing import copy_network, sketch_network
 
 TOLERANCE = 1e-3  # of the largest output; rounding of float32 stays a hundred times below
@@ -104,7 +105,7 @@ class _Trial:
         """Why the copy is not the network with these halves silenced, in the precision that the network has."""
         lost, rest = _halves(groups)
         expected = probe.marked(self._model, self._sample, lost, self._sites, _call)
-        if expected is None or probe.marked(self._model, self._sample, rest, self._sites, _call) is None:
+        if expected is None or not probe.arrive(self._model, self._sample, rest, self._sites, _call):
             return reasons.MISLED
         output = self._without(groups)[1]
         return "" if output is not None and _equal(output, expected) else DIFFERS
@@ -131,12 +132,16 @@ class _Trial:
 
     def _runs_in_training(self, model: nn.Module) -> bool:
         """Whether two samples go through a copy in training mode (statistics and kept activations change there)."""
-        trained = sketch_network(model).train()
+
+        def passes(hollow: bool) -> bool:
+            with Hollow(self._pair.tensors, skips=hollow):
+                _call(sketch_network(model).train(), self._pair)
+            return True
+
         try:
-            _call(trained, self._pair)
+            return for_shapes(passes)
         except _ERRORS:
             return False
-        return True
 
 
 def _noisy(sample: Example) -> Example:
