@@ -23,7 +23,7 @@ class Slices:
 def owners_of(
     named: Sequence[tuple[str, Tensor]], roots: Sequence[tuple[Tensor, int, Tensor]], units: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """Parameter by parameter that `roots` depend on, the unit that each of its values serves, int64 of its shape.
+    """Parameter by parameter that `roots` depend on, the unit that each of its values serves, int32 of its shape.
 
     Args:
         named: parameters.
@@ -61,8 +61,8 @@ def _exponents(plain: Tensor, coded: Tensor) -> Tensor:
     steps = coded.contiguous().view(whole) - plain.contiguous().view(whole)
     power = steps >> fraction
     exact = (power << fraction == steps) & (power >= 0) & (power < _STEP)
-    found = torch.where(exact, power.to(torch.int32), _SHARED * 10**4)
-    return torch.where(plain == 0, _UNSEEN * 10**4, found).long()
+    found = power.to(torch.int32).masked_fill_(~exact, _SHARED * 10**4)
+    return found.masked_fill_(plain == 0, _UNSEEN * 10**4)
 
 
 def slices_of(name: str, owner: Tensor, heads: int, partly: bool = False) -> Slices | None:

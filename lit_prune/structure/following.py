@@ -21,7 +21,7 @@ from lit_prune.structure import operations, reasons, rows
 from lit_prune.structure.example import Example
 from lit_prune.structure.hollow import Hollow
 from lit_prune.structure.labelled import LabelledTensors, tensors_in
-from lit_prune.structure.labels import NOBODY, compact, condensed, varies
+from lit_prune.structure.labels import NOBODY, compact, condensed, detail, varies
 from lit_prune.structure.layers import layer_type
 
 
@@ -48,8 +48,7 @@ class Follower(LabelledTensors, TorchDispatchMode):
         self.ran: set[str] = set()
         self._model, self._sample = model, sample
         self._hollow = Hollow(sample.tensors, skips=hollow)
-        self._inverts = inverts
-        self._inside = 0
+        self._inverts, self._inside = inverts, 0
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
@@ -162,7 +161,7 @@ class Follower(LabelledTensors, TorchDispatchMode):
             else:
                 together.append((tensor, labels))
         whole = torch.zeros((), dtype=torch.float64).expand(result.shape)
-        for _, labels in together:
+        for _, labels in sorted(together, key=lambda pair: detail(pair[1])):
             self.labels.tie(whole, labels)
             nobody = compact(whole) == NOBODY
             if bool(nobody.any()):

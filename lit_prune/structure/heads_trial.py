@@ -37,6 +37,7 @@ class Trials:
 
     def __init__(self, model: nn.Module, calls: Mapping[str, _Call]) -> None:
         self._model, self._calls = model, calls
+        self._whole: dict[str, list[Tensor]] = {}  # outputs of scopes
         self._passed: dict[Hashable, tuple[Member, ...]] = {}  # attributes, their modules named from the scope on
 
     def tried(self, group: Group, attention: Attention) -> Group:
@@ -53,20 +54,25 @@ class Trials:
         if form in self._passed:
             moved = (replace(member, module=scope + member.module) for member in self._passed[form])
             return replace(group, members=(*moved, *group.members))
-        passed, matters = _tried(self._model, group, attention, scope, call)
-        if matters and not passed.protected:
+        passed, silenced = _tried(self._model, group, attention, scope, call)
+        if not passed.protected and not _alike(self._output(scope), silenced):
             attributes = passed.members[: len(passed.members) - len(group.members)]
             self._passed[form] = tuple(replace(member, module=member.module[len(scope) :]) for member in attributes)
         return passed
 
+    def _output(self, scope: str) -> list[Tensor]:
+        if scope not in self._whole:
+            with torch.no_grad():
+                self._whole[scope] = _output(self._model.get_submodule(scope), self._calls[scope])
+        return self._whole[scope]
 
-def _tried(model: nn.Module, group: Group, attention: Attention, scope: str, call: _Call) -> tuple[Group, bool]:
-    """The group after its trial, and whether the units that were silenced make a difference."""
+
+def _tried(model: nn.Module, group: Group, attention: Attention, scope: str, call: _Call) -> tuple[Group, list[Tensor]]:
+    """The group after its trial, and the output with its units silenced."""
     removed = list(range(1, group.size, 2))
     whole = model.get_submodule(scope)
     with torch.no_grad():
         expected = _reference(model, whole, scope, group, attention, removed, call)
-        matters = not _alike(_output(whole, call), expected)
     reason = "no attribute that states the number of heads was found"
     choices = _choices if group.role == ROLE else _width_choices
     for attributes in choices(model, group, attention, scope):
@@ -78,9 +84,9 @@ def _tried(model: nn.Module, group: Group, attention: Attention, scope: str, cal
             reason = f"its forward does not run without a part of it ({str(error).splitlines()[0][:80]})"
             continue
         if _alike(actual, expected):
-            return replace(group, members=members), matters
+            return replace(group, members=members), expected
         reason = "without a part of it its output is not that with this part silenced"
-    return protected_attention(group.name, group.size, reason, group.role), matters
+    return protected_attention(group.name, group.size, reason, group.role), expected
 
 
 def _reference(

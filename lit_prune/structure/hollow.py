@@ -49,7 +49,8 @@ class Hollow(TorchDispatchMode):
             noise: their values are noise in -1..1 instead of ones, where gradients are to tell values apart.
         """
         super().__init__()
-        self.skips, self._noise = skips, noise
+        self.skips = skips
+        self._noise = torch.empty(0) if noise else None
         for tensor in inputs:
             self._note(tensor, hollow=False)
 
@@ -86,12 +87,17 @@ class Hollow(TorchDispatchMode):
         device = next(_tensors(args)).device
         function, args = operations.without_addition(function, args)
         shaped = function(*(leaf.to("meta") if isinstance(leaf, Tensor) else leaf for leaf in args))
-        empty = [
-            torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
-            for t in (shaped if isinstance(shaped, tuple) else (shaped,))
-        ]
-        found = [t.uniform_(-1, 1) if self._noise else t.fill_(1) for t in empty]
+        found = [self._values(t, device) for t in (shaped if isinstance(shaped, tuple) else (shaped,))]
         return tuple(found) if isinstance(shaped, tuple) else found[0]
+
+    def _values(self, form: Tensor, device: torch.device) -> Tensor:
+        """A tensor like `form`, on another device."""
+        values = torch.empty_strided(form.shape, form.stride(), dtype=form.dtype, device=device)
+        if self._noise is None:
+            return values.fill_(1)
+        if len(self._noise) < values.numel():
+            self._noise = torch.empty(values.numel()).uniform_(-1, 1)
+        return values.copy_(self._noise[: values.numel()].view(values.shape))
 
     def _noted(self, tensor: Tensor) -> bool | None:
         """Whether it depends on skipped products; None where it does not depend on the input."""

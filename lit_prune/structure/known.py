@@ -63,7 +63,7 @@ def called_with(values: Any) -> Hashable:
     """Equal for arguments of one form: nested alike, tensors of the same shapes, one where the other has one."""
     leaves, spec = tree_flatten(values)
     first = {id(leaf): place for place, leaf in reversed(list(enumerate(leaves)))}
-    return str(spec), tuple((first[id(leaf)], _form(leaf)) for leaf in leaves)
+    return spec, tuple((first[id(leaf)], _form(leaf)) for leaf in leaves)
 
 
 class _Alone:

@@ -118,13 +118,16 @@ def _drafts(model: nn.Module, labels: Labels) -> Iterator[Draft]:
         kinds.setdefault((units.form(number), frozenset(reasons.get(number, ()))), []).append(number)
     names: set[str] = set()
     for (_, why), numbers in kinds.items():
-        members = tuple(_member(model, *axis, positions) for axis, positions in units.positions(numbers))
+        same: dict[bytes, tuple[tuple[int, ...], ...]] = {}  # most members of a group have the same positions
+        members = tuple(_member(model, *axis, positions, same) for axis, positions in units.positions(numbers))
         group = assemble_group(model, members, names, why)
         names.add(group.name)
         yield Draft(group, bool(joined.intersection(numbers)))
 
 
-def _member(model: nn.Module, name: str, axis: str, positions: np.ndarray) -> Member:
+def _member(
+    model: nn.Module, name: str, axis: str, positions: np.ndarray, same: dict[bytes, tuple[tuple[int, ...], ...]]
+) -> Member:
     """The member of a group; slices of a bare tensor with several axes lie along the one that is the channels.
 
     Args:
@@ -132,6 +135,7 @@ def _member(model: nn.Module, name: str, axis: str, positions: np.ndarray) -> Me
         name: layer or tensor.
         axis: its axis.
         positions: int64 [units, positions of one].
+        same: bytes of positions -> the positions, of members so far; all of one number of units.
     """
     tensor = axes.find(model, name)
     if isinstance(tensor, Tensor) and sum(size > 1 for size in tensor.shape) > 1:
@@ -139,7 +143,10 @@ def _member(model: nn.Module, name: str, axis: str, positions: np.ndarray) -> Me
             where = np.unravel_index(positions, tensor.shape)[dim]  # [units, values of one]
             if where.shape[1] * size == tensor.numel() and (where == where[:, :1]).all():
                 return Member(name, f"dim:{dim}", tuple((int(place),) for place in where[:, 0]))
-    return Member(name, axis, tuple(map(tuple, positions.tolist())))
+    key = positions.tobytes()
+    if key not in same:
+        same[key] = tuple(map(tuple, positions.tolist()))
+    return Member(name, axis, same[key])
 
 
 class _Units:
@@ -163,8 +170,8 @@ class _Units:
 
     def positions(self, numbers: Sequence[int]) -> Iterator[tuple[axes.AxisKey, np.ndarray]]:
         """Axis by axis, int64 [components, positions of one], for components of one form."""
-        table = np.stack([self._places[self._rows(number)] for number in numbers])
         of = self._axis[self._rows(numbers[0])]
+        table = self._places[self._begin[np.array(numbers)][:, None] + np.arange(len(of))]
         for axis in dict.fromkeys(of.tolist()):
             yield self._axes[axis], table[:, of == axis]
 

@@ -78,7 +78,19 @@ def run(model: nn.Module, sample: Example) -> Any:
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         message = f"the network does not take example_input of shape {sample.shapes}: {reason}"
-        raise InputError(message) from error
+        raise InputError(message + _uneven_heads(model)) from error
+
+
+def _uneven_heads(model: nn.Module) -> str:
+    """Says which attention states a number of heads that does not divide what its first layer writes; or ""."""
+    for name, module in model.named_modules():
+        layers = [getattr(module, "in_proj_weight", None), *(getattr(m, "weight", None) for m in module.children())]
+        width = next((len(weight) for weight in layers if isinstance(weight, Tensor) and weight.dim() > 1), 0)
+        for key in ("num_heads", "num_attention_heads", "n_heads"):
+            heads = vars(module).get(key)
+            if type(heads) is int and heads > 0 and width % heads:
+                return f"; {name or 'it'} has {key}={heads}, which does not divide the {width} channels it writes"
+    return ""
 
 
 def without(tensor: Tensor, idxs: Sequence[int], dim: int) -> Tensor:
