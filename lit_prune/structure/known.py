@@ -52,11 +52,16 @@ def built(model: nn.Module, values: bool = False) -> Hashable:
     seen = _known if values else _form
     tensors = {name: seen(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     modules = [
-        (name, type(module), tuple((k, _known(v)) for k, v in sorted(vars(module).items()) if k not in _TABLES))
+        (name, type(module), type(module).forward, _held(module))
         for name, module in model.named_modules(remove_duplicate=False)
     ]
     hooked = any(getattr(module, name) for module in model.modules() for name in _HOOKS)
     return tuple(modules), tuple(tensors.items()), _Alone() if hooked else None
+
+
+def _held(module: nn.Module) -> Hashable:
+    """The attributes of a module."""
+    return tuple((key, _known(value)) for key, value in sorted(vars(module).items()) if key not in _TABLES)
 
 
 def called_with(values: Any) -> Hashable:
@@ -83,12 +88,15 @@ def _known(value: Any) -> Hashable:
         return value.dtype, value.device, tuple(value.shape), _digest(value)
     if isinstance(value, (list, tuple)):
         return type(value), tuple(map(_known, value))
+    if isinstance(value, (set, frozenset)):
+        return type(value), frozenset(map(_known, value))
     if isinstance(value, dict):
         return type(value), tuple((_known(key), _known(one)) for key, one in value.items())
-    if isinstance(value, (bool, int, float, str, type(None), type, FunctionType, BuiltinFunctionType, torch.dtype)):
+    if isinstance(value, _VALUES):
         return type(value), value
-    if is_dataclass(value) and not isinstance(value, type):
-        return type(value), tuple(_known(getattr(value, field.name)) for field in fields(value))
+    if is_dataclass(value) and not isinstance(value, type):  # configurations take attributes beside their fields
+        own = tuple(_known(getattr(value, field.name)) for field in fields(value))
+        return type(value), own, _known(getattr(value, "__dict__", None))
     return _Alone()
 
 
@@ -100,4 +108,5 @@ def _digest(tensor: Tensor) -> Hashable:
     return hashlib.sha256(values.numpy().data).digest()
 
 
+_VALUES = (bool, int, float, str, bytes, type(None), type, FunctionType, BuiltinFunctionType, torch.dtype, torch.device)
 _PLAIN: tuple[type, ...] = (Tensor, nn.Parameter, nn.Buffer)
