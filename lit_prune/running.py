@@ -1,11 +1,12 @@
 """How a network is run without leaving a trace on it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 CUDNN: Any = torch.backends.cudnn  # both put their settings there as they are imported
 MKLDNN: Any = torch.backends.mkldnn
@@ -35,6 +36,16 @@ def full_float32(backends: Sequence[Any] = (*MATMUL, *(OTHERS or (CUDNN,)))) -> 
     finally:
         for backend, value in lowered.items():
             setattr(backend, PRECISION, value)
+
+
+@contextmanager
+def removing(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Removes the hooks in `handles` on exit, whatever happens."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

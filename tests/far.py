@@ -144,6 +144,7 @@ def _autocast(self: torch.autocast, device_type: str, *args: Any, **settings: An
 
 
 def _run(self: threading.Thread) -> None:
+    torch._C._set_only_lift_cpu_tensors(True)  # of this thread
     with FarDevice():
         RUN(self)
 

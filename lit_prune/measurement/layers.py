@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from lit_prune.errors import InputError
-from lit_prune.running import undisturbed
+from lit_prune.running import removing, undisturbed
 from lit_prune.structure.axes import CONVOLUTIONS, width
 from lit_prune.structure.example import Example
 
@@ -136,16 +135,6 @@ def without_gradients() -> Iterator[None]:
     """No gradients inside, and tensors that may be written to later, although inference mode is on around it."""
     with torch.inference_mode(False), torch.no_grad():  # in this order: the first switches gradients on
         yield
-
-
-@contextmanager
-def removing(handles: list[RemovableHandle]) -> Iterator[None]:
-    """Removes the hooks in `handles` on exit, whatever happens."""
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def following_norms(model: nn.Module, example: Example) -> dict[str, str]:

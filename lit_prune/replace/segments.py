@@ -154,9 +154,9 @@ def _outputs(
         return hook
 
     with traceable(model):
-        follower = Follower(model)
+        follower = Follower(model, one_sample(model, example_input))
         with removing([model.get_submodule(name).register_forward_hook(follow(name)) for name in names]):
-            follower.run(model, one_sample(model, example_input))
+            follower.run()
     first = follower.labels.axes
     gone = [first[axis] + place for axis, places in lost.items() if axis in first for place in places]
     labels = torch.tensor(gone, dtype=torch.float64)

@@ -8,25 +8,32 @@ digit, and so the quotient of the two gradients is `2^h` exactly where a value s
 where it serves several. No list of classes, layouts or names is needed for that: fused or separate projections, tables
 of relative positions, temperatures, gates and norms within a head come out the same way.
 
+The pass is hollow, with noise for products: it tells where attention happens, and which columns read it. Then the
+module around each attention is run alone, in full; around one that is built like an earlier one it need not be.
+
 Codes of the positions within a head instead of the heads tell the width of the values apart in the same gradients, and
 gradients from the queries and keys that are multiplied the width of these.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from lit_prune.structure.attention_alike import moved
 from lit_prune.structure.attention_parts import Attention, Inner
 from lit_prune.structure.attention_slices import Slices, likewise, owners_of, slices_of
 from lit_prune.structure.example import Example
+from lit_prune.structure.hollow import Hollow, for_shapes
 from lit_prune.structure.stack import Stack, watching
 
 _SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
 _PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
+_SEVERAL = "its module attends several times"
 _UNMET = "its weights meet no values in a product of matrices that could be seen"
 MIXERS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
 
@@ -66,16 +73,44 @@ def find_attention(model: nn.Module, sample: Example) -> tuple[list[Attention], 
         model: network in evaluation mode whose parameters require gradients, its attention layers open (`opened`).
         sample: one sample.
     """
-    with watching(model, _Watch(model)) as watch:
-        model(*sample.args, **sample.kwargs)
-    reads = [read for read in watch.reads if read.inputs.requires_grad]
-    columns = _columns(watch.calls, reads)
+    watch = for_shapes(partial(_watched, model, sample))
+    columns = _columns(watch.calls, watch.reads)
     attentions: list[Attention] = []
     for call, found in zip(watch.calls, columns, strict=True):
-        known = next((like for other in attentions if (like := _like(model, other, call, reads, found))), None)
-        attentions.append(known or _attention(model, call, reads, found))
+        known = next((like for other in attentions if (like := _like(model, other, call, watch.reads, found))), None)
+        attentions.append(known or _attention(model, watch, call, found))
     attentions += [Attention(name, found.shape[-3], reason=_UNMET) for name, found in watch.weights.items()]
     return attentions, watch.calls_of
+
+
+def _watched(model: nn.Module, sample: Example, hollow: bool) -> "_Watch":
+    """What happened in one pass."""
+    watch = _Watch(model)
+    with watching(model, watch), Hollow(sample.tensors, skips=hollow, noise=True):
+        model(*sample.args, **sample.kwargs)
+    watch.reads = [read for read in watch.reads if read.inputs.requires_grad]
+    return watch
+
+
+def _again(model: nn.Module, watch: "_Watch", owner: str, reader: str) -> tuple["_Call", "_Read"] | None:
+    """An attention and what reads it with all values, from a module that holds both run on what it was called with.
+
+    None where none does.
+    """
+    scopes = [name for name in watch.calls_of if _holds(name, owner) and _holds(name, reader)]
+    for scope in dict.fromkeys((max(scopes, key=len), "")):
+        args, kwargs = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, watch.calls_of[scope])
+        with watching(model, _Watch(model)) as again:
+            model.get_submodule(scope)(*args, **kwargs)
+        calls = [call for call in again.calls if call.owner == owner]
+        reads = [read for read in again.reads if read.weight == reader and read.inputs.requires_grad]
+        if len(calls) == len(reads) == 1:
+            return calls[0], reads[0]
+    return None
+
+
+def _holds(scope: str, name: str) -> bool:
+    return not scope or name == scope or name.startswith(f"{scope}.")
 
 
 def _like(
@@ -194,23 +229,29 @@ def _one_reader(ones: Tensor, column: Tensor, read: Tensor) -> tuple[int, Tensor
     return int(number.flatten()[0]), rounded
 
 
-def _attention(model: nn.Module, call: _Call, reads: Sequence[_Read], found: tuple[int, Tensor] | str) -> Attention:
+def _attention(model: nn.Module, watch: _Watch, call: _Call, found: tuple[int, Tensor] | str) -> Attention:
     heads = call.output.shape[-3]
     if isinstance(found, str):
         return Attention(call.owner, heads, reason=found)
-    read, columns = reads[found[0]], found[1]
+    read, columns = watch.reads[found[0]], found[1]
     places = tuple(tuple(sorted(row)) for row in columns.tolist())
     width = read.inputs.shape[read.dim]
     if not read.weight or sorted(p for row in places for p in row) != list(range(width)):
         return Attention(call.owner, heads, reason="no layer alone reads all its heads and nothing else")
+    several = sum(other.owner == call.owner for other in watch.calls) > 1
+    again = None if several else _again(model, watch, call.owner, read.weight)
+    inner, pairs = columns.shape[1], 0 if call.factors is None else call.factors[0].shape[-1]
+    if again is None:
+        reason = _SEVERAL if several else "no module runs that holds all of it"
+        return Attention(call.owner, heads, reason=reason, values=Inner(inner), pairs=Inner(pairs))
+    call, read = again
     named = _near(model, read.weight)
     of = lambda unit: torch.empty(width, dtype=torch.int64).index_copy(0, columns.flatten().cpu(), unit)  # noqa: E731
-    head_of = of(torch.arange(heads).repeat_interleave(columns.shape[1]))
+    head_of = of(torch.arange(heads).repeat_interleave(inner))
     owners = dict(owners_of(named, [(read.inputs, read.dim, head_of)], heads))
     parts = ((name, slices_of(name, owner, heads, partly=owner.dim() > 1)) for name, owner in owners.items())
     slices = {name: part for name, part in parts if part}
     slices |= likewise(model, slices, owners)
-    inner = columns.shape[1]
     values = _inner_slices(model, named, [(read.inputs, read.dim, of(torch.arange(inner).repeat(heads)))], inner)
     across = tuple(tuple(sorted(row)) for row in columns.T.tolist())
     return Attention(

@@ -1,5 +1,6 @@
 """Which values of a parameter serve one unit alone (a head, or a position within heads): gradients with exact codes."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ class Slices:
 def owners_of(
     named: Sequence[tuple[str, Tensor]], roots: Sequence[tuple[Tensor, int, Tensor]], units: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """Parameter by parameter that `roots` depend on, the unit that each of its values serves, int64 of its shape.
+    """Parameter by parameter that `roots` depend on, the unit that each of its values serves, int32 of its shape.
 
     Args:
         named: parameters.
@@ -51,10 +52,17 @@ def owners_of(
 
 
 def _exponents(plain: Tensor, coded: Tensor) -> Tensor:
-    """The k for which `coded = 2^k · plain`, a large negative number where that holds for no whole k or both are 0."""
-    whole = torch.log2((coded / plain).abs()).round()
-    exact = coded == plain * torch.exp2(whole).round()
-    return torch.where(exact & (plain != 0), whole, torch.where(plain == 0, _UNSEEN, _SHARED) * 10**4).long()
+    """The k for which `coded = 2^k · plain`, a large negative number where that holds for no such k or both are 0.
+
+    A power of two changes the exponent alone, which the upper bits of a floating-point number hold.
+    """
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[plain.itemsize]
+    fraction = round(-math.log2(torch.finfo(plain.dtype).eps))  # bits
+    steps = coded.contiguous().view(whole) - plain.contiguous().view(whole)
+    power = steps >> fraction
+    exact = (power << fraction == steps) & (power >= 0) & (power < _STEP)
+    found = power.to(torch.int32).masked_fill_(~exact, _SHARED * 10**4)
+    return found.masked_fill_(plain == 0, _UNSEEN * 10**4)
 
 
 def slices_of(name: str, owner: Tensor, heads: int, partly: bool = False) -> Slices | None:

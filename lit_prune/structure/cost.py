@@ -6,6 +6,7 @@ attention (queries times keys, weights times values). Nothing else: no norm, act
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from torch.overrides import TorchFunctionMode
 
 from lit_prune.arguments import checked
 from lit_prune.errors import InputError
+from lit_prune.running import removing
+from lit_prune.structure.example import Example
+from lit_prune.structure.hollow import Hollow, for_shapes
 from lit_prune.structure.layers import LayerCost, layer_type
 from lit_prune.structure.tracing import one_sample, run, traceable
 
@@ -51,18 +55,18 @@ def cost(model: nn.Module, example_input: Any) -> Cost:
     Raises:
         InputError: the network does not run on `example_input`.
     """
-    counter = _Counter()
     with traceable(model):
-        sample = one_sample(model, example_input)
-        handles = [handle for name, module in model.named_modules() for handle in counter.watch(name, module)]
-        try:
-            with counter:
-                run(model, sample)
-        finally:
-            for handle in handles:
-                handle.remove()
-    layers = counter.layers
+        layers = for_shapes(partial(_counted, model, one_sample(model, example_input)))
     return Cost(sum(layer.macs for layer in layers.values()), sum(p.numel() for p in model.parameters()), layers)
+
+
+def _counted(model: nn.Module, sample: Example, hollow: bool) -> dict[str, LayerCost]:
+    """The cost of every layer in one pass."""
+    counter = _Counter()
+    handles = [handle for name, module in model.named_modules() for handle in counter.watch(name, module)]
+    with removing(handles), counter, Hollow(sample.tensors, skips=hollow), torch.no_grad():
+        run(model, sample)
+    return counter.layers
 
 
 class _Counter(TorchFunctionMode):

@@ -94,9 +94,12 @@ def positions_of(chosen: Iterable[tuple[Group, Sequence[int]]]) -> dict[axes.Axi
     """Positions that units of groups have on each (module, axis), ascending."""
     found: dict[axes.AxisKey, set[int]] = {}
     for group, units in chosen:
+        places: dict[int, set[int]] = {}  # of members that share their positions
         for member in group.members if units else ():
-            positions = (position for unit in set(units) for position in member.positions[unit])
-            found.setdefault((member.module, member.axis), set()).update(positions)
+            if id(member.positions) not in places:
+                of = member.positions
+                places[id(of)] = {position for unit in set(units) for position in of[unit]}
+            found.setdefault((member.module, member.axis), set()).update(places[id(member.positions)])
     return {key: sorted(positions) for key, positions in found.items()}
 
 

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map
 
+from lit_prune.running import removing
 from lit_prune.structure import operations, reasons, rows
 from lit_prune.structure.example import Example
-from lit_prune.structure.labelled import LabelledTensors, key_of, tensors_in
-from lit_prune.structure.labels import NOBODY, compact, condensed, varies
+from lit_prune.structure.hollow import Hollow
+from lit_prune.structure.labelled import LabelledTensors, tensors_in
+from lit_prune.structure.labels import NOBODY, compact, condensed, detail, varies
 from lit_prune.structure.layers import layer_type
 
 
@@ -32,16 +34,24 @@ class Follower(LabelledTensors, TorchDispatchMode):
         ran: layers that ran.
     """
 
-    def __init__(self, model: nn.Module, inverts: bool = False) -> None:
+    def __init__(self, model: nn.Module, sample: Example, hollow: bool = False, inverts: bool = False) -> None:
+        """For one pass of a model in evaluation mode.
+
+        Args:
+            model: the network.
+            sample: what it is called with.
+            hollow: whether products need not be computed, see `for_shapes`.
+            inverts: whether decisions upon values of the input are turned round.
+        """
         super().__init__(model)
         self.attends = self.decides = False
         self.ran: set[str] = set()
-        self._inverts = inverts
-        self._derived: dict[tuple, Tensor] = {}  # what depends on the input, by where it lies
-        self._inside = 0
+        self._model, self._sample = model, sample
+        self._hollow = Hollow(sample.tensors, skips=hollow)
+        self._inverts, self._inside = inverts, 0
 
     @contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
+    def _watching(self) -> Iterator[None]:
         """Layers that are cut as a whole are followed as a whole, inside."""
 
         def enter(*_: object) -> None:
@@ -57,26 +67,20 @@ class Follower(LabelledTensors, TorchDispatchMode):
 
             return hook
 
-        rules = {name: kind.follow for name, module in model.named_modules() if (kind := layer_type(module))}
-        handles = [model.get_submodule(name).register_forward_pre_hook(enter) for name in rules]
-        handles += [
-            model.get_submodule(name).register_forward_hook(leave(name, rule), with_kwargs=True)
-            for name, rule in rules.items()
-        ]
-        try:
+        named = [(name, module, layer_type(module)) for name, module in self._model.named_modules()]
+        rules = [(name, module, kind.follow) for name, module, kind in named if kind is not None]
+        handles = [module.register_forward_pre_hook(enter) for _, module, _ in rules]
+        handles += [module.register_forward_hook(leave(name, rule), with_kwargs=True) for name, module, rule in rules]
+        with removing(handles):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
-    def run(self, model: nn.Module, sample: Example) -> Any:
+    def run(self) -> Any:
         """Output of the model, run once with its channels followed from the input on."""
-        for tensor in sample.tensors:
-            self._derived[key_of(tensor)] = tensor
+        for tensor in self._sample.tensors:
             if tensor.is_floating_point():
                 self.put_input(tensor)
-        with torch.no_grad(), self.watching(model), self:
-            return model(*sample.args, **sample.kwargs)
+        with torch.no_grad(), self._watching(), self:
+            return self._model(*self._sample.args, **self._sample.kwargs)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Runs an operation, then says what happens to the labels."""
@@ -89,14 +93,13 @@ class Follower(LabelledTensors, TorchDispatchMode):
             if output is not NotImplemented:
                 return output
         inputs = tensors_in((args, kwargs))
-        depends = any(key_of(tensor) in self._derived for tensor in inputs)
+        depends = any(map(self._hollow.depends, inputs))
         before = None if self._inside else [self.of(tensor) for tensor in inputs]
         strides = args[0].stride() if name in operations.RESTRIDES else ()
-        output = function(*args, **kwargs)
+        output = self._hollow.answer(function, args, kwargs)
         if depends and isinstance(output, bool):
             self.decides = True
             return output != self._inverts
-        self._derived |= {key_of(tensor): tensor for tensor in tensors_in(output)} if depends else {}
         if before is not None and any(labels is not None for labels in before):
             first = before[0]
             if strides and first is not None and operations.same_places(first.shape, strides, output):
@@ -158,7 +161,7 @@ class Follower(LabelledTensors, TorchDispatchMode):
             else:
                 together.append((tensor, labels))
         whole = torch.zeros((), dtype=torch.float64).expand(result.shape)
-        for _, labels in together:
+        for _, labels in sorted(together, key=lambda pair: detail(pair[1])):
             self.labels.tie(whole, labels)
             nobody = compact(whole) == NOBODY
             if bool(nobody.any()):

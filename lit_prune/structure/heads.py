@@ -10,7 +10,7 @@ from lit_prune.structure.attention_parts import Attention
 from lit_prune.structure.attention_slices import Slices
 from lit_prune.structure.coupling import Group, Member
 from lit_prune.structure.example import Example
-from lit_prune.structure.heads_trial import ROLE, WIDTH, protected_attention, tried
+from lit_prune.structure.heads_trial import ROLE, WIDTH, Trials, protected_attention
 from lit_prune.structure.opened import opened
 
 
@@ -30,11 +30,12 @@ def head_groups(model: nn.Module, sample: Example) -> list[Group]:
         found, calls = find_attention(model, sample)
         counts = {name: sum(other.name == name for other in found) for name in {a.name for a in found}}
         groups: list[Group] = []
+        trials = Trials(model, calls)
         for attention in found:
             reason = attention.reason or ("its module attends several times" if counts[attention.name] > 1 else "")
             for draft in (_heads_draft, _values_draft, _pairs_draft):
                 group = draft(model, attention, reason)
-                groups.append(group if group.protected else tried(model, group, attention, calls))
+                groups.append(group if group.protected else trials.tried(group, attention))
         return groups
 
 

@@ -1,6 +1,6 @@
 """The trial that every group of an attention passes: without some units it gives what it gives with them silenced."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -14,6 +14,7 @@ from lit_prune.structure.attention import MIXERS
 from lit_prune.structure.attention_parts import Attention
 from lit_prune.structure.coupling import Group, Member
 from lit_prune.structure.cutting import cut_layer
+from lit_prune.structure.known import built, called_with
 from lit_prune.structure.tracing import sketch_network
 
 ROLE = "heads"
@@ -27,31 +28,65 @@ def protected_attention(name: str, size: int, reason: str, role: str) -> Group:
     return Group(name, size, (), f"attention: {reason}", role=role)
 
 
-def tried(model: nn.Module, group: Group, attention: Attention, calls: Mapping[str, _Call]) -> Group:
-    """The group with the attributes that must follow, or protected if no choice of them passes the trial."""
-    scope = _scope(attention.name, group)
-    if scope not in calls:
-        return protected_attention(group.name, group.size, "no module runs that holds all of it", group.role)
-    if group.size < 2:
-        return protected_attention(group.name, group.size, "it has one position", group.role)
+class Trials:
+    """Trials of the groups of one network's attentions; what one said holds for others that are built and called alike.
+
+    That is the same program with other weights: the same modules, attributes and tensors of whole numbers, the same
+    members and the same form of arguments. A trial whose silenced units changed nothing says nothing of others.
+    """
+
+    def __init__(self, model: nn.Module, calls: Mapping[str, _Call]) -> None:
+        self._model, self._calls = model, calls
+        self._whole: dict[str, list[Tensor]] = {}  # outputs of scopes
+        self._passed: dict[Hashable, tuple[Member, ...]] = {}  # attributes, their modules named from the scope on
+
+    def tried(self, group: Group, attention: Attention) -> Group:
+        """The group with the attributes that must follow, or protected if no choice of them passes the trial."""
+        scope = _scope(attention.name, group)
+        if scope not in self._calls:
+            return protected_attention(group.name, group.size, "no module runs that holds all of it", group.role)
+        if group.size < 2:
+            return protected_attention(group.name, group.size, "it has one position", group.role)
+        call = self._calls[scope]
+        members = tuple((m.module[len(scope) :], m.axis, m.positions) for m in group.members)
+        own = (attention.name[len(scope) :], attention.heads, group.role, bool(group.consumers), members)
+        form = (built(self._model.get_submodule(scope)), called_with(call), own)
+        if form in self._passed:
+            moved = (replace(member, module=scope + member.module) for member in self._passed[form])
+            return replace(group, members=(*moved, *group.members))
+        passed, silenced = _tried(self._model, group, attention, scope, call)
+        if not passed.protected and not _alike(self._output(scope), silenced):
+            attributes = passed.members[: len(passed.members) - len(group.members)]
+            self._passed[form] = tuple(replace(member, module=member.module[len(scope) :]) for member in attributes)
+        return passed
+
+    def _output(self, scope: str) -> list[Tensor]:
+        if scope not in self._whole:
+            with torch.no_grad():
+                self._whole[scope] = _output(self._model.get_submodule(scope), self._calls[scope])
+        return self._whole[scope]
+
+
+def _tried(model: nn.Module, group: Group, attention: Attention, scope: str, call: _Call) -> tuple[Group, list[Tensor]]:
+    """The group after its trial, and the output with its units silenced."""
     removed = list(range(1, group.size, 2))
     whole = model.get_submodule(scope)
     with torch.no_grad():
-        expected = _reference(model, whole, scope, group, attention, removed, calls[scope])
+        expected = _reference(model, whole, scope, group, attention, removed, call)
     reason = "no attribute that states the number of heads was found"
     choices = _choices if group.role == ROLE else _width_choices
     for attributes in choices(model, group, attention, scope):
         members = (*attributes, *group.members)
         try:
             with torch.no_grad():
-                actual = _output(_without(whole, scope, members, removed), calls[scope])
+                actual = _output(_without(whole, scope, members, removed), call)
         except (RuntimeError, ValueError, AssertionError, TypeError, IndexError) as error:
             reason = f"its forward does not run without a part of it ({str(error).splitlines()[0][:80]})"
             continue
         if _alike(actual, expected):
-            return replace(group, members=members)
+            return replace(group, members=members), expected
         reason = "without a part of it its output is not that with this part silenced"
-    return protected_attention(group.name, group.size, reason, group.role)
+    return protected_attention(group.name, group.size, reason, group.role), expected
 
 
 def _reference(

@@ -77,7 +77,7 @@ def without_hooks(model: nn.Module) -> AbstractContextManager[None]:
 
     Recorders must not see probe images.
     """
-    return _with_only(model, OwnHooks(model))
+    return _with_only(model, OwnHooks(model) if any(_hooked(model)) else ())
 
 
 def bare(model: nn.Module) -> AbstractContextManager[None]:
@@ -99,9 +99,12 @@ def _with_only(model: nn.Module, kept: Container[Any]) -> Iterator[None]:
 
 def copy_hooks(model: nn.Module, twin: nn.Module, memo: dict[int, Any]) -> None:
     """Gives a copy of `model` without hooks the copies of the network's own ones."""
+    hooked = list(_hooked(model))
+    if not hooked:
+        return
     own = OwnHooks(model)
     twins = dict(zip(model.modules(), twin.modules(), strict=True))
-    for module, table, hooks in _hooked(model):
+    for module, table, hooks in hooked:
         copies = {key: own.copied(hook, memo) for key, hook in hooks.items() if hook in own}
         getattr(twins[module], table).update(copies)
 
@@ -110,5 +113,5 @@ def _hooked(model: nn.Module) -> Iterator[tuple[nn.Module, str, dict]]:
     """Tables of hooks that are not empty: (module, name of the table, table)."""
     for module in model.modules():
         for table in _TABLES:
-            if hooks := getattr(module, table):
+            if hooks := vars(module)[table]:
                 yield module, table, hooks

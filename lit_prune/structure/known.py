@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from lit_prune.structure.example import Example
 
@@ -38,18 +38,48 @@ def once(model: nn.Module, sample: Example, find: Callable[[], Found]) -> Found:
 
 def _identity(model: nn.Module, sample: Example) -> Hashable:
     """Equal for equal networks and samples."""
-    tensors = {name: _known(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    called = [_known(leaf) for leaf in tree_leaves((sample.args, sample.kwargs))]
+    return built(model, values=True), tuple(called), tuple(sample.kwargs)
+
+
+def built(model: nn.Module, values: bool = False) -> Hashable:
+    """Equal for networks that are built alike: the same modules, attributes, and tensors of whole numbers or none.
+
+    Args:
+        model: the network.
+        values: whether the values of floating-point tensors are to be equal too.
+    """
+    seen = _known if values else _form
+    tensors = {name: seen(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     modules = [
-        (name, type(module), tuple((k, _known(v)) for k, v in sorted(vars(module).items()) if k not in _TABLES))
+        (name, type(module), type(module).forward, _held(module))
         for name, module in model.named_modules(remove_duplicate=False)
     ]
     hooked = any(getattr(module, name) for module in model.modules() for name in _HOOKS)
-    called = [_known(leaf) for leaf in tree_leaves((sample.args, sample.kwargs))]
-    return tuple(modules), tuple(tensors.items()), tuple(called), tuple(sample.kwargs), _Alone() if hooked else None
+    return tuple(modules), tuple(tensors.items()), _Alone() if hooked else None
+
+
+def _held(module: nn.Module) -> Hashable:
+    """The attributes of a module."""
+    return tuple((key, _known(value)) for key, value in sorted(vars(module).items()) if key not in _TABLES)
+
+
+def called_with(values: Any) -> Hashable:
+    """Equal for arguments of one form: nested alike, tensors of the same shapes, one where the other has one."""
+    leaves, spec = tree_flatten(values)
+    first = {id(leaf): place for place, leaf in reversed(list(enumerate(leaves)))}
+    return spec, tuple((first[id(leaf)], _form(leaf)) for leaf in leaves)
 
 
 class _Alone:
     """Equal to nothing else: what it stands for may change unseen."""
+
+
+def _form(value: Any) -> Hashable:
+    """As `_known`, but floating-point tensors by their form alone."""
+    if isinstance(value, Tensor) and value.is_floating_point() and value.layout == torch.strided:
+        return value.dtype, value.device, tuple(value.shape)
+    return _known(value)
 
 
 def _known(value: Any) -> Hashable:
@@ -58,12 +88,15 @@ def _known(value: Any) -> Hashable:
         return value.dtype, value.device, tuple(value.shape), _digest(value)
     if isinstance(value, (list, tuple)):
         return type(value), tuple(map(_known, value))
+    if isinstance(value, (set, frozenset)):
+        return type(value), frozenset(map(_known, value))
     if isinstance(value, dict):
         return type(value), tuple((_known(key), _known(one)) for key, one in value.items())
-    if isinstance(value, (bool, int, float, str, type(None), type, FunctionType, BuiltinFunctionType, torch.dtype)):
+    if isinstance(value, _VALUES):
         return type(value), value
-    if is_dataclass(value) and not isinstance(value, type):
-        return type(value), tuple(_known(getattr(value, field.name)) for field in fields(value))
+    if is_dataclass(value) and not isinstance(value, type):  # configurations take attributes beside their fields
+        own = tuple(_known(getattr(value, field.name)) for field in fields(value))
+        return type(value), own, _known(getattr(value, "__dict__", None))
     return _Alone()
 
 
@@ -72,7 +105,8 @@ def _digest(tensor: Tensor) -> Hashable:
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or type(tensor) not in _PLAIN:
         return _Alone()
     values = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    return hashlib.blake2b(values.numpy().data, digest_size=16).digest()
+    return hashlib.sha256(values.numpy().data).digest()
 
 
+_VALUES = (bool, int, float, str, bytes, type(None), type, FunctionType, BuiltinFunctionType, torch.dtype, torch.device)
 _PLAIN: tuple[type, ...] = (Tensor, nn.Parameter, nn.Buffer)

@@ -100,3 +100,9 @@ def varies(values: Tensor, dim: int) -> bool:
         return False
     values = compact(values)
     return values.shape[dim] > 1 and bool((values != values.narrow(dim, 0, 1)).any())
+
+
+def detail(values: Tensor) -> tuple[bool, int]:
+    """How much labels say that others which go together with them need not: what stays, changes along dimensions."""
+    least = compact(values)
+    return bool((least <= FIXED).any()), least.numel()

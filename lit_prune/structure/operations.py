@@ -36,6 +36,7 @@ PRODUCTS = frozenset(
     einsum _scaled_dot_product_attention_math _scaled_dot_product_efficient_attention mv dot addmv convolution
     tensordot _scaled_dot_product_fused_attention_overrideable""".split()
 )
+_VALUES = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 VIEWS = frozenset("view _unsafe_view reshape _reshape_alias".split())
 SPLITS = frozenset("split split_with_sizes unsafe_split unsafe_chunk unsafe_split_with_sizes".split())
 BATCH_NORM = frozenset("native_batch_norm _native_batch_norm_legit_no_training cudnn_batch_norm batch_norm".split())
@@ -61,6 +62,39 @@ def is_pointwise(function: Any) -> bool:
     """Whether each value of the output depends on the values at its place alone."""
     name = function.overloadpacket.__name__
     return torch.Tag.pointwise in function.tags or name in PLACES or name.removesuffix("_") in PLACES
+
+
+def is_shaped(function: Any, args: tuple) -> bool:
+    """Whether an operation is a product of which torch can tell by shapes alone whether it runs, and what shape it has.
+
+    It does not look at the channels of transposed convolutions, at lengths of biases, and at widths of heads.
+    """
+    name = function.overloadpacket.__name__
+    if name == "convolution":
+        weight, bias, transposed = args[1], args[2], args[6]
+        return not transposed and (bias is None or len(bias) == len(weight))
+    if name == "addmm":
+        return args[0].shape == args[2].shape[1:]
+    if name == "_scaled_dot_product_flash_attention_for_cpu":
+        query, key, value = args[:3]
+        alike = query.shape[:2] == key.shape[:2] == value.shape[:2]
+        return alike and query.shape[3] == key.shape[3] and key.shape[2] == value.shape[2]
+    return name in ("mm", "bmm")
+
+
+def without_addition(function: Any, args: tuple) -> tuple[Any, tuple]:
+    """An operation of the same shape that only multiplies."""
+    return (torch.ops.aten.mm.default, args[1:3]) if function is torch.ops.aten.addmm.default else (function, args)
+
+
+def reads_values(function: Any, output: Any) -> bool:
+    """Whether the values that an operation reads may decide what else happens: numbers, positions, shapes of others."""
+    if function.namespace != "aten" or any(tag in function.tags for tag in _VALUES):
+        return True
+    name = function.overloadpacket.__name__
+    outputs = output if isinstance(output, (list, tuple)) else (output,)
+    whole = (isinstance(t, Tensor) and not t.dtype.is_floating_point and t.dtype != torch.bool for t in outputs)
+    return name not in SPATIAL and "attention" not in name and any(whole)  # where maxima lie; states of generators
 
 
 def is_spread(tensor: Tensor, dim: int, dims: int) -> bool:

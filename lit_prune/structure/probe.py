@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lit_prune.running import removing
 from lit_prune.structure import axes
 from lit_prune.structure.cutting import cut_layer
 from lit_prune.structure.example import Example
+from lit_prune.structure.hollow import Hollow, NeedsValues, for_shapes
 from lit_prune.structure.layers import layer_type
 from lit_prune.structure.tracing import sketch_network
 
@@ -67,7 +69,12 @@ def find_sites(model: nn.Module) -> Sites:
 
 
 def marked(
-    model: nn.Module, sample: Example, lost: Mapping[axes.AxisKey, Sequence[int]], sites: Sites, call: Callable
+    model: nn.Module,
+    sample: Example,
+    lost: Mapping[axes.AxisKey, Sequence[int]],
+    sites: Sites,
+    call: Callable,
+    exact: bool = True,
 ) -> Any:
     """The network's output while the positions `lost` are marked; None where marks arrive elsewhere than claimed.
 
@@ -80,9 +87,10 @@ def marked(
         lost: positions that each axis of a group loses.
         sites: where to mark and look.
         call: the output for a network and a sample.
+        exact: whether the output is asked for, and not only whether there is one.
     """
     marks = {key: _row(sites.widths[key], places) for key, places in lost.items() if key in sites.widths}
-    with _watching(sites, marks) as seen, _tensors_marked(model, lost):
+    with _watching(sites, marks, exact) as seen, _tensors_marked(model, lost):
         output = call(model, sample)
     if any(isinstance(leaf, Tensor) and bool(leaf.isnan().any()) for leaf in tree_leaves(output)):
         return None
@@ -90,6 +98,31 @@ def marked(
     calls = ((row, expected.get(name, np.zeros_like(row))) for name, rows in seen.items() for row in rows)
     right = all(name in seen for name in expected) and all(np.array_equal(row, claim) for row, claim in calls)
     return output if right else None
+
+
+def arrive(
+    model: nn.Module, sample: Example, lost: Mapping[axes.AxisKey, Sequence[int]], sites: Sites, call: Callable
+) -> bool:
+    """Whether the marks of `marked` arrive as claimed; readers are given no marks, so need not compute what they do."""
+
+    def arrived(hollow: bool) -> bool:
+        shapes = Hollow(sample.tensors, skips=False)
+
+        def call_hollow(model: nn.Module, sample: Example) -> Any:
+            enter = lambda *_: setattr(shapes, "skips", hollow)  # noqa: E731
+            leave = lambda *_: setattr(shapes, "skips", False)  # noqa: E731
+            handles = [module.register_forward_pre_hook(enter) for module in sites.readers.values()]
+            handles += [module.register_forward_hook(leave, prepend=True) for module in sites.readers.values()]
+            with removing(handles), shapes:
+                return call(model, sample)
+
+        if marked(model, sample, lost, sites, call_hollow, exact=not hollow) is not None:
+            return True
+        if hollow:
+            raise NeedsValues
+        return False
+
+    return for_shapes(arrived)
 
 
 @contextmanager
@@ -140,7 +173,9 @@ def with_inputs(module: nn.Module, args: tuple, change: Callable[[Tensor], Tenso
 
 
 @contextmanager
-def _watching(sites: Sites, marks: Mapping[axes.AxisKey, np.ndarray]) -> Iterator[dict[str, list[np.ndarray]]]:
+def _watching(
+    sites: Sites, marks: Mapping[axes.AxisKey, np.ndarray], exact: bool
+) -> Iterator[dict[str, list[np.ndarray]]]:
     """Hooks that mark (before any of the network's own), note and clean.
 
     Yields name -> marks found on each call, bool [channels].
@@ -172,7 +207,8 @@ def _watching(sites: Sites, marks: Mapping[axes.AxisKey, np.ndarray]) -> Iterato
     def over_the_rest(name: str):
         def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
             lost = np.flatnonzero(seen[name][-1])
-            values = _of_the_rest(module, args[0], lost) if 0 < len(lost) < len(seen[name][-1]) else output
+            parted = exact and 0 < len(lost) < len(seen[name][-1])
+            values = _of_the_rest(module, args[0], lost) if parted else output
             return values + 0 * held.pop(name)
 
         return hook

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from lit_prune.structure import axes, protection, reasons
 from lit_prune.structure.coupling import Draft, Member, assemble_group
 from lit_prune.structure.example import Example
 from lit_prune.structure.following import Follower
+from lit_prune.structure.hollow import for_shapes
 from lit_prune.structure.labels import Labels
 
 _STATED = ("hidden_dim", "embed_dim", "num_features", "head_hidden_size")
@@ -31,8 +33,7 @@ def propose_groups(model: nn.Module, sample: Example) -> tuple[list[Draft], bool
         model: network in evaluation mode, without hooks.
         sample: what it is called with.
     """
-    follower = Follower(model)
-    output = follower.run(model, sample)
+    follower, output = for_shapes(partial(_followed, model, sample))
     if follower.decides:
         _check_decisions(model, sample, follower.ran)
     labels = follower.labels
@@ -41,14 +42,20 @@ def propose_groups(model: nn.Module, sample: Example) -> tuple[list[Draft], bool
     return _with_attributes(model, list(_drafts(model, labels))), follower.attends
 
 
+def _followed(model: nn.Module, sample: Example, hollow: bool) -> tuple[Follower, Any]:
+    """What a follower saw, and the output."""
+    follower = Follower(model, sample, hollow)
+    return follower, follower.run()
+
+
 def _check_decisions(model: nn.Module, sample: Example, ran: set[str]) -> None:
     """Runs the network once more with every decision upon values of the input turned round: the same layers must run.
 
     A decision that only raises an error is none between ways.
     """
-    other = Follower(model, inverts=True)
+    other = Follower(model, sample, inverts=True)
     try:
-        other.run(model, sample)
+        other.run()
     except Exception:  # whatever a network raises that finds its input wrong
         return
     if other.ran != ran:
@@ -111,13 +118,16 @@ def _drafts(model: nn.Module, labels: Labels) -> Iterator[Draft]:
         kinds.setdefault((units.form(number), frozenset(reasons.get(number, ()))), []).append(number)
     names: set[str] = set()
     for (_, why), numbers in kinds.items():
-        members = tuple(_member(model, *axis, positions) for axis, positions in units.positions(numbers))
+        same: dict[bytes, tuple[tuple[int, ...], ...]] = {}  # most members of a group have the same positions
+        members = tuple(_member(model, *axis, positions, same) for axis, positions in units.positions(numbers))
         group = assemble_group(model, members, names, why)
         names.add(group.name)
         yield Draft(group, bool(joined.intersection(numbers)))
 
 
-def _member(model: nn.Module, name: str, axis: str, positions: np.ndarray) -> Member:
+def _member(
+    model: nn.Module, name: str, axis: str, positions: np.ndarray, same: dict[bytes, tuple[tuple[int, ...], ...]]
+) -> Member:
     """The member of a group; slices of a bare tensor with several axes lie along the one that is the channels.
 
     Args:
@@ -125,6 +135,7 @@ def _member(model: nn.Module, name: str, axis: str, positions: np.ndarray) -> Me
         name: layer or tensor.
         axis: its axis.
         positions: int64 [units, positions of one].
+        same: bytes of positions -> the positions, of members so far; all of one number of units.
     """
     tensor = axes.find(model, name)
     if isinstance(tensor, Tensor) and sum(size > 1 for size in tensor.shape) > 1:
@@ -132,7 +143,10 @@ def _member(model: nn.Module, name: str, axis: str, positions: np.ndarray) -> Me
             where = np.unravel_index(positions, tensor.shape)[dim]  # [units, values of one]
             if where.shape[1] * size == tensor.numel() and (where == where[:, :1]).all():
                 return Member(name, f"dim:{dim}", tuple((int(place),) for place in where[:, 0]))
-    return Member(name, axis, tuple(map(tuple, positions.tolist())))
+    key = positions.tobytes()
+    if key not in same:
+        same[key] = tuple(map(tuple, positions.tolist()))
+    return Member(name, axis, same[key])
 
 
 class _Units:
@@ -156,8 +170,8 @@ class _Units:
 
     def positions(self, numbers: Sequence[int]) -> Iterator[tuple[axes.AxisKey, np.ndarray]]:
         """Axis by axis, int64 [components, positions of one], for components of one form."""
-        table = np.stack([self._places[self._rows(number)] for number in numbers])
         of = self._axis[self._rows(numbers[0])]
+        table = self._places[self._begin[np.array(numbers)][:, None] + np.arange(len(of))]
         for axis in dict.fromkeys(of.tolist()):
             yield self._axes[axis], table[:, of == axis]
 

@@ -14,7 +14,7 @@ from lit_prune.running import full_float32, undisturbed
 from lit_prune.structure.example import Example, as_example, first_sample
 from lit_prune.structure.hooks import bare, copy_hooks, without_hooks
 
-_TABLES = frozenset(vars(nn.Module())) - {"_buffers"}
+_TABLES = frozenset(vars(nn.Module()))
 _PLAIN = frozenset({bool, int, float, str, type(None)})
 
 
@@ -78,7 +78,19 @@ def run(model: nn.Module, sample: Example) -> Any:
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         message = f"the network does not take example_input of shape {sample.shapes}: {reason}"
-        raise InputError(message) from error
+        raise InputError(message + _uneven_heads(model)) from error
+
+
+def _uneven_heads(model: nn.Module) -> str:
+    """Says which attention states a number of heads that does not divide what its first layer writes; or ""."""
+    for name, module in model.named_modules():
+        layers = [getattr(module, "in_proj_weight", None), *(getattr(m, "weight", None) for m in module.children())]
+        width = next((len(weight) for weight in layers if isinstance(weight, Tensor) and weight.dim() > 1), 0)
+        for key in ("num_heads", "num_attention_heads", "n_heads"):
+            heads = vars(module).get(key)
+            if type(heads) is int and heads > 0 and width % heads:
+                return f"; {name or 'it'} has {key}={heads}, which does not divide the {width} channels it writes"
+    return ""
 
 
 def without(tensor: Tensor, idxs: Sequence[int], dim: int) -> Tensor:
@@ -106,43 +118,55 @@ def copy_network(model: nn.Module) -> nn.Module:
 
 def sketch_network(model: nn.Module) -> nn.Module:
     """As `copy_network`, but the copy holds the very parameters of `model`: for trials that replace tensors."""
-    return _copied(model, {id(parameter): parameter for parameter in model.parameters()})
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    memo |= {id(buffer): buffer.clone() for buffer in model.buffers() if _alone(buffer)}
+    return _copied(model, memo)
 
 
 def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """Deep copy, module by module: most of what a module holds are empty tables."""
+    """Deep copy, module by module: most of what a module holds are plain values and empty tables."""
     modules = list(model.modules())
     odd = any(hasattr(type(module), "__deepcopy__") or "__getstate__" in vars(type(module)) for module in modules)
     memo |= {} if odd else {id(module): object.__new__(type(module)) for module in modules}
-    memo |= {id(tensor): tensor.detach().clone() for tensor in _derived(modules)}
     with bare(model):
         if odd:
+            _copy_derived([list(vars(module).values()) for module in modules], memo)
             twin = copy.deepcopy(model, memo)
         else:
             twin = memo[id(model)]
             for module in modules:
-                held = vars(module).items()
-                vars(memo[id(module)]).update({key: _value(key, value, memo) for key, value in held})
+                vars(memo[id(module)]).update(_state(module, memo))
     copy_hooks(model, twin, memo)
     return twin
 
 
-def _value(key: str, value: Any, memo: dict[int, Any]) -> Any:
-    """A deep copy of what a module holds under a name."""
-    if type(value) in _PLAIN:
-        return value
-    if key in _TABLES and not value:
-        return type(value)()
-    return copy.deepcopy(value, memo)
+def _state(module: nn.Module, memo: dict[int, Any]) -> dict[str, Any]:
+    """A deep copy of what a module holds."""
+    state = {}
+    for key, value in vars(module).items():
+        if type(value) in _PLAIN:
+            state[key] = value
+        elif key in _TABLES and not value:
+            state[key] = type(value)()
+        elif key in _TABLES and type(value) is dict and all(id(held) in memo for held in value.values()):
+            state[key] = {name: memo[id(held)] for name, held in value.items()}
+        else:
+            _copy_derived(value, memo)
+            state[key] = copy.deepcopy(value, memo)
+    return state
 
 
-def _derived(modules: Sequence[nn.Module]) -> Iterator[Tensor]:
-    """Tensors with a history that modules keep."""
-    for module in modules:
-        own = [value for key, value in vars(module).items() if key not in _TABLES and type(value) not in _PLAIN]
-        for leaf in tree_leaves(own):
-            if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
-                yield leaf
+def _copy_derived(values: Any, memo: dict[int, Any]) -> None:
+    """Copies the tensors with a history among values, which torch refuses to copy deeply."""
+    for leaf in tree_leaves(values):
+        if isinstance(leaf, Tensor) and leaf.grad_fn is not None and id(leaf) not in memo:
+            memo[id(leaf)] = leaf.detach().clone()
+
+
+def _alone(tensor: Tensor) -> bool:
+    """Whether no other tensor can lie in its memory but one that fills it."""
+    plain = type(tensor) in (Tensor, nn.Buffer) and tensor.layout == torch.strided and not tensor.is_quantized
+    return plain and tensor.grad_fn is None and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -8,7 +8,8 @@ zeros in their place, and a LayerNorm takes its statistics over the others. If i
 the wrong ones are found.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -20,6 +21,7 @@ from lit_prune.structure import axes, probe, reasons
 from lit_prune.structure.coupling import Group, positions_of
 from lit_prune.structure.cutting import cut_layer
 from lit_prune.structure.example import Example
+from lit_prune.structure.hollow import Hollow, for_shapes
 from lit_prune.structure.tracing import copy_network, sketch_network
 
 TOLERANCE = 1e-3  # of the largest output; rounding of float32 stays a hundred times below
@@ -56,12 +58,26 @@ def _blame(groups: Sequence[Group], fault: Callable[[Sequence[Group]], str]) -> 
     return found or {group.name: reason for group in groups}
 
 
-def _halves(groups: Sequence[Group]) -> Iterator[dict[axes.AxisKey, list[int]]]:
+_Lost = dict[axes.AxisKey, list[int]]
+
+
+def _halves(groups: Sequence[Group]) -> tuple[_Lost, _Lost]:
     """Positions of a random half of the units of each group, and those of all others."""
     generator = np.random.default_rng(len(groups))
     orders = [(group, generator.permutation(group.size).tolist()) for group in groups]
-    yield positions_of((group, order[: group.size // 2]) for group, order in orders)
-    yield positions_of((group, order[group.size // 2 :]) for group, order in orders)
+    lost = positions_of((group, order[: group.size // 2]) for group, order in orders)
+    return lost, positions_of((group, order[group.size // 2 :]) for group, order in orders)
+
+
+@dataclass
+class _Cut:
+    """A copy without half of the units of groups, its answers if it runs, and the positions of both halves."""
+
+    groups: Sequence[Group]
+    lost: _Lost
+    rest: _Lost
+    model: nn.Module
+    output: list[Tensor] | None
 
 
 class _Trial:
@@ -71,17 +87,17 @@ class _Trial:
         self._model, self._sites = model, sites
         self._sample = _noisy(sample)
         self._pair = self._sample.map(lambda tensor: torch.cat([tensor, tensor.flip(0)]))
-        self._last: tuple[Sequence[Group], nn.Module, list[Tensor] | None] = ((), model, None)
+        self._last = _Cut((), {}, {}, model, None)
 
     def faults(self, groups: Sequence[Group]) -> dict[str, str]:
         """Name -> reason for groups whose halves cannot go, found by the first check that says so."""
         checks = (self._runs, self._equals, self._trains)
         return next(filter(None, (_blame(groups, check) for check in checks)), {})
 
-    def _without(self, groups: Sequence[Group]) -> tuple[nn.Module, list[Tensor] | None]:
-        """A copy without half of the units of these groups, and its answers if it runs."""
-        if self._last[0] is not groups:
-            lost, _ = _halves(groups)
+    def _without(self, groups: Sequence[Group]) -> _Cut:
+        """The copy of these groups."""
+        if self._last.groups is not groups:
+            lost, rest = _halves(groups)
             small = sketch_network(self._model)
             try:
                 for (name, axis), positions in lost.items():
@@ -89,11 +105,11 @@ class _Trial:
                 output = _call(small, self._sample)
             except _ERRORS:
                 output = None
-            self._last = groups, small, output
-        return self._last[1:]
+            self._last = _Cut(groups, lost, rest, small, output)
+        return self._last
 
     def _runs(self, groups: Sequence[Group]) -> str:
-        return FAILS if self._without(groups)[1] is None else ""
+        return FAILS if self._without(groups).output is None else ""
 
     def _equals(self, groups: Sequence[Group]) -> str:
         """Boxes chosen by their scores may be others after rounding alone: what differs is computed in double too."""
@@ -102,15 +118,14 @@ class _Trial:
 
     def difference(self, groups: Sequence[Group]) -> str:
         """Why the copy is not the network with these halves silenced, in the precision that the network has."""
-        lost, rest = _halves(groups)
-        expected = probe.marked(self._model, self._sample, lost, self._sites, _call)
-        if expected is None or probe.marked(self._model, self._sample, rest, self._sites, _call) is None:
+        cut = self._without(groups)
+        expected = probe.marked(self._model, self._sample, cut.lost, self._sites, _call)
+        if expected is None or not probe.arrive(self._model, self._sample, cut.rest, self._sites, _call):
             return reasons.MISLED
-        output = self._without(groups)[1]
-        return "" if output is not None and _equal(output, expected) else DIFFERS
+        return "" if cut.output is not None and _equal(cut.output, expected) else DIFFERS
 
     def _trains(self, groups: Sequence[Group]) -> str:
-        return "" if self._runs_in_training(self._without(groups)[0]) or not self._dense_trains else TRAINING
+        return "" if self._runs_in_training(self._without(groups).model) or not self._dense_trains else TRAINING
 
     @cached_property
     def _precise(self) -> "_Trial | None":
@@ -131,12 +146,16 @@ class _Trial:
 
     def _runs_in_training(self, model: nn.Module) -> bool:
         """Whether two samples go through a copy in training mode (statistics and kept activations change there)."""
-        trained = sketch_network(model).train()
+
+        def passes(hollow: bool) -> bool:
+            with Hollow(self._pair.tensors, skips=hollow):
+                _call(sketch_network(model).train(), self._pair)
+            return True
+
         try:
-            _call(trained, self._pair)
+            return for_shapes(passes)
         except _ERRORS:
             return False
-        return True
 
 
 def _noisy(sample: Example) -> Example:

@@ -1,6 +1,7 @@
 """Groups are found once for a network and its copies, and anew for whatever may have others."""
 
 import copy
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -10,6 +11,14 @@ from torch import Tensor, nn
 from lit_prune.structure import apply_plan, groups, make_plan, trace_groups
 
 
+@dataclass
+class Config:
+    """As a library keeps the sizes of a network, and what it is told later."""
+
+    width: int = 8
+    kept: set[str] = field(default_factory=lambda: {"head", "body"})
+
+
 class Net(nn.Module):
     """Its forward depends on a function, a list and a number that it holds."""
 
@@ -17,6 +26,7 @@ class Net(nn.Module):
         super().__init__()
         self.body, self.head = nn.Linear(6, 8), nn.Linear(8, 2)
         self.act, self.order, self.times = F.relu, ["body"], 1
+        self.config = Config()
         self.register_buffer("scale", torch.arange(1.0, 9.0))
 
     def forward(self, values: Tensor) -> Tensor:
@@ -46,6 +56,9 @@ CHANGES = {
     "a function": lambda net: setattr(net, "act", F.gelu),
     "a list": lambda net: net.order.append("other"),
     "a type": lambda net: setattr(net, "head", nn.Sequential(net.head)),
+    "a field of its configuration": lambda net: setattr(net.config, "width", 4),
+    "a set of its configuration": lambda net: net.config.kept.add("other"),
+    "an attribute of its configuration": lambda net: setattr(net.config, "attention", "eager"),
     "an object": lambda net: setattr(net, "kept", object()),
 }
 
@@ -76,3 +89,24 @@ def test_another_input_is_traced_again(traced) -> None:
     for inputs in (torch.zeros(1, 6), torch.ones(1, 6), torch.ones(1, 6, dtype=torch.float64)):
         trace_groups(net, inputs)
     assert len(traced) == 2  # the last is read in the precision of the network
+
+
+def test_networks_with_configurations_of_transformers_are_traced_once(traced) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"image_size": 16, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    net = transformers.ViTForImageClassification(transformers.ViTConfig(intermediate_size=16, **sizes)).eval()
+    images = torch.randn(1, 3, 16, 16)
+    for network in (net, copy.deepcopy(net)):
+        trace_groups(network, images)
+    assert len(traced) == 1
+    net.config._attn_implementation = "eager"
+    trace_groups(net, images)
+    assert len(traced) == 2
+
+
+def test_another_forward_of_the_class_is_traced_again(traced, monkeypatch) -> None:
+    net, inputs = Net(), torch.randn(3, 6)
+    trace_groups(net, inputs)
+    monkeypatch.setattr(Net, "forward", lambda self, values: self.head(self.body(values)))
+    trace_groups(net, inputs)
+    assert len(traced) == 2
