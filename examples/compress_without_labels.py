@@ -15,8 +15,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import center_crop, resize
 
-from lit_prune import Plan, compress, load_compact, save_compact
-from lit_prune.compression import Recipe
+from lit_prune import Plan, Recipe, compress, load_compact, save_compact
 
 
 def photographs(folder: Path, side: int, count: int) -> torch.Tensor:

@@ -14,6 +14,10 @@ from lit_prune.errors import InputError
 Public = TypeVar("Public", bound=Callable)
 NO_ROW = (str, bytes, Mapping, Tensor, nn.Module)
 """What can be looped over and is no row of things to be taken one by one."""
+MOST_AT_ONCE = 1024
+"""Threads or processes beyond which systems refuse them, in words of their own or by ending the process."""
+AT_ONCE = ("threads", "workers", "num_workers")
+"""What options that number them are called."""
 WORDS = {
     "Module": "a network",
     "Iterable": "a list",
@@ -47,6 +51,31 @@ def check_seeds(*seeds: int) -> None:
     for seed in seeds:
         if not 0 <= seed < 2**32:
             raise InputError(f"seed={seed} is no seed; give a whole number from 0 to 4294967295")
+
+
+def check_counts(holder: object, least: Mapping[str, int], said: str = "{name}: {value}") -> None:
+    """Looks at attributes that count something; one that is None is left to its default.
+
+    Args:
+        holder: whose attributes they are.
+        least: name -> the smallest value.
+        said: how a line begins.
+
+    Raises:
+        InputError: one is smaller, or is of threads or processes and greater than `MOST_AT_ONCE`.
+    """
+    for name, minimum in least.items():
+        value = getattr(holder, name)
+        if value is not None and not value >= minimum:
+            raise InputError(f"{said.format(name=name, value=value)} is too small; give at least {minimum}")
+        if value is not None and name in AT_ONCE:
+            check_at_once(said.format(name=name, value=value), value)
+
+
+def check_at_once(said: str, *counts: int) -> None:
+    """Raises InputError, which begins with `said`, where there are more threads or processes than machines have."""
+    if max(counts, default=0) > MOST_AT_ONCE:
+        raise InputError(f"{said} is more than any machine carries at once; give at most {MOST_AT_ONCE}")
 
 
 def checked_call(function: Callable, name: str) -> Callable:

@@ -14,6 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import nn
 
+from lit_prune.arguments import check_at_once
 from lit_prune.errors import InputError
 from lit_prune.files import read_json, write_json
 from lit_prune.quantise import FILE as INT8
@@ -45,6 +46,7 @@ class Setting:
         counts = (*self.batch_sizes, self.rounds, *([] if self.threads is None else [self.threads]))
         if not self.batch_sizes or min(counts) < 1:
             raise InputError("latency: batch_sizes, rounds and threads must be at least 1")
+        check_at_once(f"latency: threads={self.threads}", self.threads or 1)
         if self.device.startswith("cuda") and not torch.cuda.is_available():
             raise InputError(f"latency: device={self.device!r} is not there; give cpu")
 

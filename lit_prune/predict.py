@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from lit_prune.errors import InputError
+from lit_prune.image_files import read_image
 from lit_prune.preparation import Preparation
 from lit_prune.structure import load_compact, read_preparation
 from lit_prune.task.outputs import answer
@@ -39,8 +40,6 @@ def read_prepared(file: str | Path, preparation: Preparation) -> Tensor:
     Raises:
         InputError: the file is no readable image.
     """
-    from lit_prune.data.sources import read_image
-
     image = _resized(read_image(file), preparation)
     height, width = preparation.size
     left, top = (round((have - want) / 2) for have, want in zip(image.size, (width, height), strict=True))

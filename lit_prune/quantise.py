@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lit_prune.errors import InputError
 from lit_prune.files import whole_file, write_json
+from lit_prune.image_files import list_images
 from lit_prune.task.classification import Classification
 from lit_prune.timing import Timing, time_runs
 
@@ -139,7 +140,6 @@ def batches_of_folder(
     Raises:
         InputError: there are fewer than two images in it.
     """
-    from lit_prune.data.sources import list_images
     from lit_prune.predict import read_prepared
 
     files = list_images(folder)[: 2 * limit]

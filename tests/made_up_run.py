@@ -79,9 +79,11 @@ def stage_records() -> list[dict]:
     blocks = {layer: {"before": width, "after": 0 if layer in GONE else width} for layer, width in WIDTHS.items()}
     left = {layer: width for layer, width in WIDTHS.items() if layer not in GONE}
     channels = {layer: {"before": width, "after": CUT.get(layer, width)} for layer, width in left.items()}
+    information = {"layer1.0": 0.31, "layer2.0": 0.42, "layer2.1": 0.28}
+    scores = {name: {"removed": [0.01, 0.02, 0.1], "kept": [0.1, 0.3, 0.9]} for name in CUT}
     first = {
         "stage": 0, "name": "blocks", "kind": "blocks", "epoch": 4, "widths": blocks,
-        "plan": {"drop_blocks": ["layer2.1"], "keep_channels": {}, "sizes": {}, "notes": {}},
+        "plan": {"drop_blocks": ["layer2.1"], "keep_channels": {}, "sizes": {}, "notes": {"information": information}},
         "macs": {"dense": 12_400_000, "before": 12_400_000, "after": 9_800_000},
         "params": {"dense": 97_000, "before": 97_000, "after": 78_400},
         "accuracy": {"dense": 0.842, "dense_recalibrated": 0.843, "before": 0.842, "after_surgery": 0.588,
@@ -90,7 +92,7 @@ def stage_records() -> list[dict]:
     second = {
         "stage": 1, "name": "channels", "kind": "channels", "epoch": 7, "widths": channels,
         "plan": {"drop_blocks": [], "keep_channels": {name: list(range(n)) for name, n in CUT.items()},
-                 "sizes": {name: WIDTHS[name] for name in CUT}, "notes": {}},
+                 "sizes": {name: WIDTHS[name] for name in CUT}, "notes": {"scores": scores}},
         "macs": {"dense": 12_400_000, "before": 9_800_000, "after": 5_100_000},
         "params": {"dense": 97_000, "before": 78_400, "after": 41_200},
         "accuracy": {"dense": 0.842, "dense_recalibrated": 0.843, "before": 0.851, "after_surgery": 0.462,

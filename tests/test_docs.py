@@ -41,6 +41,19 @@ def test_the_block_runs(code: str, tmp_path, monkeypatch):
     exec(compile(code, "block", "exec"), {"model": model, "batches": batches})
 
 
+def test_every_block_runs_or_is_understood_or_is_marked():
+    """A remark after the block says what it needs that a test has not, or that it shows what was printed."""
+    fence = re.compile(r"^```(\w*)\n(.*?)^```\n\s*(<!-- (?:needs|printed)\b.*? -->)?", re.DOTALL | re.MULTILINE)
+    unmarked = [
+        f"{page.name}: {code.splitlines()[0]}"
+        for page in [*PAGES, ROOT / "benchmarks" / "README.md"]
+        for kind, code, mark in fence.findall(page.read_text())
+        if not (mark or kind == "mermaid" or (kind == "python" and page in PAGES))
+        and not all(line.startswith(("lit-prune ", "pip install ")) for line in code.splitlines())
+    ]
+    assert not unmarked
+
+
 def test_the_readme_is_short_and_its_links_lead_somewhere():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 130

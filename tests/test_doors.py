@@ -40,6 +40,10 @@ def test_a_compact_network_loads_without_the_packages_of_training():
     assert not added_by("from lit_prune import load_compact, Plan, apply_plan, cost")[1]
 
 
+def test_images_are_classified_without_the_packages_of_training():
+    assert not added_by("import lit_prune.predict")[1]
+
+
 def test_the_training_door_leaves_the_surgeons_and_their_libraries_shut():
     heavy = added_by("from lit_prune import LitClassifier")[1]
     assert not heavy & {"timm", "torch_pruning", "ray", "networkx", "onnx", "tensorboard"}

@@ -47,6 +47,12 @@ def test_conv_net_gives_equal_outputs_in_both_formats_at_any_batch_size(tiny_net
     assert_same(tiny_net, report, INPUT_SHAPE)
 
 
+@pytest.mark.parametrize(("width", "uneven"), [(8, 0), (6, 2)])
+def test_the_report_counts_the_widths_that_onnx_runtime_pads(tmp_path, width, uneven):
+    net = nn.Sequential(nn.Conv2d(3, width, 3), nn.Conv2d(width, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten())
+    assert export_module(net, INPUT_SHAPE, tmp_path, ("onnx",))["onnx"]["uneven_convolutions"] == uneven
+
+
 def test_padded_shortcuts_survive_the_export(tmp_path: Path):
     torch.manual_seed(0)
     model = build_backbone("cifar_resnet20", num_classes=5)

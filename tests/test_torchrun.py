@@ -38,7 +38,7 @@ def weights(folder: Path, launcher: list[str]) -> dict[str, torch.Tensor]:
     """Weights after a run in `folder` whose processes `launcher` starts."""
     folder.mkdir()
     (folder / "fit.yaml").write_text(CONFIG)
-    command = [sys.executable, *launcher, str(ROOT / "train.py"), "fit", "-c", str(folder / "fit.yaml")]
+    command = [sys.executable, *launcher, "-m", "lit_prune", "fit", "-c", str(folder / "fit.yaml")]
     command += ["--run_dir", str(folder / "run")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=ROOT)

@@ -1,10 +1,12 @@
 """What is refused before a verb begins: what a constructor refuses, and settings that would change the run silently."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import lightning.pytorch as pl
 
+from lit_prune.arguments import check_at_once
 from lit_prune.cli.parsing import causes
 from lit_prune.errors import InputError, first_line
 
@@ -25,6 +27,21 @@ def as_input_errors(what: str) -> Iterator[None]:
         if given is not None:  # jsonargparse collects what each type of a union says
             raise given from None
         raise InputError(f"{what} is refused ({type(error).__name__}: {first_line(error)})") from error
+
+
+def check_processes(settings: Mapping[str, Any]) -> None:
+    """Refuses more processes than a machine carries, before Lightning makes a list of them or starts them.
+
+    Args:
+        settings: of the trainer, as the configuration gives them.
+
+    Raises:
+        InputError: the setting is named.
+    """
+    for name in ("devices", "num_nodes"):
+        given = str(settings.get(name))
+        if given.isdigit():
+            check_at_once(f"trainer.{name}={given}", int(given))
 
 
 def check_trainer(trainer: pl.Trainer) -> None:

@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
 
-from lit_prune.cli.checks import as_input_errors, check_trainer
+from lit_prune.cli.checks import as_input_errors, check_processes, check_trainer
 from lit_prune.cli.compress import schedule_sweep
 from lit_prune.cli.console import LearningRate, shown
 from lit_prune.cli.listing import LIGHTNING, first_sentence
@@ -110,6 +110,7 @@ class PruneCLI(RunFolderCLI):
             InputError: whatever one of them refuses.
         """
         with as_input_errors("the configuration"):
+            check_processes(self.config[self.subcommand]["trainer"])
             super().instantiate_classes()
             check_trainer(self.trainer)
 

@@ -68,6 +68,11 @@ def export(
         raise SystemExit(f"error: {one_line(str(error))}") from None  # exit code 1: the input was right
     for name, result in results.items():
         print(f"{name}: {result['file']}, largest difference {result['max_abs_difference']:.2e}")
+        if uneven := result.get("uneven_convolutions"):
+            print(
+                f"{uneven} convolutions have widths that are no multiple of 4, which ONNX Runtime may run more slowly "
+                "than wider ones: `lit-prune latency` shows it, round_to=8 of a stage or of a Recipe avoids it"
+            )
         if "openvino_max_abs_difference" in result:
             print(f"OpenVINO reads it: largest difference {result['openvino_max_abs_difference']:.2e}")
     if int8:

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
+from lit_prune.arguments import check_counts
 from lit_prune.data.augmentation import Augmentation, Normalisation, PadCropFlip
 from lit_prune.data.calibration import stratified_order
 from lit_prune.data.resident import ResidentLoader, choose_place
@@ -99,10 +100,7 @@ class ImageData(Splits):
     def _check_arguments(self) -> None:
         least = {"batch_size": 1, "eval_batch_size": 1, "calibration_size": 1, "train_size": 1}
         least |= {"seed": 0, "val_size": 0, "num_workers": 0, "pad": 0}
-        for name, minimum in least.items():
-            value = getattr(self, name)
-            if value is not None and not value >= minimum:
-                raise InputError(f"{name}={value} is too small; use at least {minimum}")
+        check_counts(self, least, "{name}={value}")
         if (
             len(self.mean) != len(self.std)
             or not min(self.std) > 0

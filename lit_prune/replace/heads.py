@@ -50,11 +50,6 @@ class HeadMoments:
         """Rise of the loss when a head's output becomes 0: `Σ (½ E ηa² - E ga)`, [H], nats (equation 26)."""
         return self._by_head(0.5 * self.power - self.product)
 
-    def optimal_constants(self) -> Tensor:
-        """C* of every position and dimension, [T, C] (equation 28); the mean where there is no curvature."""
-        curved = self.curvature > 1e-12 * self.curvature.max()
-        return torch.where(curved, (self.mixed - self.gradient) / torch.where(curved, self.curvature, 1), self.mean)
-
     def foldable_constants(self, objective: str = "loss") -> Tensor:
         """One constant a dimension for all positions, [C]: what can be folded into the projection's bias.
 

@@ -20,9 +20,12 @@ REMEDY = (
     "Repair longer (more epochs after the stage), keep more, cut in several stages, or let `replace: refit` put solved "
     "readers in the place of what goes."
 )
-USE = """import lit_prune
+USE = """from lit_prune import load_compact
 
-network = lit_prune.load_compact("{folder}")
+network = load_compact("{folder}")
+
+# lit-prune export --run_dir {run} \\
+#     --formats '[onnx]'
 """
 Level = Literal["good", "fair", "poor", "open"]
 
@@ -65,8 +68,7 @@ def find_verdict(run: RunFolder) -> Verdict | None:
     words = {"good": "kept its figure", "fair": "lost a little", "poor": "lost too much or missed its budget"}
     headline = f"{cheaper:.0%} fewer multiply-adds: {words.get(level, 'its figure was not measured')}"
     removed, trust = tuple(_removed(stages, dense, compact)), tuple(_trust(run))
-    command = f"lit-prune export --run_dir {run.path} --formats '[onnx]'"
-    use = USE.format(folder=run.path / "compact") + f"\n# {command}\n"
+    use = USE.format(folder=run.path / "compact", run=run.path)
     return Verdict(level, headline, (*figure, *(sentence for sentence, _ in budget)), removed, trust, use)
 
 
@@ -142,15 +144,41 @@ def _removed(
             parts.append(
                 f"{sum(gone.values())} of {sum(sizes.values())} units in {sum(n > 0 for n in gone.values())} groups"
             )
-        why = f", ranked by {settings['score']}" if gone and settings.get("score") else ""
-        why = why or (", least label information first" if blocks else "")
+        notes = plan.get("notes") or {}
+        why = f", ranked by {settings['score']}{_medians(notes)}" if gone and settings.get("score") else ""
+        why = why or (f", least label information first{_informations(notes, list(blocks))}" if blocks else "")
         if parts:
             yield f"Stage {stage.get('name', '?')} at epoch {stage.get('epoch', '?')}: {'; '.join(parts)}{why}."
-        protected = (plan.get("notes") or {}).get("protected")
+        protected = notes.get("protected")
         if isinstance(protected, Mapping) and protected:
             name, reason = next(iter(protected.items()))
             more = f" and {len(protected) - 1} more" if len(protected) > 1 else ""
             yield f"Left whole: {name} ({reason}){more}."
+
+
+def _medians(notes: Mapping[str, Any]) -> str:
+    """Scores of the units that went and that stayed, as medians of the groups."""
+    scores = (notes.get("scores") or {}).values()
+    gone, stayed = ([parts[part][1] for parts in scores if part in parts] for part in ("removed", "kept"))
+    return f" (group medians: {_span(gone)} went, {_span(stayed)} stayed)" if gone and stayed else ""
+
+
+def _informations(notes: Mapping[str, Any], dropped: Sequence[str]) -> str:
+    """Label information of the blocks that went and that stayed, nats."""
+    known = notes.get("information") or {}
+    gone = [known[name] for name in dropped if name in known]
+    stayed = [value for name, value in known.items() if name not in dropped]
+    return f" ({_span(gone)} nats went, {_span(stayed)} stayed)" if gone and stayed else ""
+
+
+def _span(values: Sequence[float]) -> str:
+    """Least and greatest, one number where they look the same.
+
+    >>> _span([0.25, 0.306, 0.254]), _span([2.0])
+    ('0.25 to 0.31', '2')
+    """
+    ends = dict.fromkeys(f"{end:.2g}" for end in (min(values), max(values)))
+    return " to ".join(ends)
 
 
 def _trust(run: RunFolder) -> Iterator[tuple[str, str]]:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -43,7 +44,7 @@ def plan_method(
         request: the budget; latency is measured with one image.
 
     Returns:
-        As `make_plan`, with the method's name among the notes.
+        As `make_plan`, with the method's name and `score_ranges` (`scores`) among the notes.
 
     Raises:
         InputError: as in `score` and `make_plan`.
@@ -63,7 +64,27 @@ def plan_method(
         plan = plan_measured(evidence.model, graph, cost_model, plan_at, request, example_input(evidence.example))
     else:
         plan = plan_at(cost_model, request)
-    return replace(plan, notes={**plan.notes, "method": method if isinstance(method, str) else find_score(method).name})
+    name = method if isinstance(method, str) else find_score(method).name
+    compared, _ = group_scores(graph, ranks, request)
+    return replace(plan, notes={**plan.notes, "method": name, "scores": score_ranges(compared, plan)})
+
+
+def score_ranges(scores: Mapping[str, np.ndarray], plan: Plan) -> dict[str, dict[str, list[float]]]:
+    """Least, median and greatest score of what goes and of what stays, by group; groups that lose nothing are left out.
+
+    Args:
+        scores: group -> score of each unit [size], as they were compared.
+        plan: what goes.
+
+    Returns:
+        Group -> `removed` and `kept`, three numbers each; `kept` is absent where nothing stays.
+    """
+    found: dict[str, dict[str, list[float]]] = {}
+    for group, units in plan.removals.items():
+        goes = np.isin(np.arange(plan.sizes[group]), units)
+        parts = {"removed": scores[group][goes], "kept": scores[group][~goes]}
+        found[group] = {name: np.quantile(part, (0, 0.5, 1)).tolist() for name, part in parts.items() if len(part)}
+    return found
 
 
 def _arithmetic(request: Budget) -> Budget:

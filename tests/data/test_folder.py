@@ -9,8 +9,9 @@ from torchvision.transforms import functional, v2
 
 from lit_prune.data import ImageFolderData
 from lit_prune.data.augmentation import PadCropFlip
-from lit_prune.data.sources import SHOW_PROGRESS_FROM, FileImages, describe_conversions, read_image
+from lit_prune.data.sources import SHOW_PROGRESS_FROM, FileImages, describe_conversions
 from lit_prune.errors import InputError
+from lit_prune.image_files import read_image
 
 PLAIN = {"mean": (0, 0, 0), "std": (1, 1, 1)}
 

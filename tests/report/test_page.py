@@ -156,7 +156,7 @@ def test_page_is_the_same_when_made_again(page: str, full_run: Path, monkeypatch
     "removed, sections",
     [
         ("compact", {"Result"}),
-        ("stages.jsonl", {"Structural stages", "Cost and accuracy", "Layer widths"}),
+        ("stages.jsonl", {"Structural stages", "Cost and accuracy", "Layer widths", "What went and what stayed"}),
         ("trace", {"Coupling of the axes", "Motion on the two axes", "Directions of change"}),
         ("layers.parquet", {"Coupling by depth", "Groups on the two axes", "Graphs, hulls and triplets by depth"}),
         ("analysis", {"Pairwise redundancy", "From layer to layer"}),
@@ -201,7 +201,7 @@ def test_damaged_inputs_are_named_with_the_reason_and_the_rest_is_shown(full_run
         "absent",
     ]
     assert Page(html).sections == shown
-    assert len(caplog.records) == 6
+    assert len(caplog.records) == 7
 
 
 @pytest.mark.usefixtures("without_drawing")

@@ -1,5 +1,7 @@
 """Every method name and budget gives a plan; methods made of others cut as they say."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -31,6 +33,18 @@ def widths(graph, plan):
 def test_every_method_meets_a_budget(case, method):
     plan = plan_method(*case[:1], method, *case[1:], Budget(keep=0.5, normalisation="rank"))
     assert plan.notes["met"] and plan.notes["method"] == method
+
+
+@pytest.mark.parametrize("method", SCORES)
+def test_the_notes_say_with_which_scores_units_went_and_stayed(case, method):
+    evidence, graph, cost_model = case
+    plan = plan_method(evidence, method, graph, cost_model, Budget(keep=0.5))
+    ranges = json.loads(json.dumps(plan.notes["scores"], allow_nan=False))
+    assert set(ranges) == set(plan.removals)
+    for group, found in ranges.items():
+        removed, kept = found["removed"], found["kept"]
+        assert removed == sorted(removed) and kept == sorted(kept)
+        assert removed[2] <= kept[0], group
 
 
 @pytest.mark.parametrize("method", ["magnitude", "composite_ix", "fpgm"])

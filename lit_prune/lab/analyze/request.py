@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lit_prune.arguments import check_seeds
+from lit_prune.arguments import check_counts, check_seeds
 from lit_prune.errors import InputError
 from lit_prune.lab.analyze.extras import extra_names
 from lit_prune.measurement.protocol import DEFAULT_PROTOCOL, Protocol
@@ -62,10 +62,7 @@ class AnalyzeRequest:
             )
         check_seeds(self.seed)
         least = {"limit": 4, "samples": 8, "bins": 2}
-        for name, minimum in least.items():
-            value = getattr(self, name)
-            if value is not None and value < minimum:
-                raise InputError(f"{name}: {value} is too small; give at least {minimum}")
+        check_counts(self, least)
         if any(count < 1 for count in self.partner_counts) or any(size < 4 for size in self.sizes):
             raise InputError("partner_counts, sizes: give counts of at least 1 and sizes of at least 4")
 

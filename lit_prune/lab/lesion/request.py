@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lit_prune.arguments import check_seeds
+from lit_prune.arguments import check_counts, check_seeds
 from lit_prune.errors import InputError
 from lit_prune.measurement.protocol import Protocol
 from lit_prune.task import TARGETS
@@ -52,10 +52,7 @@ class LesionRequest:
                 raise InputError("layers: empty; give names or patterns, or null for some of each third of the depth")
         check_seeds(self.seed)
         least = {"per_third": 1, "channels": 1, "images": 1, "limit": self.peers + 2, "peers": 1, "values": 1}
-        for name, minimum in least.items():
-            value = getattr(self, name)
-            if value is not None and value < minimum:
-                raise InputError(f"{name}: {value} is too small; give at least {minimum}")
+        check_counts(self, least)
         if not self.ridge > 0:
             raise InputError(f"ridge: {self.ridge} is not above 0; give something like 1e-6")
         if self.target not in TARGETS or self.target == "one_vs_rest":

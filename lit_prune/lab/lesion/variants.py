@@ -130,21 +130,6 @@ def variant_losses(
     return torch.cat(found, 1)
 
 
-def losses_one_by_one(
-    model: nn.Module, layer: str, variants: Variants, batches: Batches, task: Task | str | None = None
-) -> Tensor:
-    """What `variant_losses` returns, by one full forward pass a variant and batch."""
-    task, batches = settle(task, model, batches)
-    found = []
-    with undisturbed(model), full_float32():  # losses are subtracted
-        for batch in batches:
-            batch = task.to(batch, model)
-            module = model.get_submodule(layer)
-            rows = variants.rows(module.weight.detach())
-            found.append(_losses(_run_one_by_one(module, rows, _predicting(model, task, batch)), batch, task))
-    return torch.cat(found, 1)
-
-
 Forward = Callable[[], Tensor]  # runs the network on a batch: its prediction [B, ...]
 Run = Callable[[tuple[Tensor, Tensor, Tensor], Any], Tensor]
 

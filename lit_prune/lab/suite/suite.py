@@ -17,6 +17,7 @@ import torch
 import yaml
 from rich.table import Table
 
+from lit_prune.arguments import check_at_once
 from lit_prune.errors import InputError
 from lit_prune.files import LOCK, alone, write_json, write_parquet
 from lit_prune.lab.suite.estimate import Estimate, estimate_fit
@@ -89,8 +90,10 @@ def device_slots(devices: int | None, runs_per_device: int) -> list[dict[str, st
             f"suite: devices={devices} with runs_per_device={runs_per_device} is not possible on {found} CUDA "
             "device(s); leave devices out to use all, and give at least 1"
         )
+    at_once = (devices or found or 1) * runs_per_device
+    check_at_once(f"suite: devices={devices} with runs_per_device={runs_per_device}, {at_once} runs,", at_once)
     if not found:
-        return [{}] * ((devices or 1) * runs_per_device)
+        return [{}] * at_once
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else [str(index) for index in range(found)]
     return [{"CUDA_VISIBLE_DEVICES": name} for name in names[: devices or found] for _ in range(runs_per_device)]

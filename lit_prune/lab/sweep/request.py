@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from lit_prune.arguments import check_seeds
+from lit_prune.arguments import check_counts, check_seeds
 from lit_prune.errors import InputError
 from lit_prune.scores import find_score
 from lit_prune.structure import Budget
@@ -120,10 +120,7 @@ class SweepRequest:
 
     def _check_counts(self) -> None:
         least = {"epochs": 1, "max_batches": 1, "limit_test": 1, "workers": 1, "threads": 1}
-        for name, minimum in least.items():
-            value = getattr(self, name)
-            if value is not None and value < minimum:
-                raise InputError(f"{name}: {value} is too small; give at least {minimum}")
+        check_counts(self, least)
         check_seeds(*self.seeds)
         for count in self.recovery_checks:
             if not 1 <= count < self.max_batches:
