@@ -30,6 +30,7 @@ NO_BENCHMARKS = (  # no times, or weights and images that are not here
     "replacement_kinds",
     "silenced",
     "architectures",
+    "block_choice",
     "compression",
     "compression_cases",
     "fuzz_files",
