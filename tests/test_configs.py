@@ -98,10 +98,12 @@ def test_configurations_of_the_papers_are_accepted_by_the_verb_of_their_first_li
         )
         return
     written = yaml.safe_load(path.read_text())
-    suite = Suite(tmp_path, written["base"], written["networks"], tuple(written["seeds"]), then=written["then"])
+    suite = Suite(tmp_path, written["base"], written["networks"], tuple(written["seeds"]), then=written.get("then", {}))
     for run in suite.runs():
         run.folder.mkdir(parents=True)
         run.write_config()
         for step in (run, *run.then):
             if step.verb != "report":
-                assert build_cli(step.arguments, run=False).config[step.verb]["model"]["backbone"] == run.network
+                parsed = build_cli(step.arguments, run=False).config[step.verb]
+                assert parsed["model"]["backbone"] == run.config["model"]["backbone"]
+                assert step.verb != "fit" or parsed["trainer"]["callbacks"]
