@@ -78,10 +78,10 @@ def cifar(samples: Path, name: str, constants: Sequence[Sequence[float]]) -> lis
     ]
 
 
-def resnet56(samples: Path) -> Bench:
-    """CIFAR-10, published weights."""
-    model = build_backbone("cifar_resnet56", 10)
-    load_weights(model, samples / "data/weights/cifar10_resnet56-4bfd9763.th")
+def published(samples: Path, depth: int, digest: str) -> Bench:
+    """A CIFAR-10 ResNet with its published weights."""
+    model = build_backbone(f"cifar_resnet{depth}", 10)
+    load_weights(model, samples / f"data/weights/cifar10_resnet{depth}-{digest}.th")
     return Bench(model.eval(), *cifar(samples, "cifar10", A))
 
 
@@ -150,11 +150,13 @@ def espnet(samples: Path) -> Bench:
 
 
 CASES: dict[str, Callable[[Path], Bench]] = {
-    "resnet56": resnet56,
+    "resnet56": lambda samples: published(samples, 56, "4bfd9763"),
     "resnet20-wide-stem": resnet20_wide_stem,
     "tiny-resnet32": tiny_resnet32,
     "efficientnet-lite0": efficientnet_lite0,
     "espnet": espnet,
+    "resnet20": lambda samples: published(samples, 20, "12fca82f"),
+    "resnet32": lambda samples: published(samples, 32, "d509ac18"),
 }
 
 

@@ -27,9 +27,11 @@ HERE = Path(__file__).resolve().parent
 NO_BENCHMARKS = (  # no times, or weights and images that are not here
     "rows",
     "run_all",
+    "repairs",
     "replacement_kinds",
     "silenced",
     "architectures",
+    "block_choice",
     "compression",
     "compression_cases",
     "fuzz_files",

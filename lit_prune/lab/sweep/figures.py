@@ -37,6 +37,7 @@ CELLS = "sweep.parquet"
 def setting_name(setting: Sequence[str]) -> str:
     """A setting in words: allocation, removal, what came after."""
     allocation, removal, recovery = setting
+    recovery = recovery.replace("_", ", then ")
     removed = "masked (not removed)" if removal == "mask" else removal
     return f"{allocation}, {removed}, {'no recovery' if recovery == 'none' else f'{recovery} recovery'}"
 

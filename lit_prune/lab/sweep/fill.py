@@ -120,9 +120,11 @@ class Sweep:
             "params": result.get("params", np.nan),
             "accuracy_dense": dense["accuracy"],
             "accuracy_before": result.get("accuracy_before", np.nan),
+            "accuracy_repaired": checks.get("0", np.nan),  # without training
             **{f"accuracy_batches_{n}": checks.get(str(n), np.nan) for n in request.recovery_checks},
             "accuracy_after": result.get("accuracy_after", np.nan),
             "batches": result.get("batches", 0),
+            "first": "none",
             **{k: v for k, v in request.recovery_fields(cell.recovery).items() if k != "recovery_checks"},
             **request.planning,
             "batch_size": data.batch_size,

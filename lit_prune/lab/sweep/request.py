@@ -1,7 +1,7 @@
 """What to sweep over, and under which protocol."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from lit_prune.arguments import check_counts, check_seeds
@@ -11,7 +11,7 @@ from lit_prune.structure import Budget
 
 Removal = Literal["physical", "mask"]
 Allocation = Literal["global", "uniform", "hybrid"]
-RecoveryName = Literal["sgd", "adam", "none"]
+RecoveryName = Literal["sgd", "adam", "none", "recalibrate", "refit", "recalibrate_sgd", "refit_sgd"]
 Executor = Literal["local", "ray"]
 SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 METHODS = (
@@ -34,18 +34,30 @@ BUDGET_METHOD = "taylor"
 
 @dataclass(frozen=True)
 class Recovery:
-    """Optimizer of the training after pruning; `optimizer` "none" leaves the network as pruned."""
+    """What follows pruning: a repair without training, then an optimizer.
+
+    Attributes:
+        optimizer: of the training; "none": nothing is trained.
+        first: "recalibrate" (BatchNorm, on augmented training images), "refit" (every layer from the first cut on is
+            solved again on the calibration images), or "none".
+    """
 
     optimizer: str
     lr: float = 0.0
     momentum: float = 0.0
     weight_decay: float = 0.0
+    first: Literal["none", "recalibrate", "refit"] = "none"
 
 
+SGD = Recovery("sgd", lr=0.01, momentum=0.9, weight_decay=1e-4)
 RECOVERIES: dict[str, Recovery] = {
-    "sgd": Recovery("sgd", lr=0.01, momentum=0.9, weight_decay=1e-4),
+    "sgd": SGD,
     "adam": Recovery("adam", lr=1e-4, weight_decay=5e-4),
     "none": Recovery("none"),
+    "recalibrate": Recovery("none", first="recalibrate"),
+    "refit": Recovery("none", first="refit"),
+    "recalibrate_sgd": replace(SGD, first="recalibrate"),
+    "refit_sgd": replace(SGD, first="refit"),
 }
 
 
@@ -62,7 +74,9 @@ class SweepRequest:
             `taylor` under the global threshold, ranks inside a layer from the method).
         removals: `physical`; `mask` zeroes channels of each layer by itself, for comparison only: MACs count as if
             they were removed; it goes with `global` and `uniform`.
-        recoveries: `sgd` (lr 0.01, momentum 0.9, weight decay 1e-4), `adam` (lr 1e-4, weight decay 5e-4), `none`.
+        recoveries: `sgd` (lr 0.01, momentum 0.9, weight decay 1e-4), `adam` (lr 1e-4, weight decay 5e-4), `none`;
+            `recalibrate` and `refit` repair without training, `recalibrate_sgd` and `refit_sgd` train after that; with
+            physical removal only.
         epochs: of recovery.
         max_batches: of recovery in all, over its epochs.
         recovery_checks: numbers of batches after which the accuracy is measured too: the recovery-budget check.
@@ -116,6 +130,12 @@ class SweepRequest:
             raise InputError(
                 "removals: 'mask' goes with the allocations global and uniform and a budget of channels or macs"
             )
+        unknown = next((name for name in self.recoveries if name not in RECOVERIES), None)
+        if unknown is not None:
+            raise InputError(f"recoveries: {unknown!r} is none of {', '.join(RECOVERIES)}")
+        prepared = [name for name in self.recoveries if RECOVERIES[name].first != "none"]
+        if "mask" in self.removals and prepared:
+            raise InputError(f"recoveries: {prepared[0]!r} goes with physical removal; leave 'mask' out of removals")
         self._check_counts()
 
     def _check_counts(self) -> None:
@@ -151,11 +171,13 @@ class SweepRequest:
 
     def recovery_fields(self, name: str) -> dict[str, Any]:
         """The protocol fields of a recovery."""
-        recovery = RECOVERIES[name]
-        if recovery.optimizer == "none":
-            return asdict(recovery) | {"epochs": 0, "max_batches": 0, "recovery_checks": []}
+        fields = asdict(RECOVERIES[name])
+        if fields["first"] == "none":
+            del fields["first"]  # so that results from before it was there still serve
+        if fields["optimizer"] == "none":
+            return fields | {"epochs": 0, "max_batches": 0, "recovery_checks": []}
         limits = {"epochs": self.epochs, "max_batches": self.max_batches}
-        return asdict(recovery) | limits | {"recovery_checks": list(self.recovery_checks)}
+        return fields | limits | {"recovery_checks": list(self.recovery_checks)}
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values."""

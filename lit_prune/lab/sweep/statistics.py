@@ -240,9 +240,12 @@ def recovery_budgets(cells: pd.DataFrame) -> pd.DataFrame:
     """
     done = cells[cells["error"].isna() & (cells["recovery"] != "none")]
     checks = [name for name in cells if name.startswith("accuracy_batches_")]
-    parts = [done.assign(batches=0, accuracy=done["accuracy_before"])]
+    untrained = done["accuracy_before"]
+    if "accuracy_repaired" in done:
+        untrained = done["accuracy_repaired"].fillna(untrained)
+    parts = [done.assign(batches=0, accuracy=untrained)]
     parts += [done.assign(batches=int(name.rsplit("_", 1)[1]), accuracy=done[name]) for name in checks]
-    parts += [done.assign(accuracy=done["accuracy_after"])]
+    parts += [done.assign(accuracy=done["accuracy_after"])[done["batches"] > 0]]
     points = pd.concat(parts, ignore_index=True).dropna(subset="accuracy")
     return summarise(points, [*SETTING, "method", "sparsity", "batches"], "accuracy")
 

@@ -13,13 +13,16 @@ from lit_prune.data import ImageData
 from lit_prune.lab.sweep.cells import Cell, Unit
 from lit_prune.lab.sweep.recovery import precision_context, recover
 from lit_prune.lab.sweep.request import BUDGET_METHOD, SweepRequest
+from lit_prune.replace import replace_mechanisms
 from lit_prune.scores import Evidence, plan_method
 from lit_prune.scores.planning import mask_method, method_needs
 from lit_prune.structure import CostModel, Plan, apply_plan, cost
 from lit_prune.structure.masking import mask_channels
 from lit_prune.structure.networks import Network
 from lit_prune.structure.ranking import selected_groups
+from lit_prune.train.batchnorm import recalibrate_batchnorm
 from lit_prune.train.evaluation import Evaluation, evaluate
+from lit_prune.train.stages import STAND_IN_SETTINGS
 
 Result = dict[str, Any]
 
@@ -175,14 +178,18 @@ def run_cell(place: Workplace, cell: Cell, entry: Result) -> Result:
         entry: its plan, an entry of `plan_unit`.
 
     Returns:
-        `accuracy_before` and `accuracy_after` recovery, `accuracy_checks` (number of batches -> accuracy), `batches`
-        of recovery, `macs` and `params` of the pruned network; masks count `macs` as if the channels were removed.
+        `accuracy_before` and `accuracy_after` recovery, `accuracy_checks` (number of batches -> accuracy; 0 is after
+        the repair without training), `batches` of recovery, `macs` and `params` of the pruned network; masks count
+        `macs` as if the channels were removed.
     """
     pruned = _pruned(place, cell, entry).to(memory_format=torch.channels_last)  # a quarter faster on odd widths
     price = cost(pruned, place.example(cell.unit.checkpoint))
     before = place.evaluate(pruned).figure
     fields = place.job.request.recovery_fields(cell.recovery)
     checks: dict[int, float] = {}
+    if "first" in fields:
+        pruned = _repaired(place, cell, entry, pruned, fields["first"])
+        checks[0] = place.evaluate(pruned).figure
     if fields["max_batches"]:
         data = place.job.data.redrawn(place.job.data.seed + cell.unit.seed)
         for done in recover(pruned, data, fields, place.job.precision, cell.unit.seed):
@@ -205,3 +212,16 @@ def _pruned(place: Workplace, cell: Cell, entry: Result) -> nn.Module:
     if cell.removal == "mask":
         return mask_channels(model, entry["kept"])
     return apply_plan(model, Plan.from_dict(entry["plan"]), place.example(cell.unit.checkpoint))
+
+
+def _repaired(place: Workplace, cell: Cell, entry: Result, pruned: nn.Module, kind: str) -> nn.Module:
+    """The pruned network with statistics of its norms measured again, or with its layers solved again."""
+    data = place.job.data.redrawn(place.job.data.seed + cell.unit.seed)
+    if kind == "recalibrate":
+        recalibrate_batchnorm(pruned, data.recalibration_dataloader())
+        return pruned
+    model, example = place.model(cell.unit.checkpoint), place.example(cell.unit.checkpoint)
+    batches = data.calibration_dataloader()
+    plan = Plan.from_dict(entry["plan"])
+    reduced = replace_mechanisms(model, plan, batches, kind, example, settings=STAND_IN_SETTINGS).model
+    return reduced.to(memory_format=torch.channels_last)

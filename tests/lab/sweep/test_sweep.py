@@ -15,9 +15,12 @@ from lit_prune.errors import InputError
 from lit_prune.lab.sweep import fill
 from lit_prune.lab.sweep.recovery import recover
 from lit_prune.lab.sweep.request import SweepRequest
+from lit_prune.replace import Replacement, replace_mechanisms
 from lit_prune.report import write_report
 from lit_prune.structure import Plan, apply_plan, cost
+from lit_prune.train.batchnorm import recalibrate_batchnorm
 from lit_prune.train.classifier import LitClassifier
+from lit_prune.train.evaluation import evaluate
 
 REQUEST = {"methods": ("magnitude", "composite_ix"), "sparsities": (0.3, 0.6), "max_batches": 2, "limit_test": 40}
 
@@ -168,6 +171,28 @@ def test_no_recovery_leaves_the_pruned_network_as_it_is(tmp_path):
     assert (table["accuracy_after"] == table["accuracy_before"]).all() and (table["batches"] == 0).all()
 
 
+def test_a_repair_without_training_comes_first_and_is_what_training_goes_on_from(tmp_path):
+    kinds = ("none", "recalibrate", "recalibrate_sgd", "refit", "refit_sgd")
+    table = sweep(tmp_path, methods=("magnitude",), sparsities=(0.6,), limit_test=400, recoveries=kinds)
+    table = table.set_index("recovery").loc[list(kinds)]
+    assert table["accuracy_before"].nunique() == 1 and table["first"].tolist() == [k.split("_")[0] for k in kinds]
+    for kind in ("recalibrate", "refit"):
+        assert table.loc[kind, "accuracy_repaired"] == table.loc[kind, "accuracy_after"]
+        assert table.loc[f"{kind}_sgd", "accuracy_repaired"] == table.loc[kind, "accuracy_after"]
+    assert table["batches"].tolist() == [0, 0, 2, 0, 2] and table["macs"].nunique() == 1
+    data, model, example = digits(), module().backbone.eval(), torch.zeros(1, *digits().image_shape)
+    data.setup()
+    plans = json.loads(next((tmp_path / "sweep" / "plans").glob("magnitude-*.json")).read_text())["plans"]
+    plan = Plan.from_dict(plans[0]["plan"])
+    settings = Replacement(unsupported="delete", towards="weights", noise=0.1)
+    solved = replace_mechanisms(model, plan, data.calibration_dataloader(), "refit", example, settings=settings).model
+    recalibrated = apply_plan(model, plan, example)
+    recalibrate_batchnorm(recalibrated, data.recalibration_dataloader())
+    for kind, network in (("refit", solved), ("recalibrate", recalibrated)):
+        found = evaluate(network, data.subset_dataloader("test", 400)).figure
+        assert table.loc[kind, "accuracy_after"] == pytest.approx(found, abs=0.006)
+
+
 def test_costs_and_plans_are_those_of_physical_removal(tmp_path):
     table = sweep(tmp_path, methods=("fpgm",), recoveries=("none",), allocations=("uniform",)).iloc[1]
     plans = json.loads(next((tmp_path / "sweep" / "plans").glob("fpgm-*.json")).read_text())["plans"]
@@ -249,6 +274,8 @@ def test_the_subset_of_the_test_images_is_balanced_and_splits_survive_a_redraw()
         ({"alphas": (float("nan"),)}, "'nan' that is not a number"),
         ({"recovery_checks": (2,)}, "recovery_checks: 2 must lie in"),
         ({"normalisation": "softmax"}, "normalisation='softmax' is unknown"),
+        ({"removals": ("mask",), "recoveries": ("refit",)}, "'refit' goes with physical removal"),
+        ({"recoveries": ("sgdd",)}, "'sgdd' is none of sgd, adam"),
         ({"removals": ("mask",), "allocations": ("hybrid",)}, "'mask' goes with the allocations global and uniform"),
     ],
 )
