@@ -350,6 +350,19 @@ CALLS: dict[str, list[tuple]] = {
         recalibration_batches=(-1, "x", 1.5, []),
         tolerance=(-1, "x", NAN, []),
     ),
+    "Recipe": wrong(
+        of("Recipe"),
+        lambda g: {},
+        score=(3, None, [], True),
+        allocation=(3, None, [], True),
+        only=(3, 1.5, {}, True),
+        protect=(3, None, "0.0", {}),
+        round_to=("x", None, 1.5, [], True),
+        cap=("x", NAN, None, [], True),
+        kind=(3, None, [], True),
+        replacement=(None, 3, "refit", {}),
+        seed=("x", None, 1.5, [1]),
+    ),
     "Repair": wrong(
         of("Repair"),
         lambda g: {},
@@ -486,5 +499,6 @@ def test_a_wrong_argument_is_one_line(given, name):
 def test_the_table_is_as_large_as_it_says():
     assert len(TABLE) > 400 and {name.partition(".")[0] for name in CALLS} >= {*lit_prune.__all__} - {
         "InputError",
+        "Task",  # a base class
         "__version__",
     }
