@@ -49,6 +49,17 @@ def find_path(module: nn.Module, given: str | None = None) -> str:
     raise InputError(f"network: {kind} holds several; name one by network=: {candidates}")
 
 
+def told_apart(module: nn.Module, path: str) -> str:
+    """A sentence on what lies outside of a network that was found by its name; "" where that is next to nothing."""
+    share = _parameters(network_at(module, path)) / max(1, _parameters(module))
+    if path == ITSELF or share >= NEARLY_ALL:
+        return ""
+    whole = "; network='.' takes the whole module" if has_forward(module) else ""
+    return (
+        f"network: {path!r}, {share:.0%} of the parameters of {type(module).__name__}; the rest stays as it is{whole}"
+    )
+
+
 def when_built(trainer: Trainer, given: str | None, begin: Callable[[], None]) -> None:
     """Calls `begin` now, or, where the network is not there yet, as soon as the module's own hooks have built it.
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lit_prune.arguments import checked
@@ -21,7 +21,7 @@ from lit_prune.train.hand_over import (
     run_of,
     set_aside,
 )
-from lit_prune.train.locate import check_replaceable, copies_of, find_path, when_built
+from lit_prune.train.locate import check_replaceable, copies_of, find_path, told_apart, when_built
 from lit_prune.train.logged import log_compact
 from lit_prune.train.phase_optimizer import PhaseOptimizer
 from lit_prune.train.phases import check_epochs, total_epochs
@@ -131,6 +131,8 @@ class StagedPruning(StagedRun):
             return
         check_supported(trainer)
         check_replaceable(pl_module, path)
+        if self.network is None and (said := told_apart(pl_module, path)):
+            rank_zero_info(said)
         self.phases.boundaries = tuple(stage.epoch for stage in self.stages)
         check_epochs(self.stages, None if is_trial(trainer) else total_epochs(trainer))
         self.phase_optimizer.attach(trainer, pl_module, lambda: self._phase(trainer))

@@ -24,7 +24,7 @@ from lit_prune import (
     load_pruned,
     measure,
 )
-from lit_prune.train.locate import find_path, network_at
+from lit_prune.train.locate import find_path, network_at, told_apart
 
 EXAMPLE = torch.zeros(1, 3, 8, 8)
 
@@ -145,3 +145,19 @@ def test_where_the_network_is():
         find_path(Silent(), ".")
     with pytest.raises(InputError, match="holds several; name one by network=: encoder"):
         find_path(Silent())
+
+
+def test_a_network_that_is_a_part_of_the_module_is_said():
+    class Detector(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.backbone, self.head = nn.Linear(4, 5), nn.Linear(5, 14)  # 25 and 84 parameters
+
+        def forward(self, values):
+            return self.head(self.backbone(values))
+
+    module = Detector()
+    assert find_path(module) == "backbone"
+    said = told_apart(module, "backbone")
+    assert "'backbone', 23% of the parameters of Detector" in said and "network='.' takes the whole module" in said
+    assert told_apart(module, ".") == ""
