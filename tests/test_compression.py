@@ -11,6 +11,7 @@ from lit_prune.errors import InputError
 from lit_prune.replace import Replacement
 from lit_prune.structure import Plan, apply_plan, cost
 from lit_prune.structure.budgets import Quantity
+from lit_prune.task import Custom
 
 
 def wide_block() -> nn.Module:
@@ -53,6 +54,13 @@ def test_report_holds_a_plan_that_rebuilds_the_structure(net, batches):
     rebuilt = apply_plan(net, Plan.from_dict(report["plan"]), batches[0][0][:1])
     rebuilt.load_state_dict(compact.state_dict())
     torch.testing.assert_close(rebuilt(batches[0][0]), compact(batches[0][0]))
+
+
+def test_a_task_that_only_runs_the_network_serves_too(net, batches):
+    """A second input beside the images that looks like a target, and no loss: nothing is asked for one at the end."""
+    run = Custom(run=lambda model, batch: model(batch[0] * (1 + batch[1].float())[:, None, None, None]))
+    report = lit_prune.compress(net, batches, keep=0.6, task=run)[1]
+    assert report["distortion"] < 0.05 and set(report["compact"]) == {"macs", "params"}
 
 
 def test_labels_are_not_read_and_images_alone_serve(net, batches):

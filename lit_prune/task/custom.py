@@ -49,6 +49,7 @@ class Custom(Task):
         self._inputs, self._size = inputs, size
         self._variables = dict(variables or {})
         self.metric_name, self.higher_is_better, self.scalar_loss = metric_name, higher_is_better, scalar_loss
+        self.needs_target = loss is not None or metric is not None
 
     def inputs(self, batch: Any) -> Example:
         """What the network is called with; caught from `run` where only that is known."""
