@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
 
 MEAN, STD = 40.0, 25.0
 
@@ -76,9 +77,11 @@ class Itself(LightningModule):
         self.head = nn.Linear(12, 4)
         self.share = nn.Parameter(torch.tensor(0.3))
         self.temperature, self.features = 1.0, None
+        self.sides = [self.branches["left"], self.branches["right"]]
+        self.accuracy = MulticlassAccuracy(4)
 
     def joined(self, maps):
-        left, right = (branch(maps) for branch in self.branches.values())
+        left, right = (branch(maps) for branch in self.sides)
         return torch.relu(self.share * left + (1 - self.share) * right)
 
     def forward(self, pixels):
@@ -89,6 +92,8 @@ class Itself(LightningModule):
 
     def training_step(self, batch, batch_idx):
         logits = self(batch[0])
+        self.accuracy(logits, batch[1])
+        self.log("train/acc", self.accuracy, on_epoch=True)
         return F.cross_entropy(logits, batch[1]) + 1e-3 * self.features.square().mean()
 
     def validation_step(self, batch, batch_idx):

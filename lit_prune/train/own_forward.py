@@ -8,6 +8,8 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 from torch import nn
+from torch.utils._pytree import tree_leaves
+from torchmetrics import Metric
 
 from lit_prune.structure.record import ATTRIBUTE
 
@@ -43,8 +45,16 @@ def own_network(module: nn.Module) -> nn.Module:
 
 
 def put_own_network(module: nn.Module, network: nn.Module) -> None:
-    """Gives the module the parts of `network`, a copy of its own one, which is its own from now on."""
-    vars(module).update({name: vars(network)[name] for name in SHARED})
+    """Gives the module the parts of `network`, a copy of its own one, which is its own from now on.
+
+    Lists and tables of parts that the module keeps beside them follow; its metrics stay the objects that they are, by
+    which Lightning knows them.
+    """
+    for name, part in list(module.named_modules()):
+        if isinstance(part, Metric):
+            network.set_submodule(name, part)
+    listed = {key: value for key, value in vars(network).items() if key not in TABLES | _OWN and _holds_parts(value)}
+    vars(module).update({name: vars(network)[name] for name in SHARED} | listed)
     _bind(module, network)
 
 
@@ -57,6 +67,10 @@ def release(module: nn.Module) -> None:
 def _bind(module: nn.Module, network: nn.Module) -> None:
     vars(network).update({name: vars(module)[name] for name in SHARED} | {_MODULE: weakref.ref(module)})
     _networks[module] = network
+
+
+def _holds_parts(value: Any) -> bool:
+    return any(isinstance(leaf, nn.Module | nn.Parameter) for leaf in tree_leaves(value))
 
 
 def _wraps(module: nn.Module, key: str) -> bool:

@@ -41,6 +41,7 @@ class Plain(nn.Module):
         super().__init__()
         self.stem, self.branches, self.head, self.share = module.stem, module.branches, module.head, module.share
         self.temperature, self.features, self.joined = 1.0, None, lambda maps: Itself.joined(self, maps)
+        self.sides = list(self.branches.values())
 
     def forward(self, pixels):
         return Itself.forward(self, pixels)
