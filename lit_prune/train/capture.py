@@ -120,9 +120,10 @@ def _call_of(module: nn.Module, network: nn.Module, step: Any, given: tuple[Any,
         handle.remove()
     if not found:
         name = getattr(step, "__name__", "step")
+        parts = ", ".join(part for part, child in module.named_children() if any(True for _ in child.parameters()))
         raise NotCalledError(
             f"network: {name} of {type(module).__name__} does not call {type(network).__name__}; name the submodule "
-            "that it calls by network="
+            f"that it calls by network= ({parts})"
         )
     return found[0]
 
