@@ -84,12 +84,14 @@ class Around(nn.Module):
 
     def __init__(self, attention: nn.Module, reads: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.patches, self.attn, self.head = nn.Conv2d(3, 24, 8, 8), attention, nn.LazyLinear(3)
-        self.reads = reads
-        self.eval()(torch.zeros(1, 3, 32, 32))
+        self.patches, self.attn, self.reads = nn.Conv2d(3, 24, 8, 8), attention, reads
+        self.head = nn.Linear(self.eval().attended(torch.zeros(1, 3, 32, 32)).shape[1], 3)
+
+    def attended(self, images: Tensor) -> Tensor:
+        return self.attn(self.reads(self.patches(images))).flatten(1)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.attn(self.reads(self.patches(images))).flatten(1))
+        return self.head(self.attended(images))
 
 
 def _maps(values: Tensor) -> Tensor:
