@@ -6,6 +6,8 @@ from lit_prune.report.run_folder import RunFolder
 
 FIT = "lit-prune fit"
 ANALYZE = "lit-prune analyze --run_dir {run}"
+SWEEP = "lit-prune sweep --run_dir {run}"
+REDUCE = "lit-prune reduce --run_dir {run} --request.calibration_sizes '[1000]'"
 SAME = "with the -c of the run"
 MAKERS = (
     (r"trace/gradients", FIT, "with the callback lit_prune.GradientTrace"),
@@ -20,9 +22,11 @@ MAKERS = (
     (r"channels\.parquet(?! with local)|layers\.parquet(?! with (rand|mod))", ANALYZE, SAME),
     (r"lesions?\b", "lit-prune lesion --run_dir {run}", SAME),
     (r"sensitivity", "lit-prune sensitivity --run_dir {run}", SAME),
-    (r"sweep", "lit-prune sweep -c sweep_cifar --run_dir {run}", ""),
-    (r"reduction\.json with the extra 'stress'", "lit-prune reduce --run_dir {run} --request.extras '[stress]'", SAME),
-    (r"reduction\.json(?! with the extra)", "lit-prune reduce -c reduce_mnist_mlp --run_dir {run}", ""),
+    (r"sweep(?!/(rules|weights))", SWEEP, SAME),
+    (r"sweep/rules", SWEEP + " --request.allocations '[global,uniform]'", SAME),
+    (r"sweep/weights", SWEEP + " --request.alphas '[0.5,1]' --request.betas '[0.25]'", SAME),
+    (r"reduction\.json with the extra 'stress'", REDUCE + " --request.extras '[stress]'", SAME),
+    (r"reduction\.json(?! with the extra)", REDUCE, SAME),
 )
 """Pattern of an absent input, the command that makes it, and with what."""
 
