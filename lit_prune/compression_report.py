@@ -13,6 +13,8 @@ from lit_prune.structure import apply_plan, cost
 from lit_prune.structure.budgets import find_budget
 from lit_prune.task import Task
 
+EVEN = 8  # widths that kernels are made for are multiples of it
+
 
 class CompressionReport(dict[str, Any]):
     """The values that `compress` returns, a dictionary; printed, they are told in a few lines."""
@@ -36,6 +38,11 @@ class CompressionReport(dict[str, Any]):
         cut = [name for name in kept if len(kept[name]) < sizes[name]]
         blocks = f"{len(plan['drop_blocks'])} blocks dropped, " if plan["drop_blocks"] else ""
         lines.append(f"{blocks}{len(cut)} groups of channels cut, {len(self['layers'])} layers solved again")
+        if odd := [name for name in cut if len(kept[name]) % EVEN and not sizes[name] % EVEN]:
+            lines.append(
+                f"{len(odd)} of the {len(cut)} widths are no multiples of {EVEN}, as they were: kernels may take "
+                "longer for them than for the dense ones; Recipe(round_to=8) or a budget of time such as latency_onnx"
+            )
         if whole := plan["notes"].get("without_scores"):
             named = ", ".join(whole[:3]) + (", ..." if len(whole) > 3 else "")
             lines.append(f"{len(whole)} groups left whole, which the score says nothing of: {named}")

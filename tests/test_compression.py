@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -92,6 +93,17 @@ def test_a_measured_budget_is_reported_as_asked_for_as_predicted_and_as_measured
     assert said["predicted"] == pytest.approx(said["measured"], abs=0.02) and said["spread"] == 0
     assert f"{said['measured']:.1%}, predicted {said['predicted']:.1%}" in str(report)
     assert said["compact"] - 0.1 * report["dense"]["macs"] == pytest.approx(cost(compact, batches[0][0]).macs, rel=1e-3)
+
+
+def test_widths_that_kernels_are_not_made_for_are_said():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 4, 3), nn.Flatten(), nn.Linear(64, 3)).eval()
+    images, recipe = [torch.randn(64, 3, 8, 8)], Recipe(score="magnitude", allocation="uniform", kind="delete")
+    any_width, multiples = (
+        str(lit_prune.compress(net, images, keep=0.6, recipe=replace(recipe, round_to=to))[1]) for to in (1, 8)
+    )
+    said = "1 of the 2 widths are no multiples of 8, as they were"
+    assert said in any_width and "multiples of 8" not in multiples
 
 
 def test_scaling_units_changes_neither_choice_nor_function(net, batches):
