@@ -5,10 +5,11 @@ import os
 import sys
 from pathlib import Path
 
+import lightning_modules as modules
 from ddp_callbacks import RankChecksums
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning_modules import Classifier, loaders, trainer
+from lightning_modules import loaders, trainer
 
 from lit_prune import AxisTrace, ChannelStage, Decorrelation, Repair, StagedPruning
 
@@ -31,7 +32,8 @@ def main(folder: Path) -> None:
     callbacks += [Kill()] if len(sys.argv) > 2 else []
     last = folder / "last.ckpt"
     fit = trainer(folder, *callbacks, devices=2, strategy="ddp", enable_checkpointing=True)
-    fit.fit(Classifier(), *loaders(), ckpt_path=last if last.exists() else None, weights_only=True)
+    kind = getattr(modules, os.environ.get("MODULE", "Classifier"))
+    fit.fit(kind(), *loaders(), ckpt_path=last if last.exists() else None, weights_only=True)
     if fit.is_global_zero:
         (folder / "records.json").write_text(json.dumps([{**r, "seconds": 0} for r in pruning.records]))
 

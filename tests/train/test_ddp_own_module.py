@@ -15,9 +15,9 @@ from lit_prune.structure.record import record_of
 SCRIPT = Path(__file__).resolve().parents[1] / "ddp_own_module.py"
 
 
-def launch(folder: Path, *arguments: str) -> int:
+def launch(folder: Path, *arguments: str, module: str = "Classifier") -> int:
     paths = os.pathsep.join([str(SCRIPT.parent), str(SCRIPT.parents[1])])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "MODULE": module}
     command = [sys.executable, str(SCRIPT), str(folder), *arguments]
     return subprocess.run(command, env=environment, capture_output=True, timeout=300, check=False).returncode
 
@@ -49,6 +49,20 @@ def test_a_killed_run_resumes_to_the_same_weights(whole, tmp_path, epoch):
     assert launch(tmp_path) == 0
     got, wanted = weights(tmp_path), weights(whole)
     assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.slow
+def test_a_module_that_is_its_own_network_is_cut_alike_on_both_ranks_and_resumes(tmp_path):
+    assert launch(tmp_path / "whole", module="Itself") == 0
+    sums = [json.loads((tmp_path / "whole" / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    assert sums[0] == sums[1] and len(set(sums[0])) == 3
+    (record,) = json.loads((tmp_path / "whole" / "records.json").read_text())
+    assert record["distillation"]["evaluations"] == 2 * 2, "hooks see the calls of the step, not those of DDP around it"
+    assert launch(tmp_path / "part", "2", module="Itself") != 0
+    assert launch(tmp_path / "part", module="Itself") == 0
+    got, wanted = weights(tmp_path / "part"), weights(tmp_path / "whole")
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+    assert wanted["branches.left.weight"].numel() < 12 * 8 * 9
 
 
 @pytest.mark.real  # torch.export reads no program of another
