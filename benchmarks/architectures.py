@@ -103,8 +103,8 @@ operations; attention by its mathematical kernel). Refused: gmlp_ti16_224, whose
 channel can go, and networks whose widths all lie under norms (timm convnextv2_atto), which go where `only="width"` asks
 for them. For networks whose norms read the width, Torch-Pruning cuts that width by default, which the silenced network
 does not show: "differs" there is no fault of its own. Its plan takes away 30 % of every layer's channels, ours half of
-the multiply-adds. Rows were measured on three states of the tracing: 28 on 5094b6f or later, at most 10 on
-deec25b, the others between; seconds were taken beside other work.
+the multiply-adds. Rows were measured on two states of the tracing: 40 on 5094b6f or later, the others on one
+shortly before it; seconds were taken beside other work.
 
 `benchmarks/tracing.py` takes tracing and planning and Torch-Pruning's graph and cut in turns, at 224 × 224. Three runs
 on two cores with eight processes: 1.5 to 1.9 times its CPU seconds on ResNet-50, 1.8 to 1.9 on ConvNeXt-T, 2.5 to 2.6
