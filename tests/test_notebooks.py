@@ -26,7 +26,6 @@ def test_there_are_three_without_outputs_and_every_cell_compiles():
             compile(source, str(notebook), "exec")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
 def test_the_notebook_runs(notebook, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
