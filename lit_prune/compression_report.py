@@ -10,10 +10,9 @@ from lit_prune.replace import Reduced
 from lit_prune.replace.spread import Spread
 from lit_prune.running import undisturbed
 from lit_prune.structure import apply_plan, cost
+from lit_prune.structure.axes import EVEN
 from lit_prune.structure.budgets import find_budget
 from lit_prune.task import Task
-
-EVEN = 8  # widths that kernels are made for are multiples of it
 
 
 class CompressionReport(dict[str, Any]):
@@ -41,7 +40,7 @@ class CompressionReport(dict[str, Any]):
         if odd := [name for name in cut if len(kept[name]) % EVEN and not sizes[name] % EVEN]:
             lines.append(
                 f"{len(odd)} of the {len(cut)} widths are no multiples of {EVEN}, as they were: kernels may take "
-                "longer for them than for the dense ones; Recipe(round_to=8) or a budget of time such as latency_onnx"
+                f"longer for them than for the dense ones; Recipe(round_to={EVEN}) or a budget of time avoids it"
             )
         if whole := plan["notes"].get("without_scores"):
             named = ", ".join(whole[:3]) + (", ..." if len(whole) > 3 else "")

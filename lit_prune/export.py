@@ -19,6 +19,7 @@ from lit_prune.errors import InputError
 from lit_prune.files import read_json, whole_file
 from lit_prune.preparation import Normalised, Preparation
 from lit_prune.structure import load_compact, read_preparation
+from lit_prune.structure.axes import EVEN
 
 TOLERANCE = 1e-4
 """Largest difference allowed between a file's outputs and the network's, relative to the largest output."""
@@ -145,7 +146,7 @@ def export_module(
 
 
 def uneven_convolutions(model: nn.Module) -> int:
-    """How many convolutions have a width that is no multiple of 4: ONNX Runtime's blocked kernels leave them out.
+    """How many convolutions have a width that is no multiple of `EVEN`, for which kernels may take longer.
 
     The images' own channels do not count.
 
@@ -153,7 +154,7 @@ def uneven_convolutions(model: nn.Module) -> int:
     2
     """
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
-    return sum(bool(c.out_channels % 4 or (c.in_channels > 4 and c.in_channels % 4)) for c in convolutions)
+    return sum(bool(c.out_channels % EVEN or (c.in_channels > 4 and c.in_channels % EVEN)) for c in convolutions)
 
 
 def read_input_shape(folder: str | Path) -> tuple[int, int, int]:

@@ -7,7 +7,15 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
+from lit_prune import ChannelStage, Repair, StagedPruning
+
 MEAN, STD = 40.0, 25.0
+
+
+def pruning(epoch: int = 1, **options) -> StagedPruning:
+    """One cheap stage."""
+    options = {"recalibration_batches": 1, "repair": Repair(ramp=False), **options}
+    return StagedPruning([ChannelStage(0.6, epoch, score="magnitude")], **options)
 
 
 def network(classes: int = 4) -> nn.Module:
@@ -77,7 +85,7 @@ class Itself(LightningModule):
         self.head = nn.Linear(12, 4)
         self.share = nn.Parameter(torch.tensor(0.3))
         self.temperature, self.features = 1.0, None
-        self.sides = [self.branches["left"], self.branches["right"]]
+        self.sides, self.join = [self.branches["left"], self.branches["right"]], self.joined
         self.accuracy = MulticlassAccuracy(4)
 
     def joined(self, maps):
@@ -85,7 +93,7 @@ class Itself(LightningModule):
         return torch.relu(self.share * left + (1 - self.share) * right)
 
     def forward(self, pixels):
-        self.features = self.joined(self.stem((pixels - MEAN) / STD)).mean((2, 3))
+        self.features = self.join(self.stem((pixels - MEAN) / STD)).mean((2, 3))
         if self.training:
             return self.head(self.features) / self.temperature
         return self.head(self.features)

@@ -58,6 +58,7 @@ def export(
     """
     from lit_prune.cli.quantising import quantise
     from lit_prune.export import ExportError, export_compact
+    from lit_prune.structure.axes import EVEN
 
     folder = Path(run_dir)
     compact = folder / "compact" if (folder / "compact").is_dir() else folder
@@ -70,8 +71,8 @@ def export(
         print(f"{name}: {result['file']}, largest difference {result['max_abs_difference']:.2e}")
         if uneven := result.get("uneven_convolutions"):
             print(
-                f"{uneven} convolutions have widths that are no multiple of 4, which ONNX Runtime may run more slowly "
-                "than wider ones: `lit-prune latency` shows it, round_to=8 of a stage or of a Recipe avoids it"
+                f"{uneven} convolutions have widths that are no multiple of {EVEN}, which ONNX Runtime may run more "
+                f"slowly than wider ones: `lit-prune latency` shows it, round_to={EVEN} avoids it"
             )
         if "openvino_max_abs_difference" in result:
             print(f"OpenVINO reads it: largest difference {result['openvino_max_abs_difference']:.2e}")

@@ -13,6 +13,8 @@ __all__ = ["BATCH_NORMS", "AxisKey", "goes_by_group"]
 AxisKey = tuple[str, str]
 """(qualified name, axis): "out" or "in" of a module or bare parameter, "dim:K" of a tensor, and numbers that a module
 states in an attribute: "heads:NAME" of heads, "attribute:NAME" of channels of all heads."""
+EVEN = 8
+"""Widths that kernels are made for are multiples of it; others may take longer than wider ones."""
 
 
 def stated(axis: str) -> str:

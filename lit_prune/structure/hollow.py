@@ -96,7 +96,8 @@ class Hollow(TorchDispatchMode):
         if self._noise is None:
             return values.fill_(1)
         if len(self._noise) < values.numel():
-            self._noise = torch.empty(values.numel()).uniform_(-1, 1)
+            generator = torch.Generator().manual_seed(0)
+            self._noise = torch.empty(values.numel()).uniform_(-1, 1, generator=generator)
         return values.copy_(self._noise[: values.numel()].view(values.shape))
 
     def _noted(self, tensor: Tensor) -> bool | None:

@@ -10,6 +10,7 @@ from lit_prune.errors import InputError
 from lit_prune.measurement.local_axis import DEAD_VARIANCE_RATIO, gaussian_information
 from lit_prune.train.added_loss import AddedLoss, add_term, drop_term
 from lit_prune.train.locate import find_path, network_at
+from lit_prune.train.own_forward import release
 
 TERM = "decorrelation"
 LAYERS, CHANNELS, REFERENCES = 6, 128, 64
@@ -114,6 +115,7 @@ class Decorrelation(Callback):
         """Leaves network and loss as they were."""
         self._detach()
         drop_term(pl_module, TERM)
+        release(pl_module)
 
     def forget(self) -> None:
         """Drops what was kept of a step that took no term."""

@@ -4,6 +4,7 @@ import functools
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -17,7 +18,6 @@ SHARED = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
 TABLES = frozenset(vars(nn.Module()))
 _MODULE = "lit_prune_module"
 _OWN = frozenset({ATTRIBUTE, _MODULE})
-_classes: dict[type[nn.Module], type[nn.Module]] = {}
 _networks: "weakref.WeakKeyDictionary[nn.Module, nn.Module]" = weakref.WeakKeyDictionary()
 
 
@@ -34,12 +34,12 @@ def own_network(module: nn.Module) -> nn.Module:
     """
     network = _networks.get(module)
     if network is None:
-        kind = type(module)
-        network = object.__new__(_classes.setdefault(kind, _class_of(kind)))
+        network = object.__new__(_class_of(type(module)))
         vars(network).update(vars(nn.Module()))
         _bind(module, network)
-    held = {key: value for key, value in vars(module).items() if key not in TABLES | _OWN and not _wraps(module, key)}
-    vars(network).update(held | {"_trainer": None, "_fabric": None})
+    held = (key for key in vars(module) if key not in TABLES | _OWN and not _wraps(module, key))
+    vars(network).update({key: _of(network, module, vars(module)[key]) for key in held})
+    vars(network).update({"_trainer": None, "_fabric": None})
     vars(module).setdefault("forward", _Through(module))
     return network
 
@@ -67,6 +67,12 @@ def release(module: nn.Module) -> None:
 def _bind(module: nn.Module, network: nn.Module) -> None:
     vars(network).update({name: vars(module)[name] for name in SHARED} | {_MODULE: weakref.ref(module)})
     _networks[module] = network
+
+
+def _of(network: nn.Module, module: nn.Module, value: Any) -> Any:
+    """A value that the module holds, as the network holds it: methods of the module are the network's own."""
+    own = isinstance(value, MethodType) and value.__self__ is module
+    return MethodType(value.__func__, network) if own else value
 
 
 def _holds_parts(value: Any) -> bool:

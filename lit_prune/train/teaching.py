@@ -16,6 +16,7 @@ from lit_prune.train.added_loss import AddedLoss, add_term, drop_term
 from lit_prune.train.distillation import Distillation, Repair
 from lit_prune.train.features import input_width, last_layer
 from lit_prune.train.locate import find_path, network_at
+from lit_prune.train.own_forward import release
 
 TERM = "distillation"
 
@@ -197,3 +198,4 @@ class Tutor(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leaves the loss as it was."""
         self.teaching.end(pl_module)
+        release(pl_module)

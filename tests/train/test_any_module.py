@@ -17,17 +17,15 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
-from lightning_modules import MEAN, STD, loaders, trainer
+from lightning_modules import MEAN, STD, loaders, pruning, trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
 from lit_prune import (
     AxisTrace,
-    ChannelStage,
     Decorrelation,
     InputError,
     Repair,
-    StagedPruning,
     cost,
     load_compact,
     load_pruned,
@@ -37,11 +35,6 @@ from lit_prune.structure.record import record_of
 from lit_prune.train import samples
 
 EXAMPLE = torch.zeros(1, 3, 8, 8)
-
-
-def pruning(epoch: int = 1, **options):
-    options = {"recalibration_batches": 1, "repair": Repair(ramp=False), **options}
-    return StagedPruning([ChannelStage(0.6, epoch, score="magnitude")], **options)
 
 
 def records(folder):

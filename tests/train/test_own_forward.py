@@ -10,28 +10,13 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning_modules import Itself, loaders, trainer
+from lightning_modules import Itself, loaders, pruning, trainer
 from torch import nn
 
-from lit_prune import (
-    AxisTrace,
-    ChannelStage,
-    InputError,
-    Repair,
-    StagedPruning,
-    cost,
-    load_compact,
-    load_pruned,
-    measure,
-)
+from lit_prune import AxisTrace, InputError, cost, load_compact, load_pruned, measure
 from lit_prune.train.locate import find_path, network_at, told_apart
 
 EXAMPLE = torch.zeros(1, 3, 8, 8)
-
-
-def pruning(epoch: int = 1, **options):
-    options = {"recalibration_batches": 1, "repair": Repair(ramp=False), **options}
-    return StagedPruning([ChannelStage(0.6, epoch, score="magnitude")], **options)
 
 
 class Plain(nn.Module):
@@ -40,7 +25,7 @@ class Plain(nn.Module):
     def __init__(self, module: Itself) -> None:
         super().__init__()
         self.stem, self.branches, self.head, self.share = module.stem, module.branches, module.head, module.share
-        self.temperature, self.features, self.joined = 1.0, None, lambda maps: Itself.joined(self, maps)
+        self.temperature, self.features, self.join = 1.0, None, lambda maps: Itself.joined(self, maps)
         self.sides = list(self.branches.values())
 
     def forward(self, pixels):
