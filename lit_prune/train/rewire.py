@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lit_prune.errors import InputError
+from lit_prune.train.optimizer_state import restore_state, state_by_name
 from lit_prune.train.trainer_state import callbacks_of
 
 INCOMPATIBLE_CALLBACKS = {
@@ -120,9 +121,8 @@ def _give_live(module: nn.Module, optimizer: Any, groups: list[list[str | Tensor
 def _collect(trainer: Trainer, place: int) -> dict[str, Any]:
     """State of one optimizer by parameter name, and its hyperparameters."""
     optimizer = trainer.optimizers[place]
-    named = trainer.lightning_module.named_parameters()
     return {
-        "state": {name: dict(optimizer.state[p]) for name, p in named if p in optimizer.state},
+        "state": state_by_name(trainer.lightning_module, optimizer),
         "groups": [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups],
     }
 
@@ -140,17 +140,7 @@ def _restore(trainer: Trainer, carried: list[dict[str, Any]], positions: list[An
     for optimizer, state in zip(trainer.optimizers, carried, strict=True):
         for group, values in zip(optimizer.param_groups, state["groups"], strict=True):
             group.update(values)
-        _restore_state(trainer.lightning_module, optimizer, state["state"], slice_tensors)
-
-
-def _restore_state(module: nn.Module, optimizer: Any, states: dict[str, dict], slice_tensors: Callable) -> None:
-    live = dict(module.named_parameters())
-    for key in sorted({key for state in states.values() for key in state}):
-        values = {name: state[key] for name, state in states.items() if key in state and name in live}
-        shaped = {name: value for name, value in values.items() if isinstance(value, Tensor) and value.ndim}
-        values.update(slice_tensors(shaped) if shaped else {})
-        for name, value in values.items():
-            optimizer.state[live[name]][key] = value
+        restore_state(trainer.lightning_module, optimizer, state["state"], slice_tensors)
 
 
 def held_names(trainer: Trainer) -> set[str]:
