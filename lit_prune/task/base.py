@@ -34,10 +34,12 @@ class Task(Named):
         scalar_loss: the loss is one number for a batch; samples are then run one by one where each one's is needed.
         metric_name: name of the figure, for tables.
         higher_is_better: of the figure.
+        parameters: of the network's forward, by which dicts are read; `settle` fills them in.
         decides: whether its answers are decisions, on which two networks agree or not (`agreement` is then a share).
     """
 
     needs_target: bool = True
+    parameters: Mapping[str, bool] = {}
     decides: bool = False
     scalar_loss: bool = False
     metric_name: str = "loss"
@@ -45,12 +47,12 @@ class Task(Named):
 
     def inputs(self, batch: Any) -> Example:
         """What the network is called with for this batch."""
-        args, kwargs = find_layout(batch).arguments(batch)
+        args, kwargs = find_layout(batch, self.parameters).arguments(batch)
         return Example(args, kwargs)
 
     def target(self, batch: Any) -> Any:
         """What the output is compared with; None where the batch has none."""
-        return find_layout(batch).target_of(batch)
+        return find_layout(batch, self.parameters).target_of(batch)
 
     def relabelled(self, batch: Any, target: Any) -> Any:
         """The batch with another target, as a plain tuple or dict.
@@ -58,7 +60,7 @@ class Task(Named):
         Raises:
             InputError: the batch has none.
         """
-        key = find_layout(batch).target
+        key = find_layout(batch, self.parameters).target
         if key is None:
             raise InputError(f"batches: a batch is {describe(batch)}, without a target; {GIVE_LOSS}")
         if isinstance(batch, Mapping):
@@ -89,7 +91,7 @@ class Task(Named):
     def take(self, batch: Any, samples: slice | int) -> Any:
         """The samples of a batch that a slice names, or the first so many."""
         samples = slice(samples) if isinstance(samples, int) else samples
-        return slice_batch(batch, samples, self.size(batch), is_listed(batch))
+        return slice_batch(batch, samples, self.size(batch), is_listed(batch, self.parameters))
 
     def pieces(self, batch: Any) -> Iterable[Any]:
         """Batches on which `losses` says something of each sample: the batch, or its samples one by one."""

@@ -1,5 +1,6 @@
 """Where a batch keeps what the network reads and what its answer is compared with."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
@@ -49,11 +50,22 @@ class Layout:
         return None if self.target is None else batch[self.target]
 
 
-def find_layout(batch: Any) -> Layout:
+def forward_parameters(model: nn.Module) -> dict[str, bool]:
+    """Names that a network can be called with, in order, and whether each must be given."""
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    found = inspect.signature(model.forward).parameters.values()
+    return {p.name: p.default is inspect.Parameter.empty for p in found if p.kind in named}
+
+
+def find_layout(batch: Any, parameters: Mapping[str, bool] = {}) -> Layout:
     """The layout of a batch of a usual kind.
 
-    x; (x, y); (x, y, ...); ((x1, x2), y); dicts with `INPUT_KEYS` or `KEYWORDS` and `TARGET_KEYS`; a list of images
-    [C, H, W], alone or with a list of targets.
+    x; (x, y); (x, y, ...); ((x1, x2), y); dicts whose keys are the network's parameters, or with `INPUT_KEYS` or
+    `KEYWORDS`, and with `TARGET_KEYS`; a list of images [C, H, W], alone or with a list of targets.
+
+    Args:
+        batch: the batch.
+        parameters: of the network's forward, see `forward_parameters`; none where they are not known.
 
     Raises:
         InputError: none of these; the line says what was found.
@@ -61,7 +73,7 @@ def find_layout(batch: Any) -> Layout:
     if isinstance(batch, Tensor):
         return Layout()
     if isinstance(batch, Mapping):
-        return _mapping_layout(batch)
+        return _mapping_layout(batch, parameters)
     if isinstance(batch, list | tuple) and batch:
         if are_images(batch):
             return Layout(listed=True)
@@ -72,30 +84,37 @@ def find_layout(batch: Any) -> Layout:
     raise InputError(f"batches: a batch is {describe(batch)}, which is not recognised; {HOW_TO_GIVE}")
 
 
-def is_listed(batch: Any) -> bool:
+def is_listed(batch: Any, parameters: Mapping[str, bool] = {}) -> bool:
     """Whether the images of a batch are a list; no for a batch that is not recognised."""
     try:
-        return find_layout(batch).listed
+        return find_layout(batch, parameters).listed
     except InputError:
         return False
 
 
 HOW_TO_GIVE = (
-    "give task=, for instance task=Custom(run=lambda model, batch: model(batch.a, batch.b), loss=lambda output, batch: "
-    "...) of lit_prune.task"
+    "give task=, for instance task=Custom(run=lambda model, batch: model(batch['a'], batch['b']), loss=lambda output, "
+    "batch: ...) of lit_prune.task"
 )
 
 
-def _mapping_layout(batch: Mapping) -> Layout:
-    target = next((key for key in TARGET_KEYS if key in batch and batch[key] is not None), None)
+def _mapping_layout(batch: Mapping, parameters: Mapping[str, bool]) -> Layout:
+    """The first argument by position, under whatever usual key, others by the network's own names for them.
+
+    Names of targets are inputs only where the network needs them.
+    """
+    given = [key for key, needed in parameters.items() if key in batch and (needed or key not in TARGET_KEYS)]
+    target = next((key for key in TARGET_KEYS if key in batch and key not in given and batch[key] is not None), None)
     keywords = tuple(key for key in KEYWORDS if key in batch)
     if keywords:
-        return Layout(None, keywords, target)
-    first = next((key for key in INPUT_KEYS if key in batch), None)
+        return Layout(None, tuple(dict.fromkeys((*keywords, *given))), target)
+    own = [key for key in list(parameters)[:1] if key in given]
+    first = next((key for key in (*own, *INPUT_KEYS) if key in batch), None)
     if first is None:
         wanted = ", ".join((*INPUT_KEYS, *KEYWORDS[:1]))
         raise InputError(f"batches: a batch is {describe(batch)}, with none of the keys {wanted}; {HOW_TO_GIVE}")
-    return Layout((first,), target=target, listed=are_images(batch[first]))
+    rest = tuple(key for key in given if key != first)
+    return Layout((first,), rest, target, listed=are_images(batch[first]))
 
 
 def _are_tensors(values: Any) -> bool:

@@ -76,7 +76,7 @@ def joined(output: Any) -> Tensor:
             f"model: its output is {describe(output)}, in which it is not known what belongs to which sample; give "
             "task= with a prediction of its own"
         )
-    return values[0] if len(values) == 1 else torch.cat([value.flatten(1) for value in values], 1)
+    return values[0] if len(values) == 1 else torch.cat([value.reshape(len(value), -1) for value in values], 1)
 
 
 def named_outputs(output: Any, name: str = "", inside: frozenset[int] = frozenset()) -> dict[str, Tensor]:

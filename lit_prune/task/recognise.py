@@ -10,7 +10,7 @@ from torch import nn
 from lit_prune.errors import InputError, first_line
 from lit_prune.running import undisturbed
 from lit_prune.task.base import TASKS, Task
-from lit_prune.task.batches import HOW_TO_GIVE, describe, find_layout
+from lit_prune.task.batches import HOW_TO_GIVE, describe, find_layout, forward_parameters
 from lit_prune.task.unlabelled import Unlabelled
 
 SAMPLES = 2  # run to see what the network gives
@@ -28,7 +28,9 @@ def settle(task: Task | str | None, model: nn.Module, batches: Iterable[Any]) ->
         InputError: an unknown name, no batch, or as `recognise`.
     """
     if task is not None:
-        return find_task(task), batches
+        found = find_task(task)
+        found.parameters = forward_parameters(model)
+        return found, batches
     first, batches = peek(batches)
     return recognise(model, first), batches
 
@@ -69,15 +71,16 @@ def recognise(model: nn.Module, batch: Any) -> Task:
         InputError: the batch is not recognised, or the network does not take it; the line says what was found.
     """
     reader = Unlabelled()
+    reader.parameters = forward_parameters(model)
     few, output = try_out(reader, model, batch)
     target, size = reader.target(few), reader.size(few)
-    for kind in TASKS.latest_first():
-        if kind.fits(output, target, size):
-            return kind()
-    return Unlabelled(
+    fitting = (kind() for kind in TASKS.latest_first() if kind.fits(output, target, size))
+    found = next(fitting, None) or Unlabelled(
         f"batches: the network answers {describe(output)} and the target is {describe(target)}, which is none of "
         f"{', '.join(TASKS)}; {HOW_TO_GIVE}"
     )
+    found.parameters = reader.parameters
+    return found
 
 
 def try_out(reader: Task, model: nn.Module, batch: Any) -> tuple[Any, Any]:
@@ -86,7 +89,7 @@ def try_out(reader: Task, model: nn.Module, batch: Any) -> tuple[Any, Any]:
     Raises:
         InputError: the batch is not recognised, or empty, or the network does not take it.
     """
-    find_layout(batch)  # refuses what it does not know
+    find_layout(batch, reader.parameters)  # refuses what it does not know
     few = reader.to(reader.take(batch, SAMPLES), model)
     if not reader.size(few):
         raise InputError("batches: the first batch holds no images; leave it out")

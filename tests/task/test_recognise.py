@@ -193,3 +193,39 @@ def test_a_task_of_functions_says_everything():
     assert torch.equal(task.variable(output, batch, "first")[:, 0], output[:, 0].double())
     torch.testing.assert_close(task.variable(output, batch, "negative_loss")[:, 0], -output.square().mean(1).double())
     assert task.take(batch, 2)["right"].shape == (2, 3)
+
+
+class Noted(nn.Module):
+    """Needs an image, a note on it and a mask; may be given a temperature and labels."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(7, 4)
+
+    def forward(self, picture, note, mask, temperature=None, labels=None):
+        assert labels is None
+        shown = (picture.mean((2, 3)) * mask[:, None]).clone()
+        logits = self.head(torch.cat([shown, note], 1))
+        return logits if temperature is None else logits / temperature[:, None]
+
+
+@pytest.mark.parametrize("first", ["picture", "image"])
+@pytest.mark.parametrize("extra", [{}, {"temperature": torch.full((5,), 2.0)}], ids=["plain", "with a default"])
+def test_a_dict_is_read_by_the_networks_own_names_and_a_target_is_an_input_only_where_it_must_be(first, extra):
+    net, mask, note = Noted(), torch.tensor([1.0, 0, 1, 1, 0]), torch.randn(5, 4)
+    batch = {first: X, "note": note, "mask": mask, "labels": LABELS, "file": list("abcde"), **extra}
+    task = recognise(net, batch)
+    assert isinstance(task, Classification) and task.size(batch) == 5
+    assert torch.equal(task.run(net, batch), net(X, note, mask, *extra.values()))
+    assert torch.equal(task.target(batch), LABELS)
+    few = task.take(batch, slice(1, 3))
+    torch.testing.assert_close(task.run(net, few), task.run(net, batch)[1:3])
+    named, _ = settle("classification", net, [batch])
+    assert torch.equal(named.run(net, batch), task.run(net, batch))
+
+
+def test_one_number_a_sample_is_joined_with_other_answers():
+    both = Answers(lambda logits, maps: {"age": logits[:, 0], "kind": logits, "map": maps, "scale": logits.sum()})
+    task, found = recognise(both, X), both(X)
+    expected = torch.cat([found["age"][:, None], found["kind"], found["map"].flatten(1)], 1)
+    assert torch.equal(task.prediction(found), expected)
