@@ -2,6 +2,7 @@ import copy
 from dataclasses import replace
 
 import pytest
+import timm
 import torch
 from residual_net import TRUNK, ResidualNet
 from torch import nn
@@ -187,3 +188,33 @@ def test_repair_of_frozen_weights_is_no_step(net, batches):
     frozen = net.requires_grad_(False)
     with pytest.raises(InputError, match="requires_grad"):
         lit_prune.compress(frozen, batches, keep=0.6, seconds=0.5)
+
+
+class Mixing(nn.Module):
+    """Torch's attention, or timm's of the same weights."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.embed, self.attention, self.head = nn.Linear(5, 32), attention, nn.Linear(32, 3)
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        mixed = self.attention(x, x, x)[0] if isinstance(self.attention, nn.MultiheadAttention) else self.attention(x)
+        return self.head((x + mixed).mean(1))
+
+
+def test_heads_of_torchs_attention_go_as_those_of_the_same_attention_of_layers_do():
+    torch.manual_seed(0)
+    bare = Mixing(nn.MultiheadAttention(32, 8, batch_first=True)).eval()
+    layered = Mixing(timm.layers.Attention(32, 8, qkv_bias=True)).eval()
+    names = {"in_proj_weight": "qkv.weight", "in_proj_bias": "qkv.bias", "out_proj.": "proj."}
+    state = bare.state_dict()
+    for old, new in names.items():
+        state = {name.replace(old, new): value for name, value in state.items()}
+    layered.load_state_dict(state)
+    tokens = [torch.randn(64, 6, 5) for _ in range(4)]
+    recipe = Recipe(only="heads")
+    found = [lit_prune.compress(net, tokens, keep=0.7, recipe=recipe) for net in (bare, layered)]
+    kept = [report["plan"]["keep_channels"] for _, report in found]
+    assert kept[0] == kept[1] and 0 < len(kept[0]["attention"]) < 8
+    torch.testing.assert_close(found[0][0](tokens[0]), found[1][0](tokens[0]), rtol=1e-3, atol=1e-4)

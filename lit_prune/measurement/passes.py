@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lit_prune.errors import InputError, UndefinedLossError
 from lit_prune.measurement.layers import Batches, removing
 from lit_prune.running import undisturbed
+from lit_prune.structure.opened import opened
 from lit_prune.task import Task
 
 
@@ -54,6 +55,7 @@ def run_pass(model: nn.Module, batches: Batches, collectors: Sequence[Collector]
     with ExitStack() as stack:
         for collector in collectors:
             stack.enter_context(collector.watch())
+        stack.enter_context(opened(model))  # there the projections of every attention run as layers
         stack.enter_context(undisturbed(model, gradients))
         if gradients:
             stack.enter_context(removing([model.register_forward_pre_hook(differentiable, with_kwargs=True)]))

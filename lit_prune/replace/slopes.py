@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lit_prune.measurement.layers import removing
 from lit_prune.progress import watched
 from lit_prune.running import undisturbed
+from lit_prune.structure.opened import opened
 from lit_prune.task import Task
 
 MOST_SAMPLES = 32
@@ -55,7 +56,7 @@ def gradient_samples(
 
     generator = torch.Generator().manual_seed(seed)
     handles = [model.get_submodule(name).register_forward_hook(keeper(name)) for name in layers]
-    with removing(handles), undisturbed(model, gradients=True):
+    with removing(handles), opened(model), undisturbed(model, gradients=True):
         for batch in watched(pieces(batches, task), "what layers read, and what it matters"):
             seen.clear()
             batch = task.to(batch, model)

@@ -88,6 +88,12 @@ class Evidence:
         return trace_groups(self.model, self.example)
 
     @cached_property
+    def bare_heads(self) -> frozenset[str]:
+        """Groups of heads, and of their widths, that no layer writes: the projections are tensors of the attention."""
+        groups = () if self._batches is None else self.graph.groups
+        return frozenset(group.name for group in groups if group.of_heads and not group.producers)
+
+    @cached_property
     def read_groups(self) -> tuple[Group, ...]:
         """The groups that some layer reads."""
         return tuple(group for group in self.graph.groups if group.consumers)

@@ -5,7 +5,6 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from lit_prune.replace.ladder import distortion_ladders
@@ -24,7 +23,7 @@ from lit_prune.structure.groups import ChannelGraph, Group
 from lit_prune.structure.masking import mask_channels, plan_masks
 from lit_prune.structure.measured_budget import plan_measured
 from lit_prune.structure.plan import Plan
-from lit_prune.structure.ranking import Budget, Ranks, group_scores, selected_groups
+from lit_prune.structure.ranking import Budget, Ranks, equal_ranks, group_scores, selected_groups
 from lit_prune.structure.record import example_input
 
 
@@ -152,6 +151,6 @@ def channel_sparsity(graph: ChannelGraph, cost_model: CostModel, request: Budget
         return 1 - request.keep
     allocation = "uniform" if request.allocation in ("global", "measured") else request.allocation
     groups = selected_groups(graph, request)
-    zeros = {name: torch.zeros(graph.widths[name, "out"]) for group in groups for name in group.producers}
-    plan = plan_channels(graph, cost_model, zeros, replace(_arithmetic(request), allocation=allocation))
+    equal = equal_ranks(graph, groups)
+    plan = plan_channels(graph, cost_model, equal, replace(_arithmetic(request), allocation=allocation))
     return sum(len(plan.removed(group.name)) for group in groups) / sum(group.size for group in groups)

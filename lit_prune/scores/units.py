@@ -28,14 +28,19 @@ def unit_means(evidence: Evidence, values: Mapping[str, Tensor]) -> dict[str, Te
 
 
 def to_layers(evidence: Evidence, units: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The units' values [size] at every coupled layer's channels [N]; NaN at channels of groups that are not given."""
+    """The units' values [size] at every coupled layer's channels [N]; NaN at channels of groups that are not given.
+
+    Heads of an attention whose projections are no layers, such as `nn.MultiheadAttention`, have theirs under the name
+    of their group.
+    """
     found: dict[str, Tensor] = {}
     for group, values in units.items():
         for layer, positions in evidence.couplings.get(group, ()):
             channels = out_channels(evidence.layers[layer])
             vector = found.setdefault(layer, torch.full((channels,), torch.nan, dtype=torch.float64))
             vector[positions] = values[:, None]
-    return {layer: found[layer] for layer in evidence.layers if layer in found}
+    layers = {layer: found[layer] for layer in evidence.layers if layer in found}
+    return layers | {group: values for group, values in units.items() if group in evidence.bare_heads}
 
 
 def unit_matrices(evidence: Evidence, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:

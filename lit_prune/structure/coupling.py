@@ -49,6 +49,11 @@ class Group:
     role: str = "mid"
     kind: str = ""
 
+    @property
+    def of_heads(self) -> bool:
+        """Whether the units are heads of an attention, or parts of all of them."""
+        return self.role in ("heads", "head_width")
+
 
 def group_role(group: Group) -> str:
     """Role of a group in a network of blocks: "planes", "mid", "heads", "head_width" or "width".

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from lit_prune.arguments import checked
@@ -61,7 +62,8 @@ class Budget:
         keep: share kept of the present network, in (0, 1]; with "layerwise" a dict group name -> share.
         allocation: "global" (one threshold over all groups), "uniform" (the same share in every group), "layerwise",
             or "measured" (what each group's width does to the prediction; needs data: only `plan_method` can).
-        round_to: widths are multiples of it (a group that loses nothing keeps its width).
+        round_to: widths are multiples of it (a group that loses nothing keeps its width). None: of 8 in groups of 64
+            units and more whose width is one, which kernels are made for, free in others.
         normalisation: of the scores inside each group before the global threshold: "none", "layer_mean" and
             "layer_max" (of absolute values), "rank" (to quantiles), "z"; or "isomorphic": to quantiles over all groups
             of one kind (heads with heads, MLP widths with MLP widths), so that each kind loses the same share.
@@ -76,7 +78,7 @@ class Budget:
     kind: str = "macs"
     keep: float | Mapping[str, float] = 0.5
     allocation: str = "global"
-    round_to: int = 1
+    round_to: int | None = 1
     normalisation: str = "none"
     cap: float = 0.95
     only: str | Iterable[str] | None = None
@@ -95,7 +97,7 @@ class Budget:
         ):
             if value not in allowed:
                 raise InputError(f"{name}={value!r} is unknown; use one of {', '.join(allowed)}")
-        if self.round_to < 1 or not 0 <= self.cap <= 1:
+        if (self.round_to is not None and self.round_to < 1) or not 0 <= self.cap <= 1:
             raise InputError(f"round_to={self.round_to} must be at least 1 and cap={self.cap} within [0, 1]")
         object.__setattr__(self, "protect", _names("protect", self.protect))
         if self.only is not None and self.only not in ROLES:
@@ -160,7 +162,7 @@ def group_scores(graph: ChannelGraph, ranks: Ranks, request: Budget) -> tuple[di
         raise InputError(
             f"nothing to prune: {len(graph.prunable)} of {len(graph.groups)} groups are prunable, {len(groups)} of "
             f"them selected (only={request.only!r}, protect={list(request.protect)}), none with scores in ranks"
-            f"{asked if widths and not groups else ''}"
+            f"{asked if widths and not groups else ''}; {reasons_of(graph)}"
         )
     notes = {
         "allocation": request.allocation,
@@ -218,7 +220,7 @@ def selected_groups(graph: ChannelGraph, request: Budget) -> list[Group]:
     else:
         roles = (request.only,) if isinstance(request.only, str) else request.only
         chosen = [group for group in wanted if group.role in roles or group.name in only]
-    if chosen and all(group.size <= request.round_to for group in chosen) and request.round_to > 1:
+    if chosen and request.round_to is not None and 1 < request.round_to >= max(group.size for group in chosen):
         widest = max(chosen, key=lambda group: group.size)
         units = "heads" if widest.role == "heads" else "units"
         raise InputError(
@@ -246,7 +248,7 @@ def unit_scores(graph: ChannelGraph, group: Group, ranks: Ranks) -> np.ndarray |
 
     Heads and their widths may have scores of their own under the name of their group; then these alone count.
     """
-    if group.role in ("heads", "head_width") and group.name in ranks:
+    if group.of_heads and group.name in ranks:
         return _checked(group.name, ranks[group.name], group.size)
     rows = []
     for member in group.members:
@@ -254,6 +256,21 @@ def unit_scores(graph: ChannelGraph, group: Group, ranks: Ranks) -> np.ndarray |
             values = _checked(member.module, ranks[member.module], graph.widths[member.module, "out"])
             rows.append(values[np.array(member.positions)].mean(1))
     return np.mean(rows, axis=0) if rows else None
+
+
+def equal_ranks(graph: ChannelGraph, groups: Iterable[Group]) -> dict[str, Tensor]:
+    """A score of 0 for every unit of the groups: what an allocation does whatever the scores."""
+    found: dict[str, Tensor] = {}
+    for group in groups:
+        found |= {name: torch.zeros(graph.widths[name, "out"]) for name in group.producers}
+        found |= {group.name: torch.zeros(group.size)} if group.of_heads else {}
+    return found
+
+
+def reasons_of(graph: ChannelGraph) -> str:
+    """Why groups are protected, on one line."""
+    reasons = sorted({group.protected for group in graph.groups if group.protected})
+    return f"protected: {'; '.join(reasons) or 'none'}"
 
 
 def _checked(name: str, scores: Tensor, width: int) -> np.ndarray:

@@ -128,7 +128,7 @@ def check_invariants(model: nn.Module, graph: ChannelGraph) -> None:
         RuntimeError: a layer does not fit; layer and group are named.
     """
     for group in graph.prunable:
-        if group.role in ("heads", "head_width"):
+        if group.of_heads:
             continue  # which lie in the same layers; a trial has shown that each is right
         whole = [m for m in group.members if len(m.positions[0]) * group.size == graph.widths.get((m.module, m.axis))]
         found = {}

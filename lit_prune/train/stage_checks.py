@@ -13,7 +13,7 @@ from lit_prune.structure import CostModel
 from lit_prune.structure.allocation import plan_channels
 from lit_prune.structure.budgets import find_budget
 from lit_prune.structure.groups import ChannelGraph, Group, trace_groups
-from lit_prune.structure.ranking import selected_groups
+from lit_prune.structure.ranking import equal_ranks, reasons_of, selected_groups
 from lit_prune.structure.tracing import one_sample, run, traceable
 from lit_prune.task.detection import detector_heads
 from lit_prune.task.outputs import shared_outputs
@@ -107,10 +107,9 @@ def _check_channels(
     except InputError as error:
         raise InputError(f"stage {stage.name}: {error}") from error
     if not groups:
-        reasons = sorted({group.protected for group in graph.groups if group.protected})
         raise InputError(
             f"stage {stage.name}: no group of channels may be cut (part={stage.part}, protect={list(stage.protect)}; "
-            f"protected: {'; '.join(reasons) or 'none'}); leave the stage out, or choose another part"
+            f"{reasons_of(graph)}); leave the stage out, or choose another part"
         )
     quantity = find_budget(stage.budget)
     quantity.check(example)
@@ -123,8 +122,7 @@ def _check_amount(
     network: nn.Module, stage: ChannelStage, graph: ChannelGraph, groups: Sequence[Group], example: Any
 ) -> None:
     """Whatever the scores and the allocation, no network is smaller than with every group at its smallest width."""
-    scores = {name: torch.zeros(graph.widths[name, "out"]) for group in groups for name in group.producers}
-    scores |= {group.name: torch.zeros(group.size) for group in groups if group.role in ("heads", "head_width")}
+    scores = equal_ranks(graph, groups)
     request = replace(stage.request(stage.keep), allocation="uniform", normalisation="none")
     plan = plan_channels(graph, CostModel.build(network, graph, example), scores, request)
     if plan.notes["achieved"] > stage.keep:
