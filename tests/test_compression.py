@@ -203,7 +203,8 @@ class Mixing(nn.Module):
         return self.head((x + mixed).mean(1))
 
 
-def test_heads_of_torchs_attention_go_as_those_of_the_same_attention_of_layers_do():
+@pytest.mark.parametrize("method", ["reconstruction", "variance", "magnitude"])
+def test_heads_of_torchs_attention_go_as_those_of_the_same_attention_of_layers_do(method):
     torch.manual_seed(0)
     bare = Mixing(nn.MultiheadAttention(32, 8, batch_first=True)).eval()
     layered = Mixing(timm.layers.Attention(32, 8, qkv_bias=True)).eval()
@@ -213,7 +214,7 @@ def test_heads_of_torchs_attention_go_as_those_of_the_same_attention_of_layers_d
         state = {name.replace(old, new): value for name, value in state.items()}
     layered.load_state_dict(state)
     tokens = [torch.randn(64, 6, 5) for _ in range(4)]
-    recipe = Recipe(only="heads")
+    recipe = Recipe(only="heads", score=method)
     found = [lit_prune.compress(net, tokens, keep=0.7, recipe=recipe) for net in (bare, layered)]
     kept = [report["plan"]["keep_channels"] for _, report in found]
     assert kept[0] == kept[1] and 0 < len(kept[0]["attention"]) < 8

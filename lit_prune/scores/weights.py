@@ -13,17 +13,31 @@ from lit_prune.structure.groups import Member
 
 
 def magnitude(evidence: Evidence) -> dict[str, Tensor]:
-    """‖w_i‖₂."""
-    return {name: weight_rows(module).norm(dim=1) for name, module in evidence.layers.items()}
+    """‖w_i‖₂; of heads of `nn.MultiheadAttention` its mean over the rows of the projection that a head has."""
+    found = {name: weight_rows(module).norm(dim=1) for name, module in evidence.layers.items()}
+    return found | {name: rows.norm(dim=2).mean(1) for name, rows in _rows_of_bare_heads(evidence).items()}
+
+
+def _rows_of_bare_heads(evidence: Evidence) -> dict[str, Tensor]:
+    """The rows of each unit in the matrices that project onto heads and are no layers, float64 [size, rows, D]."""
+    found = {}
+    for name in sorted(evidence.bare_heads):
+        parts = []
+        for member in evidence.graph.by_name[name].members:
+            matrix = axes.find(evidence.model, member.module)
+            if isinstance(matrix, nn.Parameter) and matrix.ndim == 2 and member.axis == "dim:0":
+                parts.append(matrix.detach().to("cpu", torch.float64)[torch.tensor(member.positions)])
+        if parts:
+            found[name] = torch.cat(parts, 1)
+    return found
 
 
 def random(evidence: Evidence) -> dict[str, Tensor]:
     """Uniform on [0, 1), seeded; layers are drawn in module order."""
     generator = torch.Generator().manual_seed(evidence.seed)
-    return {
-        name: torch.rand(out_channels(module), generator=generator, dtype=torch.float64)
-        for name, module in evidence.layers.items()
-    }
+    widths = {name: out_channels(module) for name, module in evidence.layers.items()}
+    widths |= {name: evidence.graph.by_name[name].size for name in sorted(evidence.bare_heads)}
+    return {name: torch.rand(width, generator=generator, dtype=torch.float64) for name, width in widths.items()}
 
 
 def fpgm(evidence: Evidence) -> dict[str, Tensor]:
