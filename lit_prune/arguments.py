@@ -33,6 +33,9 @@ WORDS = {
 }
 """What kinds are called; others by their name."""
 
+WANTED = {"batches": "a list of batches, or a DataLoader"}
+"""What arguments are to be that annotations say too little of."""
+
 
 def checked(public: Public) -> Public:
     """The function or class, which refuses an argument of another kind than its annotation in one line.
@@ -99,7 +102,8 @@ def check_arguments(function: Callable, arguments: Mapping[str, Any], name: str)
     hints = _hints(function)
     for argument, value in arguments.items():
         if argument in hints and not _fits(value, hints[argument]):
-            raise InputError(f"{name}: {argument} is {_short(value)}; give {_wanted(hints[argument])}")
+            wanted = WANTED.get(argument) or _wanted(hints[argument])
+            raise InputError(f"{name}: {argument} is {_short(value)}; give {wanted}")
 
 
 @functools.cache

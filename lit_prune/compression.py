@@ -16,6 +16,7 @@ from lit_prune.measurement.layers import Batches
 from lit_prune.progress import looking_on
 from lit_prune.replace import Replacement, replace_mechanisms
 from lit_prune.replace.distil import Distilling, distil
+from lit_prune.replace.finite import check_finite
 from lit_prune.replace.replacement import take_batches
 from lit_prune.scores import Evidence, plan_method
 from lit_prune.structure import Budget, CostModel, Plan
@@ -36,7 +37,7 @@ class Recipe:
         only: "mid", "planes", "heads", "width", "head_width", "blocks" (residual blocks as a whole), several of them
             and of group names, or None for the first three.
         protect: names of groups that stay whole.
-        round_to: widths are multiples of it.
+        round_to: widths are multiples of it; None: of 8 where a group has 32 units and more, see `Budget`.
         cap: largest share of a group that may go.
         kind: what stands in, see `replace_mechanisms`.
         replacement: its settings.
@@ -47,7 +48,7 @@ class Recipe:
     allocation: str = "measured"
     only: str | tuple[str, ...] | None = None
     protect: tuple[str, ...] = ()
-    round_to: int = 1
+    round_to: int | None = None
     cap: float = 0.95
     kind: str = "refit"
     replacement: Replacement = field(
@@ -116,6 +117,7 @@ def compress(
     """
     task, batches = settle(task, model, batches)
     batches = take_batches(batches, recipe.replacement.images, task)
+    check_finite(model, batches, task)
     clock = Clock()
     with looking_on(), clock.step("plan"):
         plan = plan_compression(model, batches, recipe.budget(budget, keep), task, recipe)

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from lit_prune.errors import InputError
+
 CUDNN: Any = torch.backends.cudnn  # both put their settings there as they are imported
 MKLDNN: Any = torch.backends.mkldnn
 MATMUL = (torch.backends.cuda.matmul, MKLDNN.matmul)  # what may compute in less than float32
@@ -36,6 +38,26 @@ def full_float32(backends: Sequence[Any] = (*MATMUL, *(OTHERS or (CUDNN,)))) -> 
     finally:
         for backend, value in lowered.items():
             setattr(backend, PRECISION, value)
+
+
+def check_visible(model: nn.Module) -> None:
+    """Refuses networks whose layers cannot be seen, run apart or put together anew.
+
+    Raises:
+        InputError: a TorchScript module, an exported program, quantised layers, or a wrapper of parallel copies.
+    """
+    modules = list(model.modules())
+    hidden = None
+    if any(isinstance(module, torch.jit.ScriptModule) for module in modules):
+        hidden = "a TorchScript module hides its layers; give the nn.Module that it was made from"
+    elif isinstance(model, torch.fx.GraphModule) and "eval" in vars(model):  # torch.export puts its own there
+        hidden = "an exported program has one mode and no layers; give the nn.Module that it was made from"
+    elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        hidden = f"{type(model).__name__} holds copies of a network; give its .module"
+    elif any(".quantized." in f"{type(module).__module__}." for module in modules):
+        hidden = "its layers are quantised, and integers cannot be solved again; prune before it is quantised"
+    if hidden:
+        raise InputError(f"model: {hidden}")
 
 
 @contextmanager

@@ -219,3 +219,37 @@ def test_heads_of_torchs_attention_go_as_those_of_the_same_attention_of_layers_d
     kept = [report["plan"]["keep_channels"] for _, report in found]
     assert kept[0] == kept[1] and 0 < len(kept[0]["attention"]) < 8
     torch.testing.assert_close(found[0][0](tokens[0]), found[1][0](tokens[0]), rtol=1e-3, atol=1e-4)
+
+
+HIDDEN = {
+    "exported": (lambda net, x: torch.export.export(net, (x,)).module(), "an exported program"),
+    "scripted": (lambda net, x: torch.jit.trace(net, x), "a TorchScript module"),
+    "copies": (lambda net, x: nn.DataParallel(net), r"give its \.module"),
+    "quantised": (lambda net, x: torch.ao.quantization.quantize_dynamic(net, {nn.Linear}), "before it is quantised"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("how", HIDDEN)
+def test_networks_whose_layers_cannot_be_seen_are_refused_before_any_work(how):
+    make, message = HIDDEN[how]
+    net, images = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval(), torch.randn(64, 4)
+    for task in (None, "unlabelled"):
+        with pytest.raises(InputError, match=message):
+            lit_prune.compress(make(net, images), [images], task=task)
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ((torch.randn(64, 4), torch.zeros(64).long()), r"batch 1 is int64 \[64\], the first is float32 \[64, 4\]"),
+        ([torch.randn(64, 4), torch.full((8, 4), torch.nan)], "batch 1 holds NaN or infinity in its inputs"),
+        ([torch.full((8, 4), torch.nan)], "batch 0 holds NaN or infinity in its inputs"),
+        (torch.randn(64, 4), "give a list of batches, or a DataLoader"),
+    ],
+    ids=["inputs and targets apart", "NaN", "all NaN", "a tensor"],
+)
+def test_batches_that_cannot_be_meant_are_refused_before_any_work(batches, message):
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    with pytest.raises(InputError, match=message):
+        lit_prune.compress(net, batches, keep=0.7)

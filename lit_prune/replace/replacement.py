@@ -22,6 +22,7 @@ from lit_prune.replace.side_by_side import Pair
 from lit_prune.structure import Plan
 from lit_prune.structure.example import Example
 from lit_prune.task import Task, settle
+from lit_prune.task.batches import describe
 
 
 @dataclass(frozen=True)
@@ -122,17 +123,30 @@ def take_batches(batches: Batches, limit: int, task: Task) -> list[Any]:
     """The first `limit` samples, batch by batch.
 
     Raises:
-        InputError: there is no image.
+        InputError: there is no image, or a batch is of another kind than the first.
     """
-    taken, count = [], 0
+    taken: list[Any] = []
+    count, kinds = 0, None
     for batch in batches:
         if count >= limit:
             break
+        found = _kinds(task, batch)
+        kinds = found if kinds is None else kinds
+        if found != kinds:
+            raise InputError(
+                f"batches: batch {len(taken)} is {describe(batch)}, the first is {describe(taken[0])}; give a list of "
+                "batches of one kind"
+            )
         taken.append(batch if task.size(batch) <= limit - count else task.take(batch, limit - count))
         count += task.size(taken[-1])
     if not count:
         raise InputError("batches: there is no batch in it; give at least one")
     return taken
+
+
+def _kinds(task: Task, batch: Any) -> list[tuple[int, bool]]:
+    """Dimensions of what the network is called with, and which of it are floats."""
+    return [(tensor.ndim, tensor.is_floating_point()) for tensor in task.inputs(batch).tensors]
 
 
 @register_stand_in("delete")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lit_prune.errors import InputError
-from lit_prune.running import full_float32, undisturbed
+from lit_prune.running import check_visible, full_float32, undisturbed
 from lit_prune.structure.example import Example, as_example, first_sample
 from lit_prune.structure.hooks import bare, copy_hooks, without_hooks
 
@@ -27,10 +27,9 @@ def traceable(model: nn.Module) -> Iterator[None]:
     torch are as before afterwards.
 
     Raises:
-        InputError: a TorchScript module, whose layers cannot be seen.
+        InputError: as `check_visible`.
     """
-    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-        raise InputError("model: a TorchScript module hides its layers; give the nn.Module that it was made from")
+    check_visible(model)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     device = _device(model)
     with (

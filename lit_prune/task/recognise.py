@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lit_prune.errors import InputError, first_line
-from lit_prune.running import undisturbed
+from lit_prune.running import check_visible, undisturbed
 from lit_prune.task.base import TASKS, Task
 from lit_prune.task.batches import HOW_TO_GIVE, describe, find_layout, forward_parameters
 from lit_prune.task.unlabelled import Unlabelled
@@ -25,8 +25,9 @@ def settle(task: Task | str | None, model: nn.Module, batches: Iterable[Any]) ->
         batches: read up to the first batch where `task` is None.
 
     Raises:
-        InputError: an unknown name, no batch, or as `recognise`.
+        InputError: an unknown name, no batch, or as `recognise` and `check_visible`.
     """
+    check_visible(model)
     if task is not None:
         found = find_task(task)
         found.parameters = forward_parameters(model)
