@@ -30,7 +30,7 @@ def make_plan(
     budget: str = "macs",
     keep: float | Mapping[str, float] = 0.5,
     allocation: str = "global",
-    round_to: int = 1,
+    round_to: int | None = 1,
     *,
     normalisation: str = "none",
     cap: float = 0.95,
@@ -47,7 +47,7 @@ def make_plan(
         budget: "macs", "params", "channels" or "latency", see `Budget`.
         keep: share kept of the present network, in (0, 1], or a dict for "layerwise".
         allocation: "global", "uniform" or "layerwise".
-        round_to: widths are multiples of it.
+        round_to: widths are multiples of it, see `Budget`.
         normalisation: "none", "layer_mean", "layer_max", "rank", "z" or "isomorphic".
         cap: largest share of a group that may go.
         only: "mid", "planes", "heads", "width", "head_width", a list of them and of group names, or None for all but

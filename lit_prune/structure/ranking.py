@@ -62,7 +62,7 @@ class Budget:
         keep: share kept of the present network, in (0, 1]; with "layerwise" a dict group name -> share.
         allocation: "global" (one threshold over all groups), "uniform" (the same share in every group), "layerwise",
             or "measured" (what each group's width does to the prediction; needs data: only `plan_method` can).
-        round_to: widths are multiples of it (a group that loses nothing keeps its width). None: of 8 in groups of 64
+        round_to: widths are multiples of it (a group that loses nothing keeps its width). None: of 8 in groups of 32
             units and more whose width is one, which kernels are made for, free in others.
         normalisation: of the scores inside each group before the global threshold: "none", "layer_mean" and
             "layer_max" (of absolute values), "rank" (to quantiles), "z"; or "isomorphic": to quantiles over all groups

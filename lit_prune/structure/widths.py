@@ -5,12 +5,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lit_prune.structure.axes import EVEN
+
 Price = Callable[[np.ndarray], float]  # widths int64 [G] -> cost
+WIDE = 4 * EVEN
+"""Groups at least so wide have enough widths that are even."""
 
 
 @dataclass(frozen=True)
 class Steps:
-    """Everything that can be removed, in steps of `round_to` units, over all groups.
+    """Everything that can be removed, in steps of `step_of` units, over all groups.
 
     Attributes:
         sizes: dense widths, int64 [G].
@@ -29,7 +33,7 @@ class Steps:
     first: np.ndarray
 
     @classmethod
-    def build(cls, scores: list[np.ndarray], round_to: int, cap: float) -> "Steps":
+    def build(cls, scores: list[np.ndarray], round_to: int | None, cap: float) -> "Steps":
         """Steps of groups with these scores; at most the share `cap` of a group goes, at least one unit stays."""
         parts = [_steps_of(np.sort(values), round_to, cap) for values in scores]
         counts = [len(units) for units, _ in parts]
@@ -106,17 +110,25 @@ def uniform_widths(steps: Steps, price: Price, target: float) -> np.ndarray:
     return _fill(steps, taken, price, target, lambda last: loss[steps.group[last]], once)
 
 
-def allowed_widths(size: int, round_to: int, cap: float) -> np.ndarray:
-    """Widths that a group may have: multiples of `round_to` and the dense one, ascending, int64 [L].
+def step_of(size: int, round_to: int | None) -> int:
+    """Units by which a group of `size` is cut: `round_to`; for None `EVEN` where it is a multiple of it and `WIDE`."""
+    if round_to is not None:
+        return round_to
+    return EVEN if size >= WIDE and size % EVEN == 0 else 1
+
+
+def allowed_widths(size: int, round_to: int | None, cap: float) -> np.ndarray:
+    """Widths that a group may have: multiples of `step_of` and the dense one, ascending, int64 [L].
 
     At most the share `cap` goes, at least one unit stays.
     """
+    step = step_of(size, round_to)
     fewest = max(1, size - int(cap * size + 1e-9))
-    lowest = -(-fewest // round_to) * round_to  # a multiple of round_to, at least round_to itself
-    return np.append(np.arange(lowest, size, round_to, dtype=np.int64), size)
+    lowest = -(-fewest // step) * step  # a multiple of the step, at least the step itself
+    return np.append(np.arange(lowest, size, step, dtype=np.int64), size)
 
 
-def _steps_of(ascending: np.ndarray, round_to: int, cap: float) -> tuple[np.ndarray, np.ndarray]:
+def _steps_of(ascending: np.ndarray, round_to: int | None, cap: float) -> tuple[np.ndarray, np.ndarray]:
     """Units and mean score of each step of one group, lowest scores first."""
     size = len(ascending)
     widths = allowed_widths(size, round_to, cap)[-2::-1]

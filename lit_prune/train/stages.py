@@ -123,7 +123,7 @@ class ChannelStage(Stage):
         allocation: `measured` (by what the width of each group does to the prediction), `global` (one threshold), or
             `uniform` (the same share everywhere).
         normalisation: of the scores before a global threshold: none, layer_mean, layer_max, rank or z. None is none.
-        round_to: widths are multiples of it.
+        round_to: widths are multiples of it; None: of 8 where a group has 32 units and more, see `Budget`.
         cap: largest share of one group that may go.
         protect: names of groups that stay whole.
         replace: what stands in for removed channels (`lit_prune.replace_mechanisms`): `refit` (every layer from the
@@ -138,7 +138,7 @@ class ChannelStage(Stage):
     score: str = "reconstruction"
     allocation: Literal["global", "uniform", "measured"] = "measured"
     normalisation: Literal["none", "layer_mean", "layer_max", "rank", "z", "isomorphic"] | None = None
-    round_to: int = 1
+    round_to: int | None = None
     cap: float = 0.95
     protect: tuple[str, ...] = ()
     replace: str = "refit"

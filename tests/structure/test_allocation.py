@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from lit_prune.errors import InputError
 from lit_prune.structure import (
@@ -264,3 +265,18 @@ def test_equal_scores_are_removed_in_order_of_groups_without_a_jump() -> None:
     steps = Steps.build([np.full(7, 0.1), np.full(5, 0.1)], round_to=1, cap=0.95)
     for target in range(2, 13):
         assert global_widths(steps, lambda widths: int(widths.sum()), target).sum() == target
+
+
+@pytest.mark.parametrize("allocation", ["global", "uniform"])
+def test_without_a_number_wide_groups_lose_eights_and_others_any_number(allocation: str) -> None:
+    torch.manual_seed(0)
+    sizes = {"0": 64, "2": 16, "4": 36}  # 36 is itself no multiple of 8
+    net = nn.Sequential(
+        nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 16, 3), nn.ReLU(), nn.Conv2d(16, 36, 3), nn.Conv2d(36, 2, 3)
+    )
+    image, ranks = torch.zeros(1, 3, 12, 12), {name: torch.rand(size) for name, size in sizes.items()}
+    plans = [make_plan(net, ranks, image, keep=k, allocation=allocation, round_to=None) for k in (0.3, 0.5, 0.6, 0.8)]
+    widths = [{name: len(plan.keep_channels.get(name, range(sizes[name]))) for name in sizes} for plan in plans]
+    assert all(found["0"] % 8 == 0 for found in widths) and len({found["0"] for found in widths}) > 1
+    assert any(found["2"] % 8 for found in widths) and any(found["4"] % 4 for found in widths)
+    assert all(0.95 * plan.notes["requested"] <= plan.notes["achieved"] <= plan.notes["requested"] for plan in plans)
