@@ -125,6 +125,17 @@ def _budgets(
         name = {"macs": "MACs", "params": "parameters"}[unit]
         verdict = "missed" if missed else "met"
         yield f"Budget {verdict}: {keep:.0%} of the {name} asked for, {reached:.1%} left.", missed
+    for stage in stages[-1:]:  # what was measured at the cut, as a share of the network before it
+        notes = (stage.get("plan") or {}).get("notes") or {}
+        if all(is_number(notes.get(name)) for name in ("requested", "achieved", "spread")):
+            missed = notes.get("met") is False
+            yield (
+                (
+                    f"Budget {'missed' if missed else 'met'}: {notes['requested']:.0%} of the {notes.get('budget')} before "
+                    f"the last cut asked for, {notes['achieved']:.1%} measured after it (±{notes['spread'] / 2:.0%})."
+                ),
+                missed,
+            )
 
 
 def _removed(

@@ -1,5 +1,6 @@
 """What a stage removes: the plan, decided by information under its budget, and the cut."""
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -169,7 +170,14 @@ def plan_channel_stage(model: nn.Module, stage: ChannelStage, batches: Batches, 
     evidence = Evidence(model, batches, task=probe.task)
     cost_model = CostModel.build(model, evidence.graph, probe.example)
     there = tuple(name for name in stage.protect if name in evidence.graph.by_name)  # others went with their blocks
-    return plan_method(evidence, stage.score, evidence.graph, cost_model, replace(stage, protect=there).request(keep))
+    plan = plan_method(evidence, stage.score, evidence.graph, cost_model, replace(stage, protect=there).request(keep))
+    if plan.notes["achieved"] > keep and not plan.notes["met"]:
+        warnings.warn(
+            f"stage {stage.name} misses its budget: {keep:.1%} of the network's {stage.budget} asked for, "
+            f"{plan.notes['achieved']:.1%} left; {plan.notes['reason']}",
+            stacklevel=2,
+        )
+    return plan
 
 
 def cut(

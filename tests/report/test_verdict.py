@@ -44,6 +44,21 @@ def test_a_missed_budget_is_poor_and_said(run):
     assert any("Budget missed: 30% of the MACs asked for, 41.1% left" in reason for reason in verdict.reasons)
 
 
+@pytest.mark.parametrize(("met", "level", "word"), [(True, "good", "met"), (False, "poor", "missed")])
+def test_a_budget_of_time_is_judged_by_what_was_measured_at_the_cut(run, met, level, word):
+    made = run(budget="latency")
+    lines = [json.loads(line) for line in (made.path / "stages.jsonl").read_text().splitlines()]
+    notes = {"budget": "latency", "requested": 0.5, "achieved": 0.62, "met": met, "spread": 0.04}
+    lines[-1]["plan"] = {**(lines[-1].get("plan") or {}), "notes": notes}
+    (made.path / "stages.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    verdict = find_verdict(RunFolder(made.path))
+    assert verdict.level == level
+    assert any(
+        f"Budget {word}: 50% of the latency before the last cut asked for, 62.0% measured after it (±2%)" in reason
+        for reason in verdict.reasons
+    )
+
+
 def test_the_interval_of_the_drop_is_that_of_two_independent_shares(run):
     verdict = find_verdict(run(0.80, validation={"split": "val", "images": 1000}))
     half = 196 * ((0.8512 * 0.1488 + 0.8 * 0.2) / 1000) ** 0.5
