@@ -89,7 +89,8 @@ def plan_channels(graph: ChannelGraph, cost_model: CostModel, ranks: Ranks, requ
         return _plan_layerwise(graph, cost_model, scores, request, notes)
     _check_arithmetic(request)
     choose = global_widths if request.allocation == "global" else uniform_widths
-    return _plan_widths(graph, cost_model, scores, request, notes, choose)
+    plan = _plan_widths(graph, cost_model, scores, request, notes, choose)
+    return plan_channels(graph, cost_model, ranks, _finer(request)) if _is_coarse(plan, request) else plan
 
 
 def plan_ladders(
@@ -129,7 +130,20 @@ def plan_ladders(
         ladders = [Ladder.interpolated(*measured[name], widths) for name, widths in zip(scores, allowed, strict=True)]
         return cheapest_damage(ladders, price, target)
 
-    return _plan_widths(graph, cost_model, scores, request, notes | {"without_damage": left_out}, choose, blocks)
+    plan = _plan_widths(graph, cost_model, scores, request, notes | {"without_damage": left_out}, choose, blocks)
+    return (
+        plan_ladders(graph, cost_model, ranks, measured, _finer(request), blocks) if _is_coarse(plan, request) else plan
+    )
+
+
+def _is_coarse(plan: Plan, request: Budget) -> bool:
+    """Whether nobody asked for even widths and the budget cannot be used up with them."""
+    return request.round_to is None and bool(plan.notes["reason"])
+
+
+def _finer(request: Budget) -> Budget:
+    """The request with any widths."""
+    return replace(request, round_to=1)
 
 
 def check_no_blocks(request: Budget) -> None:

@@ -63,7 +63,8 @@ class Budget:
         allocation: "global" (one threshold over all groups), "uniform" (the same share in every group), "layerwise",
             or "measured" (what each group's width does to the prediction; needs data: only `plan_method` can).
         round_to: widths are multiples of it (a group that loses nothing keeps its width). None: of 8 in groups of 32
-            units and more whose width is one, which kernels are made for, free in others.
+            units and more whose width is one, which kernels are made for, free in others; all are free where the budget
+            cannot be used up so, as in a network of few groups.
         normalisation: of the scores inside each group before the global threshold: "none", "layer_mean" and
             "layer_max" (of absolute values), "rank" (to quantiles), "z"; or "isomorphic": to quantiles over all groups
             of one kind (heads with heads, MLP widths with MLP widths), so that each kind loses the same share.

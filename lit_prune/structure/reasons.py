@@ -4,7 +4,7 @@ from torch import nn
 
 OUTPUT = "it is the network's output"
 INPUT = "it is joined with the network's input"
-ATTENTION = "its channels take part in attention"
+ATTENTION = "its channels take part in attention, a recurrent layer or another product of activations"
 PADDING = "its channels pass through a parameter-free channel padding, which shifts their positions"
 UNTRACKED = "its channels cannot be followed through a split, reshape or unknown operation"
 MIXES = "it mixes places, and channels pass through it one by one"
