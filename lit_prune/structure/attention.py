@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lit_prune.structure.attention_alike import moved
+from lit_prune.structure.attention_einsum import Einsum
 from lit_prune.structure.attention_parts import Attention, Inner
 from lit_prune.structure.attention_slices import Slices, likewise, owners_of, slices_of
 from lit_prune.structure.example import Example
@@ -143,6 +144,8 @@ class _Watch(Stack):
         kwargs = kwargs or {}
         if function in MIXERS and isinstance(args[0], Tensor):
             args = self._read(function, args, kwargs)
+        if function is torch.einsum and (product := Einsum.read(args)) is not None:
+            return self._einsum(product)
         output = function(*args, **kwargs)
         if function is F.scaled_dot_product_attention:
             self._call(output, (args[0], args[1]) if len(args) > 1 else None)
@@ -160,6 +163,18 @@ class _Watch(Stack):
                 self._call(output, weights.factors)
             else:
                 self.product = (output.numel(), (args[0], args[1].transpose(-2, -1)))
+        return output
+
+    def _einsum(self, product: Einsum) -> Tensor:
+        weights = self.weights.get(self._owner())
+        found = None if weights is None else product.of_weights(weights.shape)
+        if weights is not None and found is not None:
+            del self.weights[self._owner()]
+            self._call(found[0], weights.factors)
+            return found[1]
+        output = torch.einsum(f"{product.letters[0]},{product.letters[1]}->{product.letters[2]}", *product.tensors)
+        if product.factors is not None:
+            self.product = (output.numel(), product.factors)
         return output
 
     def _owner(self) -> str:

@@ -111,7 +111,7 @@ def _choices(model: nn.Module, group: Group, attention: Attention, scope: str) -
     widths = {len(m.positions[0]) * group.size for m in group.members if len(m.positions[0]) > 1}
     heads, sizes = [], []
     for holder, key, value in _numbers(model, scope, attention.name):
-        if value == group.size and "head" in key and not key.endswith(("dim", "size")):
+        if value == group.size and _counts_heads(key):
             heads.append(Member(holder, f"heads:{key}", tuple((head,) for head in range(group.size))))
         elif value in widths:
             each = value // group.size
@@ -134,6 +134,11 @@ def _width_choices(model: nn.Module, group: Group, attention: Attention, scope: 
             rows = tuple(tuple(range(place, value, group.size)) for place in range(group.size))
             across.append(Member(holder, f"attribute:{key}", rows))
     yield from dict.fromkeys(((*own, *across), tuple(own), ()))
+
+
+def _counts_heads(key: str) -> bool:
+    """Whether the name of a whole number may be that of the number of heads."""
+    return key in ("h", "nh") or ("head" in key and not key.endswith(("dim", "size")))
 
 
 def _of_heads(key: str) -> bool:

@@ -290,3 +290,39 @@ def test_isomorphic_scores_take_the_same_share_of_heads_and_of_widths() -> None:
         total = sum(group.size for group in groups if group.role == role)
         gone = sum(len(plan.removed(name)) for name in names)
         assert abs(gone / total - 0.5) <= 1 / total
+
+
+class Summed(nn.Module):
+    """Attention as products by name of the axes, in either order of heads and places."""
+
+    def __init__(self, places_first: bool) -> None:
+        super().__init__()
+        self.h, self.places_first = 3, places_first
+        self.patches, self.qkv = nn.Conv2d(3, 12, 8, 8), nn.Linear(12, 36)
+        self.proj, self.head = nn.Linear(12, 12), nn.Linear(12, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.patches(images).flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(tokens).unflatten(-1, (3, self.h, -1)).unbind(2)
+        if self.places_first:
+            weights = torch.einsum("bihd,bjhd->bhij", q, k).div(2).softmax(-1)
+            mixed = torch.einsum("bhij, bjhd -> bihd", weights, v)
+        else:
+            q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+            weights = torch.einsum("bhid,bhjd->bhij", [q, k]).div(2).softmax(-1)
+            mixed = torch.einsum("bhjd,bhij->bhid", v, weights).transpose(1, 2)
+        return self.head(self.proj(mixed.flatten(2)).mean(1))
+
+
+@pytest.mark.parametrize("places_first", [True, False])
+def test_heads_of_attention_by_einsum_go_and_leave_the_silenced_network(places_first: bool) -> None:
+    torch.manual_seed(0)
+    model, images = Summed(places_first).eval(), torch.randn(2, 3, 32, 32)
+    graph = trace_groups(model, images)
+    (heads,) = (group for group in graph.prunable if group.role == "heads")
+    small = apply_plan(model, Plan((), {heads.name: (0, 2)}, {heads.name: 3}), images)
+    assert small.h == 2 and small.qkv.out_features == 24
+    silent = copy.deepcopy(model)
+    with torch.no_grad():
+        silent.proj.weight[:, 4:8] = 0
+    check_equal_in_both_modes(small, silent, images)
