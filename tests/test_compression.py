@@ -253,3 +253,18 @@ def test_batches_that_cannot_be_meant_are_refused_before_any_work(batches, messa
     net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
     with pytest.raises(InputError, match=message):
         lit_prune.compress(net, batches, keep=0.7)
+
+
+def test_batches_may_be_lists_of_any_length():
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 3)).eval()
+
+    class Several(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, images):
+            return torch.stack([self.net(image[None])[0] for image in images])
+
+    batches = [[torch.randn(3, 8, 8) for _ in range(size)] for size in (8, 8, 3)]
+    assert lit_prune.compress(Several().eval(), batches, keep=0.7)[1]["images"] == 19

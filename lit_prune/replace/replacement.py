@@ -144,9 +144,9 @@ def take_batches(batches: Batches, limit: int, task: Task) -> list[Any]:
     return taken
 
 
-def _kinds(task: Task, batch: Any) -> list[tuple[int, bool]]:
-    """Dimensions of what the network is called with, and which of it are floats."""
-    return [(tensor.ndim, tensor.is_floating_point()) for tensor in task.inputs(batch).tensors]
+def _kinds(task: Task, batch: Any) -> set[tuple[int, bool]]:
+    """Numbers of dimensions of what the network is called with, and whether it is floats; of lists of any length."""
+    return {(tensor.ndim, tensor.is_floating_point()) for tensor in task.inputs(batch).tensors}
 
 
 @register_stand_in("delete")

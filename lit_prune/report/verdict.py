@@ -129,9 +129,9 @@ def _budgets(
         notes = (stage.get("plan") or {}).get("notes") or {}
         if all(is_number(notes.get(name)) for name in ("requested", "achieved", "spread")):
             missed = notes.get("met") is False
-            asked = f"{notes['requested']:.0%} of the {notes.get('budget')} before the last cut asked for"
+            share = f"{notes['requested']:.0%} of the {notes.get('budget')} before the last cut asked for"
             after = f"{notes['achieved']:.1%} measured after it (±{notes['spread'] / 2:.0%})"
-            yield f"Budget {'missed' if missed else 'met'}: {asked}, {after}.", missed
+            yield f"Budget {'missed' if missed else 'met'}: {share}, {after}.", missed
 
 
 def _removed(
