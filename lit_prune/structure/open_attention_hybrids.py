@@ -10,7 +10,7 @@ from timm.models.levit import AttentionDownsample
 from timm.models.maxxvit import Attention2d, AttentionCl
 from torch import Tensor, nn
 
-from lit_prune.structure.open_attention import join_heads, split_heads, split_projection
+from lit_prune.structure.by_heads import join_heads, split_heads, split_projection
 from lit_prune.structure.opened import opens
 
 

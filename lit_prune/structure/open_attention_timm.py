@@ -13,7 +13,7 @@ from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lit_prune.structure.open_attention import join_heads, split_heads, split_projection
+from lit_prune.structure.by_heads import join_heads, split_heads, split_projection
 from lit_prune.structure.opened import opens
 
 

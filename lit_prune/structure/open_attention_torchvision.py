@@ -7,7 +7,7 @@ from torch.func import functional_call
 from torchvision.models.maxvit import RelativePositionalMultiHeadAttention
 from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
 
-from lit_prune.structure.open_attention import join_heads, split_heads, split_projection
+from lit_prune.structure.by_heads import join_heads, split_heads, split_projection
 from lit_prune.structure.opened import opens
 
 

@@ -6,13 +6,14 @@ number of heads and the width of a head as two attributes. An instance changes i
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
 from torch import nn
 
+from lit_prune.structure.open_attention_copied import open_class
 from lit_prune.structure.tracing import copy_network
 
 OPENED: dict[type, Any] = {}
@@ -46,9 +47,14 @@ def open_classes() -> dict[type, Any]:
     return OPENED
 
 
+def class_for(module: nn.Module, known: Mapping[type, Any]) -> Any:
+    """The class with explicit heads for a layer: the one registered, that of attention as people copy it, or None."""
+    return known.get(type(module)) or open_class(module)
+
+
 def open_layer(module: nn.Module) -> nn.Module:
-    """`module` itself, of the class with explicit heads if one is registered for its class."""
-    cls = open_classes().get(type(module))
+    """`module` itself, of the class with explicit heads if there is one for it."""
+    cls = class_for(module, open_classes())
     if cls is not None:
         vars(module).update(cls.opened_attributes(module))
         module.__class__ = cls
@@ -58,7 +64,7 @@ def open_layer(module: nn.Module) -> nn.Module:
 def open_copy(model: nn.Module) -> nn.Module:
     """A copy of `model` with open attention layers, or `model` itself where it has none to open; outputs are equal."""
     known = open_classes()
-    if not any(type(module) in known for module in model.modules()):
+    if not any(class_for(module, known) for module in model.modules()):
         return model
     opened = copy_network(model)
     for module in opened.modules():
@@ -70,7 +76,7 @@ def open_copy(model: nn.Module) -> nn.Module:
 def opened(model: nn.Module) -> Iterator[None]:
     """Opens the attention layers of `model` and closes them again on exit."""
     known = open_classes()
-    found = [(module, type(module), dict(vars(module))) for module in model.modules() if type(module) in known]
+    found = [(module, type(module), dict(vars(module))) for module in model.modules() if class_for(module, known)]
     try:
         for module, _, _ in found:
             open_layer(module)
