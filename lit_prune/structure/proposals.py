@@ -117,10 +117,11 @@ def _drafts(model: nn.Module, labels: Labels) -> Iterator[Draft]:
     for number in _in_order(model, labels, component):
         kinds.setdefault((units.form(number), frozenset(reasons.get(number, ()))), []).append(number)
     names: set[str] = set()
+    order = {name: position for position, (name, _) in enumerate(model.named_modules())}
     for (_, why), numbers in kinds.items():
         same: dict[bytes, tuple[tuple[int, ...], ...]] = {}  # most members of a group have the same positions
         members = tuple(_member(model, *axis, positions, same) for axis, positions in units.positions(numbers))
-        group = assemble_group(model, members, names, why)
+        group = assemble_group(model, members, names, why, order)
         names.add(group.name)
         yield Draft(group, bool(joined.intersection(numbers)))
 
@@ -160,9 +161,10 @@ class _Units:
         order = np.argsort(owners, kind="stable")
         self._places, self._axis = places[order], np.repeat(np.arange(len(widths)), widths)[order]
         self._begin = np.searchsorted(owners[order], np.arange(component.max() + 2))
+        self._bounds = self._begin.tolist()
 
     def _rows(self, number: int) -> slice:
-        return slice(self._begin[number], self._begin[number + 1])
+        return slice(self._bounds[number], self._bounds[number + 1])
 
     def form(self, number: int) -> bytes:
         """The same for components with equally many positions of the same axes."""
