@@ -7,7 +7,7 @@ cleans them, and a group is right exactly if the marks are at the positions that
 A shifted padding, a channel shuffle, a norm over channels, attention or an unknown operation all fail the check.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +36,7 @@ class Sites:
         passers: channel-wise layers (norm, depthwise convolution, PReLU): the marks on their input are noted.
         norms: those of them whose statistics mix channels (LayerNorm): the marks are put behind them again.
         widths: (module, axis) -> number of channels.
+        asides: layers that run in training alone, where nothing is marked or looked for in evaluation mode.
     """
 
     writers: dict[str, nn.Module] = field(default_factory=dict)
@@ -43,11 +44,21 @@ class Sites:
     passers: dict[str, nn.Module] = field(default_factory=dict)
     norms: dict[str, nn.Module] = field(default_factory=dict)
     widths: dict[tuple[str, str], int] = field(default_factory=dict)
+    asides: Set[str] = frozenset()
+
+    def of(self, model: nn.Module) -> "Sites":
+        """The same of a copy."""
+        return find_sites(model, self.asides)
 
 
-def find_sites(model: nn.Module) -> Sites:
-    """Where the probe marks and looks: every layer where channels end, begin or pass one by one."""
-    sites = Sites()
+def find_sites(model: nn.Module, asides: Set[str] = frozenset()) -> Sites:
+    """Where the probe marks and looks: every layer where channels end, begin or pass one by one.
+
+    Args:
+        model: the network.
+        asides: layers that do not run in the mode that it is in.
+    """
+    sites = Sites(asides=asides)
     for name, module in model.named_modules():
         if axes.is_boundary(module):
             sites.writers[name] = sites.readers[name] = module
@@ -65,6 +76,9 @@ def find_sites(model: nn.Module) -> Sites:
     sites.widths |= {
         (name, "out"): tensor.numel() for name, tensor in (*model.named_parameters(), *model.named_buffers())
     }
+    for name in asides:
+        for table in (sites.writers, sites.readers, sites.passers, sites.norms):
+            table.pop(name, None)
     return sites
 
 

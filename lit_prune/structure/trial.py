@@ -23,7 +23,7 @@ from lit_prune.structure import axes, probe, reasons
 from lit_prune.structure.agreement import Agreement, agree
 from lit_prune.structure.coupling import Group, positions_of
 from lit_prune.structure.cutting import cut_layer
-from lit_prune.structure.example import Example
+from lit_prune.structure.example import Example, pair_of
 from lit_prune.structure.hollow import Hollow
 from lit_prune.structure.tracing import copy_network, sketch_network
 
@@ -102,7 +102,7 @@ class _Trial:
     def __init__(self, model: nn.Module, sample: Example, sites: probe.Sites) -> None:
         self._model, self._sites = model, sites
         self._sample = _noisy(sample)
-        self._pair = self._sample.map(lambda tensor: torch.cat([tensor, tensor.flip(0)]))
+        self._pair = pair_of(self._sample)
         self._last = _Cut((), {}, {}, None, sample)
 
     def faults(self, groups: Sequence[Group]) -> dict[str, str]:
@@ -153,7 +153,16 @@ class _Trial:
         return "" if cut.output is not None and agree(cut.output, expected) else DIFFERS
 
     def _trains(self, groups: Sequence[Group]) -> str:
-        return "" if self._runs_in_training(self._without(groups).model) or not self._dense_trains else TRAINING
+        cut = self._without(groups)
+        if not self._runs_in_training(cut.model):
+            return TRAINING if self._dense_trains else ""
+        return "" if not self._sites.asides or self._arrive_in_training(cut) else reasons.MISLED
+
+    def _arrive_in_training(self, cut: _Cut) -> bool:
+        """Whether the marks of both halves arrive as claimed in layers that run in training alone too."""
+        twins = (sketch_network(self._model).train() for _ in range(2))  # statistics change, to NaN
+        pairs = zip(twins, (cut.lost, cut.rest), strict=True)
+        return all(probe.arrive(t, self._pair, places, probe.find_sites(t), _call) for t, places in pairs)
 
     @cached_property
     def _precise(self) -> "_Trial | None":
@@ -166,7 +175,7 @@ class _Trial:
             _call(model, sample)
         except _ERRORS:
             return None
-        return _Trial(model, sample, probe.find_sites(model))
+        return _Trial(model, sample, self._sites.of(model))
 
     @cached_property
     def _dense_trains(self) -> bool:
