@@ -34,12 +34,12 @@ class Agreement:
 
     def __init__(self, model: nn.Module, lost: Mapping[axes.AxisKey, Sequence[int]]) -> None:
         """For a copy of a network without `lost`, the positions that each axis loses."""
-        self._widths = {name: len(weight) for name, weight in _weights(model)}
+        self._widths = {name: len(weight) for name, weight, _ in _weights(model)}
         self._kept = {
-            (name, dim): torch.from_numpy(np.delete(np.arange(size), lost[axis]))
-            for name, weight in _weights(model)
-            for dim, size in enumerate(weight.shape)
-            if (axis := _axis(model, name, dim)) in lost
+            (name, dim): torch.from_numpy(np.delete(np.arange(weight.shape[dim]), lost[axis]))
+            for name, weight, both in _weights(model)
+            for dim, axis in enumerate(both)
+            if axis in lost
         }
         self._reads: list[tuple[str, _Reads]] = []  # of the copy, in order
         self._answered: list[Tensor] = []
@@ -107,7 +107,7 @@ class _Products(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, sample: Example, read: Callable, answer: Callable) -> None:
         super().__init__()
-        self._names = {id(weight): name for name, weight in _weights(model)}
+        self._names = {id(weight): name for name, weight, _ in _weights(model)}
         self.hollow = Hollow(sample.tensors, skips=False)
         self._read, self._answer, self._place = read, answer, 0
 
@@ -150,18 +150,11 @@ def _alike(found: _Reads, expected: _Reads) -> bool:
     )
 
 
-def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The parameters that products may be with, each once: [out, in, ...]."""
-    for name, parameter in model.named_parameters():
-        layer = model.get_submodule(name.rpartition(".")[0])
-        plain = not getattr(layer, "transposed", False) and getattr(layer, "groups", 1) == 1
-        if parameter.dim() > 1 and plain:
-            yield name, parameter
-
-
-def _axis(model: nn.Module, name: str, dim: int) -> axes.AxisKey:
-    """The axis that lies along a dimension of a weight."""
-    layer = name.rpartition(".")[0]
-    if dim < 2 and axes.is_weighted(model.get_submodule(layer)):
-        return layer, ("out", "in")[dim]
-    return name, f"dim:{dim}"
+def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor, tuple[axes.AxisKey, axes.AxisKey]]]:
+    """The parameters that products may be with, [out, in, ...]: name, values, axes of the first two dimensions."""
+    for name, module in model.named_modules():
+        if not getattr(module, "transposed", False) and getattr(module, "groups", 1) == 1:
+            layer = axes.is_weighted(module)
+            for key, weight in module.named_parameters(name, recurse=False):
+                if weight.dim() > 1:
+                    yield key, weight, ((name, "out"), (name, "in")) if layer else ((key, "dim:0"), (key, "dim:1"))

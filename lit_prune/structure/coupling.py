@@ -103,6 +103,20 @@ def positions_of(chosen: Iterable[tuple[Group, Sequence[int]]]) -> dict[axes.Axi
     return {key: sorted(positions) for key, positions in found.items()}
 
 
+def common_scope(names: Iterable[str]) -> str:
+    """The innermost module that is or holds each of these modules.
+
+    >>> common_scope(["layer1.0.conv1", "layer1.0.conv2"])
+    'layer1.0'
+    """
+    common = []
+    for level in zip(*(name.split(".") if name else [] for name in names), strict=False):
+        if len(set(level)) > 1:
+            break
+        common.append(level[0])
+    return ".".join(common)
+
+
 def assemble_group(
     model: nn.Module, members: tuple[Member, ...], taken: set[str], heard: Set[str], order: Mapping[str, int]
 ) -> Group:

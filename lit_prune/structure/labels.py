@@ -46,8 +46,9 @@ class Labels:
             return False
         pairs = torch.stack([left[differ], right[differ]], 1).long().numpy()
         stays = np.minimum(*pairs.T) <= FIXED
-        for fixed, label in np.unique(np.sort(pairs[stays], axis=1), axis=0).tolist():
-            self.reasons.setdefault(label, self.reasons[fixed])
+        if stays.any():
+            for fixed, label in np.unique(np.sort(pairs[stays], axis=1), axis=0).tolist():
+                self.reasons.setdefault(label, self.reasons[fixed])
         self.pairs.append(pairs[~stays])
         return True
 

@@ -22,6 +22,7 @@ from lit_prune.structure.tracing import sketch_network
 
 _STATED = ("hidden_dim", "embed_dim", "num_features", "head_hidden_size")
 """Attributes in which a network states the width of its embedding."""
+_NO_REASON: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,8 @@ def _drafts(model: nn.Module, labels: Labels) -> Iterator[Draft]:
     joined = set(np.concatenate([component[found] for found in labels.joined]).tolist()) if labels.joined else set()
     kinds: dict[tuple, list[int]] = {}
     for number in _in_order(model, labels, component):
-        kinds.setdefault((units.form(number), frozenset(reasons.get(number, ()))), []).append(number)
+        why = frozenset(reasons[number]) if number in reasons else _NO_REASON
+        kinds.setdefault((units.form(number), why), []).append(number)
     names: set[str] = set()
     order = {name: position for position, (name, _) in enumerate(model.named_modules())}
     for (_, why), numbers in kinds.items():
@@ -184,18 +186,15 @@ class _Units:
         order = np.argsort(owners, kind="stable")
         self._places, self._axis = places[order], np.repeat(np.arange(len(widths)), widths)[order]
         self._begin = np.searchsorted(owners[order], np.arange(component.max() + 2))
-        self._bounds = self._begin.tolist()
-
-    def _rows(self, number: int) -> slice:
-        return slice(self._bounds[number], self._bounds[number + 1])
+        self._forms, self._ends = self._axis.tobytes(), (self._axis.itemsize * self._begin).tolist()
 
     def form(self, number: int) -> bytes:
         """The same for components with equally many positions of the same axes."""
-        return self._axis[self._rows(number)].tobytes()
+        return self._forms[self._ends[number] : self._ends[number + 1]]
 
     def positions(self, numbers: Sequence[int]) -> Iterator[tuple[axes.AxisKey, np.ndarray]]:
         """Axis by axis, int64 [components, positions of one], for components of one form."""
-        of = self._axis[self._rows(numbers[0])]
+        of = self._axis[slice(*self._begin[[numbers[0], numbers[0] + 1]])]
         table = self._places[self._begin[np.array(numbers)][:, None] + np.arange(len(of))]
         for axis in dict.fromkeys(of.tolist()):
             yield self._axes[axis], table[:, of == axis]

@@ -9,9 +9,9 @@ noise (`agreement`), and where this does not say so on the values of both. If it
 the wrong ones are found.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import numpy as np
@@ -19,12 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lit_prune.running import removing
 from lit_prune.structure import axes, probe, reasons
 from lit_prune.structure.agreement import Agreement, agree
-from lit_prune.structure.coupling import Group, positions_of
+from lit_prune.structure.coupling import Group, common_scope, positions_of
 from lit_prune.structure.cutting import cut_layer
 from lit_prune.structure.example import Example, pair_of
 from lit_prune.structure.hollow import Hollow
+from lit_prune.structure.known import built, called_with
 from lit_prune.structure.tracing import copy_network, sketch_network
 
 FAILS = "the network does not run without some of its channels"
@@ -43,11 +45,47 @@ def find_impossible(model: nn.Module, sample: Example, groups: Sequence[Group], 
         sites: of the network.
     """
     trial = _Trial(model, sample, sites)
-    found: dict[str, str] = {}
+    if not groups or not trial.fault(groups):
+        return {}
+    found = _stuck(model, sample, groups)
+    groups = [group for group in groups if group.name not in found]
     while groups and (blamed := trial.faults(groups)):
         found |= blamed
         groups = [group for group in groups if group.name not in blamed]
     return found
+
+
+def _stuck(model: nn.Module, sample: Example, groups: Sequence[Group]) -> dict[str, str]:
+    """Name -> reason for groups without which the module around them does not run on what it is called with.
+
+    Then neither does the network. What is found of one module holds for others that are built and called alike.
+    """
+    calls: dict[str, tuple[tuple, dict]] = {}
+
+    def note(name: str) -> Callable:
+        return lambda module, args, kwargs: (calls.setdefault(name, (args, kwargs)), None)[1]
+
+    with removing([m.register_forward_pre_hook(note(name), with_kwargs=True) for name, m in model.named_modules()]):
+        _call(model, sample)
+    found: dict[Hashable, str] = {}
+    forms: dict[str, Hashable] = {}
+    for group in groups:
+        scope = next((name for name in _around(group) if name in calls), "")
+        if scope:
+            inner, call = model.get_submodule(scope), calls[scope]
+            own = replace(group, members=tuple(replace(m, module=m.module[len(scope) + 1 :]) for m in group.members))
+            forms[group.name] = form = (built(inner), called_with(call), own.size, own.members)
+            if form not in found:
+                found[form] = _Trial(inner, Example(*call), probe.Sites()).failure([own])
+    return {name: found[form] for name, form in forms.items() if found[form]}
+
+
+def _around(group: Group) -> Iterator[str]:
+    """The modules that hold all members of a group, the innermost first, without the network itself."""
+    scope = common_scope([member.module.rpartition(".")[0] for member in group.members])
+    while scope:
+        yield scope
+        scope = scope.rpartition(".")[0]
 
 
 def _blame(groups: Sequence[Group], fault: Callable[[Sequence[Group]], str]) -> dict[str, str]:
@@ -104,11 +142,15 @@ class _Trial:
         self._sample = _noisy(sample)
         self._pair = pair_of(self._sample)
         self._last = _Cut((), {}, {}, None, sample)
+        self._checks = (self.failure, self._equals, self._trains)
+
+    def fault(self, groups: Sequence[Group]) -> str:
+        """Why the halves of groups cannot go together, or ""."""
+        return next(filter(None, (check(groups) for check in self._checks)), "")
 
     def faults(self, groups: Sequence[Group]) -> dict[str, str]:
         """Name -> reason for groups whose halves cannot go, found by the first check that says so."""
-        checks = (self._runs, self._equals, self._trains)
-        return next(filter(None, (_blame(groups, check) for check in checks)), {})
+        return next(filter(None, (_blame(groups, check) for check in self._checks)), {})
 
     def _without(self, groups: Sequence[Group]) -> _Cut:
         """The copy of these groups."""
@@ -127,7 +169,8 @@ class _Trial:
                 cut.agreement = agreement
         return self._last
 
-    def _runs(self, groups: Sequence[Group]) -> str:
+    def failure(self, groups: Sequence[Group]) -> str:
+        """Why the copy does not run, or ""."""
         cut = self._without(groups)
         return FAILS if cut.agreement is None and cut.output is None else ""
 

@@ -12,9 +12,9 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from lit_prune.errors import InputError
 from lit_prune.running import EXACT, MATMUL, OTHERS, PRECISION
-from lit_prune.structure import Plan, apply_plan, cost, make_plan, trace_groups
+from lit_prune.structure import Plan, apply_plan, cost, make_plan, trace_groups, trial
 from lit_prune.structure.reasons import MISLED
-from lit_prune.structure.trial import TRAINING
+from lit_prune.structure.trial import FAILS, TRAINING
 
 
 class Net(nn.Module):
@@ -165,6 +165,24 @@ def test_auxiliary_heads_of_googlenet_are_cut_with_what_they_read() -> None:
     keep = {group.name: tuple(range(0, group.size, 2)) for group in graph.prunable}
     small = apply_plan(model, Plan(keep_channels=keep, sizes={name: graph.by_name[name].size for name in keep}), images)
     assert [len(answers) for answers in small.train()(images)] == [2, 2, 2]
+
+
+class Numbered(nn.Sequential):
+    """Two layers with a view to a number of channels in between."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        return values + self[1](self[0](values).view(-1, 6, 8, 8))
+
+
+def test_what_stops_one_block_is_sought_in_it_and_said_of_all_that_are_built_alike(monkeypatch) -> None:
+    copies: list[nn.Module] = []
+    copy_of = trial.sketch_network
+    monkeypatch.setattr(trial, "sketch_network", lambda model: (copies.append(model), copy_of(model))[1])
+    blocks = [Numbered(nn.Conv2d(4, 6, 1), nn.Conv2d(6, 4, 1)) for _ in range(8)]
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), *blocks, nn.Conv2d(4, 3, 1)).eval()
+    graph = trace_groups(model, torch.randn(1, 3, 8, 8))
+    assert {group.name for group in graph.groups if group.protected == FAILS} == {f"{place}.0" for place in range(1, 9)}
+    assert [type(model) for model in copies] == [nn.Sequential, Numbered, *[nn.Sequential] * 2]  # the last one trains
 
 
 def test_frozen_norms_are_cut_with_their_channels() -> None:
