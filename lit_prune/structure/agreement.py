@@ -1,9 +1,9 @@
 """Whether a cut copy computes what the silenced network computes, product by product, without computing these.
 
-A network is its products with weights (convolutions of one group, linear layers) and what happens between them. Both
-networks are run with one noise in place of what these products give, the copy with the channels of it that it has. If
-all of them then read the same, each would give the same whatever came before it, since the weights of the copy are rows
-and columns of the network's; and so, from the input on, would the networks. What happens in between is computed.
+A network is its products with weights (convolutions, linear layers) and what happens between them. Both networks are
+run with one noise in place of what these products give, the copy with the channels of it that it has. If all of them
+then read the same, each would give the same whatever came before it, since the weights of the copy are rows and columns
+of the network's; and so, from the input on, would the networks. What happens in between is computed.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,8 +21,10 @@ from lit_prune.structure.hollow import Hollow
 
 TOLERANCE = 1e-3  # of the largest value; rounding of float32 stays a hundred times below
 _STRIDE = 1009  # from the noise of one product to that of the next
+_PLACES = 64  # at which it is compared what products read
 _Call = Callable[[nn.Module, Example], list[Tensor]]
-_Reads = list[Tensor]  # values and, where there is one, the bias
+_Side = tuple[axes.AxisKey, int]  # and its width
+_Reads = list[Tensor]  # values [places, channels] and, where there is one, the bias
 
 
 class Disagreement(Exception):
@@ -36,9 +38,9 @@ class Agreement:
         """For a copy of a network without `lost`, the positions that each axis loses."""
         self._widths = {name: len(weight) for name, weight, _ in _weights(model)}
         self._kept = {
-            (name, dim): torch.from_numpy(np.delete(np.arange(weight.shape[dim]), lost[axis]))
-            for name, weight, both in _weights(model)
-            for dim, axis in enumerate(both)
+            (name, dim): torch.from_numpy(np.delete(np.arange(width), lost[axis]))
+            for name, _, both in _weights(model)
+            for dim, (axis, width) in enumerate(both)
             if axis in lost
         }
         self._reads: list[tuple[str, _Reads]] = []  # of the copy, in order
@@ -53,7 +55,7 @@ class Agreement:
             Exception: whatever a network raises that meets strange values or a width that it does not expect.
         """
 
-        def read(name: str, dim: int, values: _Reads) -> None:
+        def read(name: str, values: _Reads) -> None:
             self._reads.append((name, [tensor.clone() for tensor in values]))  # which may be written to later on
 
         def answer(name: str, dim: int, shape: torch.Size, place: int) -> Tensor:
@@ -71,9 +73,9 @@ class Agreement:
         """
         left = iter(self._reads)
 
-        def read(name: str, dim: int, values: _Reads) -> None:
+        def read(name: str, values: _Reads) -> None:
             other, expected = next(left, ("", []))
-            found = [self._without((name, 1), dim, values[0]), *(self._without((name, 0), 0, t) for t in values[1:])]
+            found = [self._without((name, 1), 1, values[0]), *(self._without((name, 0), 0, t) for t in values[1:])]
             if other != name or not _alike(expected, found):
                 raise Disagreement
 
@@ -118,7 +120,7 @@ class _Products(TorchFunctionMode):
         if name is None or not self.hollow.depends(args[0]):
             return function(*args, **(kwargs or {}))
         with _disable_current_modes():
-            self._read(name, dim, [args[0], *(tensor for tensor in args[2:3] if tensor is not None)])
+            self._read(name, [_sampled(args[0], dim), *(tensor for tensor in args[2:3] if tensor is not None)])
         self.hollow.skips = True
         try:
             output = function(*args, **(kwargs or {}))
@@ -126,8 +128,16 @@ class _Products(TorchFunctionMode):
             self.hollow.skips = False
         with _disable_current_modes():
             output.copy_(self._answer(name, dim, output.shape, self._place))
+            if args[1].shape[1] < args[0].shape[dim]:  # depthwise: marks pass
+                output += 0 * args[0].sum(tuple(range(dim + 1, 0)), keepdim=True)
         self._place += 1
         return output
+
+
+def _sampled(values: Tensor, dim: int) -> Tensor:
+    """Values at some places, [places, channels]: what a cut changes, it changes in channels."""
+    rows = values.movedim(dim, -1).reshape(-1, values.shape[dim])
+    return rows[:: max(1, len(rows) // _PLACES)]
 
 
 def agree(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
@@ -150,11 +160,18 @@ def _alike(found: _Reads, expected: _Reads) -> bool:
     )
 
 
-def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor, tuple[axes.AxisKey, axes.AxisKey]]]:
-    """The parameters that products may be with, [out, in, ...]: name, values, axes of the first two dimensions."""
+def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor, tuple[_Side, _Side]]]:
+    """The parameters that products may be with, [out, in, ...]: name, values, what is written and what is read."""
     for name, module in model.named_modules():
-        if not getattr(module, "transposed", False) and getattr(module, "groups", 1) == 1:
-            layer = axes.is_weighted(module)
-            for key, weight in module.named_parameters(name, recurse=False):
-                if weight.dim() > 1:
-                    yield key, weight, ((name, "out"), (name, "in")) if layer else ((key, "dim:0"), (key, "dim:1"))
+        depthwise = axes.is_depthwise(module)
+        if getattr(module, "transposed", False) or not (depthwise or getattr(module, "groups", 1) == 1):
+            continue
+        for key, weight in module.named_parameters(name, recurse=False):
+            if weight.dim() > 1:
+                out, inner = weight.shape[:2]
+                if depthwise:
+                    yield key, weight, (((name, "out"), out), ((name, "out"), out))
+                elif axes.is_weighted(module):
+                    yield key, weight, (((name, "out"), out), ((name, "in"), inner))
+                else:
+                    yield key, weight, (((key, "dim:0"), out), ((key, "dim:1"), inner))

@@ -117,16 +117,28 @@ def marked(
 def arrive(
     model: nn.Module, sample: Example, lost: Mapping[axes.AxisKey, Sequence[int]], sites: Sites, call: Callable
 ) -> bool:
-    """Whether the marks of `marked` arrive as claimed; readers are given no marks, so need not compute what they do."""
+    """Whether the marks of `marked` arrive as claimed.
+
+    Readers are given no marks and depthwise layers pass each channel's, so neither need compute what they do.
+    """
 
     def arrived(hollow: bool) -> bool:
         shapes = Hollow(sample.tensors, skips=False)
 
         def call_hollow(model: nn.Module, sample: Example) -> Any:
-            enter = lambda *_: setattr(shapes, "skips", hollow)  # noqa: E731
-            leave = lambda *_: setattr(shapes, "skips", False)  # noqa: E731
-            handles = [module.register_forward_pre_hook(enter) for module in sites.readers.values()]
-            handles += [module.register_forward_hook(leave, prepend=True) for module in sites.readers.values()]
+            def enter(*_: object) -> None:
+                shapes.skips = hollow
+
+            def leave(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+                shapes.skips = False
+                if not (hollow and axes.is_depthwise(module)):
+                    return None
+                places = tuple(range(axes.channel_dim(module, args[0]) + 1, args[0].dim()))
+                return output + 0 * args[0].sum(places, keepdim=True)  # the marks
+
+            spared = [*sites.readers.values(), *filter(axes.is_depthwise, sites.passers.values())]
+            handles = [module.register_forward_pre_hook(enter) for module in spared]
+            handles += [module.register_forward_hook(leave, prepend=True) for module in spared]
             with removing(handles), shapes:
                 return call(model, sample)
 
@@ -255,5 +267,5 @@ def _of_the_rest(norm: nn.Module, values: Tensor, lost: np.ndarray) -> Tensor:
     small = nn.Module()
     small.norm = sketch_network(norm)
     cut_layer(small, "norm", "out", lost.tolist())
-    kept = torch.from_numpy(np.setdiff1d(np.arange(values.shape[dim]), lost)).to(values.device)
+    kept = torch.from_numpy(np.delete(np.arange(values.shape[dim]), lost)).to(values.device)
     return torch.zeros_like(values).index_copy(dim, kept, small.norm(values.index_select(dim, kept)))
