@@ -218,11 +218,12 @@ def _one_reader(ones: Tensor, column: Tensor, read: Tensor) -> tuple[int, Tensor
     """The read, and for each head and dimension its column, int64 [heads, d]."""
     seen = ones != 0
     columns, reads = (torch.where(seen, values / ones, -1.0) for values in (column, read))
-    by_place = [values.movedim(-3, 0).movedim(-1, 1).flatten(2) for values in (columns, reads)]  # [heads, d, *]
-    columns, reads = (values.amax(2) for values in by_place)
+    dims = [dim for dim in range(ones.dim()) if dim not in (ones.dim() - 3, ones.dim() - 1)]
+    lowest = [torch.where(values > 0, values, torch.inf).amin(dims) for values in (columns, reads)]  # [heads, d]
+    columns, reads = (values.amax(dims) for values in (columns, reads))
     whole = all(
-        bool(((values - highest[..., None]).abs() < 0.01)[values > 0].all()) and bool((highest > 0.5).all())
-        for values, highest in zip(by_place, (columns, reads), strict=True)
+        bool((highest - least < 0.01).all()) and bool((highest > 0.5).all())
+        for least, highest in zip(lowest, (columns, reads), strict=True)
     )
     rounded, number = columns.round().long() - 1, reads.round().long() - 1
     if not whole or (columns - 1 - rounded).abs().max() > 0.01 or len(number.unique()) != 1:
