@@ -103,14 +103,15 @@ operations; attention by its mathematical kernel). Refused: gmlp_ti16_224, whose
 channel can go, and networks whose widths all lie under norms (timm convnextv2_atto), which go where `only="width"` asks
 for them. For networks whose norms read the width, Torch-Pruning cuts that width by default, which the silenced network
 does not show: "differs" there is no fault of its own. Its plan takes away 30 % of every layer's channels, ours half of
-the multiply-adds. Rows were measured on two states of the tracing: 40 on 5094b6f or later, the others on one
-shortly before it; seconds were taken beside other work.
+the multiply-adds. Rows were measured on three states of the tracing: those of res2net50_26w_4s, mixnet_s,
+cspresnet50, cspdarknet53 and googlenet on the present one, 40 on 5094b6f or later, the others on one shortly before it;
+seconds were taken beside other work. inception_v3 now takes 2.9 s in place of 20.7 s, one after the other.
 
-`benchmarks/tracing.py` takes tracing and planning and Torch-Pruning's graph and cut in turns, at 224 × 224. Three runs
-on two cores with eight processes: 1.5 to 1.9 times its CPU seconds on ResNet-50, 1.8 to 1.9 on ConvNeXt-T, 2.5 to 2.6
-on ViT-B-16; before 5094b6f 2.4, 3.2 and 5.3, one after the other and with the machine idle. Torch-Pruning does not come
-to an end on Swin-T, which takes 2.2 to 2.7 s here. What is left is mostly two passes that compute all values, with half
-of the channels silenced and without them; on ViT also the gradients that tell heads apart.
+`benchmarks/tracing.py` takes tracing and planning and Torch-Pruning's graph and cut in turns, at 224 × 224. Two runs on
+two cores with five other processes: 1.2 to 1.3 times its CPU seconds on ResNet-50, 1.5 on ConvNeXt-T, 1.7 to 1.8 on
+ViT-B-16; at 1be11ea, taken likewise, 1.7 to 2.2, 1.7 to 1.8 and 2.3 to 2.6. Torch-Pruning does not come to an end on
+Swin-T, which takes 3.1 s here beside that work. What is left is mostly some seven passes through Python, few of whose
+products are computed, and on ViT the gradients that tell heads apart.
 
 {table}"""
 

@@ -210,12 +210,13 @@ def _columns(calls: Sequence[_Call], reads: Sequence[_Read]) -> list[tuple[int, 
 
 
 def _gradients(reads: Sequence[_Read], outputs: list[Tensor], code) -> tuple[Tensor | None, ...]:
-    total = sum((read.inputs * code(number, read)).sum() for number, read in enumerate(reads))
-    return torch.autograd.grad(total, outputs, retain_graph=True, allow_unused=True)
+    inputs = [read.inputs for read in reads]
+    codes = [code(number, read).expand(read.inputs.shape) for number, read in enumerate(reads)]
+    return torch.autograd.grad(inputs, outputs, codes, retain_graph=True, allow_unused=True)
 
 
-def _ones(number: int, read: _Read) -> float:
-    return 1.0
+def _ones(number: int, read: _Read) -> Tensor:
+    return read.inputs.new_ones(())
 
 
 def _column_code(number: int, read: _Read) -> Tensor:
@@ -224,19 +225,20 @@ def _column_code(number: int, read: _Read) -> Tensor:
     return torch.arange(1, read.inputs.shape[read.dim] + 1, device=read.inputs.device).view(shape).to(read.inputs)
 
 
-def _read_code(number: int, read: _Read) -> float:
-    return number + 1.0
+def _read_code(number: int, read: _Read) -> Tensor:
+    return read.inputs.new_full((), number + 1.0)
 
 
 def _one_reader(ones: Tensor, column: Tensor, read: Tensor) -> tuple[int, Tensor] | str:
     """The read, and for each head and dimension its column, int64 [heads, d]."""
     seen = ones != 0
     columns, reads = (torch.where(seen, values / ones, -1.0) for values in (column, read))
-    by_place = [values.movedim(-3, 0).movedim(-1, 1).flatten(2) for values in (columns, reads)]  # [heads, d, *]
-    columns, reads = (values.max(2).values for values in by_place)
+    dims = [dim for dim in range(ones.dim()) if dim not in (ones.dim() - 3, ones.dim() - 1)]
+    lowest = [torch.where(values > 0, values, torch.inf).amin(dims) for values in (columns, reads)]  # [heads, d]
+    columns, reads = (values.amax(dims) for values in (columns, reads))
     whole = all(
-        bool(((values - highest[..., None]).abs() < 0.01)[values > 0].all()) and bool((highest > 0.5).all())
-        for values, highest in zip(by_place, (columns, reads), strict=True)
+        bool((highest - least < 0.01).all()) and bool((highest > 0.5).all())
+        for least, highest in zip(lowest, (columns, reads), strict=True)
     )
     rounded, number = columns.round().long() - 1, reads.round().long() - 1
     if not whole or (columns - 1 - rounded).abs().max() > 0.01 or len(number.unique()) != 1:

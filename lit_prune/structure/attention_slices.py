@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-_STEP = 16  # units told apart by one code: 2^0 to 2^15
+_STEP, _HALF_STEP = 32, 16  # units told apart by one code, from 2^0 on; in half precision 2^15 is the largest power
 _SHARED, _UNSEEN = -2, -1
 
 
@@ -33,26 +33,28 @@ def owners_of(
     generator = torch.Generator().manual_seed(0)
     weights = [0.5 + torch.rand(root.shape, generator=generator).to(root) for root, _, _ in roots]
 
-    def total(code: Callable[[Tensor], Tensor]) -> Tensor:
-        parts = []
+    def coded(code: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        found = []
         for (root, dim, unit), weight in zip(roots, weights, strict=True):
             shape = [1] * root.dim()
             shape[dim] = -1
-            parts.append((root * weight * (1 << code(unit)).view(shape).to(root)).sum())
-        return sum(parts[1:], parts[0])
+            found.append(weight * (1 << code(unit)).view(shape).to(root))
+        return found
 
-    codes = [torch.zeros_like, lambda unit: unit % _STEP, lambda unit: unit // _STEP]
+    tensors, parameters = [root for root, _, _ in roots], [p for _, p in named]
+    step = _HALF_STEP if roots[0][0].dtype == torch.float16 else _STEP
+    codes = [torch.zeros_like, lambda unit: unit % step, lambda unit: unit // step]
     found = [
-        torch.autograd.grad(total(code), [p for _, p in named], retain_graph=True, allow_unused=True)
-        for code in (codes if units > _STEP else codes[:2])
+        torch.autograd.grad(tensors, parameters, coded(code), retain_graph=True, allow_unused=True)
+        for code in (codes if units > step else codes[:2])
     ]
-    for (name, _), plain, *coded in zip(named, *found, strict=True):
+    for (name, _), plain, *others in zip(named, *found, strict=True):
         if plain is not None:
-            yield name, sum(_STEP**place * _exponents(plain, values) for place, values in enumerate(coded))
+            yield name, sum(step**place * _exponents(plain, values, step) for place, values in enumerate(others))
 
 
-def _exponents(plain: Tensor, coded: Tensor) -> Tensor:
-    """The k for which `coded = 2^k · plain`, a large negative number where that holds for no such k or both are 0.
+def _exponents(plain: Tensor, coded: Tensor, step: int) -> Tensor:
+    """The k < step for which `coded = 2^k · plain`, very negative where that holds for no such k or both are 0.
 
     A power of two changes the exponent alone, which the upper bits of a floating-point number hold.
     """
@@ -60,7 +62,7 @@ def _exponents(plain: Tensor, coded: Tensor) -> Tensor:
     fraction = round(-math.log2(torch.finfo(plain.dtype).eps))  # bits
     steps = coded.contiguous().view(whole) - plain.contiguous().view(whole)
     power = steps >> fraction
-    exact = (power << fraction == steps) & (power >= 0) & (power < _STEP)
+    exact = (power << fraction == steps) & (power >= 0) & (power < step)
     found = power.to(torch.int32).masked_fill_(~exact, _SHARED * 10**4)
     return found.masked_fill_(plain == 0, _UNSEEN * 10**4)
 
@@ -72,7 +74,7 @@ def slices_of(name: str, owner: Tensor, heads: int, partly: bool = False) -> Sli
     """
     for dim in range(owner.dim()):
         rows = owner.movedim(dim, 0).flatten(1) if owner.dim() > 1 else owner[:, None]
-        highest = rows.max(1).values
+        highest = rows.amax(1)
         known = torch.where(_unseen(rows), highest[:, None], rows)
         served = highest >= 0
         if bool((known == highest[:, None])[served].all()) and (partly or bool(served.all())):

@@ -108,7 +108,23 @@ def positions_of(chosen: Iterable[tuple[Group, Sequence[int]]]) -> dict[axes.Axi
     return {key: sorted(positions) for key, positions in found.items()}
 
 
-def assemble_group(model: nn.Module, members: tuple[Member, ...], taken: set[str], heard: Set[str]) -> Group:
+def common_scope(names: Iterable[str]) -> str:
+    """The innermost module that is or holds each of these modules.
+
+    >>> common_scope(["layer1.0.conv1", "layer1.0.conv2"])
+    'layer1.0'
+    """
+    common = []
+    for level in zip(*(name.split(".") if name else [] for name in names), strict=False):
+        if len(set(level)) > 1:
+            break
+        common.append(level[0])
+    return ".".join(common)
+
+
+def assemble_group(
+    model: nn.Module, members: tuple[Member, ...], taken: set[str], heard: Set[str], order: Mapping[str, int]
+) -> Group:
     """A group with its name, its producers and consumers, and the reason if its layers forbid pruning.
 
     Args:
@@ -116,8 +132,8 @@ def assemble_group(model: nn.Module, members: tuple[Member, ...], taken: set[str
         members: its members.
         taken: names that other groups have.
         heard: reasons from the way of its channels through the network.
+        order: name -> place of every module.
     """
-    order = {name: position for position, (name, _) in enumerate(model.named_modules())}
     mixing = [m for m in members if m.module in order and axes.is_mixing(model.get_submodule(m.module))]
     producers = sorted({m.module for m in mixing if m.axis == "out"}, key=order.__getitem__)
     consumers = sorted({m.module for m in mixing if m.axis == "in"}, key=order.__getitem__)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -71,6 +72,11 @@ def first_sample(example: Example) -> Example:
         return value[:1] if batched and len(value) == size else value
 
     return Example(tuple(map(take, example.args)), {name: take(value) for name, value in example.kwargs.items()})
+
+
+def pair_of(example: Example) -> Example:
+    """Every tensor twice along its first dimension: what a training pass needs where a norm sees one place."""
+    return example.map(lambda tensor: torch.cat([tensor, tensor.flip(0)]))
 
 
 def _listed(value: Any) -> bool:

@@ -31,11 +31,11 @@ class Follower(LabelledTensors, TorchDispatchMode):
     Attributes:
         attends: whether anything happened that attention needs.
         decides: whether a value that depends on the input was turned into True or False.
-        ran: layers that ran.
+        layers, ran: those that are followed as a whole, and those of them that ran.
     """
 
     def __init__(self, model: nn.Module, sample: Example, hollow: bool = False, inverts: bool = False) -> None:
-        """For one pass of a model in evaluation mode.
+        """For one pass of a model; `labels` may be set to those of an earlier one, which this one then adds to.
 
         Args:
             model: the network.
@@ -45,10 +45,9 @@ class Follower(LabelledTensors, TorchDispatchMode):
         """
         super().__init__(model)
         self.attends = self.decides = False
-        self.ran: set[str] = set()
+        self.layers, self.ran = set[str](), set[str]()
         self._model, self._sample = model, sample
-        self._hollow = Hollow(sample.tensors, skips=hollow)
-        self._inverts, self._inside = inverts, 0
+        self._hollow, self._inverts, self._inside = Hollow(sample.tensors, skips=hollow), inverts, 0
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
@@ -67,8 +66,9 @@ class Follower(LabelledTensors, TorchDispatchMode):
 
             return hook
 
-        named = [(name, module, layer_type(module)) for name, module in self._model.named_modules()]
-        rules = [(name, module, kind.follow) for name, module, kind in named if kind is not None]
+        named = self._model.named_modules()
+        rules = [(name, module, kind.follow) for name, module in named if (kind := layer_type(module)) is not None]
+        self.layers = {name for name, _, _ in rules}
         handles = [module.register_forward_pre_hook(enter) for _, module, _ in rules]
         handles += [module.register_forward_hook(leave(name, rule), with_kwargs=True) for name, module, rule in rules]
         with removing(handles):

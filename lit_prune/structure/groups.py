@@ -104,7 +104,7 @@ def trace_groups(model: nn.Module, example_input: Any) -> ChannelGraph:
     checks contradict. Grouped convolutions lose whole groups (or the same places of each, where groups are few
     and wide), GroupNorm whole groups, the parts of a split and the rows of a shuffle the same places, pixel
     shuffles whole blocks; layers that share a weight are cut together.
-    Layers that do not run in evaluation mode (auxiliary heads) are not followed.
+    Layers that run in training alone (auxiliary heads) lose channels with the others.
 
     Args:
         model: any network that runs on a batch of images; its parameters may be frozen, the caller may be
@@ -127,15 +127,15 @@ def trace_groups(model: nn.Module, example_input: Any) -> ChannelGraph:
 
 def _find_groups(model: nn.Module, sample: Example) -> ChannelGraph:
     """The groups of a network that is `traceable` and `opened`."""
-    sites = probe.find_sites(model)
     try:
-        drafts, attends = propose_groups(model, sample)
+        proposal = propose_groups(model, sample)
     except Exception:
         run(model, sample)  # says so if it is the network that fails
         raise
+    drafts, sites = proposal.drafts, probe.find_sites(model, proposal.asides)
     free = [draft.group for draft in drafts if not draft.group.protected]
     wrong = trial.find_impossible(model, sample, free, sites)
-    heads = head_groups(model, sample) if attends else []
+    heads = head_groups(model, sample) if proposal.attends else []
     widths = sites.widths | axis_widths(model, [*heads, *(draft.group for draft in drafts)])
     protected = [replace(d.group, protected=d.group.protected or wrong.get(d.group.name, "")) for d in drafts]
     groups = with_heads(assign_roles(model, protected, drafts), heads)

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lit_prune.structure import axes
 from lit_prune.structure.attention import MIXERS
 from lit_prune.structure.attention_parts import Attention
-from lit_prune.structure.coupling import Group, Member
+from lit_prune.structure.coupling import Group, Member, common_scope
 from lit_prune.structure.cutting import cut_layer
 from lit_prune.structure.known import built, called_with
 from lit_prune.structure.tracing import sketch_network
@@ -226,10 +226,4 @@ def _alike(actual: list[Tensor], expected: list[Tensor]) -> bool:
 def _scope(name: str, group: Group) -> str:
     """The smallest module that holds the attention and all its members."""
     names = [name, *(m.module if m.axis in ("in", "out") else m.module.rpartition(".")[0] for m in group.members)]
-    parts = [name.split(".") if name else [] for name in names]
-    common = []
-    for level in zip(*parts, strict=False):
-        if len(set(level)) > 1:
-            break
-        common.append(level[0])
-    return ".".join(common)
+    return common_scope(names)

@@ -6,7 +6,8 @@ the pass is run again with all values. What does not depend on the input is comp
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,14 @@ from lit_prune.structure import operations
 
 Found = TypeVar("Found")
 _NOTE = "_lit_prune_note"
+
+
+class _Form(NamedTuple):
+    """All of a tensor but its values and where they are."""
+
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
 
 
 class NeedsValues(Exception):
@@ -86,13 +95,13 @@ class Hollow(TorchDispatchMode):
         """Any values in the shape and strides of a product."""
         device = next(_tensors(args)).device
         function, args = operations.without_addition(function, args)
-        shaped = function(*(leaf.to("meta") if isinstance(leaf, Tensor) else leaf for leaf in args))
-        found = [self._values(t, device) for t in (shaped if isinstance(shaped, tuple) else (shaped,))]
-        return tuple(found) if isinstance(shaped, tuple) else found[0]
+        forms, several = _shapes(function, tuple(map(_form, args)))
+        found = [self._values(form, device) for form in forms]
+        return tuple(found) if several else found[0]
 
-    def _values(self, form: Tensor, device: torch.device) -> Tensor:
-        """A tensor like `form`, on another device."""
-        values = torch.empty_strided(form.shape, form.stride(), dtype=form.dtype, device=device)
+    def _values(self, form: _Form, device: torch.device) -> Tensor:
+        """A tensor of a form."""
+        values = torch.empty_strided(form.shape, form.strides, dtype=form.dtype, device=device)
         if self._noise is None:
             return values.fill_(1)
         if len(self._noise) < values.numel():
@@ -111,6 +120,21 @@ class Hollow(TorchDispatchMode):
             raise NeedsValues
         if memory is not None:
             setattr(memory, _NOTE, (self, hollow or bool(self._noted(tensor))))
+
+
+def _form(value: Any) -> Any:
+    """The form of a tensor; anything else itself, lists as tuples."""
+    if isinstance(value, Tensor):
+        return _Form(value.shape, value.stride(), value.dtype)
+    return tuple(value) if isinstance(value, list) else value
+
+
+@lru_cache(maxsize=4096)
+def _shapes(function: Any, args: tuple) -> tuple[list[_Form], bool]:
+    """The forms that a product answers, whose arguments are forms, and whether these are several; layers are alike."""
+    given = (torch.empty_strided(*a[:2], dtype=a.dtype, device="meta") if isinstance(a, _Form) else a for a in args)
+    shaped = function(*given)
+    return [_form(t) for t in (shaped if isinstance(shaped, tuple) else (shaped,))], isinstance(shaped, tuple)
 
 
 def _memory(tensor: Tensor) -> torch.UntypedStorage | None:

@@ -44,11 +44,11 @@ class Labels:
         differ = (left != right) & (left != NOBODY) & (right != NOBODY)
         if not bool(differ.any()):
             return False
-        codes = np.unique((left[differ] * self.count + right[differ]).long().numpy())  # below 2^53: exact
-        pairs = np.stack(np.divmod(codes, self.count), 1)
-        stays = pairs.min(1) <= FIXED
-        for fixed, label in np.sort(pairs[stays], axis=1).tolist():
-            self.reasons.setdefault(label, self.reasons[fixed])
+        pairs = torch.stack([left[differ], right[differ]], 1).long().numpy()
+        stays = np.minimum(*pairs.T) <= FIXED
+        if stays.any():
+            for fixed, label in np.unique(np.sort(pairs[stays], axis=1), axis=0).tolist():
+                self.reasons.setdefault(label, self.reasons[fixed])
         self.pairs.append(pairs[~stays])
         return True
 
@@ -65,7 +65,7 @@ class Labels:
 
     def _among(self, values: Tensor) -> np.ndarray:
         """The labels that occur, int64, ascending."""
-        return np.flatnonzero(np.bincount(compact(values).flatten().long().numpy(), minlength=1))
+        return np.unique(compact(values).flatten().long().numpy())
 
     def components(self) -> np.ndarray:
         """Number of the set of labels that go together, for each label."""

@@ -7,7 +7,7 @@ cleans them, and a group is right exactly if the marks are at the positions that
 A shifted padding, a channel shuffle, a norm over channels, attention or an unknown operation all fail the check.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +36,7 @@ class Sites:
         passers: channel-wise layers (norm, depthwise convolution, PReLU): the marks on their input are noted.
         norms: those of them whose statistics mix channels (LayerNorm): the marks are put behind them again.
         widths: (module, axis) -> number of channels.
+        asides: layers that run in training alone, where nothing is marked or looked for in evaluation mode.
     """
 
     writers: dict[str, nn.Module] = field(default_factory=dict)
@@ -43,11 +44,21 @@ class Sites:
     passers: dict[str, nn.Module] = field(default_factory=dict)
     norms: dict[str, nn.Module] = field(default_factory=dict)
     widths: dict[tuple[str, str], int] = field(default_factory=dict)
+    asides: Set[str] = frozenset()
+
+    def of(self, model: nn.Module) -> "Sites":
+        """The same of a copy."""
+        return find_sites(model, self.asides)
 
 
-def find_sites(model: nn.Module) -> Sites:
-    """Where the probe marks and looks: every layer where channels end, begin or pass one by one."""
-    sites = Sites()
+def find_sites(model: nn.Module, asides: Set[str] = frozenset()) -> Sites:
+    """Where the probe marks and looks: every layer where channels end, begin or pass one by one.
+
+    Args:
+        model: the network.
+        asides: layers that do not run in the mode that it is in.
+    """
+    sites = Sites(asides=asides)
     for name, module in model.named_modules():
         if axes.is_boundary(module):
             sites.writers[name] = sites.readers[name] = module
@@ -65,6 +76,9 @@ def find_sites(model: nn.Module) -> Sites:
     sites.widths |= {
         (name, "out"): tensor.numel() for name, tensor in (*model.named_parameters(), *model.named_buffers())
     }
+    for name in asides:
+        for table in (sites.writers, sites.readers, sites.passers, sites.norms):
+            table.pop(name, None)
     return sites
 
 
@@ -103,16 +117,28 @@ def marked(
 def arrive(
     model: nn.Module, sample: Example, lost: Mapping[axes.AxisKey, Sequence[int]], sites: Sites, call: Callable
 ) -> bool:
-    """Whether the marks of `marked` arrive as claimed; readers are given no marks, so need not compute what they do."""
+    """Whether the marks of `marked` arrive as claimed.
+
+    Readers are given no marks and depthwise layers pass each channel's, so neither need compute what they do.
+    """
 
     def arrived(hollow: bool) -> bool:
         shapes = Hollow(sample.tensors, skips=False)
 
         def call_hollow(model: nn.Module, sample: Example) -> Any:
-            enter = lambda *_: setattr(shapes, "skips", hollow)  # noqa: E731
-            leave = lambda *_: setattr(shapes, "skips", False)  # noqa: E731
-            handles = [module.register_forward_pre_hook(enter) for module in sites.readers.values()]
-            handles += [module.register_forward_hook(leave, prepend=True) for module in sites.readers.values()]
+            def enter(*_: object) -> None:
+                shapes.skips = hollow
+
+            def leave(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+                shapes.skips = False
+                if not (hollow and axes.is_depthwise(module)):
+                    return None
+                places = tuple(range(axes.channel_dim(module, args[0]) + 1, args[0].dim()))
+                return output + 0 * args[0].sum(places, keepdim=True)  # the marks
+
+            spared = [*sites.readers.values(), *filter(axes.is_depthwise, sites.passers.values())]
+            handles = [module.register_forward_pre_hook(enter) for module in spared]
+            handles += [module.register_forward_hook(leave, prepend=True) for module in spared]
             with removing(handles), shapes:
                 return call(model, sample)
 
@@ -241,5 +267,5 @@ def _of_the_rest(norm: nn.Module, values: Tensor, lost: np.ndarray) -> Tensor:
     small = nn.Module()
     small.norm = sketch_network(norm)
     cut_layer(small, "norm", "out", lost.tolist())
-    kept = torch.from_numpy(np.setdiff1d(np.arange(values.shape[dim]), lost)).to(values.device)
+    kept = torch.from_numpy(np.delete(np.arange(values.shape[dim]), lost)).to(values.device)
     return torch.zeros_like(values).index_copy(dim, kept, small.norm(values.index_select(dim, kept)))

@@ -1,7 +1,9 @@
 """Groups of coupled channels: what goes together according to one pass through the network, see `following`."""
 
+import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,19 +14,34 @@ from torch.utils._pytree import tree_leaves
 from lit_prune.errors import InputError
 from lit_prune.structure import axes, protection, reasons
 from lit_prune.structure.coupling import Draft, Member, assemble_group
-from lit_prune.structure.example import Example
+from lit_prune.structure.example import Example, pair_of
 from lit_prune.structure.following import Follower
 from lit_prune.structure.hollow import for_shapes
 from lit_prune.structure.labels import Labels
+from lit_prune.structure.tracing import sketch_network
 
 _STATED = ("hidden_dim", "embed_dim", "num_features", "head_hidden_size")
 """Attributes in which a network states the width of its embedding."""
+_NO_REASON: frozenset[str] = frozenset()
 
 
-def propose_groups(model: nn.Module, sample: Example) -> tuple[list[Draft], bool]:
-    """Groups of units that lose the same numbers of positions of the same axes, in module order.
+@dataclass(frozen=True)
+class Proposal:
+    """What two passes, one of them in training mode where layers did not run in the first, say of a network.
 
-    Beside them whether there may be attention in the network.
+    Attributes:
+        drafts: groups of units that lose the same numbers of positions of the same axes, in module order.
+        attends: whether there may be attention in the network.
+        asides: layers that run in training alone, such as those of auxiliary heads.
+    """
+
+    drafts: list[Draft]
+    attends: bool
+    asides: frozenset[str]
+
+
+def propose_groups(model: nn.Module, sample: Example) -> Proposal:
+    """The groups as one pass shows them.
 
     Raises:
         InputError: which layers run depends on values of the input.
@@ -33,19 +50,26 @@ def propose_groups(model: nn.Module, sample: Example) -> tuple[list[Draft], bool
         model: network in evaluation mode, without hooks.
         sample: what it is called with.
     """
-    follower, output = for_shapes(partial(_followed, model, sample))
+    follower = for_shapes(partial(_followed, model, sample, None))
     if follower.decides:
         _check_decisions(model, sample, follower.ran)
-    labels = follower.labels
-    labels.keep([found for t in _results(output) if (found := follower.of(t)) is not None], reasons.OUTPUT)
+    labels, asides = follower.labels, frozenset[str]()
+    if silent := follower.layers - follower.ran:
+        with suppress(Exception):  # whatever a network raises that asks for targets in training
+            aside = for_shapes(partial(_followed, sketch_network(model).train(), pair_of(sample), labels))
+            asides = frozenset(silent & aside.ran)
+            labels = aside.labels if asides else labels
     _tie_shared(model, labels)
-    return _with_attributes(model, list(_drafts(model, labels))), follower.attends
+    return Proposal(_with_attributes(model, list(_drafts(model, labels))), follower.attends, asides)
 
 
-def _followed(model: nn.Module, sample: Example, hollow: bool) -> tuple[Follower, Any]:
-    """What a follower saw, and the output."""
+def _followed(model: nn.Module, sample: Example, known: Labels | None, hollow: bool) -> Follower:
+    """What a follower saw beside what is known, with the outputs kept."""
     follower = Follower(model, sample, hollow)
-    return follower, follower.run()
+    follower.labels = follower.labels if known is None else copy.deepcopy(known)
+    output = follower.run()
+    follower.labels.keep([found for t in _results(output) if (found := follower.of(t)) is not None], reasons.OUTPUT)
+    return follower
 
 
 def _check_decisions(model: nn.Module, sample: Example, ran: set[str]) -> None:
@@ -115,12 +139,14 @@ def _drafts(model: nn.Module, labels: Labels) -> Iterator[Draft]:
     joined = set(np.concatenate([component[found] for found in labels.joined]).tolist()) if labels.joined else set()
     kinds: dict[tuple, list[int]] = {}
     for number in _in_order(model, labels, component):
-        kinds.setdefault((units.form(number), frozenset(reasons.get(number, ()))), []).append(number)
+        why = frozenset(reasons[number]) if number in reasons else _NO_REASON
+        kinds.setdefault((units.form(number), why), []).append(number)
     names: set[str] = set()
+    order = {name: position for position, (name, _) in enumerate(model.named_modules())}
     for (_, why), numbers in kinds.items():
         same: dict[bytes, tuple[tuple[int, ...], ...]] = {}  # most members of a group have the same positions
         members = tuple(_member(model, *axis, positions, same) for axis, positions in units.positions(numbers))
-        group = assemble_group(model, members, names, why)
+        group = assemble_group(model, members, names, why, order)
         names.add(group.name)
         yield Draft(group, bool(joined.intersection(numbers)))
 
@@ -160,17 +186,15 @@ class _Units:
         order = np.argsort(owners, kind="stable")
         self._places, self._axis = places[order], np.repeat(np.arange(len(widths)), widths)[order]
         self._begin = np.searchsorted(owners[order], np.arange(component.max() + 2))
-
-    def _rows(self, number: int) -> slice:
-        return slice(self._begin[number], self._begin[number + 1])
+        self._forms, self._ends = self._axis.tobytes(), (self._axis.itemsize * self._begin).tolist()
 
     def form(self, number: int) -> bytes:
         """The same for components with equally many positions of the same axes."""
-        return self._axis[self._rows(number)].tobytes()
+        return self._forms[self._ends[number] : self._ends[number + 1]]
 
     def positions(self, numbers: Sequence[int]) -> Iterator[tuple[axes.AxisKey, np.ndarray]]:
         """Axis by axis, int64 [components, positions of one], for components of one form."""
-        of = self._axis[self._rows(numbers[0])]
+        of = self._axis[slice(*self._begin[[numbers[0], numbers[0] + 1]])]
         table = self._places[self._begin[np.array(numbers)][:, None] + np.arange(len(of))]
         for axis in dict.fromkeys(of.tolist()):
             yield self._axes[axis], table[:, of == axis]

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -92,11 +93,9 @@ def _uneven_heads(model: nn.Module) -> str:
     return ""
 
 
-def without(tensor: Tensor, idxs: Sequence[int], dim: int) -> Tensor:
+def without(tensor: Tensor, positions: Sequence[int] | np.ndarray, dim: int) -> Tensor:
     """A tensor without some positions along a dimension; a parameter stays one, and keeps its gradient."""
-    left = torch.ones(tensor.shape[dim], dtype=torch.bool)
-    left[list(idxs)] = False
-    kept = left.nonzero().flatten().to(tensor.device)
+    kept = torch.from_numpy(np.delete(np.arange(tensor.shape[dim]), positions)).to(tensor.device)
     cut = tensor.detach().index_select(dim, kept)
     if not isinstance(tensor, nn.Parameter):
         return cut

@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import weight_norm
-from torchvision.models import resnet18
+from torchvision.models import googlenet, resnet18
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from lit_prune.errors import InputError
 from lit_prune.running import EXACT, MATMUL, OTHERS, PRECISION
-from lit_prune.structure import apply_plan, cost, make_plan, trace_groups
-from lit_prune.structure.trial import TRAINING
+from lit_prune.structure import Plan, apply_plan, cost, make_plan, trace_groups, trial
+from lit_prune.structure.reasons import MISLED
+from lit_prune.structure.trial import FAILS, TRAINING
 
 
 class Net(nn.Module):
@@ -77,7 +78,8 @@ JOINS = {
     "view to a number": (lambda: Net(lambda net, values: values.view(len(values), 16, 8, 8)), {"first"}),
     "glu": (lambda: Net(lambda net, values: F.glu(values, 1), 8), set()),
     "weight standardisation": (lambda: Net(lambda net, v: v, second=Standardised(16, 12, 3, padding=1)), {"first"}),
-    "head in training alone": (lambda: Net(helped, helper=nn.Linear(16, 4)), {"first"}),
+    "head in training alone": (lambda: Net(helped, helper=nn.Linear(16, 4)), set()),
+    "view in training alone": (lambda: Net(lambda net, v: v.view(-1, 16, 8, 8) if net.training else v), {"first"}),
     "kept activation": (lambda: Net(kept), set()),
     "weight norm": (lambda: Net(lambda net, v: v, second=weight_norm(nn.Conv2d(16, 12, 3, padding=1))), None),
     "frozen norm": (lambda: Net(lambda net, v: net.norm(v), norm=FrozenBatchNorm2d(16)), set()),
@@ -132,9 +134,55 @@ def _zeros(positions: list[int]):
     return hook
 
 
-def test_the_reason_of_a_head_that_runs_in_training_is_said() -> None:
-    model = Net(helped, helper=nn.Linear(16, 4)).eval()
+def test_what_only_training_does_with_a_number_of_channels_is_said() -> None:
+    model = Net(lambda net, values: values.view(-1, 16, 8, 8) if net.training else values).eval()
     assert trace_groups(model, torch.randn(1, 3, 8, 8)).by_name["first"].protected == TRAINING
+
+
+def test_a_head_that_runs_in_training_alone_loses_the_channels_that_it_reads() -> None:
+    model = Net(helped, helper=nn.Linear(16, 4)).eval()
+    images = torch.randn(1, 3, 8, 8)
+    small = apply_plan(model, Plan(keep_channels={"first": (1, 2, 11)}, sizes={"first": 16}), images)
+    torch.testing.assert_close(small.helper.weight, model.helper.weight[:, [1, 2, 11]])
+
+
+def test_a_head_that_reads_other_channels_in_training_than_it_seems_to_keeps_them(monkeypatch) -> None:
+    monkeypatch.setattr("lit_prune.structure.following.Follower._move", _unmoved)
+    model = Net(lambda net, values: helped(net, values.flip(1)) if net.training else values, helper=nn.Linear(16, 4))
+    assert trace_groups(model.eval(), torch.randn(1, 3, 8, 8)).by_name["first"].protected == MISLED
+
+
+def _unmoved(follower, name: str, function: object, args: tuple, kwargs: dict, output: Tensor) -> None:
+    """A rule with a mistake: it leaves labels where they are."""
+    follower.put(output, follower.shadow(args[0]).reshape(output.shape))
+
+
+def test_auxiliary_heads_of_googlenet_are_cut_with_what_they_read() -> None:
+    model = googlenet(num_classes=10, init_weights=False).eval()
+    images = torch.randn(2, 3, 64, 64)
+    graph = trace_groups(model, images)
+    assert {group.name for group in graph.groups if group.protected} == {"fc", "aux1.fc2", "aux2.fc2"}
+    keep = {group.name: tuple(range(0, group.size, 2)) for group in graph.prunable}
+    small = apply_plan(model, Plan(keep_channels=keep, sizes={name: graph.by_name[name].size for name in keep}), images)
+    assert [len(answers) for answers in small.train()(images)] == [2, 2, 2]
+
+
+class Numbered(nn.Sequential):
+    """Two layers with a view to a number of channels in between."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        return values + self[1](self[0](values).view(-1, 6, 8, 8))
+
+
+def test_what_stops_one_block_is_sought_in_it_and_said_of_all_that_are_built_alike(monkeypatch) -> None:
+    copies: list[nn.Module] = []
+    copy_of = trial.sketch_network
+    monkeypatch.setattr(trial, "sketch_network", lambda model: (copies.append(model), copy_of(model))[1])
+    blocks = [Numbered(nn.Conv2d(4, 6, 1), nn.Conv2d(6, 4, 1)) for _ in range(8)]
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), *blocks, nn.Conv2d(4, 3, 1)).eval()
+    graph = trace_groups(model, torch.randn(1, 3, 8, 8))
+    assert {group.name for group in graph.groups if group.protected == FAILS} == {f"{place}.0" for place in range(1, 9)}
+    assert [type(model) for model in copies] == [nn.Sequential, Numbered, *[nn.Sequential] * 2]  # the last one trains
 
 
 def test_frozen_norms_are_cut_with_their_channels() -> None:

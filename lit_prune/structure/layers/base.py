@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import numpy as np
 from torch import Tensor, nn
 
 from lit_prune.registry import Registry
@@ -171,6 +172,7 @@ def layer_type(module: object) -> LayerType | None:
 
 def drop(layer: nn.Module, keys: Sequence[str], positions: Sequence[int], dim: int = 0) -> None:
     """Takes positions out of the tensors of a layer, where it has them."""
+    lost = np.array(positions, dtype=np.int64)  # a long list is read slowly, and once for all tensors
     for key in keys:
         if getattr(layer, key, None) is not None:
-            setattr(layer, key, without(getattr(layer, key), list(positions), dim))
+            setattr(layer, key, without(getattr(layer, key), lost, dim))
