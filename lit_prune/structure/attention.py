@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_map
 from lit_prune.structure.attention_alike import moved
 from lit_prune.structure.attention_einsum import Einsum
 from lit_prune.structure.attention_parts import Attention, Inner
+from lit_prune.structure.attention_readers import Read, columns_of
 from lit_prune.structure.attention_slices import Slices, likewise, owners_of, slices_of
 from lit_prune.structure.example import Example
 from lit_prune.structure.hollow import Hollow, for_shapes
@@ -56,15 +57,6 @@ class _Weights:
     factors: tuple[Tensor, Tensor] | None
 
 
-@dataclass
-class _Read:
-    """What one layer that mixes channels reads: its weight's name, its input, where the channels are."""
-
-    weight: str
-    inputs: Tensor
-    dim: int
-
-
 def find_attention(model: nn.Module, sample: Example) -> tuple[list[Attention], dict[str, tuple[tuple, dict]]]:
     """The attentions of `model` in order of use; it is run once, in the state it is in.
 
@@ -75,7 +67,7 @@ def find_attention(model: nn.Module, sample: Example) -> tuple[list[Attention], 
         sample: one sample.
     """
     watch = for_shapes(partial(_watched, model, sample))
-    columns = _columns(watch.calls, watch.reads)
+    columns = columns_of([call.output for call in watch.calls], watch.reads)
     attentions: list[Attention] = []
     for call, found in zip(watch.calls, columns, strict=True):
         known = next((like for other in attentions if (like := _like(model, other, call, watch.reads, found))), None)
@@ -93,7 +85,7 @@ def _watched(model: nn.Module, sample: Example, hollow: bool) -> "_Watch":
     return watch
 
 
-def _again(model: nn.Module, watch: "_Watch", owner: str, reader: str) -> tuple["_Call", "_Read"] | None:
+def _again(model: nn.Module, watch: "_Watch", owner: str, reader: str) -> tuple["_Call", "Read"] | None:
     """An attention and what reads it with all values, from a module that holds both run on what it was called with.
 
     None where none does.
@@ -115,7 +107,7 @@ def _holds(scope: str, name: str) -> bool:
 
 
 def _like(
-    model: nn.Module, known: Attention, call: _Call, reads: Sequence[_Read], found: tuple[int, Tensor] | str
+    model: nn.Module, known: Attention, call: _Call, reads: Sequence[Read], found: tuple[int, Tensor] | str
 ) -> Attention | None:
     """A known attention under the names of this one; None unless both are built, called and read alike."""
     if isinstance(found, str):
@@ -135,7 +127,7 @@ class _Watch(Stack):
         super().__init__(model)
         self.leaves = {name for name, module in model.named_modules() if next(module.parameters(), None) is None}
         self.calls: list[_Call] = []
-        self.reads: list[_Read] = []
+        self.reads: list[Read] = []
         self.weights: dict[str, _Weights] = {}  # by the module in which they still wait for values
         self.product: tuple[int, tuple[Tensor, Tensor]] | None = None  # its size, and its factors
 
@@ -186,64 +178,12 @@ class _Watch(Stack):
         dim = inputs.dim() - 1 if function is F.linear else 1
         if function is not F.linear and weight.shape[1] < inputs.shape[1]:
             return args  # depthwise or grouped: the heads pass
-        self.reads.append(_Read(self.names.get(id(weight), ""), inputs, dim))
+        self.reads.append(Read(self.names.get(id(weight), ""), inputs, dim))
         return (inputs.detach(), *args[1:])
 
     def _call(self, output: Tensor, factors: tuple[Tensor, Tensor] | None) -> None:
         if output.dim() > 3 and output.requires_grad:
             self.calls.append(_Call(self._owner(), output, factors))
-
-
-def _columns(calls: Sequence[_Call], reads: Sequence[_Read]) -> list[tuple[int, Tensor] | str]:
-    """For each attention the number of the read that reads it and the column that reads each value, or a reason."""
-    outputs = [call.output for call in calls]
-    if not outputs or not reads:
-        return ["no layer reads it"] * len(calls)
-    plain, by_column, by_read = (_gradients(reads, outputs, code) for code in (_ones, _column_code, _read_code))
-    found: list[tuple[int, Tensor] | str] = []
-    for ones, column, read in zip(plain, by_column, by_read, strict=True):
-        if ones is None or column is None or read is None:
-            found.append("no layer reads it")
-        else:
-            found.append(_one_reader(ones, column, read))
-    return found
-
-
-def _gradients(reads: Sequence[_Read], outputs: list[Tensor], code) -> tuple[Tensor | None, ...]:
-    inputs = [read.inputs for read in reads]
-    codes = [code(number, read).expand(read.inputs.shape) for number, read in enumerate(reads)]
-    return torch.autograd.grad(inputs, outputs, codes, retain_graph=True, allow_unused=True)
-
-
-def _ones(number: int, read: _Read) -> Tensor:
-    return read.inputs.new_ones(())
-
-
-def _column_code(number: int, read: _Read) -> Tensor:
-    shape = [1] * read.inputs.dim()
-    shape[read.dim] = -1
-    return torch.arange(1, read.inputs.shape[read.dim] + 1, device=read.inputs.device).view(shape).to(read.inputs)
-
-
-def _read_code(number: int, read: _Read) -> Tensor:
-    return read.inputs.new_full((), number + 1.0)
-
-
-def _one_reader(ones: Tensor, column: Tensor, read: Tensor) -> tuple[int, Tensor] | str:
-    """The read, and for each head and dimension its column, int64 [heads, d]."""
-    seen = ones != 0
-    columns, reads = (torch.where(seen, values / ones, -1.0) for values in (column, read))
-    dims = [dim for dim in range(ones.dim()) if dim not in (ones.dim() - 3, ones.dim() - 1)]
-    lowest = [torch.where(values > 0, values, torch.inf).amin(dims) for values in (columns, reads)]  # [heads, d]
-    columns, reads = (values.amax(dims) for values in (columns, reads))
-    whole = all(
-        bool((highest - least < 0.01).all()) and bool((highest > 0.5).all())
-        for least, highest in zip(lowest, (columns, reads), strict=True)
-    )
-    rounded, number = columns.round().long() - 1, reads.round().long() - 1
-    if not whole or (columns - 1 - rounded).abs().max() > 0.01 or len(number.unique()) != 1:
-        return "its heads are mixed (a norm, a gate or a layer across heads) before one layer reads them"
-    return int(number.flatten()[0]), rounded
 
 
 def _attention(model: nn.Module, watch: _Watch, call: _Call, found: tuple[int, Tensor] | str) -> Attention:
