@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from lit_prune.arguments import checked
 from lit_prune.errors import InputError
 from lit_prune.replace.spread import Spread
+from lit_prune.replace.stage_maps import find_stages, hearing
 from lit_prune.replace.step_units import step_units
 from lit_prune.running import undisturbed
 from lit_prune.task import Task
@@ -19,7 +21,8 @@ from lit_prune.task import Task
 Augment = Callable[[Any, torch.Generator], Any]
 SHARES = (1.0, 0.75, 0.5, 0.25)  # of the way that may be gone, beside none of it
 WARM_UP = 0.2  # share of the repair over which the step grows
-KEPT = 1 << 24  # values of the original's prediction that are kept for the next epoch
+STAGES = 0.3  # weight of each stage's loss beside that of the prediction
+KEPT = 1 << 26  # values that the original gives, prediction and stages, kept for the next epoch
 
 
 @checked
@@ -70,10 +73,12 @@ def distil(
 ) -> dict[str, Any]:
     """Trains `reduced` in place towards the original's prediction, as far as held-out samples are served by it.
 
-    The loss is `E‖p - p*‖² / E‖p* - E p*‖²`: p the prediction, p* the original's. Adam moves each parameter in units of
-    `step_units`, so that rescaling a unit and undoing it behind changes nothing. Both networks stay in evaluation mode:
-    norms keep their statistics, only weights and biases move. Of the way that was found the share in {1, 3/4, 1/2, 1/4,
-    0} is gone that has the least loss on held-out samples: it never ends worse there than it began.
+    The loss is the distortion of the prediction, `E‖p - p*‖² / E‖p* - E p*‖²` (p the prediction, p* the original's),
+    and 0.3 times the same of what each stage gives (`find_stages`), through the linear map of its channels that is
+    nearest before the first step. Adam moves each parameter in units of `step_units`, so that rescaling a unit and
+    undoing it behind changes nothing. Both networks stay in evaluation mode: norms keep their statistics, only weights
+    and biases move. Of the way that was found the share in {1, 3/4, 1/2, 1/4, 0} is gone that has the least distortion
+    of the prediction on held-out samples: it never ends worse there than it began.
 
     Args:
         original: the network before surgery.
@@ -84,7 +89,7 @@ def distil(
         augment: moves the samples of a batch as training does, at random by the generator; None: as they are.
 
     Returns:
-        `steps`, `share` of the way, and the loss on held-out samples `distortion_before` and `distortion_after`.
+        `steps`, `share` of the way, `distortion_before` and `distortion_after` (held out).
 
     Raises:
         InputError: a single batch, of which nothing can be held out; no parameter that may move.
@@ -97,16 +102,17 @@ def distil(
         raise InputError("batches: a single one, but some are trained on and others held out; give smaller batches")
     fitted, held_out = batches[:-count], batches[-count:]
     generator = torch.Generator().manual_seed(settings.seed)
-    with undisturbed(original, gradients=True), undisturbed(reduced, gradients=True):
+    with ExitStack() as inside:
+        for model in (original, reduced):
+            inside.enter_context(undisturbed(model, gradients=True))
         judge = _Judge(original, reduced, task, held_out)
-        descent = _Descent(original, reduced, task, judge.scale, task.take(fitted[0], settings.batch))
+        descent = _Descent(original, reduced, task, judge.scale, fitted[0], inside)
         left = (settings.seconds or 0) - (time.perf_counter() - began) - len(SHARES) * judge.seconds
         for place, progress in _places(fitted, task, settings, left, generator):
             index, start = place
             piece = task.take(fitted[index], slice(start, start + settings.batch))
-            if augment is not None:
-                piece, place = augment(piece, generator), None
-            descent.step(piece, place, settings.step * _height(progress))
+            piece = piece if augment is None else augment(piece, generator)
+            descent.step(piece, None if augment else place, settings.step * _height(progress))
         return {"steps": descent.steps, **descent.finish(judge)}
 
 
@@ -139,11 +145,11 @@ def _places(
 
 
 class _Judge:
-    """The loss on held-out samples.
+    """The distortion of the prediction on held-out samples.
 
     Attributes:
         scale: one over the variance of the original's prediction.
-        before: the loss at the start.
+        before: at the start.
         seconds: that judging takes.
     """
 
@@ -173,7 +179,9 @@ class _Judge:
 class _Descent:
     """The state of one repair: where parameters began, and how far they are, in units of a step."""
 
-    def __init__(self, original: nn.Module, reduced: nn.Module, task: Task, scale: float, first: Any) -> None:
+    def __init__(
+        self, original: nn.Module, reduced: nn.Module, task: Task, scale: float, first: Any, inside: ExitStack
+    ) -> None:
         self.original, self.reduced, self.task, self.scale, self.steps = original, reduced, task, scale, 0
         named = {n: p for n, p in reduced.named_parameters() if p.requires_grad and p.is_floating_point()}
         first = task.to(first, reduced)
@@ -182,15 +190,19 @@ class _Descent:
         self.start = [p.detach().clone() for p in self.parameters]
         self.moves = [torch.zeros_like(value) for value in self.start]
         self.optimizer = torch.optim.Adam(self.moves, eps=1e-12)
-        self.known: dict[tuple[int, int], Tensor] = {}
+        self.stages = find_stages(original, reduced, lambda model: task.run(model, first))
+        self.heard = {model: inside.enter_context(hearing(model, self.stages)) for model in (original, reduced)}
+        self.known: dict[tuple[int, int], list[Tensor]] = {}
         self.room = KEPT
 
     def step(self, piece: Any, place: tuple[int, int] | None, size: float) -> None:
         """One step; what the original gives for a place is computed once, where there is room for it."""
         self.steps += 1
         batch = self.task.to(piece, self.reduced)
-        wanted = self._wanted(batch, place)
-        loss = self.scale * (_predict(self.task, self.reduced, batch) - wanted).square().sum(1).mean()
+        (wanted, *wanted_maps), (found, *maps) = self._wanted(batch, place), self._given(self.reduced, batch)
+        loss = self.scale * (found - wanted).square().sum(1).mean()
+        for stage, values, targets in zip(self.stages.values(), maps, wanted_maps, strict=True):
+            loss = loss + STAGES * stage.loss(values, targets)
         gradients = torch.autograd.grad(loss, self.parameters, materialize_grads=True)
         for move, unit, gradient in zip(self.moves, self.units, gradients, strict=True):
             move.grad = unit * gradient
@@ -198,14 +210,20 @@ class _Descent:
         self.optimizer.step()
         self._go(1.0)
 
-    def _wanted(self, batch: Any, place: tuple[int, int] | None) -> Tensor:
-        """[B, D]."""
+    def _given(self, model: nn.Module, batch: Any) -> list[Tensor]:
+        """Prediction [B, D], and what each stage gives."""
+        prediction = _predict(self.task, model, batch)
+        return [prediction, *(self.heard[model][name] for name in self.stages)]
+
+    def _wanted(self, batch: Any, place: tuple[int, int] | None) -> list[Tensor]:
+        """The same of the original."""
         if place is not None and place in self.known:
             return self.known[place]
         with torch.no_grad():
-            wanted = _predict(self.task, self.original, batch)
-        if place is not None and wanted.numel() <= self.room:
-            self.room -= wanted.numel()
+            wanted = self._given(self.original, batch)
+        values = sum(part.numel() for part in wanted)
+        if place is not None and values <= self.room:
+            self.room -= values
             self.known[place] = wanted
         return wanted
 

@@ -10,6 +10,8 @@ from lit_prune.errors import InputError
 from lit_prune.replace.distil import SHARES, WARM_UP, Distilling, _height, distil
 from lit_prune.task import recognise
 
+BEFORE = 2 + 2 * 25  # samples to recognise the task, and to find stages
+
 
 def make_net() -> nn.Module:
     torch.manual_seed(0)
@@ -130,10 +132,10 @@ def test_the_original_answers_each_sample_once_unless_samples_are_moved(original
     seen = []
     original.register_forward_hook(lambda module, args, output: seen.append(len(output)))
     repair(original, copy.deepcopy(reduced), batches, epochs=3, batch=25)
-    assert sum(seen) == 2 + sum(len(images) for images, _ in batches), "two to recognise the task"
+    assert sum(seen) == BEFORE + sum(len(images) for images, _ in batches)
     seen.clear()
     repair(original, reduced, batches, lambda batch, generator: batch, epochs=3, batch=25)
-    assert sum(seen) == 2 + 25 + 3 * 7 * 25
+    assert sum(seen) == BEFORE + 25 + 3 * 7 * 25
 
 
 def test_a_repair_ends_in_time_and_its_steps_fall_to_nothing(original, reduced, batches):
