@@ -128,7 +128,7 @@ def tables(lines: pd.DataFrame) -> Iterator[str]:
     yield percent.groupby(["epoch", "score", "repair"])["accuracy"].agg(["mean", "std", "count"]).round(2).to_string()
     for column, base in (("repair", "cross_entropy"), ("score", SCORES[0])):
         wide = percent.pivot_table("accuracy", [c for c in ("epoch", "seed", "score", "repair") if c != column], column)
-        if base in wide:
+        if base in wide and len(wide.columns) > 1:
             gaps = wide.drop(columns=base).sub(wide[base], axis=0).dropna(how="all")
             yield f"minus {base}:\n" + gaps.groupby("epoch").agg(["mean", "std", "count"]).round(2).to_string()
 
