@@ -5,9 +5,10 @@
 NETWORK is one of `compression_cases.CASES` with residual planes, SAMPLES the folder that it reads. Each score removes
 the same share of every stage's planes until `--keep` of the multiply-adds is left, norms are measured again on 50
 batches of training images, moved and mirrored, and the network is trained on `--images` training images: Adam 1e-4,
-batches of 128, gradient norm at most 1. Repairs, their weights full from the first epoch: `cross_entropy`; `cosine`,
-the paper's (cosines of logits and of features at the kept planes, 0.1 each, beside cross-entropy); `divergence` (of
-outputs softened by 4, weight 1, beside cross-entropy). A seed draws the order, the moves and the calibration images.
+batches of 128, gradient norm at most 1. Repairs: `cross_entropy`; beside it `cosine` (of logits and of features at the
+kept planes, 0.1 each) and `divergence` (of outputs softened by 4, weight 1), their weights full from the first epoch;
+`cosine_ramp`, the paper's, and `divergence_ramp`: the same with weights that rise from 0 over the epochs. A seed draws
+the order, the moves and the calibration images.
 One JSON line a cell and epoch (0: nothing trained); cells that FILE has are not run again. At the end the means over
 seeds, and the paired differences from `cross_entropy` and from the first score.
 """
@@ -28,14 +29,21 @@ from torch import Tensor, nn
 from lit_prune import recalibrate_batchnorm
 from lit_prune.structure import apply_plan, kept_columns
 from lit_prune.structure.networks import fingerprint
-from lit_prune.train.distillation import cosine_distance, divergence
+from lit_prune.train.distillation import Repair, cosine_distance, divergence
 from lit_prune.train.evaluation import evaluate
 from lit_prune.train.features import last_layer
 from lit_prune.train.stage_plans import Probe, dense_costs, plan_channel_stage
 from lit_prune.train.stages import ChannelStage
 
 SCORES = ("proxy", "conditional_information", "magnitude")
-REPAIRS = ("cross_entropy", "cosine", "divergence")
+SHORT = ("cross_entropy", "cosine", "divergence")
+REPAIRS = {
+    "cross_entropy": Repair(alpha=0, beta=0),
+    "cosine": Repair(ramp=False),
+    "divergence": Repair(alpha=1, beta=0, form="kl", ramp=False),
+    "cosine_ramp": Repair(),
+    "divergence_ramp": Repair(alpha=1, beta=0, form="kl"),
+}
 BATCH, RECALIBRATION, CALIBRATION = 128, 50, 2000
 
 
@@ -61,18 +69,18 @@ class Taught:
             layer = getattr(self, side).get_submodule(name)
             layer.register_forward_pre_hook(lambda _, args, side=side: self.read.update({side: args[0]}))
 
-    def loss(self, images: Tensor, labels: Tensor, repair: str) -> Tensor:
-        """The loss of one batch."""
-        logits = self.student(images)
+    def loss(self, images: Tensor, labels: Tensor, repair: Repair, weights: tuple[float, float]) -> Tensor:
+        """The loss of one batch; `weights` of outputs and of features in this epoch."""
+        logits, (alpha, beta) = self.student(images), weights
         loss = F.cross_entropy(logits, labels)
-        if repair == "cross_entropy":
+        if alpha == beta == 0:
             return loss
         with torch.no_grad():
             wanted = self.teacher(images)
-        if repair == "divergence":
-            return loss + divergence(logits, wanted, 4.0)
+        if repair.form == "kl":
+            return loss + alpha * divergence(logits, wanted, repair.temperature)
         features = cosine_distance(self.read["student"], self.read["teacher"][:, self.columns])
-        return loss + 0.1 * cosine_distance(logits, wanted) + 0.1 * features
+        return loss + alpha * cosine_distance(logits, wanted) + beta * features
 
 
 def training(bench: Bench, images: int, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -103,9 +111,9 @@ def cell(bench: Bench, score: str, repairs: list[str], seed: int, arguments: arg
         optimizer = torch.optim.Adam(taught.student.parameters(), lr=1e-4)
         for epoch in range(arguments.epochs):
             taught.student.train()
+            weights = REPAIRS[repair].weights(epoch, arguments.epochs)
             for images, labels in training(bench, arguments.images, seed, epoch):
-                with torch.autocast("cpu", torch.bfloat16):
-                    loss = taught.loss(images, labels, repair)
+                loss = taught.loss(images, labels, REPAIRS[repair], weights)
                 optimizer.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(taught.student.parameters(), 1.0)
@@ -120,7 +128,7 @@ def tables(lines: pd.DataFrame) -> Iterator[str]:
     yield percent.groupby(["epoch", "score", "repair"])["accuracy"].agg(["mean", "std", "count"]).round(2).to_string()
     for column, base in (("repair", "cross_entropy"), ("score", SCORES[0])):
         wide = percent.pivot_table("accuracy", [c for c in ("epoch", "seed", "score", "repair") if c != column], column)
-        if base in wide:
+        if base in wide and len(wide.columns) > 1:
             gaps = wide.drop(columns=base).sub(wide[base], axis=0).dropna(how="all")
             yield f"minus {base}:\n" + gaps.groupby("epoch").agg(["mean", "std", "count"]).round(2).to_string()
 
@@ -133,7 +141,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
     parser.add_argument("--scores", nargs="+", default=SCORES)
-    parser.add_argument("--repairs", nargs="+", default=REPAIRS, choices=REPAIRS, help="of the first score's cut")
+    parser.add_argument("--repairs", nargs="+", default=SHORT, choices=REPAIRS, help="of the first score's cut")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--keep", type=float, default=0.5)

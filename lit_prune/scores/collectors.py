@@ -1,6 +1,6 @@
-"""What a pass can collect for scores: sums of all layers, saliencies, pooled outputs."""
+"""What a pass can collect for scores: sums of all layers, saliencies, pooled outputs and inputs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -123,15 +123,20 @@ class Pooled:
         """See `Collector`."""
 
         def keeper(name: str):
-            def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+            def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
                 if sum(map(len, self.kinds)) < POOLED_IMAGES:
-                    values = position_view(module, output.detach(), DEFAULT_PROTOCOL.token)
+                    values = position_view(module, self.seen(args, kwargs, output).detach(), DEFAULT_PROTOCOL.token)
                     self.running.setdefault(name, []).append(values.mean(1, dtype=torch.float32).cpu())
 
             return hook
 
-        with removing([module.register_forward_hook(keeper(name)) for name, module in self.layers.items()]):
+        hooks = [module.register_forward_hook(keeper(n), with_kwargs=True) for n, module in self.layers.items()]
+        with removing(hooks):
             yield
+
+    def seen(self, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        """What is kept of a layer's call: its output."""
+        return output
 
     def add(self, output: Any, batch: Any) -> None:
         """See `Collector`. Several calls, windows and boxes of a sample are averaged."""
@@ -144,11 +149,26 @@ class Pooled:
         self.running.clear()
 
     def result(self) -> tuple[dict[str, Tensor], Tensor]:
-        """Layer -> float32 [n, N], and kinds [n]; n ≤ 5000. Layers without rows for every sample are left out."""
+        """Layer -> float32 [n, N] in the order in which they run, and kinds [n]; n ≤ 5000.
+
+        Layers without rows for every sample are left out.
+        """
         count = sum(map(len, self.kinds))
         self.kept = {name: parts for name, parts in self.kept.items() if sum(map(len, parts)) == count}
         values = {name: torch.cat(parts)[:POOLED_IMAGES] for name, parts in self.kept.items()}
         return values, torch.cat(self.kinds)[:POOLED_IMAGES]
+
+
+class PooledInputs(Pooled):
+    """The same of what layers read: the inputs of `readers`, float32 [n, C] a layer."""
+
+    def __init__(self, model: nn.Module, task: Task, readers: Iterable[str]) -> None:
+        super().__init__(model, task)
+        self.layers = {name: model.get_submodule(name) for name in readers}
+
+    def seen(self, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        """What is kept of a layer's call: its input."""
+        return (*args, *kwargs.values())[0]
 
 
 def _even(rows: Tensor, samples: Tensor) -> bool:

@@ -18,7 +18,7 @@ from lit_prune.measurement.sums import ActivationSums
 from lit_prune.replace.curvature import CurvatureSums
 from lit_prune.replace.risk_samples import RiskSamples
 from lit_prune.scores import independence, inputs
-from lit_prune.scores.collectors import Pooled, Saliency, Sums
+from lit_prune.scores.collectors import Pooled, PooledInputs, Saliency, Sums
 from lit_prune.structure.example import Example
 from lit_prune.structure.groups import ChannelGraph, Group, trace_groups
 from lit_prune.task import Task, peek, settle
@@ -194,6 +194,7 @@ COLLECTORS: dict[str, Callable[[Evidence], Collector]] = {
     "sums": lambda evidence: Sums(evidence.model, evidence.task, NO_TARGET),
     "task_sums": lambda evidence: Sums(evidence.model, evidence.task),
     "pooled": lambda evidence: Pooled(evidence.model, evidence.task),
+    "pooled_inputs": lambda evidence: PooledInputs(evidence.model, evidence.task, evidence.readers),
     "saliency": lambda evidence: Saliency(evidence.model, evidence.task),
     "input_variances": lambda evidence: InputMoments(evidence.model, evidence.readers, diagonal=True),
     "unit_moments": lambda evidence: inputs.UnitMoments(evidence.model, evidence.read_groups),

@@ -45,8 +45,8 @@ _SHIPPED = {
     "composite_pid": Score(axes.composite_pid, "target", "labels", needs=_TABLE),
     "pid_no_red": Score(axes.pid_no_red, "target", "labels", needs=_TABLE),
     "spectral_pid_rs": Score(clusters.spectral_pid_rs, "target", "labels", needs=_TARGET),
-    "label_information": Score(labels.label_information, "target", "labels", needs=_LABELS),
-    "conditional_information": Score(labels.conditional_information, "target", "labels", needs=_LABELS),
+    "label_information": Score(labels.label_information, "target", "labels", ("output",), needs=_LABELS),
+    "conditional_information": Score(labels.conditional_information, "target", "labels", ("output",), needs=_LABELS),
 }
 _SHIPPED["hybrid"] = Score(
     mixtures.hybrid, "mixed", "gradients", (Method(_SHIPPED["taylor"]), Method(_SHIPPED["composite_ix"]))

@@ -1,9 +1,11 @@
 """How the training step is carried out: compiled or not, in which precision, and what is refused."""
 
 import importlib.util
+import logging
 import os
 import shutil
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ INDUCTOR_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no
 COMPILERS = ("g++", "clang++", "c++")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 OLDEST_CAPABILITY = (7, 0)  # of CUDA devices that Triton writes code for
+LOGGER = logging.getLogger(__name__)
 
 
 class CompiledForward:
@@ -93,6 +96,8 @@ def _has_compiler() -> bool:
 def check_precision(precision: str, device: torch.device, asked: str | int | None = None) -> None:
     """Raises InputError where the run cannot be carried out in the precision that was asked for.
 
+    One line of warning where it can, but a processor without instructions for it takes many times as long.
+
     Args:
         precision: what the trainer made of it.
         device: training device.
@@ -108,3 +113,18 @@ def check_precision(precision: str, device: torch.device, asked: str | int | Non
     if precision == "bf16-mixed" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
         name = torch.cuda.get_device_name(device)
         raise InputError(f"trainer.precision: bf16-mixed is not supported by {name}; use 16-mixed or 32-true")
+    if precision == "bf16-mixed" and device.type == "cpu" and not fast_bfloat16():
+        _say_slow()
+
+
+def fast_bfloat16() -> bool:
+    """Whether bfloat16 is no slower than float32 here: oneDNN has no kernels for it on processors that stop at AVX2."""
+    return torch.backends.cpu.get_cpu_capability() != "AVX2"
+
+
+@cache
+def _say_slow() -> None:
+    LOGGER.warning(
+        "trainer.precision: bf16-mixed is about ten times slower than 32-true on this processor, which has no "
+        "instructions for bfloat16; use 32-true"
+    )

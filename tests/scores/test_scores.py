@@ -13,7 +13,7 @@ from lit_prune.scores import SCORES, score
 from lit_prune.scores.inputs import input_weight_power
 from lit_prune.scores.table import find_score
 
-NAMES = [*SCORES, "ix_minus_redundancy(0.25)", "magnitude_plus_ix(2)"]
+NAMES = [*SCORES, "ix_minus_redundancy(0.25)", "magnitude_plus_ix(2)", "conditional_information(reader)"]
 WITHOUT_DATA = ("magnitude", "random", "fpgm")
 
 
@@ -211,7 +211,40 @@ def test_label_scores_are_those_of_the_pooled_raw_outputs(tiny_net):
     np.testing.assert_allclose(sorted(ranks.tolist()), np.arange(1, 9) / 8)
 
 
+class Trunk(nn.Module):
+    """Two residual layers, the map as four columns a channel to the head, which comes first in module order."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.stem = nn.Linear(4 * 6, 4), nn.Conv2d(3, 6, 3, padding=1)
+        self.first, self.second = (nn.Conv2d(6, 6, 3, padding=1) for _ in range(2))
+
+    def trunk(self, images):
+        values = torch.relu(self.stem(images))
+        values = torch.relu(values + self.first(values))
+        return functional.adaptive_avg_pool2d(torch.relu(values + self.second(values)), 2)
+
+    def forward(self, images):
+        return self.head(self.trunk(images).flatten(1))
+
+
+def test_label_scores_of_a_trunk_are_those_of_what_its_last_reader_is_given():
+    torch.manual_seed(0)
+    net, labels = Trunk().eval(), tensors()[1]
+    with torch.no_grad():
+        read = net.trunk(tensors()[0]).mean((2, 3))
+    order, _ = conditional_order(ClassSums.of(read, labels, 4))
+    information = score(net, "label_information(reader)", batches())
+    places = score(net, "conditional_information(reader)", batches())
+    assert set(information) == set(places) == {"stem", "first", "second"}  # nothing reads the head
+    for layer in places:
+        torch.testing.assert_close(information[layer], binned_information(read, labels))
+        assert places[layer].argsort(descending=True).tolist() == order.tolist()
+
+
 def test_bad_names_and_missing_data_are_explained(tiny_net):
+    with pytest.raises(InputError, match="read='readers' is none of output, reader"):
+        score(tiny_net, "label_information(readers)", batches())
     with pytest.raises(InputError, match="'magnitud' is unknown; did you mean magnitude"):
         score(tiny_net, "magnitud")
     with pytest.raises(InputError, match="too many parameters; fpgm takes"):

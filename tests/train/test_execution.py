@@ -118,6 +118,17 @@ def test_bfloat16_on_a_device_without_it_is_refused(monkeypatch):
         check_precision("bf16-mixed", CUDA)
 
 
+@pytest.mark.parametrize(
+    ("precision", "fast", "lines"), [("bf16-mixed", False, 1), ("bf16-mixed", True, 0), ("32-true", False, 0)]
+)
+def test_a_processor_without_bfloat16_is_warned_of_once(precision, fast, lines, monkeypatch, caplog):
+    monkeypatch.setattr(execution, "fast_bfloat16", lambda: fast)
+    execution._say_slow.cache_clear()
+    for _ in range(2):
+        check_precision(precision, CPU)
+    assert [("use 32-true" in line) for line in caplog.messages] == [True] * lines
+
+
 def test_decorrelation_of_a_compiled_step_is_refused(make_run, tmp_path):
     with pytest.raises(InputError, match="Decorrelation cannot be compiled; set it to false"):
         fitted(make_run, tmp_path, "eager", stages=(), callbacks=[Decorrelation()])
