@@ -8,13 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lit_prune.replace.step_units import TINY, step_units
+from lit_prune.measurement.layers import removing
+from lit_prune.replace.patches import channel_dim
+from lit_prune.replace.regression import alive
+from lit_prune.structure import axes
 
 STEP = 0.02  # of a weight, in what would change its layer's output by that share of its spread
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the way that may be gone; what serves held-out samples best
 BATCH = 64
 LEAST_BATCH = 8
 VALUES = 1 << 20  # of a segment's input in one step, where that leaves LEAST_BATCH samples
+TINY = torch.finfo(torch.float32).tiny
 CHECKED = 32  # samples that held-out errors are computed of at once
 
 
@@ -83,8 +87,7 @@ def _descended(
     places = [(index, place) for index, values in enumerate(samples.inputs) for place in range(len(values))]
     steps = math.ceil(passes * len(places) / batch)
     generator, scale = torch.Generator().manual_seed(seed), len(samples) / samples.spread()
-    inputs = samples.draw(places[:batch])[0]
-    rates = step_units(module, lambda: module(inputs.clone()))
+    rates = _rates(module, samples.draw(places[:batch])[0])
     moves = {name: torch.zeros_like(value, requires_grad=True) for name, value in start.items()}
     optimizer = torch.optim.Adam(moves.values(), STEP, eps=1e-12)
     ahead: list[tuple[int, int]] = []
@@ -117,3 +120,49 @@ def _error(module: nn.Module, parameters: Mapping[str, Tensor], samples: Samples
             for u, z in zip(inputs.split(CHECKED), wanted.split(CHECKED), strict=True):
                 total += float((functional_call(module, dict(parameters), (u.clone(),)) - z).double().square().sum())
     return total
+
+
+def _rates(module: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
+    """Unit of a step for each parameter, of its shape or one that spreads to it."""
+    spreads: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def note(name: str):
+        def hook(part: nn.Module, args: tuple, output: Tensor) -> None:
+            if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
+                dim = channel_dim(part) if axes.is_weighted(part) else 1 if isinstance(part, axes.BATCH_NORMS) else -1
+                spreads[name] = (_variances(args[0].detach(), dim), _variances(output.detach(), dim))
+
+        return hook
+
+    holders = {name: m for name, m in module.named_modules() if next(m.parameters(recurse=False), None) is not None}
+    with removing([part.register_forward_hook(note(name)) for name, part in holders.items()]), torch.no_grad():
+        module(inputs.clone())
+    found = {}
+    for name, part in holders.items():
+        for key, parameter in part.named_parameters(recurse=False):
+            full = f"{name}.{key}" if name else key
+            found[full] = _rate(part, key, parameter.detach(), *spreads.get(name, (None, None)))
+    return found
+
+
+def _rate(part: nn.Module, key: str, parameter: Tensor, given: Tensor | None, output: Tensor | None) -> Tensor:
+    """The spread of the output over that of what the parameter multiplies; else the parameter's own size."""
+    if output is not None and given is not None:
+        spread = alive(output).sqrt()
+        if key == "weight" and axes.is_weighted(part):
+            groups, transposed = getattr(part, "groups", 1), getattr(part, "transposed", False)
+            kernel = parameter.reshape(groups, len(parameter) // groups, parameter.shape[1], -1)
+            kernel = kernel.transpose(1, 2) if transposed else kernel  # [groups, out, in, taps]
+            inputs = alive(given, kernel.square().sum((1, 3)).flatten()).sqrt()
+            ratio = spread.view(groups, -1, 1) / inputs.view(groups, 1, -1)
+            fan_in = kernel.shape[2] * kernel.shape[3]
+            ratio = (ratio.transpose(1, 2) if transposed else ratio).flatten(0, 1)
+            return ratio.view(*ratio.shape, *[1] * (parameter.ndim - 2)).to(parameter) / math.sqrt(fan_in)
+        if parameter.shape == output.shape:
+            return spread.to(parameter)
+    return parameter.square().mean().sqrt().clamp_min(TINY)
+
+
+def _variances(values: Tensor, dim: int) -> Tensor:
+    """Of each channel, float64."""
+    return values.movedim(dim, 0).flatten(1).double().var(1, correction=0)
