@@ -13,7 +13,10 @@ from lit_prune.structure.groups import Member
 
 
 def magnitude(evidence: Evidence) -> dict[str, Tensor]:
-    """‖w_i‖₂; of heads of `nn.MultiheadAttention` its mean over the rows of the projection that a head has."""
+    """‖w_i‖₂.
+
+    Of heads of `nn.MultiheadAttention` its mean over the rows of the projection that a head has.
+    """
     found = {name: weight_rows(module).norm(dim=1) for name, module in evidence.layers.items()}
     return found | {name: rows.norm(dim=2).mean(1) for name, rows in _rows_of_bare_heads(evidence).items()}
 
