@@ -114,7 +114,7 @@ def form_of(module: nn.Module) -> Form | None:
     linears = [(name, part) for name, part in inner if type(part) is nn.Linear]
     if not plain or len(linears) not in (2, 4):
         return None
-    if len(inspect.signature(module.forward).parameters) != 1 or list(module.named_parameters(recurse=False)):
+    if len(inspect.signature(type(module).forward).parameters) != 2 or list(module.named_parameters(recurse=False)):
         return None
     built = tuple((name, type(part), getattr(part, "p", None), _sizes(part)) for name, part in inner)
     numbers = {k: v for k, v in vars(module).items() if type(v) in (int, float, bool, str)} | {"training": None}
