@@ -27,6 +27,7 @@ HERE = Path(__file__).resolve().parent
 NO_BENCHMARKS = (  # no times, or weights and images that are not here
     "rows",
     "run_all",
+    "hulls",
     "repairs",
     "replacement_kinds",
     "silenced",
