@@ -7,6 +7,7 @@ of the network's; and so, from the input on, would the networks. What happens in
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from lit_prune.structure.hollow import Hollow
 
 TOLERANCE = 1e-3  # of the largest value; rounding of float32 stays a hundred times below
 _STRIDE = 1009  # from the noise of one product to that of the next
-_PLACES = 64  # at which it is compared what products read
+_PLACES = 64  # at which what products read is compared one by one
 _Call = Callable[[nn.Module, Example], list[Tensor]]
 _Side = tuple[axes.AxisKey, int]  # and its width
 _Reads = list[Tensor]  # values [places, channels] and, where there is one, the bias
@@ -135,9 +136,18 @@ class _Products(TorchFunctionMode):
 
 
 def _sampled(values: Tensor, dim: int) -> Tensor:
-    """Values at some places, [places, channels]: what a cut changes, it changes in channels."""
+    """Values at some places, and the sum over all of them under random signs over their root, [places + 1, channels].
+
+    What a cut changes, it mostly changes everywhere; the sum shows what is changed at a single place.
+    """
     rows = values.movedim(dim, -1).reshape(-1, values.shape[dim])
-    return rows[:: max(1, len(rows) // _PLACES)]
+    whole = _signs(len(rows)).to(rows) @ rows / max(1, len(rows)) ** 0.5
+    return torch.cat([rows[:: max(1, len(rows) // _PLACES)], whole[None]])
+
+
+@lru_cache(maxsize=64)
+def _signs(count: int) -> Tensor:
+    return torch.arange(count, dtype=torch.float64).square().cos().sign()
 
 
 def agree(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:

@@ -53,9 +53,11 @@ def one_sample(model: nn.Module, example_input: Any) -> Example:
     """First sample of what `as_example` takes, a copy on the device and in the precision of `model`.
 
     Raises:
-        InputError: as `as_example`.
+        InputError: as `as_example`, or it holds NaN, which would hide where channels go.
     """
     sample = first_sample(as_example(example_input))
+    if any(tensor.is_floating_point() and tensor.isnan().any() for tensor in sample.tensors):
+        raise InputError(f"example_input of shape {sample.shapes} holds NaN; give one whose values are defined")
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
 
     def prepared(tensor: Tensor) -> Tensor:

@@ -275,3 +275,29 @@ def test_forms_of_a_network_are_compared_in_float32_whatever_is_allowed_outside(
     finally:
         torch.set_float32_matmul_precision(before)
     assert settings and all(set(found) <= set(EXACT) for found in settings)
+
+
+class OnePlace(nn.Module):
+    """Scales a single place by what was its width: with fewer channels it computes something else, there alone."""
+
+    def __init__(self, place: tuple[int, int]) -> None:
+        super().__init__()
+        self.first, self.last, self.place = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 4, 3, padding=1), place
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        maps = self.first(images).relu()
+        scale = torch.ones(maps.shape[-2:])
+        scale[self.place] = 16 / maps.shape[1]
+        return self.last(maps * scale)
+
+
+@pytest.mark.parametrize("place", [(0, 0), (3, 5), (3, 6), (17, 2), (39, 39)])
+def test_a_difference_at_a_single_place_protects(place: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    graph = trace_groups(OnePlace(place).eval(), torch.randn(1, 3, 40, 40))
+    assert "computes something else" in graph.by_name["first"].protected
+
+
+def test_an_example_that_hides_where_channels_go_is_refused() -> None:
+    with pytest.raises(InputError, match=r"example_input of shape \[1, 3, 8, 8\] holds NaN"):
+        trace_groups(nn.Conv2d(3, 4, 3), torch.full((1, 3, 8, 8), torch.nan))
