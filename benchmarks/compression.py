@@ -67,6 +67,7 @@ class Cell:
     images: int
     epochs: float
     seed: int
+    mirrored: bool = False
 
 
 def run_cell(cell: Cell, samples: Path, repair_images: int, answers: Path, device: str) -> dict:
@@ -75,6 +76,8 @@ def run_cell(cell: Cell, samples: Path, repair_images: int, answers: Path, devic
     generator = torch.Generator().manual_seed(cell.seed)
     order = torch.randperm(len(bench.train[1]), generator=generator)[: cell.images]
     calibration = split(bench.train, bench.batch, order)
+    if cell.mirrored:
+        calibration += [tuple(v.flip(-1) if v.ndim > 1 else v for v in part) for part in calibration]
     before = peak()
     small, seconds = compressed(bench, cell, calibration)
     found = {"device": device, "commit": (commit() or "")[:7], "seconds": seconds}
@@ -188,11 +191,12 @@ def table(rows: list[dict]) -> str:
         "| network | MACs | method | images | epochs | dense | compact | agreement | seeds | seconds | MB | code |"
     ]
     lines.append("| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |")
-    keys = ("network", "keep", "method", "images", "epochs")
+    keys = ("network", "keep", "method", "images", "epochs", "mirrored")
+    rows = [{"mirrored": False} | row for row in rows]
     order = {name: place for place, name in enumerate((*RECIPES, *IMPORTANCES))}
     wanted = sorted(
         {tuple(row[k] for k in keys) for row in rows},
-        key=lambda key: (list(CASES).index(key[0]), -key[1], key[4], order[key[2]], key[3]),
+        key=lambda key: (list(CASES).index(key[0]), -key[1], key[4], order[key[2]], key[3], key[5]),
     )
     for key in wanted:
         found = [row for row in rows if tuple(row[k] for k in keys) == key]
@@ -202,7 +206,8 @@ def table(rows: list[dict]) -> str:
         dense, figure, agreement = (shown([row[name] for row in found]) for name in ("dense", "figure", "agreement"))
         seeds, memory = ", ".join(str(row["seed"]) for row in found), max(row["process_mb"] for row in found)
         code = ", ".join(sorted({row["commit"] for row in found}))
-        parts = (*key[2:4], f"{key[4]:g}", dense, figure, agreement, seeds, seconds, memory, code)
+        images = f"{key[3]} + mirrored" if key[5] else key[3]
+        parts = (key[2], images, f"{key[4]:g}", dense, figure, agreement, seeds, seconds, memory, code)
         lines.append(f"| {' | '.join(map(str, (key[0], f'{key[1]:.0%}', *parts)))} |")
     return "\n".join(lines)
 
@@ -245,6 +250,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--epochs", nargs="+", type=float, default=(0.0,))
     parser.add_argument("--methods", nargs="+", default=("strongest", *IMPORTANCES), help=", ".join(RECIPES))
     parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--mirrored", action="store_true", help="the mirror images of the calibration images too")
     parser.add_argument("--repair-images", type=int, default=10_000)
     parser.add_argument("--device", default="cpu", help="where the network and its images lie")
     parser.add_argument("--draw", type=Path, help="file for the curve of the figure against seconds")
@@ -256,7 +262,7 @@ def cells_of(arguments: argparse.Namespace) -> list[Cell]:
     """All cells that are asked for."""
     name, images = arguments.network, arguments.images
     return [
-        Cell(name, method, keep, images, epochs, seed)
+        Cell(name, method, keep, images, epochs, seed, arguments.mirrored)
         for seed in arguments.seeds
         for method in arguments.methods
         for keep in arguments.keep
@@ -280,7 +286,7 @@ def main() -> None:
             file.write(json.dumps(row) + "\n")
         return
     for cell in cells_of(arguments):
-        done = [{key: row[key] for key in asdict(cell)} for row in read(arguments.out)]
+        done = [{key: row.get(key, False) for key in asdict(cell)} for row in read(arguments.out)]
         if asdict(cell) not in done:
             command = [sys.executable, *sys.argv, "--cell", json.dumps(asdict(cell))]
             subprocess.run(command, check=True)
