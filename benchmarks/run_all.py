@@ -31,6 +31,7 @@ NO_BENCHMARKS = (  # no times, or weights and images that are not here
     "repairs",
     "replacement_kinds",
     "silenced",
+    "swaps",
     "architectures",
     "block_choice",
     "compression",
