@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import center_crop, resize
 
-from lit_prune import Plan, Recipe, compress, load_compact, save_compact
+from lit_prune import Recipe, compress, load_compact, save_compact
 
 
 def photographs(folder: Path, side: int, count: int) -> torch.Tensor:
@@ -56,8 +56,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         task="classification",  # of images alone; agreement is then that of the top class
         recipe=Recipe(allocation=given.allocation),
     )
-    shape = (3, given.side, given.side)
-    save_compact(given.folder, small, input_shape=shape, plans=[Plan.from_dict(report["plan"])])
+    save_compact(given.folder, small)
     small = load_compact(given.folder, model=efficientnet_lite0())
     found = {
         "macs": report["compact"]["macs"] / report["dense"]["macs"],

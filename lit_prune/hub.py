@@ -11,7 +11,7 @@ from torch import nn
 from lit_prune.arguments import checked
 from lit_prune.preparation import Preparation
 from lit_prune.structure import load_compact
-from lit_prune.structure.compact import CARD, REPORT, STRUCTURE, WEIGHTS, save_recorded
+from lit_prune.structure.compact import CARD, REPORT, STRUCTURE, WEIGHTS, save_compact
 from lit_prune.structure.record import note_record, record_of
 
 FILES = (WEIGHTS, STRUCTURE, REPORT, CARD)
@@ -26,7 +26,7 @@ class HubNetwork(nn.Module, ModelHubMixin, library_name="lit_prune", tags=["prun
     not this package's, torchvision's or timm's give `model=`, the dense instance.
 
     Args:
-        network: as `load_compact`, `apply_plan` or `StagedPruning` leave it, with the record of its plans.
+        network: as `compress`, `apply_plan`, `load_compact` or `StagedPruning` leave it, with the record of its plans.
         report: figures for `report.json` and the card.
         preparation: of its images; None takes the record's.
     """
@@ -50,7 +50,7 @@ class HubNetwork(nn.Module, ModelHubMixin, library_name="lit_prune", tags=["prun
         return record_of(self.network).preparation
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        save_recorded(save_directory, self.network, self.report)
+        save_compact(save_directory, self.network, report=self.report)
 
     @classmethod
     def _from_pretrained(

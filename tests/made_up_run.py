@@ -174,6 +174,17 @@ def write_sensitivity(folder: Path) -> None:
     pd.DataFrame(rows).to_parquet(folder / "sensitivity.parquet")
 
 
+def write_curve(folder: Path) -> None:
+    """What `curve` writes: two budgets, three times of repair."""
+    rows = [
+        {"keep": keep, "repair": repair, "seconds": 60 + repair, "macs_ratio": keep - 0.01, "dense": 0.9}
+        | {"figure": 0.9 - 0.2 * (1 - keep) + 0.0003 * repair}
+        for keep in (0.7, 0.5)
+        for repair in (0.0, 30.0, 120.0)
+    ]
+    pd.DataFrame(rows).to_parquet(folder / "curve.parquet")
+
+
 def write_reduction(folder: Path) -> None:
     """What `reduce` writes: two methods at three widths, agreement that falls with the width."""
     cells = {}
@@ -231,6 +242,7 @@ def make_run(folder: Path) -> Path:
     write_analysis(folder)
     write_lesions(folder)
     write_sensitivity(folder)
+    write_curve(folder)
     write_reduction(folder)
     write_sweep(folder)
     write_events(folder / "tensorboard" / "version_0", 0, 7, shift=0.001)

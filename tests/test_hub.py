@@ -6,7 +6,7 @@ import torch
 from lit_prune import HubNetwork, InputError, Preparation, apply_plan, make_plan, score
 from lit_prune.models import build_network
 from lit_prune.structure import read_preparation
-from lit_prune.structure.record import Record, describe_inputs, note_record, record_of
+from lit_prune.structure.record import Record, note_record
 
 pytest.importorskip("huggingface_hub")
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -16,17 +16,8 @@ IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 def small():
     torch.manual_seed(0)
     arguments = {"num_classes": 10, "in_channels": 3}
-    from lit_prune.structure.example import Example
-
-    network = build_network("cifar_resnet20", arguments).eval()
-    note_record(network, Record("cifar_resnet20", arguments, (), describe_inputs(Example((IMAGES[:1],)))))
-    plan = make_plan(network, score(network, "magnitude"), IMAGES[:1], keep=0.6)
-    cut = apply_plan(network, plan, IMAGES[:1])
-    return (
-        cut
-        if record_of(cut).plans
-        else note_record(cut, Record("cifar_resnet20", arguments, (plan,), record_of(network).inputs))
-    )
+    network = note_record(build_network("cifar_resnet20", arguments).eval(), Record("cifar_resnet20", arguments))
+    return apply_plan(network, make_plan(network, score(network, "magnitude"), IMAGES[:1], keep=0.6), IMAGES[:1])
 
 
 def test_a_saved_network_comes_back_from_a_folder_and_from_a_snapshot(small, tmp_path, monkeypatch):

@@ -138,6 +138,7 @@ def test_every_verb_that_reads_a_folder_or_a_checkpoint_refuses_and_runs_nothing
         ("reduce", "--ckpt_path"),
         ("sweep", "--checkpoints"),
         ("sensitivity", "--ckpt_path"),
+        ("curve", "--ckpt_path"),
         ("test", "--ckpt_path"),
         ("validate", "--ckpt_path"),
         ("predict", "--ckpt_path"),
@@ -146,7 +147,7 @@ def test_every_verb_that_reads_a_folder_or_a_checkpoint_refuses_and_runs_nothing
         given = f"[{path}]" if verb == "sweep" else str(path)
         run = ["--run_dir", str(tmp_path / verb), option, given, "--trainer.callbacks", "[]"]
         assert "os:system" in refused(capsys, verb, "-c", TINY, *run), verb
-    for verb in ("analyze", "lesion", "reduce", "sensitivity"):
+    for verb in ("analyze", "curve", "lesion", "reduce", "sensitivity"):
         run = ["--run_dir", str(tmp_path / "run"), "--trainer.callbacks", "[]"]
         assert "os:system" in refused(capsys, verb, "-c", TINY, *run), verb
     teacher = ["--trainer.callbacks.teacher", str(folder)]

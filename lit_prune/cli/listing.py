@@ -22,7 +22,7 @@ LIGHTNING = {
     "test": "The test figures of a run's last checkpoint.",
     "predict": "Lightning's predictions; with --compact DIR the classes of image files: predict --compact DIR a.jpg",
 }
-OURS = ("compress", "analyze", "sensitivity", "lesion", "sweep", "reduce")
+OURS = ("compress", "curve", "analyze", "sensitivity", "lesion", "sweep", "reduce")
 
 
 def first_sentence(function: Any) -> str:

@@ -36,8 +36,8 @@ from lit_prune.train.stage_plans import blocks_of_ratio
 from lit_prune.train.trainer_state import callbacks_of
 
 TRAINING_VERBS = ("fit", "compress")
-LAB_VERBS = ("analyze", "lesion", "reduce", "sensitivity", "sweep")
-VERBS = ("analyze", "compress", "lesion", "reduce", "sensitivity", "sweep")
+LAB_VERBS = ("analyze", "curve", "lesion", "reduce", "sensitivity", "sweep")
+VERBS = ("analyze", "compress", "curve", "lesion", "reduce", "sensitivity", "sweep")
 DESCRIPTION = (
     "Train a vision network, watch its channels, prune it in stages, repair it, hand over a smaller dense one. "
     "Verbs of their own, each with --help: `demo`, `export`, `recipes`, `report`, `suite`."

@@ -10,6 +10,8 @@ from lit_prune.data import ImageData
 from lit_prune.errors import InputError
 from lit_prune.lab.analyze.request import AnalyzeRequest
 from lit_prune.lab.analyze.run import analyze_run
+from lit_prune.lab.curve.run import curve_run
+from lit_prune.lab.curve.table import CurveRequest
 from lit_prune.lab.lesion.request import LesionRequest
 from lit_prune.lab.lesion.run import lesion_run
 from lit_prune.lab.reduce.request import ReduceRequest
@@ -122,6 +124,29 @@ class Trainer(pl.Trainer):
             ckpt_path: checkpoint of a `fit`, pruned or not.
         """
         sensitivity_run(self, model, datamodule, request, ckpt_path)
+
+    def curve(
+        self,
+        model: LitClassifier,
+        datamodule: ImageData,
+        request: CurveRequest = CurveRequest(),  # noqa: B008  (frozen)
+        ckpt_path: str | None = None,
+    ) -> None:
+        """What seconds buy: the accuracy at several budgets, without training and after growing times of repair.
+
+        Writes `curve.parquet`, the key `curve` of `run.json`, and the network of every point in a compact folder below
+        `curve/`. A point whose folder is there for the same network, images and settings is not computed again. One
+        process.
+
+        Args:
+            model: the network; its weights come from `ckpt_path`, else from `--model.weights` or `--model.pretrained`,
+                else from `checkpoints/last.ckpt` of the run folder.
+            datamodule: calibration images, training images to repair on, and the validation split that the figure is
+                of.
+            request: budgets, seconds of repair.
+            ckpt_path: checkpoint of a `fit`, pruned or not.
+        """
+        curve_run(self, model, datamodule, request, ckpt_path)
 
     def sweep(
         self,

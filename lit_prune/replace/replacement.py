@@ -21,6 +21,7 @@ from lit_prune.replace.settings import DEFAULT_REPLACEMENT, Replacement
 from lit_prune.replace.side_by_side import Pair
 from lit_prune.structure import Plan
 from lit_prune.structure.example import Example
+from lit_prune.structure.record import note_cut
 from lit_prune.task import Task, settle
 from lit_prune.task.batches import describe
 
@@ -98,6 +99,7 @@ def replace_mechanisms(
     for name, entry in layers.items():
         entry |= _shape(job.readers[name]) | errors[name].report(entry.pop("border", 0.0))
     final = replace(job.plan, added_biases=tuple(dict.fromkeys((*plan.added_biases, *gained))))
+    note_cut(job.reduced, model, final, example_input)
     report = {
         "kind": kind,
         "images": sum(map(task.size, taken)),

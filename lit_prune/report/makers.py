@@ -22,6 +22,7 @@ MAKERS = (
     (r"channels\.parquet(?! with local)|layers\.parquet(?! with (rand|mod))", ANALYZE, SAME),
     (r"lesions?\b", "lit-prune lesion --run_dir {run}", SAME),
     (r"sensitivity", "lit-prune sensitivity --run_dir {run}", SAME),
+    (r"curve", "lit-prune curve --run_dir {run}", SAME),
     (r"sweep(?!/(rules|weights))", SWEEP, SAME),
     (r"sweep/rules", SWEEP + " --request.allocations '[global,uniform]'", SAME),
     (r"sweep/weights", SWEEP + " --request.alphas '[0.5,1]' --request.betas '[0.25]'", SAME),

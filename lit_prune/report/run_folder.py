@@ -21,6 +21,7 @@ INPUTS = (
     "layers.parquet",
     "lesions.parquet",
     "sensitivity.parquet",
+    "curve.parquet",
     "sweep.parquet",
     "reduction.json",
     "trace/*.parquet",

@@ -30,69 +30,53 @@ VERSION = 1
 WEIGHTS, STRUCTURE, REPORT, CARD = "model.safetensors", "structure.json", "report.json", "README.md"
 
 
-def save_recorded(folder: str | Path, network: nn.Module, report: dict[str, Any] | None = None) -> None:
-    """`save_compact` of a network with what its record says of it.
-
-    Args:
-        folder: as for `save_compact`.
-        network: as `apply_plan`, `load_compact` or `StagedPruning` leave it.
-        report: figures of the networks.
-
-    Raises:
-        InputError: as `save_compact`.
-    """
-    record = record_of(network)
-    save_compact(
-        folder,
-        network,
-        backbone=record.backbone,
-        arguments=record.arguments,
-        input_shape=record.image_shape,
-        plans=record.plans,
-        report=report,
-        inputs=None if record.image_shape else record.inputs,
-        preparation=record.preparation,
-    )
-
-
 @checked
 def save_compact(
     folder: str | Path,
     model: nn.Module,
     *,
+    report: dict[str, Any] | None = None,
+    preparation: Preparation | None = None,
     backbone: str | None = None,
     arguments: dict[str, Any] | None = None,
     input_shape: Sequence[int] | None = None,
-    plans: Sequence[Plan] = (),
-    report: dict[str, Any] | None = None,
+    plans: Sequence[Plan] | None = None,
     inputs: dict[str, Any] | None = None,
-    preparation: Preparation | None = None,
 ) -> None:
     """Writes `model.safetensors`, `structure.json`, `report.json` and a model card, the folder whole or not at all.
 
-    What is written is rebuilt first, so that a folder which is there can be loaded.
+    A network as `compress`, `apply_plan`, `replace_mechanisms`, `load_compact` or `StagedPruning` leave it knows its
+    plans, what it is called with, and how it was built where a configuration says so; of any other say all that is not
+    the default. What is written is rebuilt first, so that a folder which is there can be loaded.
 
     Args:
         folder: where to; an earlier compact folder is replaced, anything else refused.
-        model: the network after all `plans`.
+        model: the network after all its plans.
+        report: figures of the networks, see the run folder.
+        preparation: how images are prepared for it, and the names of its classes; None takes what the network knows.
         backbone: name or import path for `build_network`; None: whoever loads it gives the dense network.
         arguments: its keyword arguments, plain JSON values.
         input_shape: shape of one image, (C, H, W); None where the network reads something else, see `inputs`.
-        plans: every plan applied since `build_network`, in order.
-        report: figures of the networks, see the run folder.
+        plans: every plan applied since it was built, in order; none.
         inputs: what the network reads (`lit_prune.structure.record.describe_inputs`) where it is not one image.
-        preparation: how images are prepared for it, and the names of its classes.
 
     Raises:
         InputError: `folder` holds something else, the network is compiled or wrapped, or backbone, arguments and plans
             do not give this network.
     """
+    record = record_of(model)
+    preparation = record.preparation if preparation is None else preparation
+    if all(value is None for value in (backbone, arguments, input_shape, plans, inputs)):
+        backbone, arguments, plans, input_shape = record.backbone, record.arguments, record.plans, record.image_shape
+        inputs = None if input_shape else record.inputs
     if (input_shape is None) == (inputs is None):
-        raise InputError("save_compact: give input_shape, the shape of one image such as (3, 32, 32), or inputs")
+        raise InputError(
+            "save_compact: give input_shape, the shape of one image such as (3, 32, 32), or inputs, and the plans"
+        )
     wrapped = next((type(module).__name__ for module in model.modules() if _wraps(module)), None)
     if wrapped:
         raise InputError(f"save_compact: there is a {wrapped} in it; give the bare network (not compiled or wrapped)")
-    replayed = [plan.to_dict() for plan in plans]
+    replayed = [plan.to_dict() for plan in plans or ()]
     values = {"backbone": backbone, "arguments": arguments or {}, "plans": replayed, "inputs": inputs}
     shape = None if input_shape is None else tuple(input_shape)
     described = Description.read(values, shape, f"save_compact to {folder}")

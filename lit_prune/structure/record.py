@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from lit_prune.errors import InputError
 from lit_prune.preparation import Preparation
-from lit_prune.structure.example import Example
+from lit_prune.structure.example import Example, as_example, first_sample
 from lit_prune.structure.plan import Plan
 
 ATTRIBUTE = "lit_prune_record"
@@ -56,6 +57,18 @@ def note_record(model: nn.Module, record: Record) -> nn.Module:
 def note_plan(model: nn.Module, before: Record, plan: Plan) -> nn.Module:
     """Leaves with the network the record of the one that `plan` was applied to, and the plan."""
     return note_record(model, replace(before, plans=(*before.plans, plan)))
+
+
+def note_cut(smaller: nn.Module, model: nn.Module, plan: Plan, called_with: Any) -> nn.Module:
+    """Leaves with `smaller`, which `plan` made of `model`, the record of both; returns it.
+
+    What it is called with is noted where that is not known yet and plain values can describe it.
+    """
+    before = record_of(model)
+    if before.inputs is None:
+        with suppress(InputError):
+            before = replace(before, inputs=describe_inputs(first_sample(as_example(called_with))))
+    return note_plan(smaller, before, plan)
 
 
 def describe_inputs(example: Example) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from lit_prune.structure import axes
 from lit_prune.structure.attributes import follow_widths
 from lit_prune.structure.groups import ChannelGraph, trace_groups
 from lit_prune.structure.plan import Plan
+from lit_prune.structure.record import note_cut
 from lit_prune.structure.tracing import copy_network, one_sample, run, traceable
 
 
@@ -21,7 +22,7 @@ def apply_plan(model: nn.Module, plan: Plan, example_input: Any) -> nn.Module:
     """A physically smaller copy of `model`: blocks first, then channels. `model` itself is untouched.
 
     The copy has no hooks of a trainer or recorder; train/eval and `requires_grad` flags, device, precision and memory
-    format are the model's.
+    format are the model's. It knows its plans and what it is called with, so that `save_compact` needs nothing else.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> apply_plan(net, Plan(keep_channels={"0": (0, 3, 5)}, sizes={"0": 8}), torch.zeros(1, 4))[2]
@@ -44,7 +45,7 @@ def apply_plan(model: nn.Module, plan: Plan, example_input: Any) -> nn.Module:
             _add_bias(_layer(smaller, name))
         if plan.keep_channels:
             follow_widths(model, smaller, example_input)
-    return smaller
+    return note_cut(smaller, model, plan, example_input)
 
 
 def replay(model: nn.Module, plans: Iterable[Plan], example_input: Any) -> nn.Module:

@@ -17,7 +17,7 @@ from lit_prune.files import read_json, whole_file, write_json
 from lit_prune.models.weights import load_state
 from lit_prune.report import result_table
 from lit_prune.structure import Plan, apply_plan
-from lit_prune.structure.compact import save_recorded
+from lit_prune.structure.compact import save_compact
 from lit_prune.structure.example import Example
 from lit_prune.structure.latency import compare_profiles, own_tensors
 from lit_prune.structure.record import Record, check_inputs, example_input, rebuild_inputs, record_of
@@ -139,7 +139,7 @@ def write_compact(
 
 def save_network(folder: Path, network: nn.Module, record: Record, report: dict[str, Any]) -> None:
     """Writes a compact folder of a network with its record."""
-    save_recorded(folder, network, report)
+    save_compact(folder, network, report=report)
     if record.backbone is None:  # whoever has not got the class can run it all the same
         write_json(folder / "report.json", {**report, "program": write_program(network, record, folder / PROGRAM)})
 

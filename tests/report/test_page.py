@@ -29,7 +29,7 @@ REDUCED = ("reduction", "certificate", "rescaling", "reduction_table")
 SWEPT = ("sweep", "sweep_areas", "sweep_gaps", "sweep_rules", "sweep_weights")
 TRACED = ("dynamics", "gradients")
 TABLES = ("ranking", "replacement", "matched", "reduction_table", "sweep_areas", "sweep_rules")
-PICTURES = ("path", "widths", "training", "plane", "coupling", *TRACED, *ANALYSED, *SENSITIVE)
+PICTURES = ("path", "curve", "widths", "training", "plane", "coupling", *TRACED, *ANALYSED, *SENSITIVE)
 PICTURES += tuple(name for name in (*LESIONED, *REDUCED, *SWEPT) if name not in TABLES)
 
 
@@ -188,6 +188,7 @@ def test_damaged_inputs_are_named_with_the_reason_and_the_rest_is_shown(full_run
     assert "stages.jsonl line 2 is not JSON" in end and "epoch=003.parquet cannot be read" in end
     assert "no object compact" in end
     shown = [
+        "curve",
         "training",
         *TRACED,
         *ANALYSED,

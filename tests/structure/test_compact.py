@@ -8,8 +8,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from lit_prune import compress
 from lit_prune.errors import InputError
 from lit_prune.models import build_backbone
+from lit_prune.replace import replace_mechanisms
 from lit_prune.structure import Plan, apply_plan, load_compact, make_plan, save_compact
 
 ARGUMENTS = {"num_classes": 10}
@@ -197,6 +199,36 @@ def test_somebodys_own_network_is_saved_bare_and_loads_into_a_dense_one_of_the_s
         load_compact(tmp_path / "own", model=own(2))
     loaded = load_compact(tmp_path / "own", model=own(5))
     assert all(torch.equal(value, small.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
+def test_what_the_library_returns_is_saved_by_itself(tmp_path) -> None:
+    class Named(nn.Module):
+        """Called with two named arguments of a network of the user's own."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.outer = nn.Linear(4, 16), nn.Linear(16, 3)
+
+        def forward(self, values, shift):
+            return self.outer(torch.relu(self.inner(values)) + shift[:, None])
+
+    torch.manual_seed(0)
+    model = Named().eval()
+    batches = [{"values": torch.randn(64, 4), "shift": torch.randn(64)} for _ in range(3)]
+    small, _ = compress(model, batches, keep=0.8)
+    again, _ = compress(small, batches, keep=0.8)
+    cut = apply_plan(model, Plan(keep_channels={"inner": (0, 3, 5)}, sizes={"inner": 16}), batches[0])
+    stood = replace_mechanisms(
+        model, Plan(keep_channels={"inner": (0, 3)}, sizes={"inner": 16}), batches, "affine"
+    ).model
+    for name, network in {"small": small, "again": again, "cut": cut, "stood": stood}.items():
+        save_compact(tmp_path / name, network, report={"name": name})
+        loaded = load_compact(tmp_path / name, model=model)
+        assert torch.equal(loaded(**batches[0]), network(**batches[0])), name
+        save_compact(tmp_path / "later", loaded)
+        assert torch.equal(load_compact(tmp_path / "later", model=model)(**batches[0]), network(**batches[0])), name
+    with pytest.raises(InputError, match="give input_shape"):
+        save_compact(tmp_path / "dense", model)
 
 
 def test_a_kill_between_the_two_renames_loses_nothing(saved, tmp_path) -> None:

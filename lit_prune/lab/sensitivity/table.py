@@ -8,12 +8,11 @@ import pandas as pd
 from torch import nn
 
 from lit_prune.arguments import check_seeds
-from lit_prune.compression_report import Comparison
 from lit_prune.errors import InputError
+from lit_prune.lab.judging import Judge
 from lit_prune.progress import Watch, unwatched
 from lit_prune.replace import Replacement, replace_mechanisms
 from lit_prune.replace.replacement import take_batches
-from lit_prune.running import undisturbed
 from lit_prune.scores import Evidence, find_score, plan_method
 from lit_prune.structure import Budget, CostModel, Group, Plan, apply_plan, cost
 from lit_prune.task import Task, settle
@@ -61,20 +60,7 @@ class DenseNetwork:
     evidence: Evidence
     cost_model: CostModel
     calibration: list[Any]
-    evaluation: list[Any]
-    task: Task
-
-    def judge(self, small: nn.Module) -> dict[str, float]:
-        """`figure`, `loss` (how much worse than dense) and `agreement` of a smaller network."""
-        comparison = Comparison(self.task)
-        with undisturbed(self.model), undisturbed(small):
-            for batch in self.evaluation:
-                pair = (self.task.run(net, self.task.to(batch, net)) for net in (self.model, small))
-                comparison.add(*pair, batch)
-        figures, name = comparison.figures(), self.task.metric_name
-        dense, compact = (figures.get(which, {}).get(name, float("nan")) for which in ("dense", "compact"))
-        loss = dense - compact if self.task.higher_is_better else compact - dense
-        return {"figure": compact, "loss": loss, "agreement": comparison.distances()["agreement"]}
+    judge: Judge
 
 
 def sensitivity(
@@ -107,7 +93,7 @@ def sensitivity(
     judged = calibration if evaluation is None else take_batches(evaluation, asked.images, task)
     evidence = Evidence(model, calibration, seed=asked.seed, task=task)
     cost_model = CostModel.build(model, evidence.graph, evidence.example)
-    subject = DenseNetwork(model, evidence, cost_model, calibration, judged, task)
+    subject = DenseNetwork(model, evidence, cost_model, calibration, Judge(model, judged, task))
     groups = _groups(evidence, asked)
     work = [(depth, group, keep) for depth, group in groups for keep in asked.keep]
     rows = [row for item in watch(work, "sensitivity") for row in _rows(subject, asked, *item)]
@@ -138,14 +124,19 @@ def _rows(subject: DenseNetwork, asked: Asked, depth: int, group: Group, keep: f
     whole = cost(subject.model, evidence.example).macs
     row = {"group": group.name, "layer": group.members[0].module, "depth": depth, "keep": keep}
     row |= {"kept": len(plan.keep_channels[group.name]), "units": group.size}
-    row |= {"macs_ratio": cost(small, evidence.example).macs / whole} | subject.judge(small)
+    row |= {"macs_ratio": cost(small, evidence.example).macs / whole} | _judged(subject, small)
     yield row | (_refitted(subject, plan) if asked.refit else {})
 
 
 def _refitted(subject: DenseNetwork, plan: Plan) -> dict[str, float]:
     settings = Replacement(unsupported="delete", scope="consumers")
-    example, task = subject.evidence.example, subject.task
+    example, task = subject.evidence.example, subject.judge.task
     reduced = replace_mechanisms(
         subject.model, plan, subject.calibration, "refit", example, settings=settings, task=task
     )
-    return {f"{name}_refit": value for name, value in subject.judge(reduced.model).items()}
+    return {f"{name}_refit": value for name, value in _judged(subject, reduced.model).items()}
+
+
+def _judged(subject: DenseNetwork, small: nn.Module) -> dict[str, float]:
+    found = subject.judge(small)
+    return {name: found[name] for name in ("figure", "loss", "agreement")}

@@ -10,7 +10,7 @@ from lit_prune.errors import InputError
 from lit_prune.files import write_text
 from lit_prune.structure.networks import epochs_done
 
-FOLLOWING = ("analyze", "lesion", "sensitivity", "sweep", "reduce", "report")
+FOLLOWING = ("analyze", "curve", "lesion", "sensitivity", "sweep", "reduce", "report")
 
 
 @dataclass(frozen=True)
