@@ -23,7 +23,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from compression_cases import CASES, Bench, moved, split
 from torch import nn
 
@@ -125,7 +124,8 @@ def torch_pruned(bench: Bench, keep: float, batches: list, name: str) -> nn.Modu
     pruner = torch_pruning.pruner.MetaPruner(model, example, importance, True, **options)
     dense = cost(model, example).macs
     if "Taylor" in name:
-        sum(F.cross_entropy(model(images), labels) for images, labels in batches[:4]).backward()
+        task, batches = settle(bench.task, model, batches[:4])
+        sum(task.loss(task.run(model, batch), batch).mean() for batch in batches).backward()
     for _ in range(STEPS):
         pruner.step()
         if cost(model, example).macs <= keep * dense:
