@@ -12,7 +12,13 @@ class InputError(ValueError):
     """
 
 
-def did_you_mean(name: str, known: Iterable[str], shown: int = 3) -> str:
+def near_names(name: str, known: Iterable[str], shown: int = 3) -> str:
+    """A question about the names nearest to an unknown one; empty where none is near."""
+    near = difflib.get_close_matches(name, list(known), n=shown)
+    return f"did you mean {' or '.join(near)}?" if near else ""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: the names nearest to it, or the first few of those there are.
 
     >>> did_you_mean("magnitud", ["random", "magnitude"])
@@ -21,9 +27,8 @@ def did_you_mean(name: str, known: Iterable[str], shown: int = 3) -> str:
     'there are random, magnitude'
     """
     names = list(known)
-    near = difflib.get_close_matches(name, names, n=shown)
-    if near:
-        return f"did you mean {' or '.join(near)}?"
+    if near := near_names(name, names):
+        return near
     return f"there are {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}" if names else "there is none"
 
 

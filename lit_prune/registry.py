@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lit_prune.errors import InputError, did_you_mean
+from lit_prune.errors import InputError, near_names
 
 Thing = TypeVar("Thing")
 
@@ -69,7 +69,7 @@ class Registry(MutableMapping[str, Thing]):
         1
         >>> colours.find("rad")
         Traceback (most recent call last):
-        lit_prune.errors.InputError: colour='rad' is unknown: did you mean red?; use one of red
+        lit_prune.errors.InputError: colour='rad' is unknown: did you mean red? use one of red
 
         Raises:
             InputError: there is none of that name.
@@ -79,9 +79,8 @@ class Registry(MutableMapping[str, Thing]):
         if ":" in name:
             found: Any = imported(name, self.argument)
             return found
-        raise InputError(
-            f"{self.argument}={name!r} is unknown: {did_you_mean(name, self)}; use one of {', '.join(self)}"
-        )
+        hint = " ".join(filter(None, (near_names(name, self), f"use one of {', '.join(self)}")))
+        raise InputError(f"{self.argument}={name!r} is unknown: {hint}")
 
 
 def _home(thing: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from lit_prune.errors import InputError, did_you_mean
+from lit_prune.errors import InputError, near_names
 from lit_prune.progress import terminal
 
 USAGE = """usage: lit-prune VERB [-c RECIPE ...] [--option value ...]
@@ -66,7 +66,7 @@ def choices(of: list[str] = []) -> None:  # noqa: B006
     }
     for name in of:
         if name not in tables:
-            raise InputError(f"of: {name!r} is none of {', '.join(tables)}; {did_you_mean(name, tables)}")
+            raise InputError(f"of: {name!r} is none of {', '.join(tables)} {near_names(name, tables)}".rstrip())
     for name in of or tables:
         table = tables[name]()
         table.title, table.title_justify = name, "left"

@@ -57,7 +57,7 @@ def save_compact(
         backbone: name or import path for `build_network`; None: whoever loads it gives the dense network.
         arguments: its keyword arguments, plain JSON values.
         input_shape: shape of one image, (C, H, W); None where the network reads something else, see `inputs`.
-        plans: every plan applied since it was built, in order; none.
+        plans: every plan applied since it was built, in order; None takes those that the network knows.
         inputs: what the network reads (`lit_prune.structure.record.describe_inputs`) where it is not one image.
 
     Raises:
@@ -67,16 +67,16 @@ def save_compact(
     record = record_of(model)
     preparation = record.preparation if preparation is None else preparation
     if all(value is None for value in (backbone, arguments, input_shape, plans, inputs)):
-        backbone, arguments, plans, input_shape = record.backbone, record.arguments, record.plans, record.image_shape
-        inputs = None if input_shape else record.inputs
+        backbone, arguments = record.backbone, record.arguments
+    if input_shape is None and inputs is None:
+        input_shape, inputs = record.image_shape, None if record.image_shape else record.inputs
+    plans = record.plans if plans is None else plans
     if (input_shape is None) == (inputs is None):
-        raise InputError(
-            "save_compact: give input_shape, the shape of one image such as (3, 32, 32), or inputs, and the plans"
-        )
+        raise InputError("save_compact: give input_shape, the shape of one image such as (3, 32, 32), or inputs")
     wrapped = next((type(module).__name__ for module in model.modules() if _wraps(module)), None)
     if wrapped:
         raise InputError(f"save_compact: there is a {wrapped} in it; give the bare network (not compiled or wrapped)")
-    replayed = [plan.to_dict() for plan in plans or ()]
+    replayed = [plan.to_dict() for plan in plans]
     values = {"backbone": backbone, "arguments": arguments or {}, "plans": replayed, "inputs": inputs}
     shape = None if input_shape is None else tuple(input_shape)
     described = Description.read(values, shape, f"save_compact to {folder}")
