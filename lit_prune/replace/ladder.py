@@ -166,7 +166,7 @@ def distortion_ladders(
     graph: ChannelGraph,
     scores: Mapping[str, Sequence[float] | np.ndarray],
     batches: Iterable[Any],
-    moments: Mapping[str, ReaderMoments],
+    moments: dict[str, ReaderMoments],
     task: Task | str | None = None,
     seed: int = 0,
     droppable: Collection[str] = (),
@@ -178,7 +178,7 @@ def distortion_ladders(
         graph: its groups.
         scores: group -> score of each unit; groups that no layer of `moments` reads are left out.
         batches: see `measured_distortion`.
-        moments: of readers.
+        moments: of readers; used up.
         task: see `settle`.
         seed: of the projections.
         droppable: groups that may go as a whole; their readers are left with a bias.
@@ -187,5 +187,6 @@ def distortion_ladders(
     widths = {group.name: [0] * (group.name in droppable) + ladder_widths(group.size) for group in groups}
     cuts = {g.name: group_cuts(model, g, scores[g.name], moments, widths[g.name][:-1]) for g in groups}
     cuts = {name: found for name, found in cuts.items() if found and len(widths[name]) > 1}
+    moments.clear()  # a ResNet-50 has 1 GB of them, and as much of cuts
     moved = measured_distortion(model, batches, cuts, task, seed)
     return {name: (widths[name], [*values.tolist(), 0.0]) for name, values in moved.items()}

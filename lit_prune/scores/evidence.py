@@ -61,6 +61,12 @@ class Evidence:
             self._known[key] = function(self, *parameters)
         return self._known[key]
 
+    def last(self, function: Callable[..., Found], *parameters: object) -> Found:
+        """As `once`, and forgotten: what is large and not needed again."""
+        found = self.once(function, *parameters)
+        del self._known[function, *parameters]
+        return found
+
     @property
     def batches(self) -> Batches:
         """The calibration batches.

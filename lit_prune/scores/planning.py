@@ -101,7 +101,7 @@ def measured_damage(
     """
     scores, _ = group_scores(graph, ranks, request)
     solvable = {name: values for name, values in scores.items() if _all_solvable(evidence, graph.by_name[name])}
-    moments = evidence.once(moments_of_readers)
+    moments = evidence.last(moments_of_readers)
     model, task, seed = evidence.model, evidence.task, evidence.seed
     found = distortion_ladders(model, graph, solvable, evidence.batches, moments, task, seed, blocks)
     return with_a_block_in_each_stage(model, evidence.example, blocks, found) if blocks else found
