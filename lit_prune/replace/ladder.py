@@ -1,5 +1,6 @@
 """How far the prediction moves when one group alone is cut and its readers are solved again, for a row of widths."""
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -185,8 +186,13 @@ def distortion_ladders(
     """
     groups = [graph.by_name[name] for name in scores]
     widths = {group.name: [0] * (group.name in droppable) + ladder_widths(group.size) for group in groups}
-    cuts = {g.name: group_cuts(model, g, scores[g.name], moments, widths[g.name][:-1]) for g in groups}
+    cuts, reads = {}, Counter(reader for group in groups for reader in group.consumers)
+    for group in groups:
+        cuts[group.name] = group_cuts(model, group, scores[group.name], moments, widths[group.name][:-1])
+        reads.subtract(group.consumers)
+        for reader in group.consumers:  # a ResNet-50 has 1 GB of moments, and more of cuts
+            if not reads[reader]:
+                moments.pop(reader, None)
     cuts = {name: found for name, found in cuts.items() if found and len(widths[name]) > 1}
-    moments.clear()  # a ResNet-50 has 1 GB of them, and as much of cuts
     moved = measured_distortion(model, batches, cuts, task, seed)
     return {name: (widths[name], [*values.tolist(), 0.0]) for name, values in moved.items()}
