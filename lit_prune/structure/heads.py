@@ -1,6 +1,7 @@
 """Groups of attention heads and of their widths: slices, the attributes that follow, a trial that both are right."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 
 from torch import nn
 
@@ -106,19 +107,20 @@ def axis_widths(model: nn.Module, groups: Sequence[Group]) -> dict[axes.AxisKey,
 
 def with_heads(groups: Sequence[Group], heads: Sequence[Group]) -> tuple[Group, ...]:
     """All groups; of those that are protected, the ones whose channels are heads' channels give way to them."""
-    claimed = {
-        (m.module, m.axis, place)
-        for group in heads
-        if not group.protected and group.role == ROLE
-        for m in group.members
-        for unit in m.positions
-        for place in unit
-    }
-    rest = [group for group in groups if not (group.protected and _written(group) and _written(group) <= claimed)]
-    return (*rest, *heads)
+    free = (group for group in heads if not group.protected and group.role == ROLE)
+    claimed = _places(member for group in free for member in group.members)
+    return (*(group for group in groups if not (group.protected and _gives_way(group, claimed))), *heads)
 
 
-def _written(group: Group) -> set[tuple[str, str, int]]:
-    """Positions that the layers of a group write."""
-    members = (member for member in group.members if member.module in group.producers and member.axis == "out")
-    return {(m.module, m.axis, place) for m in members for unit in m.positions for place in unit}
+def _gives_way(group: Group, claimed: Mapping[axes.AxisKey, set[int]]) -> bool:
+    """Whether all that the layers of a group write is claimed."""
+    written = _places(m for m in group.members if m.module in group.producers and m.axis == "out")
+    return bool(written) and all(places <= claimed.get(axis, set()) for axis, places in written.items())
+
+
+def _places(members: Iterable[Member]) -> dict[axes.AxisKey, set[int]]:
+    """The positions of each axis."""
+    found: dict[axes.AxisKey, set[int]] = {}
+    for member in members:
+        found.setdefault((member.module, member.axis), set()).update(chain.from_iterable(member.positions))
+    return found

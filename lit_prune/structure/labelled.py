@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from lit_prune.structure import reasons
 from lit_prune.structure.labels import FIXED, Labels
@@ -67,8 +66,11 @@ def key_of(tensor: Tensor) -> tuple:
 
 
 def tensors_in(values: Any) -> list[Tensor]:
-    """The tensors among nested values."""
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+    """The tensors among nested lists, tuples and dictionaries."""
+    if isinstance(values, Tensor):
+        return [values]
+    inner = values.values() if isinstance(values, dict) else values if isinstance(values, (list, tuple)) else ()
+    return [tensor for value in inner for tensor in tensors_in(value)]
 
 
 def _bare_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -45,11 +45,12 @@ class Labels:
         if not bool(differ.any()):
             return False
         pairs = torch.stack([left[differ], right[differ]], 1).long().numpy()
-        stays = np.minimum(*pairs.T) <= FIXED
-        if stays.any():
-            for fixed, label in np.unique(np.sort(pairs[stays], axis=1), axis=0).tolist():
+        lower, higher = np.minimum(*pairs.T), np.maximum(*pairs.T)
+        for fixed in range(1, FIXED + 1):
+            held = higher[lower == fixed]
+            for label in self._occurring(held) if len(held) else ():
                 self.reasons.setdefault(label, self.reasons[fixed])
-        self.pairs.append(pairs[~stays])
+        self.pairs.append(pairs[lower > FIXED])
         return True
 
     def keep(self, values: Iterable[Tensor], reason: str) -> None:
@@ -65,7 +66,13 @@ class Labels:
 
     def _among(self, values: Tensor) -> np.ndarray:
         """The labels that occur, int64, ascending."""
-        return np.unique(compact(values).flatten().long().numpy())
+        return self._occurring(compact(values).flatten().long().numpy())
+
+    def _occurring(self, labels: np.ndarray) -> np.ndarray:
+        """The labels of a list, int64, each once, ascending."""
+        occurs = np.zeros(self.count, dtype=bool)
+        occurs[labels] = True
+        return np.flatnonzero(occurs)
 
     def components(self) -> np.ndarray:
         """Number of the set of labels that go together, for each label."""
