@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._C import DisableTorchFunction
+from torch.utils._mode_utils import no_dispatch
 from torch.utils.hooks import RemovableHandle
 
 from lit_prune.errors import InputError
@@ -68,6 +70,13 @@ def removing(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """No mode of torch sees what is computed inside."""
+    with DisableTorchFunction(), no_dispatch():
+        yield
 
 
 @contextmanager

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import _disable_current_modes
 
+from lit_prune.running import unwatched
 from lit_prune.structure import axes
 from lit_prune.structure.attention import MIXERS
 from lit_prune.structure.example import Example
 from lit_prune.structure.hollow import Hollow
+from lit_prune.structure.tracing import select
 
 TOLERANCE = 1e-3  # of the largest value; rounding of float32 stays a hundred times below
 _STRIDE = 1009  # from the noise of one product to that of the next
@@ -88,7 +89,7 @@ class Agreement:
 
     def _without(self, axis: tuple[str, int], dim: int, values: Tensor) -> Tensor:
         """Values at the positions that stay of one dimension of a weight."""
-        return values.index_select(dim, self._kept[axis].to(values.device)) if axis in self._kept else values
+        return select(values, dim, self._kept[axis].to(values.device)) if axis in self._kept else values
 
     def _values(self, name: str, dim: int, shape: torch.Size, place: int) -> Tensor:
         """Noise from -1 to 1 for one product of the network."""
@@ -96,7 +97,8 @@ class Agreement:
         sizes[dim] = self._widths[name]
         begin, size = _STRIDE * place, torch.Size(sizes).numel()
         if len(self._noise) < begin + size:
-            more = torch.empty(begin + size - len(self._noise)).uniform_(-1, 1, generator=self._generator)
+            missing = max(begin + size - len(self._noise), len(self._noise))  # which copies what there is only seldom
+            more = torch.empty(missing).uniform_(-1, 1, generator=self._generator)
             self._noise = torch.cat([self._noise, more])
         return self._noise[begin : begin + size].view(sizes)
 
@@ -120,14 +122,14 @@ class _Products(TorchFunctionMode):
         dim = -1 if name is None or function is torch.nn.functional.linear else 1 - args[1].dim()
         if name is None or not self.hollow.depends(args[0]):
             return function(*args, **(kwargs or {}))
-        with _disable_current_modes():
+        with unwatched():
             self._read(name, [_sampled(args[0], dim), *(tensor for tensor in args[2:3] if tensor is not None)])
         self.hollow.skips = True
         try:
             output = function(*args, **(kwargs or {}))
         finally:
             self.hollow.skips = False
-        with _disable_current_modes():
+        with unwatched():
             output.copy_(self._answer(name, dim, output.shape, self._place))
             if args[1].shape[1] < args[0].shape[dim]:  # depthwise: marks pass
                 output += 0 * args[0].sum(tuple(range(dim + 1, 0)), keepdim=True)

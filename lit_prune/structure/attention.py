@@ -5,8 +5,10 @@ that follows it), and what the layers that mix channels read. Their inputs are c
 runs from what an output projection reads back to the tensors of its own attention and no further. The columns of head h
 are given the gradient `r · 2^h` beside `r`. Both backward passes do the same arithmetic, a power of two changes no
 digit, and so the quotient of the two gradients is `2^h` exactly where a value serves head h alone and no power of two
-where it serves several. No list of classes, layouts or names is needed for that: fused or separate projections, tables
-of relative positions, temperatures, gates and norms within a head come out the same way.
+where it serves several. The weight of a layer that mixes channels serves, row by row, what the channels serve that it
+writes, so the gradients of these are taken and not those of the whole weight. No list of classes, layouts or names is
+needed for that: fused or separate projections, tables of relative positions, temperatures, gates and norms within a
+head come out the same way.
 
 The pass is hollow, with noise for products: it tells where attention happens, and which columns read it. Then the
 module around each attention is run alone, in full; around one that is built like an earlier one it need not be.
@@ -15,6 +17,7 @@ Codes of the positions within a head instead of the heads tell the width of the 
 gradients from the queries and keys that are multiplied the width of these.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,15 +25,14 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from lit_prune.structure.attention_alike import moved
 from lit_prune.structure.attention_einsum import Einsum
 from lit_prune.structure.attention_parts import Attention, Inner
 from lit_prune.structure.attention_readers import Read, columns_of
-from lit_prune.structure.attention_slices import Slices, likewise, owners_of, slices_of
-from lit_prune.structure.example import Example
-from lit_prune.structure.hollow import Hollow, for_shapes
+from lit_prune.structure.attention_slices import Part, Slices, likewise, owners_of, slices_of
+from lit_prune.structure.example import Example, cloned
+from lit_prune.structure.hollow import Hollow, Noise, for_shapes
 from lit_prune.structure.stack import Stack, watching
 
 _SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
@@ -79,26 +81,26 @@ def find_attention(model: nn.Module, sample: Example) -> tuple[list[Attention], 
 def _watched(model: nn.Module, sample: Example, hollow: bool) -> "_Watch":
     """What happened in one pass."""
     watch = _Watch(model)
-    with watching(model, watch), Hollow(sample.tensors, skips=hollow, noise=True):
+    with watching(model, watch), Hollow(sample.tensors, skips=hollow, fill=Noise()):
         model(*sample.args, **sample.kwargs)
     watch.reads = [read for read in watch.reads if read.inputs.requires_grad]
     return watch
 
 
-def _again(model: nn.Module, watch: "_Watch", owner: str, reader: str) -> tuple["_Call", "Read"] | None:
-    """An attention and what reads it with all values, from a module that holds both run on what it was called with.
+def _again(model: nn.Module, watch: "_Watch", owner: str, reader: str) -> tuple["_Call", Read, list[Read]] | None:
+    """An attention, what reads it and all reads, with all values: of a module that holds both, run again.
 
     None where none does.
     """
     scopes = [name for name in watch.calls_of if _holds(name, owner) and _holds(name, reader)]
     for scope in dict.fromkeys((max(scopes, key=len), "")):
-        args, kwargs = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, watch.calls_of[scope])
+        args, kwargs = cloned(watch.calls_of[scope])
         with watching(model, _Watch(model)) as again:
             model.get_submodule(scope)(*args, **kwargs)
         calls = [call for call in again.calls if call.owner == owner]
         reads = [read for read in again.reads if read.weight == reader and read.inputs.requires_grad]
         if len(calls) == len(reads) == 1:
-            return calls[0], reads[0]
+            return calls[0], reads[0], again.reads
     return None
 
 
@@ -135,7 +137,7 @@ class _Watch(Stack):
         """Runs the function."""
         kwargs = kwargs or {}
         if function in MIXERS and isinstance(args[0], Tensor):
-            args = self._read(function, args, kwargs)
+            return self._mix(function, args, kwargs)
         if function is torch.einsum and (product := Einsum.read(args)) is not None:
             return self._einsum(product)
         output = function(*args, **kwargs)
@@ -173,13 +175,14 @@ class _Watch(Stack):
         """The module that runs, one without parameters left out."""
         return next((name for name in reversed(self.running) if name not in self.leaves), "")
 
-    def _read(self, function, args: tuple, kwargs: dict) -> tuple:
+    def _mix(self, function, args: tuple, kwargs: dict) -> Tensor:
         inputs, weight = args[0], args[1] if len(args) > 1 else kwargs["weight"]
         dim = inputs.dim() - 1 if function is F.linear else 1
         if function is not F.linear and weight.shape[1] < inputs.shape[1]:
-            return args  # depthwise or grouped: the heads pass
-        self.reads.append(Read(self.names.get(id(weight), ""), inputs, dim))
-        return (inputs.detach(), *args[1:])
+            return function(*args, **kwargs)  # depthwise or grouped: the heads pass
+        output = function(inputs.detach(), *args[1:], **kwargs)
+        self.reads.append(Read(self.names.get(id(weight), ""), inputs, output, dim))
+        return output
 
     def _call(self, output: Tensor, factors: tuple[Tensor, Tensor] | None) -> None:
         if output.dim() > 3 and output.requires_grad:
@@ -201,8 +204,8 @@ def _attention(model: nn.Module, watch: _Watch, call: _Call, found: tuple[int, T
     if again is None:
         reason = _SEVERAL if several else "no module runs that holds all of it"
         return Attention(call.owner, heads, reason=reason, values=Inner(inner), pairs=Inner(pairs))
-    call, read = again
-    named = _near(model, read.weight)
+    call, read, reads = again
+    named = _near(model, reads, read.weight)
     of = lambda unit: torch.empty(width, dtype=torch.int64).index_copy(0, columns.flatten().cpu(), unit)  # noqa: E731
     head_of = of(torch.arange(heads).repeat_interleave(inner))
     owners = dict(owners_of(named, [(read.inputs, read.dim, head_of)], heads))
@@ -222,12 +225,15 @@ def _attention(model: nn.Module, watch: _Watch, call: _Call, found: tuple[int, T
     )
 
 
-def _near(model: nn.Module, reader: str) -> list[tuple[str, Tensor]]:
-    """All parameters but the weight `reader`."""
-    return [(name, p) for name, p in model.named_parameters() if p.requires_grad and name != reader]
+def _near(model: nn.Module, reads: Sequence[Read], reader: str) -> list[Part]:
+    """All parameters but the weight `reader`; a row of a weight serves what the channel serves that it writes."""
+    times = Counter(read.weight for read in reads)
+    written = {r.weight: (r.output, r.dim) for r in reads if times[r.weight] == 1 and r.output.requires_grad}
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and name != reader]
+    return [Part(name, *written.get(name, (p, None))) for name, p in named]
 
 
-def _pairs(model: nn.Module, call: _Call, named: Sequence[tuple[str, Tensor]]) -> Inner:
+def _pairs(model: nn.Module, call: _Call, named: Sequence[Part]) -> Inner:
     """What serves one position of queries and keys alone."""
     if call.factors is None:
         return Inner(0)
@@ -244,7 +250,7 @@ def _pairs(model: nn.Module, call: _Call, named: Sequence[tuple[str, Tensor]]) -
 
 
 def _inner_slices(
-    model: nn.Module, named: Sequence[tuple[str, Tensor]], roots: Sequence[tuple[Tensor, int, Tensor]], units: int
+    model: nn.Module, named: Sequence[Part], roots: Sequence[tuple[Tensor, int, Tensor]], units: int
 ) -> tuple[Slices, ...]:
     """What serves one position within the heads alone, see `owners_of`; the rest may serve something else."""
     owners = dict(owners_of(named, roots, units))

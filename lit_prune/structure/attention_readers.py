@@ -9,10 +9,11 @@ from torch import Tensor
 
 @dataclass
 class Read:
-    """What one layer that mixes channels reads: its weight's name, its input, where the channels are."""
+    """What a layer that mixes channels reads and writes: its weight's name, both tensors, where their channels are."""
 
     weight: str
     inputs: Tensor
+    output: Tensor
     dim: int
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-_STEP, _HALF_STEP = 32, 16  # units told apart by one code, from 2^0 on; in half precision 2^15 is the largest power
+_STEP, _HALF_STEP = 64, 16  # units told apart by one code, from 2^0 on; in half precision 2^15 is the largest power
 _SHARED, _UNSEEN = -2, -1
 
 
@@ -20,10 +20,21 @@ class Slices:
     positions: tuple[tuple[int, ...], ...]
 
 
+@dataclass(frozen=True)
+class Part:
+    """A parameter, and the tensor that says what it serves: itself, or what its rows write along dimension `dim`."""
+
+    name: str
+    tensor: Tensor
+    dim: int | None = None
+
+
 def owners_of(
-    named: Sequence[tuple[str, Tensor]], roots: Sequence[tuple[Tensor, int, Tensor]], units: int
+    named: Sequence[Part], roots: Sequence[tuple[Tensor, int, Tensor]], units: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """Parameter by parameter that `roots` depend on, the unit that each of its values serves, int32 of its shape.
+    """Parameter by parameter that `roots` depend on, the unit that each of its values serves.
+
+    int32 of its shape, or [rows, 1] where all of a row serves the same.
 
     Args:
         named: parameters.
@@ -32,39 +43,58 @@ def owners_of(
     """
     generator = torch.Generator().manual_seed(0)
     weights = [0.5 + torch.rand(root.shape, generator=generator).to(root) for root, _, _ in roots]
+    step = _HALF_STEP if roots[0][0].dtype == torch.float16 else _STEP
+    powers = torch.tensor([2.0**power for power in range(step)])
 
     def coded(code: Callable[[Tensor], Tensor]) -> list[Tensor]:
         found = []
         for (root, dim, unit), weight in zip(roots, weights, strict=True):
             shape = [1] * root.dim()
             shape[dim] = -1
-            found.append(weight * (1 << code(unit)).view(shape).to(root))
+            found.append(weight * powers[code(unit)].view(shape).to(root))
         return found
 
-    tensors, parameters = [root for root, _, _ in roots], [p for _, p in named]
-    step = _HALF_STEP if roots[0][0].dtype == torch.float16 else _STEP
+    tensors, parts = [root for root, _, _ in roots], [part.tensor for part in named]
     codes = [torch.zeros_like, lambda unit: unit % step, lambda unit: unit // step]
     found = [
-        torch.autograd.grad(tensors, parameters, coded(code), retain_graph=True, allow_unused=True)
+        torch.autograd.grad(tensors, parts, coded(code), retain_graph=True, allow_unused=True)
         for code in (codes if units > step else codes[:2])
     ]
-    for (name, _), plain, *others in zip(named, *found, strict=True):
+    for part, plain, *others in zip(named, *found, strict=True):
         if plain is not None:
-            yield name, sum(step**place * _exponents(plain, values, step) for place, values in enumerate(others))
+            owner = _owners(plain, others, step)
+            yield part.name, owner if part.dim is None else _rows(owner, part.dim)
 
 
-def _exponents(plain: Tensor, coded: Tensor, step: int) -> Tensor:
-    """The k < step for which `coded = 2^k · plain`, very negative where that holds for no such k or both are 0.
+def _owners(plain: Tensor, coded: Sequence[Tensor], step: int) -> Tensor:
+    """The `sum(step^i · k_i)` for which `coded[i] = 2^k_i · plain`, all k < step; `_SHARED` where there is none.
 
-    A power of two changes the exponent alone, which the upper bits of a floating-point number hold.
+    `_UNSEEN` where all are 0. A power of two changes the exponent alone, which the upper bits of a floating-point
+    number hold.
     """
     whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[plain.itemsize]
     fraction = round(-math.log2(torch.finfo(plain.dtype).eps))  # bits
-    steps = coded.contiguous().view(whole) - plain.contiguous().view(whole)
-    power = steps >> fraction
-    exact = (power << fraction == steps) & (power >= 0) & (power < step)
-    found = power.to(torch.int32).masked_fill_(~exact, _SHARED * 10**4)
-    return found.masked_fill_(plain == 0, _UNSEEN * 10**4)
+    owner = torch.zeros_like(plain, dtype=torch.int32)
+    shared = torch.zeros_like(plain, dtype=torch.bool)
+    for place, values in enumerate(coded):
+        steps = values.contiguous().view(whole) - plain.contiguous().view(whole)
+        power = steps >> fraction
+        shared |= (steps.bitwise_and_((1 << fraction) - 1) != 0) | (power < 0) | (power >= step)
+        owner += power.mul_(step**place)
+    return owner.masked_fill_(shared, _SHARED).masked_fill_(plain == 0, _UNSEEN)
+
+
+def _along(owner: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """The highest unit that each place along a dimension serves, and whether it serves nothing else."""
+    rows = owner.movedim(dim, 0).flatten(1) if owner.dim() > 1 else owner[:, None]
+    highest = rows.amax(1)
+    return highest, ((rows == highest[:, None]) | (rows == _UNSEEN)).all(1)
+
+
+def _rows(owner: Tensor, dim: int) -> Tensor:
+    """The unit that each place along a dimension serves alone, [places, 1]."""
+    highest, alone = _along(owner, dim)
+    return highest.masked_fill(~alone, _SHARED)[:, None]
 
 
 def slices_of(name: str, owner: Tensor, heads: int, partly: bool = False) -> Slices | None:
@@ -73,20 +103,13 @@ def slices_of(name: str, owner: Tensor, heads: int, partly: bool = False) -> Sli
     `partly`: other places along the axis may serve something else.
     """
     for dim in range(owner.dim()):
-        rows = owner.movedim(dim, 0).flatten(1) if owner.dim() > 1 else owner[:, None]
-        highest = rows.amax(1)
-        known = torch.where(_unseen(rows), highest[:, None], rows)
+        highest, alone = _along(owner, dim)
         served = highest >= 0
-        if bool((known == highest[:, None])[served].all()) and (partly or bool(served.all())):
+        if bool(alone[served].all()) and (partly or bool(served.all())):
             places = tuple(tuple((highest == head).nonzero().flatten().tolist()) for head in range(heads))
             if len({len(row) for row in places}) == 1 and places[0]:
                 return Slices(name, dim, places)
     return None
-
-
-def _unseen(owner: Tensor) -> Tensor:
-    """Where no gradient came: the value matters to no output, or to none on this image."""
-    return (owner < 0) & (owner > _SHARED * 10**4)
 
 
 def likewise(

@@ -74,6 +74,24 @@ def first_sample(example: Example) -> Example:
     return Example(tuple(map(take, example.args)), {name: take(value) for name, value in example.kwargs.items()})
 
 
+def cloned(values: Any) -> Any:
+    """Nested arguments with copies of their tensors; one that comes several times stays one.
+
+    >>> one = torch.zeros(2)
+    >>> first, second = cloned((one, one))
+    >>> first is second, first is one
+    (True, False)
+    """
+    copies: dict[int, Tensor] = {}
+
+    def clone(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and id(leaf) not in copies:
+            copies[id(leaf)] = leaf.clone()
+        return copies.get(id(leaf), leaf)
+
+    return tree_map(clone, values)
+
+
 def pair_of(example: Example) -> Example:
     """Every tensor twice along its first dimension: what a training pass needs where a norm sees one place."""
     return example.map(lambda tensor: torch.cat([tensor, tensor.flip(0)]))

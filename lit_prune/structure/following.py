@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from lit_prune.running import removing
+from lit_prune.running import removing, unwatched
 from lit_prune.structure import operations, reasons, rows
 from lit_prune.structure.example import Example
 from lit_prune.structure.hollow import Hollow
@@ -61,7 +61,7 @@ class Follower(LabelledTensors, TorchDispatchMode):
                 self._inside -= 1
                 self.ran.add(name)
                 if not self._inside:
-                    with _disable_current_modes():
+                    with unwatched():
                         rule(self, name, module, tuple(tensors_in((args, kwargs))), output)
 
             return hook

@@ -7,13 +7,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from lit_prune.structure import axes
 from lit_prune.structure.attention import MIXERS
 from lit_prune.structure.attention_parts import Attention
 from lit_prune.structure.coupling import Group, Member, common_scope
 from lit_prune.structure.cutting import cut_layer
+from lit_prune.structure.example import cloned
 from lit_prune.structure.known import built, called_with
 from lit_prune.structure.tracing import sketch_network
 
@@ -211,7 +212,7 @@ def _silenced(model: nn.Module, attention: Attention, lost: list[int]) -> Iterat
 
 
 def _output(module: nn.Module, call: _Call) -> list[Tensor]:
-    args, kwargs = tree_map(lambda value: value.detach().clone() if isinstance(value, Tensor) else value, call)
+    args, kwargs = cloned(call)
     return [leaf for leaf in tree_leaves(module(*args, **kwargs)) if isinstance(leaf, Tensor)]
 
 

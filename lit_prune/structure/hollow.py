@@ -1,8 +1,9 @@
 """Passes that are run for their shapes: products of what depends on the input answer anything, all else is computed.
 
 Which channels go together, what a pass costs and whether a copy runs at all does not hang on the values of the
-products, which take most of the time. Where it does (a number read off a tensor, boxes that are chosen by their scores)
-the pass is run again with all values. What does not depend on the input is computed in any case: a network may keep it.
+products, which take most of the time, nor on what is computed from them value by value. Where it does (a number read
+off a tensor, boxes that are chosen by their scores) the pass is run again with all values. What does not depend on the
+input is computed in any case: a network may keep it.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -49,17 +50,18 @@ class Hollow(TorchDispatchMode):
         skips: whether products are skipped from here on.
     """
 
-    def __init__(self, inputs: Iterable[Tensor], skips: bool = True, noise: bool = False) -> None:
+    def __init__(
+        self, inputs: Iterable[Tensor], skips: bool = True, fill: Callable[[Tensor], object] | None = None
+    ) -> None:
         """For one pass.
 
         Args:
             inputs: what the network is called with.
             skips: whether products are skipped.
-            noise: their values are noise in -1..1 instead of ones, where gradients are to tell values apart.
+            fill: writes the values of a product; by default none matters, nor what is computed of them one by one.
         """
         super().__init__()
-        self.skips = skips
-        self._noise = torch.empty(0) if noise else None
+        self.skips, self._fill = skips, fill
         for tensor in inputs:
             self._note(tensor, hollow=False)
 
@@ -81,8 +83,8 @@ class Hollow(TorchDispatchMode):
         if not notes:
             return function(*args, **kwargs)
         hollow = any(notes)
-        if self.skips and operations.is_shaped(function, args):
-            output, hollow = self._shaped(function, args), True
+        if self.skips and (operations.is_shaped(function, args) or (hollow and self._is_idle(function, args))):
+            output, hollow = self._shaped(function, args, kwargs), True
         else:
             output = function(*args, **kwargs)
             if hollow and operations.reads_values(function, output):
@@ -91,23 +93,23 @@ class Hollow(TorchDispatchMode):
             self._note(leaf, hollow)
         return output
 
-    def _shaped(self, function: Any, args: tuple) -> Any:
-        """Any values in the shape and strides of a product."""
-        device = next(_tensors(args)).device
-        function, args = operations.without_addition(function, args)
-        forms, several = _shapes(function, tuple(map(_form, args)))
-        found = [self._values(form, device) for form in forms]
-        return tuple(found) if several else found[0]
+    def _is_idle(self, function: Any, args: tuple) -> bool:
+        """Whether an operation computes, value by value, what nobody asks for."""
+        return self._fill is None and operations.is_pointwise_copy(function) and _are_floating(args)
 
-    def _values(self, form: _Form, device: torch.device) -> Tensor:
-        """A tensor of a form."""
-        values = torch.empty_strided(form.shape, form.strides, dtype=form.dtype, device=device)
-        if self._noise is None:
-            return values.fill_(1)
-        if len(self._noise) < values.numel():
-            generator = torch.Generator().manual_seed(0)
-            self._noise = torch.empty(values.numel()).uniform_(-1, 1, generator=generator)
-        return values.copy_(self._noise[: values.numel()].view(values.shape))
+    def _shaped(self, function: Any, args: tuple, kwargs: dict) -> Any:
+        """Any values in the shape and strides of an output."""
+        device = next(leaf.device for leaf in _tensors((*args, *kwargs.values())) if self.depends(leaf))
+        function, args, kwargs = operations.without_addition(function, args, kwargs)
+        named = tuple((key, _form(value)) for key, value in kwargs.items())
+        forms, several = _shapes(function, tuple(map(_form, args)), named)
+        found = [torch.empty_strided(f.shape, f.strides, dtype=f.dtype, device=device) for f in forms]
+        for values in found:
+            if self._fill is not None:
+                self._fill(values)
+            elif values.dtype == torch.bool:
+                values.zero_()  # as it lies in memory it may be neither True nor False
+        return tuple(found) if several else found[0]
 
     def _noted(self, tensor: Tensor) -> bool | None:
         """Whether it depends on skipped products; None where it does not depend on the input."""
@@ -122,6 +124,25 @@ class Hollow(TorchDispatchMode):
             setattr(memory, _NOTE, (self, hollow or bool(self._noted(tensor))))
 
 
+def ones(values: Tensor) -> None:
+    """Values of products that are nothing but finite."""
+    values.fill_(1)
+
+
+class Noise:
+    """Values of products from -1 to 1, where gradients are to tell values apart."""
+
+    def __init__(self) -> None:
+        self._values = torch.empty(0)
+
+    def __call__(self, values: Tensor) -> None:
+        """Writes the same ones for every product of one size."""
+        if len(self._values) < values.numel():
+            generator = torch.Generator().manual_seed(0)
+            self._values = torch.empty(values.numel()).uniform_(-1, 1, generator=generator)
+        values.copy_(self._values[: values.numel()].view(values.shape))
+
+
 def _form(value: Any) -> Any:
     """The form of a tensor; anything else itself, lists as tuples."""
     if isinstance(value, Tensor):
@@ -129,12 +150,23 @@ def _form(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _empty(value: Any) -> Any:
+    """A tensor of a form, without values; anything else itself."""
+    if not isinstance(value, _Form):
+        return value
+    return torch.empty_strided(value.shape, value.strides, dtype=value.dtype, device="meta")
+
+
 @lru_cache(maxsize=4096)
-def _shapes(function: Any, args: tuple) -> tuple[list[_Form], bool]:
-    """The forms that a product answers, whose arguments are forms, and whether these are several; layers are alike."""
-    given = (torch.empty_strided(*a[:2], dtype=a.dtype, device="meta") if isinstance(a, _Form) else a for a in args)
-    shaped = function(*given)
+def _shapes(function: Any, args: tuple, kwargs: tuple) -> tuple[list[_Form], bool]:
+    """The forms that an operation answers to forms, and whether these are several; layers are alike."""
+    shaped = function(*map(_empty, args), **{key: _empty(value) for key, value in kwargs})
     return [_form(t) for t in (shaped if isinstance(shaped, tuple) else (shaped,))], isinstance(shaped, tuple)
+
+
+def _are_floating(args: tuple) -> bool:
+    """Whether all tensors hold floating-point numbers, so that plain numbers beside them do not change their type."""
+    return all(leaf.is_floating_point() for leaf in _tensors(args))
 
 
 def _memory(tensor: Tensor) -> torch.UntypedStorage | None:

@@ -64,6 +64,11 @@ def is_pointwise(function: Any) -> bool:
     return torch.Tag.pointwise in function.tags or name in PLACES or name.removesuffix("_") in PLACES
 
 
+def is_pointwise_copy(function: Any) -> bool:
+    """Whether an operation writes such an output, and nothing else, to memory of its own."""
+    return torch.Tag.pointwise in function.tags and not function._schema.is_mutable and not function.is_view
+
+
 def is_shaped(function: Any, args: tuple) -> bool:
     """Whether an operation is a product of which torch can tell by shapes alone whether it runs, and what shape it has.
 
@@ -82,9 +87,10 @@ def is_shaped(function: Any, args: tuple) -> bool:
     return name in ("mm", "bmm")
 
 
-def without_addition(function: Any, args: tuple) -> tuple[Any, tuple]:
+def without_addition(function: Any, args: tuple, kwargs: dict) -> tuple[Any, tuple, dict]:
     """An operation of the same shape that only multiplies."""
-    return (torch.ops.aten.mm.default, args[1:3]) if function is torch.ops.aten.addmm.default else (function, args)
+    adds = function is torch.ops.aten.addmm.default
+    return (torch.ops.aten.mm.default, args[1:3], {}) if adds else (function, args, kwargs)
 
 
 def reads_values(function: Any, output: Any) -> bool:

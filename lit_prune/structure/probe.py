@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lit_prune.running import removing
+from lit_prune.running import removing, unwatched
 from lit_prune.structure import axes
 from lit_prune.structure.cutting import cut_layer
 from lit_prune.structure.example import Example
-from lit_prune.structure.hollow import Hollow, NeedsValues, for_shapes
+from lit_prune.structure.hollow import Hollow, NeedsValues, for_shapes, ones
 from lit_prune.structure.layers import layer_type
-from lit_prune.structure.tracing import sketch_network
+from lit_prune.structure.tracing import select, sketch_network
 
 
 @dataclass
@@ -123,7 +123,7 @@ def arrive(
     """
 
     def arrived(hollow: bool) -> bool:
-        shapes = Hollow(sample.tensors, skips=False)
+        shapes = Hollow(sample.tensors, skips=False, fill=ones)
 
         def call_hollow(model: nn.Module, sample: Example) -> Any:
             def enter(*_: object) -> None:
@@ -211,21 +211,25 @@ def _watching(
 
     def note(name: str, cleans: bool):
         def hook(module: nn.Module, args: tuple) -> tuple | None:
-            for values in args[: inputs(module)]:
-                dim = axes.channel_dim(module, values)
-                rows = values.sum([d for d in range(values.dim()) if d != dim]).isnan()  # [C]
-                seen.setdefault(name, []).append(rows.cpu().numpy())
-                held.update({name: values} if name in sites.norms else {})
+            with unwatched():
+                for values in args[: inputs(module)]:
+                    dim = axes.channel_dim(module, values)
+                    rows = values.sum([d for d in range(values.dim()) if d != dim]).isnan()  # [C]
+                    seen.setdefault(name, []).append(rows.cpu().numpy())
+                    held.update({name: values} if name in sites.norms else {})
             return with_inputs(module, args, _cleaned) if cleans else None
 
         return hook
 
     def mark(row: np.ndarray):
+        spots = torch.from_numpy(np.where(row, np.nan, 0.0))
+
         def hook(module: nn.Module, args: tuple, output: Any) -> Any:
             first, *others = output if isinstance(output, tuple) else (output,)  # an attention gives its weights too
             shape = [1] * first.dim()
             shape[axes.channel_dim(module, first)] = -1
-            nans = torch.from_numpy(np.where(row, np.nan, 0.0)).to(first).view(shape)
+            with unwatched():
+                nans = spots.to(first).view(shape)
             return (first + nans, *others) if isinstance(output, tuple) else first + nans
 
         return hook
@@ -234,8 +238,9 @@ def _watching(
         def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
             lost = np.flatnonzero(seen[name][-1])
             parted = exact and 0 < len(lost) < len(seen[name][-1])
-            values = _of_the_rest(module, args[0], lost) if parted else output
-            return values + 0 * held.pop(name)
+            with unwatched():
+                values = _of_the_rest(module, args[0], lost) if parted else output
+            return torch.add(values, held.pop(name), alpha=0)  # the marks
 
         return hook
 
@@ -268,4 +273,4 @@ def _of_the_rest(norm: nn.Module, values: Tensor, lost: np.ndarray) -> Tensor:
     small.norm = sketch_network(norm)
     cut_layer(small, "norm", "out", lost.tolist())
     kept = torch.from_numpy(np.delete(np.arange(values.shape[dim]), lost)).to(values.device)
-    return torch.zeros_like(values).index_copy(dim, kept, small.norm(values.index_select(dim, kept)))
+    return torch.zeros_like(values).index_copy(dim, kept, small.norm(select(values, dim, kept)))

@@ -98,13 +98,25 @@ def _uneven_heads(model: nn.Module) -> str:
 def without(tensor: Tensor, positions: Sequence[int] | np.ndarray, dim: int) -> Tensor:
     """A tensor without some positions along a dimension; a parameter stays one, and keeps its gradient."""
     kept = torch.from_numpy(np.delete(np.arange(tensor.shape[dim]), positions)).to(tensor.device)
-    cut = tensor.detach().index_select(dim, kept)
+    cut = select(tensor.detach(), dim, kept)
     if not isinstance(tensor, nn.Parameter):
         return cut
     parameter = nn.Parameter(cut, requires_grad=tensor.requires_grad)
     if tensor.grad is not None:
-        parameter.grad = tensor.grad.index_select(dim, kept)
+        parameter.grad = select(tensor.grad, dim, kept)
     return parameter
+
+
+def select(tensor: Tensor, dim: int, places: Tensor) -> Tensor:
+    """As `Tensor.index_select`, which takes value by value along any dimension but the first two.
+
+    >>> select(torch.arange(8).view(2, 2, 2), -1, torch.tensor([1])).flatten().tolist()
+    [1, 3, 5, 7]
+    """
+    dim %= tensor.dim()
+    if dim < 2:
+        return tensor.index_select(dim, places)
+    return tensor.flatten(0, dim - 1).index_select(1, places).unflatten(0, tensor.shape[:dim])
 
 
 def copy_network(model: nn.Module) -> nn.Module:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.structure import cost, trace_groups
+from lit_prune.structure.hollow import Hollow
 
 
 class Decides(nn.Module):
@@ -44,3 +45,23 @@ def test_a_table_that_a_network_keeps_is_computed() -> None:
         work(model, torch.randn(1, 4))
         assert model.table is not None
         torch.testing.assert_close(model.table, model.left @ model.right)
+
+
+def test_what_is_not_computed_of_skipped_products_has_the_form_that_it_would_have() -> None:
+    body, images = nn.Conv2d(3, 4, 3), torch.randn(1, 3, 8, 8)
+    steps = {
+        "gelu": nn.functional.gelu,
+        "broadcast": lambda values: values[:, :, :1] + torch.ones(2, 1, 1, 6, 1),
+        "permuted": lambda values: values.permute(0, 2, 3, 1) * 2,
+        "copied": lambda values: values.clone(memory_format=torch.channels_last),
+        "compared": lambda values: values > 0,
+        "clamped": lambda values: values.clamp(min=torch.zeros(4, 1, 1)),
+    }
+    with torch.no_grad():
+        for name, step in steps.items():
+            expected = step(body(images))
+            with Hollow([images]):
+                found = step(body(images))
+            forms = [(t.shape, t.stride(), t.dtype) for t in (found, expected)]
+            assert forms[0] == forms[1], name
+            assert found.dtype != torch.bool or int(found.view(torch.uint8).max()) <= 1
