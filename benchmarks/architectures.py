@@ -107,11 +107,10 @@ the multiply-adds. Rows were measured on three states of the tracing: those of r
 cspresnet50, cspdarknet53 and googlenet on the present one, 40 on 5094b6f or later, the others on one shortly before it;
 seconds were taken beside other work. inception_v3 now takes 2.9 s in place of 20.7 s, one after the other.
 
-`benchmarks/tracing.py` takes tracing and planning and Torch-Pruning's graph and cut in turns, at 224 × 224. Two runs on
-two cores with five other processes: 1.2 to 1.3 times its CPU seconds on ResNet-50, 1.5 on ConvNeXt-T, 1.7 to 1.8 on
-ViT-B-16; at 1be11ea, taken likewise, 1.7 to 2.2, 1.7 to 1.8 and 2.3 to 2.6. Torch-Pruning does not come to an end on
-Swin-T, which takes 3.1 s here beside that work. What is left is mostly some seven passes through Python, few of whose
-products are computed, and on ViT the gradients that tell heads apart.
+`benchmarks/tracing.py --repeats 4` takes tracing and planning and Torch-Pruning's graph and cut in turns, at 224 × 224.
+Two runs on two cores with other processes: 1.1 times its CPU seconds on ResNet-50, ConvNeXt-T and ViT-B-16; at a672974,
+right after these, 1.3, 1.3 and 1.4. Torch-Pruning does not come to an end on Swin-T, which takes 1.3 to 1.4 s here.
+What is left is mostly some seven passes through Python, few of whose products are computed.
 
 {table}"""
 
