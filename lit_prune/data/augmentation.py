@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import v2
 
-from lit_prune.data.seeding import seeded_generator
+from lit_prune.data.sampling import seeded_generator
 from lit_prune.data.sources import FileImages, ImageSource
 
 

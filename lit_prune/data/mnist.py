@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torchvision
 
+from lit_prune.data.digits import GreyDigits
 from lit_prune.data.download import no_empty_folder
-from lit_prune.data.grey import GreyDigits
 from lit_prune.data.sources import MemoryImages
 from lit_prune.errors import InputError
 

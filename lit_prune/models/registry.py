@@ -11,10 +11,9 @@ from torch import nn
 from lit_prune.errors import InputError, first_line
 from lit_prune.models.anatomy import find_head
 from lit_prune.models.cifar_resnet import CifarResNet, ProjectionResNet, WideStemResNet
-from lit_prune.models.published import published_file
 from lit_prune.models.small import MLP, ConvNet
 from lit_prune.models.stems import use_cifar_stem, use_input_channels
-from lit_prune.models.weights import load_weights
+from lit_prune.models.weights import load_weights, published_file
 
 OWN_BACKBONES: dict[str, Callable[..., nn.Module]] = {
     **{f"cifar_resnet{depth}": partial(CifarResNet, depth) for depth in (20, 32, 44, 56, 110)},

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lit_prune.arguments import checked
 from lit_prune.errors import InputError
-from lit_prune.replace.spread import Spread
+from lit_prune.replace.errors import Spread
 from lit_prune.running import undisturbed
 from lit_prune.task import Task
 

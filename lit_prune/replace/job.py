@@ -10,8 +10,7 @@ from lit_prune.errors import InputError
 from lit_prune.replace.carrier import with_carriers
 from lit_prune.replace.consumers import Reader, find_readers
 from lit_prune.replace.flow import Flow, observe
-from lit_prune.replace.methods import StandInMethod
-from lit_prune.replace.settings import Replacement
+from lit_prune.replace.methods import Replacement, StandInMethod
 from lit_prune.structure import ChannelGraph, Plan, apply_plan, trace_groups
 from lit_prune.structure.example import Example
 from lit_prune.structure.opened import open_copy

@@ -1,16 +1,102 @@
-"""What may stand in for removed units: each way is a class, registered under its name."""
+"""How mechanisms are replaced: the settings, and the ways, each a class registered under its name."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from lit_prune.arguments import checked
 from lit_prune.errors import InputError
 from lit_prune.registry import Kinds, Named
 
 if TYPE_CHECKING:
     from lit_prune.replace.job import Job
-    from lit_prune.replace.settings import Replacement
+
+
+ROWS_A_WEIGHT = 20
+
+
+@checked
+@dataclass(frozen=True)
+class Replacement:
+    """Settings of `replace_mechanisms`.
+
+    Attributes:
+        ridge: of affine relative to the inputs' mean variance, of refit to each input's own; "held_out": refit takes
+            the one of a grid that serves held-out images best, at least `noise`² (affine: `noise`², at least 1e-6).
+        noise: error of the inputs, as a share of their spread, that a solution has to bear: least squares with so much
+            noise on each input are those with a ridge of its square. Without it a reader whose inputs hardly vary in
+            some directions may get weights a hundred times as large to read what little is left there; the fit is
+            somewhat closer, but the first steps of any training that move the inputs destroy it.
+        parents: affine: kept channels that stand in for a removed one; None: all of them.
+        parent_rule: which ones: the best by `pearson` correlation, by `weighted_pearson` (correlation times the cosine
+            of the two channels' outgoing weights; both absolute), or `random` ones.
+        objective: what constants and affine stand-ins are fitted to: "distortion" (squared error of the value: means
+            and least squares), "curvature" (the same, samples weighted by the loss's curvature), "loss" (second-order
+            rise of the loss, gradient included, each removed channel alone), "joint_loss" (constants only: all removed
+            channels of a layer together). All but the first read labels.
+        curvature: of the loss: "gauss_newton", or "hutchinson" (random probes of the Hessian's diagonal; constants
+            only).
+        border: where the constants go: "bias" (exact away from a zero-padded border) or "carrier" (exact; one of the
+            removed channels stays in each group and carries them).
+        scope: refit: "all" (every layer from the first change on) or "consumers" (layers that lose input channels).
+        towards: refit: where the ridge pulls the weights, "zero" or the "weights" the layer has.
+        clipped: refit: where a ReLU or ReLU6 reads the result, fit what it lets through; off: the value in front of it.
+        together: refit: passes over the images in which the layers of each segment (a residual block, say) are then
+            solved together, by gradient steps towards what the segment of the original network gives; 0: none.
+        images: most calibration images used.
+        rows: refit: most positions (over all images) in one regression, but at least `ROWS_A_WEIGHT` times the length
+            of a patch; where there are more, equally many of each image are sampled, seeded.
+        held_out: share of the batches that choose the ridge.
+        unsupported: "refuse" raises for a layer in which nothing can stand in, or that has fewer positions than weights
+            to solve for; "delete" leaves the one with what is kept, and pulls the other towards the weights it has.
+        seed: of sampled positions, drawn labels, probes and random parents.
+    """
+
+    ridge: float | Literal["held_out"] = "held_out"
+    noise: float = 0.0
+    parents: int | None = 16
+    parent_rule: Literal["pearson", "weighted_pearson", "random"] = "pearson"
+    objective: Literal["distortion", "curvature", "loss", "joint_loss"] = "distortion"
+    curvature: Literal["gauss_newton", "hutchinson"] = "gauss_newton"
+    border: Literal["bias", "carrier"] = "bias"
+    scope: Literal["all", "consumers"] = "all"
+    towards: Literal["zero", "weights"] = "zero"
+    clipped: bool = True
+    together: int = 0
+    images: int = 4096
+    rows: int = 100_000
+    held_out: float = 0.2
+    unsupported: Literal["refuse", "delete"] = "refuse"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks the values.
+
+        Raises:
+            InputError: one is outside its range.
+        """
+        if not isinstance(self.ridge, str) and self.ridge <= 0:
+            raise InputError(f"ridge={self.ridge!r} must be above 0 (relative to the inputs' variance), or 'held_out'")
+        if not 0 <= self.noise < 1:
+            raise InputError(f"noise={self.noise!r} must be within [0, 1), a share of the inputs' spread")
+        if self.parents is not None and self.parents < 0:
+            raise InputError(f"parents={self.parents} must be 0 or more, or None for all kept channels")
+        if self.together < 0:
+            raise InputError(f"together={self.together} must be 0 or more passes over the images")
+        if self.images < 1 or self.rows < 1 or not 0 <= self.held_out < 1:
+            raise InputError(
+                f"images={self.images} and rows={self.rows} must be at least 1, held_out={self.held_out} within [0, 1)"
+            )
+
+    def holds_out(self, index: int, batches: int) -> bool:
+        """Whether batch `index` of `batches` belongs to the held-out part: the last ones, none of a single batch."""
+        return index >= batches - int(self.held_out * batches + 0.5)
+
+
+DEFAULT_REPLACEMENT = Replacement()
+
 
 Done = tuple[dict[str, dict], list[str]]
 """Report by layer, and the layers that gained a bias."""

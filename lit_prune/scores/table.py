@@ -7,52 +7,9 @@ from lit_prune.arguments import checked
 from lit_prune.errors import InputError
 from lit_prune.measurement.layers import Batches
 from lit_prune.registry import import_files, imported
-from lit_prune.scores import axes, clusters, gradients, labels, mixtures, outputs, second_order, weights
 from lit_prune.scores.evidence import Evidence
-from lit_prune.scores.method import SCORES, SPARSITY, Method, OwnScore, Score
-from lit_prune.scores.names import parse_method
+from lit_prune.scores.method import SCORES, SPARSITY, Method, OwnScore, Score, parse_method
 from lit_prune.task import Task
-
-_SUMS, _TARGET, _TABLE, _LABELS = ("sums",), ("task_sums",), ("table",), ("pooled",)
-_INPUTS, _UNITS = ("input_variances",), ("unit_moments", "sums")
-_BOTH = ("table", "saliency")
-
-_SHIPPED = {
-    "magnitude": Score(weights.magnitude, "baseline", "weights"),
-    "taylor": Score(gradients.taylor, "baseline", "gradients", needs=("saliency",)),
-    "random": Score(weights.random, "baseline", "weights"),
-    "fpgm": Score(weights.fpgm, "baseline", "weights"),
-    "chip": Score(outputs.chip, "baseline", "activations", needs=("independence",)),
-    "network_slimming": Score(weights.network_slimming, "baseline", "weights"),
-    "group_norm": Score(weights.group_norm, "baseline", "weights"),
-    "proxy": Score(weights.proxy, "baseline", "weights"),
-    "activation_rms": Score(outputs.activation_rms, "baseline", "activations", needs=_SUMS),
-    "variance": Score(outputs.variance, "local", "activations", needs=_INPUTS),
-    "mipp": Score(outputs.mipp, "baseline", "activations", needs=_UNITS),
-    "cmr_logit": Score(outputs.cmr_logit, "local", "activations", needs=_INPUTS),
-    "cmr_const": Score(outputs.cmr_const, "target", "gradients", needs=("curvatures",)),
-    "cmr_curvature": Score(outputs.cmr_curvature, "target", "gradients", needs=("curvatures",)),
-    "cmr_affine": Score(second_order.cmr_affine, "target", "gradients", (16.0, 1e-4, "pearson"), needs=("risk_rows",)),
-    "reconstruction": Score(outputs.reconstruction, "mixed", "gradients", (1.0,)),
-    "composite_ix": Score(axes.composite_ix, "local", "activations"),
-    "ix_minus_redundancy": Score(axes.ix_minus_redundancy, "local", "activations", (0.5,)),
-    "magnitude_plus_ix": Score(axes.magnitude_plus_ix, "local", "activations", (1.0,)),
-    "compact_support": Score(outputs.compact_support, "local", "activations", needs=_SUMS),
-    "cap": Score(clusters.cap, "local", "labels", needs=_TABLE),
-    "cap_qgw": Score(clusters.cap_qgw, "local", "gradients", needs=_BOTH),
-    "cap_a": Score(clusters.cap_a, "local", "gradients", (None,), needs=_BOTH),
-    "spectral_rs": Score(clusters.spectral_rs, "local", "labels", needs=_TARGET),
-    "composite_pid": Score(axes.composite_pid, "target", "labels", needs=_TABLE),
-    "pid_no_red": Score(axes.pid_no_red, "target", "labels", needs=_TABLE),
-    "spectral_pid_rs": Score(clusters.spectral_pid_rs, "target", "labels", needs=_TARGET),
-    "label_information": Score(labels.label_information, "target", "labels", ("output",), needs=_LABELS),
-    "conditional_information": Score(labels.conditional_information, "target", "labels", ("output",), needs=_LABELS),
-}
-_SHIPPED["hybrid"] = Score(
-    mixtures.hybrid, "mixed", "gradients", (Method(_SHIPPED["taylor"]), Method(_SHIPPED["composite_ix"]))
-)
-for _name, _entry in _SHIPPED.items():
-    SCORES.add(_name, _entry, _entry.function)
 
 
 @checked

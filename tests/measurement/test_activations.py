@@ -8,9 +8,9 @@ from lit_prune.errors import InputError
 from lit_prune.measurement import local_axis
 from lit_prune.measurement.activations import Recording, record
 from lit_prune.measurement.channel_table import collect_sums
+from lit_prune.measurement.labels import pooled_outputs
 from lit_prune.measurement.layers import following_norms, select_layers
 from lit_prune.measurement.moments import Moments
-from lit_prune.measurement.pooled import pooled_outputs
 from lit_prune.measurement.protocol import Protocol
 from lit_prune.running import EXACT, MATMUL, PRECISION, undisturbed
 from lit_prune.structure.example import Example

@@ -3,18 +3,29 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
 from lit_prune.lab.reduce.images import TASK, Batches
-from lit_prune.lab.reduce.state import NetworkState
 from lit_prune.replace import Interchange, Replacement, Swaps
 from lit_prune.replace.heads import HEAD_SCORES, attention_with_heads, head_columns, measure_heads, remove_heads
 from lit_prune.replace.interchange import swap_units
 from lit_prune.replace.pairs import gather_images
 from lit_prune.train.evaluation import evaluate
+
+
+@dataclass(frozen=True)
+class NetworkState:
+    """A network with the units `kept` of the original, the calibration images, and what the last step reported."""
+
+    batches: Batches
+    model: nn.Module
+    kept: tuple[int, ...]
+    report: dict[str, Any]
+    added_biases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

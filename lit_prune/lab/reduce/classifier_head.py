@@ -19,11 +19,11 @@ from lit_prune.replace import find_stand_in
 from lit_prune.replace.consumers import Reader
 from lit_prune.replace.fitting import Affine, Folding, InputEvidence
 from lit_prune.replace.interchange import Interchange
+from lit_prune.replace.methods import Replacement
 from lit_prune.replace.pairs import Swaps, draw_pairs
 from lit_prune.replace.regression import RIDGES, PairSums, solve_held_out
 from lit_prune.replace.replacement import Refit
 from lit_prune.replace.risk import SoftmaxHead
-from lit_prune.replace.settings import Replacement
 from lit_prune.replace.stand_ins import fold
 from lit_prune.running import undisturbed
 

@@ -18,9 +18,8 @@ from lit_prune.lab.reduce.classifier_head import (
     read_features,
 )
 from lit_prune.lab.reduce.images import Batches
-from lit_prune.lab.reduce.kept_inputs import KeptInputs
 from lit_prune.replace import Interchange, Replacement, Swaps
-from lit_prune.replace.affine_score import affine_risks
+from lit_prune.replace.stand_ins import affine_risks
 from lit_prune.scores import score
 from lit_prune.structure import Budget, Group, Plan, apply_plan, trace_groups
 from lit_prune.structure.ranking import group_scores
@@ -164,3 +163,24 @@ class HeadSite:
             module.weight.copy_(head.weight)
             module.bias.copy_(head.bias)
         return smaller.eval(), plan
+
+
+class KeptInputs(nn.Module):
+    """`linear(x[..., kept])`: a smaller dense layer behind a gather.
+
+    What is read of a residual trunk is wider than what one reader needs; the trunk's own channels stay for the blocks
+    that share them.
+
+    Args:
+        kept: input channels read, ascending.
+        linear: layer on these channels.
+    """
+
+    def __init__(self, kept: Sequence[int], linear: nn.Linear) -> None:
+        super().__init__()
+        self.register_buffer("kept", torch.tensor(list(kept)))
+        self.linear = linear
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[..., C] to [..., O]."""
+        return self.linear(inputs[..., self.kept])

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_prune.data.calibration import stratified_order
+from lit_prune.data.sampling import stratified_order
 from lit_prune.errors import InputError
 from lit_prune.task import Classification
 

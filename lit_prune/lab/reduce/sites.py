@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
-from lit_prune.lab.reduce.attention import AttentionSite
+from lit_prune.lab.reduce.attention import AttentionSite, NetworkState
 from lit_prune.lab.reduce.head import HeadSite
 from lit_prune.lab.reduce.images import Batches
-from lit_prune.lab.reduce.state import NetworkState
 from lit_prune.measurement.layers import removing
 from lit_prune.replace import Interchange, Reduced, Replacement, Swaps, interchange, replace_mechanisms
 from lit_prune.replace.curvature import Curvature, measure_curvature

@@ -9,23 +9,24 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from lit_prune.data import ImageData
+from lit_prune.errors import InputError
 from lit_prune.files import write_parquet
-from lit_prune.lab.sweep.cells import Keys
 from lit_prune.lab.sweep.executors import open_executor
 from lit_prune.lab.sweep.fill import Sweep
-from lit_prune.lab.sweep.networks import load_networks
 from lit_prune.lab.sweep.recovery import precision_context
-from lit_prune.lab.sweep.request import SweepRequest
+from lit_prune.lab.sweep.request import Keys, SweepRequest
 from lit_prune.lab.sweep.tables import area_rows, derive_tables, gap_rows, write_derived
 from lit_prune.lab.sweep.work import SweepJob
 from lit_prune.progress import terminal
-from lit_prune.structure.networks import fingerprint
+from lit_prune.structure.networks import Network, find_network, fingerprint, read_network
+from lit_prune.train.classifier import LitClassifier
 from lit_prune.train.run_record import add_record
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
     from lit_prune.train.classifier import LitClassifier
+
 
 DATA_SETTINGS = ("batch_size", "seed", "train_size", "val_size", "calibration_size", "pad", "padding", "flip")
 
@@ -79,3 +80,28 @@ def _conclude(run_dir: Path, cells: pd.DataFrame, request: SweepRequest) -> None
         )
     if reasons:
         raise reasons[0]
+
+
+def load_networks(module: LitClassifier, run_dir: Path, checkpoints: Sequence[str]) -> dict[str, Network]:
+    """Networks by the name of what they come from.
+
+    Args:
+        module: the configured network; all checkpoints hold this backbone, pruned or not.
+        run_dir: its `checkpoints/last.ckpt` is taken where neither checkpoints nor trained weights are given.
+        checkpoints: checkpoints of a fit, or files of plain weights.
+
+    Raises:
+        InputError: as `find_network`; a file that holds another backbone.
+    """
+    if not checkpoints:
+        source = "weights" if module.is_trained else str(run_dir / "checkpoints" / "last.ckpt")
+        networks = {source: find_network(module, run_dir, None, "sweep")}
+    else:
+        networks = {path: read_network(Path(path), module, "checkpoints") for path in checkpoints}
+    for path, network in networks.items():
+        if (network.backbone, network.arguments) != (module.backbone_name, module.arguments):
+            raise InputError(
+                f"checkpoints: {path} holds {network.backbone} {network.arguments}, this sweep is configured for"
+                f" {module.backbone_name} {module.arguments}; change --model.backbone or leave it out"
+            )
+    return networks
