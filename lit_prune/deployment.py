@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -111,7 +111,7 @@ def _rows(networks: dict[str, Any], int8: Path, size: int, setting: Setting, scr
         runs["compact", "ONNX Runtime, INT8"] = _runtime(int8, images.cpu(), setting.threads)
     timings = time_runs(list(runs.values()), setting.rounds)
     return [
-        {"network": name, "runtime": kind, "batch": size, "milliseconds": timing.to_dict()}
+        {"network": name, "runtime": kind, "batch": size, "milliseconds": asdict(timing)}
         | {"images_per_second": 1000 * size / timing.median}
         for (name, kind), timing in zip(runs, timings, strict=True)
     ]

@@ -100,12 +100,7 @@ class Preparation:
 
 
 class Normalised(nn.Module):
-    """A network that normalises its images itself: it takes them on the scale 0..1.
-
-    Args:
-        network: what reads the normalised images.
-        preparation: with what they are normalised.
-    """
+    """A network that normalises its images itself: it takes them on the scale 0..1."""
 
     def __init__(self, network: nn.Module, preparation: Preparation) -> None:
         super().__init__()

@@ -15,11 +15,7 @@ from lit_prune.errors import InputError
 
 
 class PickledError(InputError):
-    """A file holds objects of classes.
-
-    Attributes:
-        found: what was found, without a remedy.
-    """
+    """A file holds objects of classes."""
 
     def __init__(self, found: str) -> None:
         super().__init__(f"{found}; save a plain state_dict there")
@@ -30,10 +26,6 @@ def read_torch(path: str | Path, argument: str = "file") -> Any:
     """The plain values and tensors of a file that `torch.save` wrote, on the CPU.
 
     Pickled objects are refused (`weights_only`), and so is an archive of which a record does not match its CRC-32.
-
-    Args:
-        path: the file.
-        argument: what named it, for the message.
 
     Raises:
         InputError: the file is missing, damaged, or holds more than plain values.

@@ -78,10 +78,6 @@ def shown(callbacks: Sequence[Callback], settings: Any) -> tuple[list[Callback],
     """Callbacks that show a training run, and the trainer's settings that go with them.
 
     What the configuration asks for itself stays as it is: a bar or summary among the callbacks, or one switched off.
-
-    Args:
-        callbacks: of the configuration.
-        settings: the trainer's.
     """
     added: list[Callback] = []
     changed: dict[str, Any] = {}

@@ -31,11 +31,7 @@ def first_sentence(function: Any) -> str:
 
 
 def verb_list(functions: Mapping[str, Callable[..., Any]]) -> str:
-    """Text of `lit-prune --help`: every verb with a line, Lightning's own and ours in one list.
-
-    Args:
-        functions: the verbs that are a function each.
-    """
+    """Text of `lit-prune --help`: every verb with a line, Lightning's own and ours in one list."""
     from lit_prune.cli.trainer import Trainer
 
     ours = {verb: first_sentence(getattr(Trainer, verb)) for verb in OURS}

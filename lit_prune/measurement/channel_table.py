@@ -49,7 +49,7 @@ def measure(
             classes, `negative_loss` with other targets, none with inputs alone: NaN on the target axis); "none".
         layers: names or fnmatch patterns of Conv2d and Linear layers; None takes all. Of a
             layer with one channel the columns that need peers are NaN.
-        protocol: the conventions, recorded with a result by `protocol.to_dict()`.
+        protocol: the conventions, recorded with a result.
         task: what a batch and an output mean, a Task or its name; None recognises it from the first batch.
 
     Returns:

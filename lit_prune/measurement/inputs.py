@@ -24,13 +24,7 @@ class InputSums:
 
 
 class InputMoments:
-    """Collects the moments of the input channels of layers over all images and positions (without padding).
-
-    Args:
-        model: any network.
-        layers: names of convolutions and linear layers.
-        diagonal: whether variances alone are wanted.
-    """
+    """Collects the moments of the input channels of layers over all images and positions (without padding)."""
 
     gradients = False
 

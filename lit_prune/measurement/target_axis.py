@@ -23,11 +23,6 @@ def pair_excess(first: Tensor, second: Tensor, between: Tensor) -> Tensor:
 
     With I(T;[Y_i,Y_j]) = -½·log(1-R²) and R² = (a²+b²-2abr)/(1-r²) the difference is g of the weaker channel's partial
     correlation with T given the stronger: (b-a·r)/√((1-a²)(1-r²)) for |a| ≥ |b|. In this form nothing cancels.
-
-    Args:
-        first: a, correlation of T with channel i, any shape.
-        second: b, that with channel j.
-        between: r, correlation of the two channels.
     """
     clip = (-CORRELATION_LIMIT, CORRELATION_LIMIT)
     first, second, between = first.clamp(*clip), second.clamp(*clip), between.clamp(*clip)

@@ -50,12 +50,6 @@ def build_network(
 def check_forward(model: nn.Module, image_shape: Sequence[int], num_classes: int, name: str) -> None:
     """Passes one grey image through a network, which is left as it was, random state included.
 
-    Args:
-        model: the network.
-        image_shape: (C, H, W) of the data's images.
-        num_classes: of the data.
-        name: of the backbone, for the message.
-
     Raises:
         InputError: it does not take such images, or has fewer outputs than there are classes.
     """

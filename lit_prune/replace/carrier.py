@@ -27,13 +27,7 @@ def pads_with_zeros(module: nn.Module) -> bool:
 
 
 def with_carriers(model: nn.Module, plan: Plan, readers: Mapping[str, Reader]) -> tuple[Plan, dict[str, int]]:
-    """The plan with one removed unit kept in each group that a zero-padded convolution reads, and these units by group.
-
-    Args:
-        model: the network.
-        plan: what to keep.
-        readers: the layers of the network.
-    """
+    """The plan with one removed unit kept in each group that zero-padded convolutions read, and those by group."""
     padded = [
         r for r in readers.values() if r.removed and not r.obstacle and pads_with_zeros(model.get_submodule(r.name))
     ]

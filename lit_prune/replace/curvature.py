@@ -145,12 +145,6 @@ class CurvatureSums(InputGradients):
     """Collects the curvature of the mean loss in the input channels of each layer.
 
     Layers may lie behind each other: each is differentiated with the others left alone.
-
-    Args:
-        model: any network.
-        layers: names of convolutions and linear layers.
-        task: what the loss is.
-        seed: of what is drawn.
     """
 
     losses = True
@@ -233,13 +227,6 @@ class HutchinsonSums(InputGradients):
     With ε = ±1 a channel and image, `ε_j Σ_p (H (ε ⊗ 1))_jp` has the mean Σ_pq H_jp,jq, and with `ε ⊗ a` in the place
     of `ε ⊗ 1` the terms that carry activations follow. The estimate is unbiased and may be negative; cross-unit terms
     are not estimated, so these objects have no joint constants.
-
-    Args:
-        model: any network.
-        layers: names of convolutions and linear layers.
-        task: what the loss is.
-        seed: of the probes.
-        probes: per image.
     """
 
     losses = True

@@ -10,12 +10,7 @@ from lit_prune.replace.kernels import spread, steps
 
 
 class PositionSample:
-    """Which positions of each image are used: all of them, or a seeded sample of `per_image`.
-
-    Args:
-        per_image: most positions of one image.
-        seed: of the sample.
-    """
+    """Which positions of each image are used: all of them, or a seeded sample of `per_image`."""
 
     def __init__(self, per_image: int, seed: int) -> None:
         self.per_image = max(1, per_image)

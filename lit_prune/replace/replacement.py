@@ -131,12 +131,6 @@ def refitted(
 def check_finite(model: nn.Module, batches: Sequence[Any], task: Task, source: str = "model") -> None:
     """Refuses a network, or inputs, that hold NaN or infinity.
 
-    Args:
-        model: its parameters and buffers are looked at.
-        batches: what it will be called with.
-        task: says what of a batch the network gets.
-        source: what the network is called in the message.
-
     Raises:
         InputError: the tensor, or the number of the batch, is named.
     """

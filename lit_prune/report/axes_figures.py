@@ -57,12 +57,7 @@ def draw_plane(run: RunFolder) -> Picture:
 
 
 def plane_pixels(channels: pd.DataFrame, epoch: int) -> np.ndarray | None:
-    """Picture of an early, a middle and a late layer on the two axes, uint8 [H, W, 3]; None without live channels.
-
-    Args:
-        channels: channel table of one epoch.
-        epoch: epochs finished, for the title.
-    """
+    """Picture of an early, a middle and a late layer on the two axes, uint8 [H, W, 3]; None without live channels."""
     live = channels.dropna(subset=["input_capture", "task_information"])
     layers = _thirds(layer_order(live))
     if not layers:

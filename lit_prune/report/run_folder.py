@@ -43,9 +43,6 @@ class RunFolder:
     Every property reads one input on first use. It raises `AbsentInput` where the run does not have it and
     `InputError` where it is there and cannot be read.
 
-    Args:
-        path: the run folder.
-
     Raises:
         InputError: the folder does not exist, or holds none of `INPUTS`.
     """
@@ -125,10 +122,6 @@ class RunFolder:
 
     def table(self, name: str, columns: Sequence[str] = ()) -> pd.DataFrame:
         """A parquet table of the run.
-
-        Args:
-            name: path in the run folder.
-            columns: what must be in it.
 
         Raises:
             AbsentInput: the run does not have it, or not with these columns.

@@ -1,14 +1,14 @@
 """`analyze` on a run folder: network, images, record, the table on the terminal; several analysed runs together."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import lightning.pytorch as pl
 import pandas as pd
 from rich.table import Table
 
+from lit_prune.data import ImageData
 from lit_prune.errors import InputError
 from lit_prune.files import read_json, read_parquet, write_parquet
 from lit_prune.lab.analyze.analysis import analyze, result_rows
@@ -16,33 +16,43 @@ from lit_prune.lab.analyze.request import AnalyzeRequest
 from lit_prune.measurement.summaries import leave_one_out_means, unit_bootstrap
 from lit_prune.progress import progress_bars, terminal
 from lit_prune.structure.networks import find_network
+from lit_prune.train.classifier import LitClassifier
 from lit_prune.train.run_record import subject
-
-if TYPE_CHECKING:
-    import lightning.pytorch as pl
-
-    from lit_prune.data import ImageData
-    from lit_prune.train.classifier import LitClassifier
 
 
 def analyze_run(
     trainer: pl.Trainer,
-    module: LitClassifier,
+    model: LitClassifier,
     datamodule: ImageData,
-    request: AnalyzeRequest,
-    compare: Sequence[str] = (),
+    request: AnalyzeRequest = AnalyzeRequest(),  # noqa: B008  (frozen)
+    compare: list[str] | None = None,
     ckpt_path: str | None = None,
 ) -> None:
-    """Carries out the verb; see `Trainer.analyze`."""
+    """Channel and layer tables of a trained network, with the extras and controls asked for.
+
+    Reads the calibration images of the data; writes `channels.parquet`, `layers.parquet`, `analysis/` and the key
+    `analyze` of `run.json` in the run folder, and nothing else there. An extra that is there already for the same
+    network, images and settings is not computed again. One process, on the first device.
+
+    Args:
+        trainer: says where, and on which device.
+        model: the network; its weights come from `ckpt_path`, else from `--model.weights` or `--model.pretrained`,
+            else from `checkpoints/last.ckpt` of the run folder.
+        datamodule: the images it was trained on.
+        request: extras and settings.
+        compare: run folders analysed before; one table of layer statistics over these and this run, with bootstrap
+            intervals over runs and means without each architecture, goes to `comparison.parquet`.
+        ckpt_path: checkpoint of a `fit`, pruned or not.
+    """
     run_dir = Path(trainer.default_root_dir)
-    network = find_network(module, run_dir, ckpt_path, "analyze")
+    network = find_network(model, run_dir, ckpt_path, "analyze")
     datamodule.prepare_data()
     datamodule.setup("fit")
-    model = network.model.to(trainer.strategy.root_device)
+    network.model.to(trainer.strategy.root_device)
     with progress_bars() as watch:
         batches = datamodule.calibration_dataloader()
         record = subject(network, datamodule)
-        tables = analyze(model, batches, request, run_dir=run_dir, record=record, watch=watch)
+        tables = analyze(network.model, batches, request, run_dir=run_dir, record=record, watch=watch)
     console = terminal()
     console.print(result_rows(tables["layers"]))
     if compare:
@@ -74,10 +84,6 @@ def compare_runs(folders: Sequence[str | Path], seed: int = 0) -> pd.DataFrame:
 
     Columns: statistic, runs, mean, low, high (95 % bootstrap over runs, not over layers), layer_mean, layer_error
     (standard error over all layers), and without_<architecture>, the mean over the units of the other architectures.
-
-    Args:
-        folders: run folders with layers.parquet and run.json.
-        seed: of the bootstrap.
 
     Raises:
         InputError: fewer than two runs, or a folder that was not analysed.

@@ -44,11 +44,6 @@ def draw_channels(metrics: pd.DataFrame, wanted: int | None, seed: int) -> np.nd
     """Channels of a layer to lesion, ascending: `wanted` live ones at random (all live ones where there are no more).
 
     The draw depends on the seed and the layer's name alone. None takes every channel, dead ones too.
-
-    Args:
-        metrics: the layer's rows of the channel table.
-        wanted: number of channels.
-        seed: of the draw.
     """
     if wanted is None:
         return metrics["channel"].to_numpy(copy=True)
@@ -67,11 +62,6 @@ def lesion_layer(
     damage: the deviation of ΔL over the images, divided by the root of their number; recovery
     (ΔL_lesion - ΔL_replace)/ΔL_lesion, NaN where the lesion does no damage; peer_r2 of the reconstruction;
     full_explanation E_full, hull_size |H| and compact_support E_full/max(1, |H|).
-
-    Args:
-        start: network, statistics, images.
-        request: how many channels, how many peers.
-        watch: wraps the loop over batches, for a progress bar.
     """
     layer = start.metrics["layer"].iloc[0]
     channels = draw_channels(start.metrics, request.channels, request.seed)

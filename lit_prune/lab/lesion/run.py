@@ -1,18 +1,18 @@
 """`lesion` on a run folder: which network, which images, the record, the tables on the terminal."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import lightning.pytorch as pl
 import pandas as pd
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from lit_prune.data import ImageData
 from lit_prune.errors import InputError
 from lit_prune.files import read_parquet
 from lit_prune.lab.analyze.evidence import cut_batches
@@ -22,40 +22,50 @@ from lit_prune.measurement.layers import Batches
 from lit_prune.progress import progress_bars, terminal
 from lit_prune.structure.networks import find_network
 from lit_prune.task import Classification
+from lit_prune.train.classifier import LitClassifier
 from lit_prune.train.evaluation import Evaluation
 from lit_prune.train.run_record import add_record, subject
-
-if TYPE_CHECKING:
-    import lightning.pytorch as pl
-
-    from lit_prune.data import ImageData
-    from lit_prune.train.classifier import LitClassifier
 
 SPLIT = "val"
 
 
 def lesion_run(
     trainer: pl.Trainer,
-    module: LitClassifier,
+    model: LitClassifier,
     datamodule: ImageData,
-    request: LesionRequest,
-    compare: Sequence[str] = (),
+    request: LesionRequest = LesionRequest(),  # noqa: B008  (frozen)
+    compare: list[str] | None = None,
     ckpt_path: str | None = None,
 ) -> None:
-    """Carries out the verb; see `Trainer.lesion`."""
+    """Sets single channels to zero, or to what their peers say of them, and measures the rise of the loss.
+
+    Nothing is trained. Writes `lesions.parquet`, `lesions/` (what the lesions say of peers, scores and the axes)
+    and the key `lesion` of `run.json` in the run folder. A layer is written when it is done, and one that is there
+    already for the same network, images and settings is not computed again. One process, on the first device.
+
+    Args:
+        trainer: says where, and on which device.
+        model: the network; its weights come from `ckpt_path`, else from `--model.weights` or `--model.pretrained`,
+            else from `checkpoints/last.ckpt` of the run folder.
+        datamodule: the images it was trained on: metrics and the peers' fit use the calibration images, losses the
+            validation split (the test split where there is none).
+        request: layers, channels and settings.
+        compare: run folders with lesions; the tables of these and this run together go to `lesions/pooled/`.
+        ckpt_path: checkpoint of a `fit`, pruned or not.
+    """
     run_dir, console = Path(trainer.default_root_dir), terminal()
-    others = [read_lesions(folder) for folder in compare]
-    network = find_network(module, run_dir, ckpt_path, "lesion")
+    others = [read_lesions(folder) for folder in compare or ()]
+    network = find_network(model, run_dir, ckpt_path, "lesion")
     datamodule.prepare_data()
     datamodule.setup()
     record = subject(network, datamodule, request.limit)
-    model = network.model.to(trainer.strategy.root_device)
+    network.model.to(trainer.strategy.root_device)
     calibration = FirstImages(datamodule.calibration_dataloader(), request.limit)
     images = ImagePair(calibration, datamodule.subset_dataloader(SPLIT, request.images))
     with progress_bars() as watch:
-        table, whole = lesion(model, images, request, run_dir=run_dir, record=record, watch=watch)
+        table, whole = lesion(network.model, images, request, run_dir=run_dir, record=record, watch=watch)
     tables = write_tables(run_dir / "lesions", table, request.seed)
-    add_record(run_dir, "lesion", {**record, "request": request.to_dict(), **evaluation_record(whole)})
+    add_record(run_dir, "lesion", {**record, "request": asdict(request), **evaluation_record(whole)})
     for line in clipped_lines(table, request):
         console.print(line)
     show(console, tables, f"{len(table)} channels of {table['layer'].nunique()} layers, {whole.images} images")

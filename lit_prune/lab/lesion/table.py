@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ def lesion(
     """
     places = choose_layers(model, images.calibration, request)
     kept = Ledger(None if run_dir is None else Path(run_dir) / "lesions" / "parts")
-    settings = request.to_dict()
+    settings = asdict(request)
     signed = signature(fingerprint(model, record or {}), {name: settings[name] for name in SETTINGS}, MEASURED)
     missing = [layer for layer in places.index if kept.table(layer, signed) is None]
     whole = evaluate(model, watch(images.evaluation, "whole network"))

@@ -30,12 +30,7 @@ class NetworkState:
 
 @dataclass(frozen=True)
 class AttentionSite:
-    """The heads of one attention module.
-
-    Attributes:
-        model: the original.
-        name: its attention.
-    """
+    """The heads of one attention module."""
 
     model: nn.Module
     name: str

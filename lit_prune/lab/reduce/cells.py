@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def reduce(
                     store.put(key, measure(bench.site, bench.drawn(size), request, seed))
                 rows += store.get(key)
     cells = [store.get(key) for key in keys]
-    tables = {"layer": bench.layer, "units": bench.site.size, "request": request.to_dict(), "keys": keys}
+    tables = {"layer": bench.layer, "units": bench.site.size, "request": asdict(request), "keys": keys}
     tables |= {"stress": stress, "curvature": curvature}
     tables |= summarise(cells, [method.label for method in request.methods])
     store.conclude(tables)

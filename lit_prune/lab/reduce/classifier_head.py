@@ -102,12 +102,7 @@ def read_features(model: nn.Module, head: str, batches: Batches) -> Features:
 
 @dataclass(frozen=True)
 class HeadEvidence:
-    """A head and the features it is scored on; everything else follows, once.
-
-    Attributes:
-        head: the classifier as it is now.
-        features: all columns of the original.
-    """
+    """A head and the features it is scored on; everything else follows, once."""
 
     head: Head
     features: Features

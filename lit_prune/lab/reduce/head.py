@@ -170,10 +170,6 @@ class KeptInputs(nn.Module):
 
     What is read of a residual trunk is wider than what one reader needs; the trunk's own channels stay for the blocks
     that share them.
-
-    Args:
-        kept: input channels read, ascending.
-        linear: layer on these channels.
     """
 
     def __init__(self, kept: Sequence[int], linear: nn.Linear) -> None:

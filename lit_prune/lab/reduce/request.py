@@ -1,8 +1,8 @@
 """What `reduce` is asked for: where, how much, by which methods, how verified."""
 
 import math
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
 from lit_prune.arguments import check_seeds
 from lit_prune.errors import InputError
@@ -158,7 +158,3 @@ class ReduceRequest:
                 f"give shares in (0, 1) or 1 to {size - 1} units"
             )
         return width
-
-    def to_dict(self) -> dict[str, Any]:
-        """Fields as plain values."""
-        return asdict(self)

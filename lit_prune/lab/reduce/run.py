@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,7 +88,7 @@ def reduce_run(setup: Setup, request: ReduceRequest) -> None:
     with nullcontext(unwatched) if trains else progress_bars() as watch:
         arguments = {"run_dir": setup.run_dir, "repair": repair, "watch": watch}
         content = reduce(lambda seed: setup.network(seed).model, images, request, **arguments)
-    record = {"verb": "reduce", "data": setup.data.fingerprint(), "request": request.to_dict()}
+    record = {"verb": "reduce", "data": setup.data.fingerprint(), "request": asdict(request)}
     add_record(setup.run_dir, "reduce", record)
     console = terminal()
     console.print(reduction_table(content))

@@ -25,12 +25,7 @@ from lit_prune.train.evaluation import evaluate
 
 
 class Site(Protocol):
-    """A layer whose units can be scored, replaced and verified.
-
-    Attributes:
-        size: number of units.
-        curvature_method: how second derivatives are taken.
-    """
+    """A layer whose units can be scored, replaced and verified."""
 
     size: int
     curvature_method: str

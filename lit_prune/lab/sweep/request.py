@@ -182,10 +182,6 @@ class SweepRequest:
         limits = {"epochs": self.epochs, "max_batches": self.max_batches}
         return fields | limits | {"recovery_checks": list(self.recovery_checks)}
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as plain values."""
-        return asdict(self)
-
 
 LISTS = ("methods", "sparsities", "seeds", "allocations", "removals", "recoveries")
 LISTS += ("recovery_checks", "alphas", "betas")
