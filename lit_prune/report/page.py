@@ -20,7 +20,7 @@ from lit_prune.errors import InputError
 from lit_prune.files import whole_file, write_text
 from lit_prune.report import drawing
 from lit_prune.report.drawing import Picture, render_png, styled
-from lit_prune.report.run_folder import AbsentInput, RunFolder
+from lit_prune.report.run_folder import AbsentInput, RunFolder, stages_if_any
 from lit_prune.report.sections import Section, question_of, register_section, sections
 from lit_prune.report.tables import Entry, Table, Text, format_bytes, tabulate_result
 from lit_prune.report.verdict import find_verdict
@@ -65,6 +65,33 @@ LOGGER = logging.getLogger(__name__)
 @register_section("config", "Configuration", place=330)
 def _show_config(run: RunFolder) -> Text:
     return Text(run.config, "config.yaml")
+
+
+@register_section("protocol", "Protocol", place=320)
+def tabulate_protocol(run: RunFolder) -> Table:
+    """Returns `run.json` and every stage's protocol as rows of name and value; long lists are shortened."""
+    rows = list(_flatten(run.protocol))
+    for stage in stages_if_any(run):
+        rows += _flatten(stage.get("protocol") or {}, f"stage {stage.get('name', '?')}: ")
+    caption = "What has to be equal for another run to be comparable. The full lists are in run.json."
+    cells = tuple((Entry(name), Entry(value)) for name, value in rows)
+    return Table(("field", "value"), cells, caption, text_columns=2, folded=f"{len(cells)} fields")
+
+
+def _flatten(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows = []
+    for key, item in value.items():
+        if isinstance(item, Mapping) and item:
+            rows += _flatten(item, f"{prefix}{key}.")
+        else:
+            rows.append((f"{prefix}{key}", _shorten(item)))
+    return rows
+
+
+def _shorten(value: object, limit: int = 8) -> str:
+    if isinstance(value, list | tuple) and len(value) > limit:
+        return f"{', '.join(map(str, value[:limit]))}, … ({len(value)} values)"
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 @register_section("files", "Files", place=340)

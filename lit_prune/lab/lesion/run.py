@@ -7,19 +7,19 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pandas as pd
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from lit_prune.data import ImageData
 from lit_prune.errors import InputError
 from lit_prune.files import read_parquet
 from lit_prune.lab.analyze.evidence import cut_batches
+from lit_prune.lab.lesion.report_tables import damage_table, matched_table, replacement_table
 from lit_prune.lab.lesion.request import LesionRequest
 from lit_prune.lab.lesion.table import Frames, ImagePair, lesion, write_tables
 from lit_prune.measurement.layers import Batches
 from lit_prune.progress import progress_bars, terminal
+from lit_prune.report.tables import terminal_table
 from lit_prune.structure.networks import find_network
 from lit_prune.task import Classification
 from lit_prune.train.classifier import LitClassifier
@@ -124,59 +124,6 @@ def clipped_lines(table: pd.DataFrame, request: LesionRequest) -> list[str]:
 
 def show(console: Console, tables: Frames, title: str) -> None:
     """Prints the tables that say most."""
-    console.print(replacement_rows(tables["thresholds"], title))
-    console.print(matched_rows(tables["matched_task"]))
-    console.print(ranking_rows(tables["ranking"]))
-
-
-def replacement_rows(table: pd.DataFrame, title: str) -> Table:
-    """Peer replacement by threshold."""
-    shown = _table(f"Peer replacement: {title}", "damage above", "channels", "noise", "median\nrecovery", "peers help")
-    for name in ("ρ(peer R²,\nrecovery)", "ρ(I_T,\nrecovery)"):
-        shown.add_column(name, justify="right")
-    for row in table.itertuples():
-        helped = interval(row.helped, row.helped_low, row.helped_high)
-        cells = (number(row.median_recovery), helped, number(row.peer_r2), number(row.task_information))
-        shown.add_row(f"{row.threshold:g}", str(row.channels), f"{row.noise:.1e}", *cells)
-    return shown
-
-
-def matched_rows(table: pd.DataFrame) -> Table:
-    """Predictors of recovery at matched task information."""
-    names = ("damage above", "channels", "peer R²", "I_X", "I_T", "high-peer win")
-    shown = _table("Recovery at matched I_T: Spearman ρ and 95 % interval", *names)
-    for row in table.itertuples():
-        cells = [
-            interval(getattr(row, name), getattr(row, f"{name}_low"), getattr(row, f"{name}_high"))
-            for name in ("peer_r2", "input_capture", "task_information")
-        ]
-        win = interval(row.high_peer_win, row.win_low, row.win_high)
-        shown.add_row(f"{row.threshold:g}", str(row.channels), *cells, win)
-    return shown
-
-
-def ranking_rows(table: pd.DataFrame) -> Table:
-    """Which score ranks the damage."""
-    names = ("score", "ρ within layers", "pooled", "win at matched I_X")
-    shown = _table("Agreement of scores (high = safe to remove) with low damage", *names)
-    for row in table.itertuples():
-        mean = f"{number(row.agreement)} ± {number(row.standard_error)}"
-        shown.add_row(row.score, mean, number(row.pooled), interval(row.matched_win, row.win_low, row.win_high))
-    return shown
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(box=SIMPLE_HEAD, title=title, pad_edge=False)
-    for place, column in enumerate(columns):
-        table.add_column(column, justify="right" if place else "left")
-    return table
-
-
-def number(value: float) -> str:
-    """Three digits after the point, a dash for NaN."""
-    return "–" if value != value else f"{value:.3f}"
-
-
-def interval(value: float, low: float, high: float) -> str:
-    """A value with its interval."""
-    return "–" if value != value else f"{value:.3f} [{low:.3f}, {high:.3f}]"
+    console.print(terminal_table(replacement_table(tables["thresholds"], title), "Peer replacement"))
+    console.print(terminal_table(matched_table(tables["matched_task"], title), "Recovery at matched I_T"))
+    console.print(terminal_table(damage_table(tables["ranking"], title), "Agreement of scores with low damage"))

@@ -11,12 +11,14 @@ from lit_prune.data import ImageData
 from lit_prune.errors import InputError
 from lit_prune.files import write_parquet
 from lit_prune.lab.sweep.executors import open_executor
+from lit_prune.lab.sweep.figures import area_table, gap_table
 from lit_prune.lab.sweep.fill import Sweep
 from lit_prune.lab.sweep.recovery import precision_context
 from lit_prune.lab.sweep.request import Keys, SweepRequest
-from lit_prune.lab.sweep.tables import area_rows, derive_tables, gap_rows, write_derived
+from lit_prune.lab.sweep.tables import derive_tables, write_derived
 from lit_prune.lab.sweep.work import SweepJob
 from lit_prune.progress import terminal
+from lit_prune.report.tables import terminal_table
 from lit_prune.structure.networks import Network, find_network, fingerprint, read_network
 from lit_prune.train.classifier import LitClassifier
 from lit_prune.train.run_record import add_record
@@ -76,8 +78,8 @@ def _conclude(run_dir: Path, cells: pd.DataFrame, request: SweepRequest) -> None
     write_derived(run_dir / "sweep", tables)
     console = terminal()
     if "auc" in tables:
-        console.print(area_rows(tables["auc"]))
-        console.print(gap_rows(tables["gaps"]))
+        console.print(terminal_table(area_table(tables["auc"]), "Accuracy over MACs removed (AUC)"))
+        console.print(terminal_table(gap_table(tables["gaps"]), "Paired AUC gaps, points"))
     console.print(f"tables: {run_dir}/sweep.parquet, {run_dir}/sweep/*.parquet")
     failed = cells[cells["error"].notna()]
     if len(failed):

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
 from lit_prune.errors import InputError
 from lit_prune.files import write_parquet
@@ -53,46 +50,3 @@ def write_derived(folder: Path, tables: dict[str, pd.DataFrame]) -> None:
             write_parquet(folder / f"{name}.parquet", tables[name])
         else:
             (folder / f"{name}.parquet").unlink(missing_ok=True)
-
-
-def area_rows(aucs: pd.DataFrame) -> Table:
-    """Areas under the curves for the terminal: one row a method, one column a setting, best first."""
-    found = statistics.summarise(aucs, [*statistics.SETTING, "method", "axis"], "auc")
-    settings = found[statistics.SETTING].drop_duplicates().to_records(index=False).tolist()
-    table = _table("Accuracy over MACs removed (AUC)", ("axis", "method"), settings)
-    order = found.groupby("method")["mean"].mean().sort_values(ascending=False).index
-    by = found.set_index([*statistics.SETTING, "method"])
-    for method in order:
-        rows = [by.loc[(*setting, method)] if (*setting, method) in by.index else None for setting in settings]
-        axis = next(row["axis"] for row in rows if row is not None)
-        table.add_row(axis, method, *(_mean(row) for row in rows))
-    return table
-
-
-def gap_rows(gaps: pd.DataFrame) -> Table:
-    """Gaps between axes for the terminal, in points of accuracy with their 95 % intervals over units."""
-    settings = gaps[statistics.SETTING].drop_duplicates().to_records(index=False).tolist()
-    table = _table("Paired AUC gaps, points [95 % over units]", ("comparison",), settings)
-    by = gaps.set_index([*statistics.SETTING, "comparison"])
-    for name in dict.fromkeys(gaps["comparison"]):
-        rows = [by.loc[(*setting, name)] if (*setting, name) in by.index else None for setting in settings]
-        table.add_row(name, *(_mean(row, 100.0, "+.1f") for row in rows))
-    return table
-
-
-def _table(title: str, texts: Sequence[str], settings: Sequence[tuple[Any, ...]]) -> Table:
-    table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False, title=title)
-    for text in texts:
-        table.add_column(text, no_wrap=True)
-    for setting in settings:
-        table.add_column("\n".join(setting), justify="right")
-    return table
-
-
-def _mean(row: pd.Series | None, scale: float = 1.0, digits: str = ".3f") -> str:
-    if row is None:
-        return "–"
-    text = format(scale * row["mean"], digits)
-    if row["ci_low"] != row["ci_low"]:
-        return text
-    return f"{text}\n[{format(scale * row['ci_low'], digits)}, {format(scale * row['ci_high'], digits)}]"
