@@ -48,7 +48,7 @@ def choices(of: list[str] = []) -> None:  # noqa: B006
     Args:
         of: which of these; default: all.
     """
-    tables = {
+    tables: dict[str, Callable[[], Table]] = {
         "scores": scores,
         "budgets": partial(_registered, "lit_prune.structure.budgets", "BUDGETS"),
         "allocations": _allocations,

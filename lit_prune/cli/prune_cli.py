@@ -16,8 +16,8 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lit_prune.cli.checks import as_input_errors, check_processes, check_trainer
 from lit_prune.cli.compress import schedule_sweep
 from lit_prune.cli.console import LearningRate, RanksEndAtOnce, shown
+from lit_prune.cli.failures import narrated_on_stdout
 from lit_prune.cli.listing import LIGHTNING, first_sentence
-from lit_prune.cli.narration import narrated_on_stdout
 from lit_prune.cli.parsing import OneLineErrors
 from lit_prune.cli.recipes import with_recipes
 from lit_prune.cli.run_folder import WRITTEN_BEFORE, RunFolderCLI

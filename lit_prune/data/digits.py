@@ -1,14 +1,18 @@
-"""Grey images of digits, and those that come with scikit-learn: the data set that needs no file and no network."""
+"""Grey images of digits: MNIST, and those that come with scikit-learn and need no file and no network."""
 
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+import torchvision
 from sklearn.datasets import load_digits
 from torch import Tensor
 
+from lit_prune.data.download import no_empty_folder
 from lit_prune.data.images import ImageData
 from lit_prune.data.sampling import seeded_generator, stratified_order
 from lit_prune.data.sources import MemoryImages, resize_pixels
+from lit_prune.errors import InputError
 
 
 class GreyDigits(ImageData):
@@ -64,3 +68,43 @@ class DigitsData(GreyDigits):
         order = stratified_order(targets, seeded_generator(0, "digits"))
         chosen = (order[TEST_IMAGES:] if split == "train" else order[:TEST_IMAGES]).sort().values
         return self._resized(pixels[chosen], targets[chosen])
+
+
+class MNISTData(GreyDigits):
+    """MNIST (LeCun, Cortes): 60,000 training and 10,000 test images of handwritten digits, 28x28 pixels, grey.
+
+    Expects `root/MNIST/raw/` with the four idx files; `download` fetches them.
+
+    The arguments are those of `GreyDigits`.
+    """
+
+    SIDE = 28
+    GREY = (0.1307, 0.3081)
+
+    def prepare_data(self) -> None:
+        """Downloads the four files where asked for and missing.
+
+        Raises:
+            InputError: The download failed.
+        """
+        if not self.download:
+            return
+        try:
+            with no_empty_folder(Path(self.root) / "MNIST" / "raw"):
+                torchvision.datasets.MNIST(self.root, download=True)
+        except (OSError, RuntimeError) as error:
+            raise InputError(
+                f"download of MNIST failed ({' '.join(str(error).split())}); check the connection or put the files by"
+                f" hand into {self.root}/MNIST/raw"
+            ) from error
+
+    def load_split(self, split: str) -> MemoryImages:
+        """Images of the split in memory, resized."""
+        try:
+            dataset = torchvision.datasets.MNIST(self.root, train=split == "train")
+        except (OSError, RuntimeError) as error:
+            raise InputError(
+                f"root={self.root} has no MNIST/raw/ with the four files *-ubyte; set download to true or root to the"
+                " folder that holds MNIST/"
+            ) from error
+        return self._resized(dataset.data[:, None], dataset.targets.long())

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from lit_prune.errors import InputError
 from lit_prune.measurement.layers import removing
-from lit_prune.replace.consumers import Reader
-from lit_prune.replace.flow import Flow
+from lit_prune.replace.flow import Flow, Reader
 from lit_prune.running import undisturbed
 from lit_prune.structure import ChannelGraph, Group, Plan
 from lit_prune.structure.example import Example

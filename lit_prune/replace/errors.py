@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.measurement.layers import removing
-from lit_prune.replace.consumers import Reader
-from lit_prune.replace.patches import channel_dim
-from lit_prune.replace.slopes import pieces
+from lit_prune.replace.flow import Reader
+from lit_prune.replace.patches import channel_dim, pieces
 from lit_prune.running import undisturbed
 from lit_prune.task import Task
 

@@ -13,8 +13,7 @@ from lit_prune.errors import InputError
 from lit_prune.measurement.layers import Batches, removing
 from lit_prune.replace.carrier import carrier_columns
 from lit_prune.replace.certificate import Certificate, certify
-from lit_prune.replace.consumers import find_readers
-from lit_prune.replace.flow import observe
+from lit_prune.replace.flow import find_readers, observe
 from lit_prune.replace.pairs import Pool, Swaps, draw_pairs, gather_images
 from lit_prune.replace.patches import channel_dim
 from lit_prune.replace.replacement import Reduced

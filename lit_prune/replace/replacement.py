@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from lit_prune.arguments import checked
 from lit_prune.errors import InputError
 from lit_prune.measurement.layers import Batches
-from lit_prune.replace.consumers import Reader
 from lit_prune.replace.errors import output_errors
-from lit_prune.replace.flow import observe
-from lit_prune.replace.job import Job, example_of
+from lit_prune.replace.flow import Reader, observe
 from lit_prune.replace.methods import (
     DEFAULT_REPLACEMENT,
     Done,
+    Job,
     Replacement,
     StandInMethod,
+    example_of,
     find_stand_in,
     register_stand_in,
 )

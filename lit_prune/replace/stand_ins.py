@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lit_prune.errors import InputError
 from lit_prune.measurement.moments import Moments
-from lit_prune.replace.consumers import Reader
+from lit_prune.replace.flow import Reader
 from lit_prune.replace.kernels import SLIDE, is_transposed, kernel_of, spread, steps
 from lit_prune.replace.methods import DEFAULT_REPLACEMENT, Replacement
 from lit_prune.replace.risk import RiskRows, solve_ridged, weighted_affine

@@ -13,7 +13,7 @@ from rich.text import Text as RichText
 from lit_prune.errors import InputError
 from lit_prune.report.run_folder import AbsentInput, RunFolder
 from lit_prune.report.sections import register_section
-from lit_prune.report.times import times_are_unsure, times_hold_for
+from lit_prune.timing import busy
 
 ABSENT = "–"
 MINUS = "−"
@@ -183,8 +183,8 @@ def result_table(run: str | Path | Mapping[str, Any]) -> RichTable:
 def terminal_table(table: Table, title: str) -> RichTable:
     """A table of the page for the terminal, remarks below their values."""
     leading = int(any(cell.note for row in table.rows for cell in row))
-    look = {"box": SIMPLE_HEAD, "collapse_padding": True, "pad_edge": False, "leading": leading}
-    shown = RichTable(title=title, caption=table.caption, **look)
+    shown = RichTable(title=title, caption=table.caption, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    shown.leading = leading
     for position, column in enumerate(table.columns):
         shown.add_column(column.replace(", ", "\n"), justify="left" if position < table.text_columns else "right")
     for row in table.rows:
@@ -277,3 +277,20 @@ def summarise_plan(plan: Mapping[str, Any]) -> str:
         total = sum(sizes[name] for name in cut)
         parts.append(f"{sum(cut.values())} of {total} channels kept in {len(cut)} group{'s' * (len(cut) > 1)}")
     return "; ".join(parts) or "nothing removed"
+
+
+def times_are_unsure(result: Mapping[str, Any]) -> bool:
+    """Whether times spread widely, or the machine was busy with something else."""
+    return busy(result.get("timing") or {}) or any(result[name].get("noisy") for name in ("dense", "compact"))
+
+
+def times_hold_for(result: Mapping[str, Any]) -> str:
+    """Sentences on what the times hold for, and a warning where they are worth little; "" where it is not known."""
+    said = result.get("timing") or {}
+    if not said:
+        return ""
+    spread = result["compact"].get("latency_spread_ms")
+    quartiles = f", quartiles {spread:.2g} ms apart" if isinstance(spread, float) else ""
+    text = f"Times: eager PyTorch, {said.get('device')}, {said.get('threads')} threads, {said.get('date')}{quartiles}."
+    warning = " The machine was busy or the times spread widely: `lit-prune latency` measures again."
+    return text + (warning if times_are_unsure(result) else "")

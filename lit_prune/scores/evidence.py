@@ -16,7 +16,7 @@ from lit_prune.measurement.layers import Batches, following_norms, out_channels,
 from lit_prune.measurement.passes import Collector, run_pass
 from lit_prune.measurement.sums import ActivationSums
 from lit_prune.replace.curvature import CurvatureSums
-from lit_prune.replace.risk_samples import RiskSamples
+from lit_prune.replace.risk import RiskSamples
 from lit_prune.scores.collectors import Pooled, PooledInputs, Saliency, Sums
 from lit_prune.scores.independence import Independence
 from lit_prune.structure.example import Example

@@ -14,9 +14,8 @@ from lit_prune.replace.ladder import distortion_ladders
 from lit_prune.replace.reconstruction import solvable_readers
 from lit_prune.running import undisturbed
 from lit_prune.scores.evidence import Evidence
-from lit_prune.scores.method import OwnScore
+from lit_prune.scores.method import OwnScore, find_score
 from lit_prune.scores.outputs import moments_of_readers
-from lit_prune.scores.table import find_score
 from lit_prune.scores.trials import corrected_damage
 from lit_prune.structure.allocation import Measured, check_no_blocks, plan_channels, plan_ladders
 from lit_prune.structure.budgets import find_budget

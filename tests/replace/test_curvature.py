@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lit_prune.errors import InputError
-from lit_prune.lab.reduce.invariance import Stress, kept_jaccard, rescaling_stress
+from lit_prune.lab.reduce.diagnostics import Stress, kept_jaccard, rescaling_stress
 from lit_prune.models import build_backbone
 from lit_prune.replace import measure_curvature
 from lit_prune.scores import score

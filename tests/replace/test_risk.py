@@ -11,8 +11,7 @@ from lit_prune.measurement.passes import collect
 from lit_prune.replace import Replacement, measure_curvature, replace_mechanisms
 from lit_prune.replace.curvature import CurvatureSums, HutchinsonSums
 from lit_prune.replace.flow import observe
-from lit_prune.replace.risk import RiskRows, SoftmaxHead, solve_ridged, weighted_affine
-from lit_prune.replace.risk_samples import RiskSamples
+from lit_prune.replace.risk import RiskRows, RiskSamples, SoftmaxHead, solve_ridged, weighted_affine
 from lit_prune.replace.stand_ins import affine_risks
 from lit_prune.scores import score
 from lit_prune.structure import Plan

@@ -16,8 +16,8 @@ from lit_prune.lab.reduce.images import TASK, Batches
 from lit_prune.measurement.layers import removing
 from lit_prune.measurement.moments import Moments
 from lit_prune.replace import find_stand_in
-from lit_prune.replace.consumers import Reader
 from lit_prune.replace.fitting import Affine, Folding, InputEvidence
+from lit_prune.replace.flow import Reader
 from lit_prune.replace.interchange import Interchange
 from lit_prune.replace.methods import Replacement
 from lit_prune.replace.pairs import Swaps, draw_pairs
