@@ -49,11 +49,7 @@ def read_torch(path: str | Path, argument: str = "file") -> Any:
 
 
 def read_safetensors(path: str | Path, argument: str = "file") -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU.
-
-    Raises:
-        InputError: the file is missing or damaged.
-    """
+    """The tensors of a safetensors file, on the CPU. InputError: the file is missing or damaged."""
     if not Path(path).is_file():
         raise InputError(f"{argument}: {path}: no such file")
     try:
@@ -80,11 +76,7 @@ def undefined_tensor(tensors: Mapping[str, Any]) -> str | None:
 
 
 def check_defined(tensors: Mapping[str, Any], source: str) -> None:
-    """Refuses weights that training has ruined.
-
-    Raises:
-        InputError: a tensor holds NaN or +infinity; it is named.
-    """
+    """Refuses weights that training has ruined. InputError: a tensor holds NaN or +infinity; it is named."""
     name = undefined_tensor(tensors)
     if name is not None:
         raise InputError(f"{source}: {name} holds NaN or infinity; take a checkpoint from before the loss diverged")

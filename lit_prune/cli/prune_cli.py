@@ -90,11 +90,7 @@ class PruneCLI(RunFolderCLI):
         """The configuration says what is built; the checkpoint's structure is checked against it when it loads."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parses the command line.
-
-        Raises:
-            InputError: whatever is wrong with it or with a file that it names.
-        """
+        """Parses the command line. InputError: whatever is wrong with it or with a file that it names."""
         with as_input_errors("the command line or a file of -c"):
             super().parse_arguments(parser, args)
 
@@ -103,11 +99,7 @@ class PruneCLI(RunFolderCLI):
             super()._set_seed()
 
     def instantiate_classes(self) -> None:
-        """Builds data, model and trainer.
-
-        Raises:
-            InputError: whatever one of them refuses.
-        """
+        """Builds data, model and trainer. InputError: whatever one of them refuses."""
         with as_input_errors("the configuration"):
             check_processes(self.config[self.subcommand]["trainer"])
             super().instantiate_classes()

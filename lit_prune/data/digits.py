@@ -82,11 +82,7 @@ class MNISTData(GreyDigits):
     GREY = (0.1307, 0.3081)
 
     def prepare_data(self) -> None:
-        """Downloads the four files where asked for and missing.
-
-        Raises:
-            InputError: The download failed.
-        """
+        """Downloads the four files where asked for and missing. InputError: The download failed."""
         if not self.download:
             return
         try:

@@ -155,11 +155,7 @@ class WorkerLoader:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields the batches of the sampler's current epoch.
-
-        Raises:
-            InputError: An image cannot be decoded.
-        """
+        """Yields the batches of the sampler's current epoch. InputError: An image cannot be decoded."""
         for batch in self._loader:
             if isinstance(batch, InputError):
                 raise InputError(str(batch))  # raising `batch` itself would tie this frame, and the workers, to it

@@ -88,11 +88,7 @@ def dropped_by_keep_configuration(blocks: Sequence[Block], kept: Mapping[str, Se
 
 
 def find_head(model: nn.Module) -> str:
-    """Qualified name of the classifier: the last Linear in module order.
-
-    Raises:
-        InputError: The network has no Linear.
-    """
+    """Qualified name of the classifier: the last Linear in module order. InputError: The network has no Linear."""
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not linears:
         raise InputError(f"{type(model).__name__} has no Linear layer, so no classifier head: use another backbone")

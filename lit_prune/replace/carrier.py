@@ -75,11 +75,7 @@ def carrier_columns(graph: ChannelGraph, carriers: Mapping[str, int], reader: Re
 
 
 def carried_value(reduced: nn.Module, layer: str, column: int, example: Example) -> float:
-    """The value that a carrier has where `layer` reads it.
-
-    Raises:
-        InputError: it is zero, or not the same everywhere.
-    """
+    """The value that a carrier has where `layer` reads it. InputError: it is zero, or not the same everywhere."""
     seen: list[Tensor] = []
     hook = reduced.get_submodule(layer).register_forward_pre_hook(lambda module, args: seen.append(args[0][:, column]))
     with removing([hook]), undisturbed(reduced):

@@ -193,11 +193,7 @@ class CurvatureSums(InputGradients):
 def measure_curvature(
     model: nn.Module, layers: Sequence[str], batches: Batches, seed: int = 0, task: Task | str | None = None
 ) -> dict[str, Curvature]:
-    """`CurvatureSums` over batches; the model is left as found.
-
-    Raises:
-        InputError: no images, or no targets.
-    """
+    """`CurvatureSums` over batches; the model is left as found. InputError: no images, or no targets."""
     task, batches = settle(task, model, batches)
     return collect(model, batches, CurvatureSums(model, layers, task, seed), task)
 

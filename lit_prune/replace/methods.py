@@ -76,11 +76,7 @@ class Replacement:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Checks the values.
-
-        Raises:
-            InputError: one is outside its range.
-        """
+        """Checks the values. InputError: one is outside its range."""
         if not isinstance(self.ridge, str) and self.ridge <= 0:
             raise InputError(f"ridge={self.ridge!r} must be above 0 (relative to the inputs' variance), or 'held_out'")
         if not 0 <= self.noise < 1:
@@ -134,11 +130,7 @@ class StandInMethod(Named):
         raise NotImplementedError
 
     def check(self, settings: Replacement) -> None:
-        """Refuses settings that have no meaning here.
-
-        Raises:
-            InputError: such a one.
-        """
+        """Refuses settings that have no meaning here. InputError: such a one."""
         for name, allowed in (("objective", self.objectives), ("curvature", self.curvatures)):
             value = getattr(settings, name)
             if value not in allowed and (name == "objective" or settings.objective != "distortion"):
@@ -196,11 +188,7 @@ class Job:
     def prepare(
         cls, model: nn.Module, plan: Plan, example_input: Any, method: StandInMethod, settings: Replacement, task: Task
     ) -> Job:
-        """Surgery, and who reads what goes.
-
-        Raises:
-            InputError: as `replace_mechanisms`.
-        """
+        """Surgery, and who reads what goes. InputError: as `replace_mechanisms`."""
         model = open_copy(model)  # its projections are layers of their own that can be read and solved again
         dense = apply_plan(model, Plan(plan.drop_blocks), example_input) if plan.drop_blocks else model
         graph, flow = trace_groups(dense, example_input), observe(dense, example_input)

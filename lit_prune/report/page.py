@@ -162,13 +162,9 @@ def write_report(run_dir: str | Path) -> Path:
                 LOGGER.warning("report section %r left out: %s", section.title, error, exc_info=_is_defect(error))
                 absent.append((section.title, f"could not be made: {_describe(error)}", ()))
     page = run.path / "report.html"
-    write_text(page, _template().render(**_first_screen(run), sections=shown, absent=absent))
+    above = {"name": run.name, "verdict": find_verdict(run), "headline": _headline(run)}
+    write_text(page, _template().render(**above, sections=shown, absent=absent))
     return page
-
-
-def _first_screen(run: RunFolder) -> dict[str, Any]:
-    """What stands above the sections."""
-    return {"name": run.name, "verdict": find_verdict(run), "headline": _headline(run)}
 
 
 def _is_defect(error: Exception) -> bool:

@@ -40,11 +40,7 @@ class Sums:
             yield
 
     def add(self, output: Any, batch: Any) -> None:
-        """See `Collector`.
-
-        Raises:
-            InputError: the task has no such variable for this batch.
-        """
+        """See `Collector`. InputError: the task has no such variable for this batch."""
         name = variable_name(self.task, batch, self.target)
         if name is None and self.losses:
             self.task.losses(output, batch)  # says what is missing
@@ -85,11 +81,7 @@ class Saliency:
             yield
 
     def add(self, output: Any, batch: Any) -> None:
-        """See `Collector`.
-
-        Raises:
-            InputError: the task has no loss, or one that is not finite.
-        """
+        """See `Collector`. InputError: the task has no loss, or one that is not finite."""
         loss = self.task.losses(output, batch).sum()
         kept = [output for _, output in self.outputs]
         gradients = torch.autograd.grad(loss, kept, allow_unused=True, retain_graph=True)

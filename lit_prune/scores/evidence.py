@@ -69,11 +69,7 @@ class Evidence:
 
     @property
     def batches(self) -> Batches:
-        """The calibration batches.
-
-        Raises:
-            InputError: none were given.
-        """
+        """The calibration batches. InputError: none were given."""
         if self._batches is None:
             raise InputError("batches: None, but this score looks at data; give an iterable of batches")
         return self._batches

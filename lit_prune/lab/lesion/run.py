@@ -1,4 +1,4 @@
-"""The verb `lesion`: single-channel lesions and peer replacements, layer by layer, what they say, and the run folder."""
+"""The verb `lesion`: single-channel lesions and peer replacements, layer by layer, what they say, the run folder."""
 
 from __future__ import annotations
 

@@ -28,6 +28,11 @@ class NetworkState:
     added_biases: tuple[str, ...] = ()
 
 
+def seeded_scores(units: int, seed: int) -> Tensor:
+    """Uniform on [0, 1), [units]."""
+    return torch.rand(units, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
 @dataclass(frozen=True)
 class AttentionSite:
     """The heads of one attention module."""
@@ -46,15 +51,11 @@ class AttentionSite:
         return NetworkState(batches, self.model, tuple(range(self.size)), {})
 
     def rank(self, state: NetworkState, name: str, seed: int) -> Tensor:
-        """Scores of `HEAD_SCORES`.
-
-        Raises:
-            InputError: another name.
-        """
+        """Scores of `HEAD_SCORES`. InputError: another name."""
         if name not in HEAD_SCORES:
             raise InputError(f"score={name!r} is not for attention heads; use one of {', '.join(HEAD_SCORES)}")
         if name == "random":
-            return torch.rand(len(state.kept), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+            return seeded_scores(len(state.kept), seed)
         moments = measure_heads(state.model, self.name, state.batches, seed)
         if name == "cmr_const":
             return moments.risk(moments.foldable_constants())
@@ -63,11 +64,7 @@ class AttentionSite:
         return moments.removal_scores() if name == "head_removal" else moments.variance()
 
     def reduce(self, state: NetworkState, kept: Sequence[int], kind: str, settings: Replacement) -> NetworkState:
-        """Removes heads; "constant" puts foldable constants in their place.
-
-        Raises:
-            InputError: another kind or objective.
-        """
+        """Removes heads; "constant" puts foldable constants in their place. InputError: another kind or objective."""
         if kind not in ("delete", "constant") or settings.objective not in ("distortion", "loss"):
             raise InputError(f"kind={kind!r}, objective={settings.objective!r}: heads can be deleted or made constant")
         removed = [place for place, unit in enumerate(state.kept) if unit not in set(kept)]

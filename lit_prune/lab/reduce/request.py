@@ -40,11 +40,7 @@ class ReduceMethod:
     name: str = ""
 
     def __post_init__(self) -> None:
-        """Checks the values.
-
-        Raises:
-            InputError: one is outside its range.
-        """
+        """Checks the values. InputError: one is outside its range."""
         if self.steps < 1:
             raise InputError(f"method {self.score}: steps={self.steps} must be at least 1")
         find_stand_in(self.kind).check(self.settings(0))
@@ -116,11 +112,7 @@ class ReduceRequest:
     test_images: int | None = None
 
     def __post_init__(self) -> None:
-        """Turns lists into tuples and checks the ranges.
-
-        Raises:
-            InputError: a value outside its range.
-        """
+        """Turns lists into tuples and checks the ranges. InputError: a value outside its range."""
         for name in ("kept", "methods", "seeds", "calibration_sizes", "calibration_classes", "extras"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
@@ -145,11 +137,7 @@ class ReduceRequest:
             raise InputError(f"request.extras: {unknown[0]!r} is unknown; use stress, curvature")
 
     def width(self, kept: float, size: int) -> int:
-        """Units that stay of `size`.
-
-        Raises:
-            InputError: none, or not fewer than there are.
-        """
+        """Units that stay of `size`. InputError: none, or not fewer than there are."""
         width = round(kept * size) if kept < 1 else int(kept)
         if not 1 <= width < size:
             what = "leaves nothing" if width < 1 else "removes nothing"

@@ -122,11 +122,7 @@ def _said(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def site_scores(model: nn.Module, group: str, name: str, batches: Batches, seed: int, example: Tensor) -> Tensor:
-    """Scores of the units of one group, [size].
-
-    Raises:
-        InputError: the score says nothing about the group.
-    """
+    """Scores of the units of one group, [size]. InputError: the score says nothing about the group."""
     ranks = score(model, name, batches, seed=seed)
     values, _ = group_scores(trace_groups(model, example), ranks, Budget(only=(group,)))
     return torch.as_tensor(values[group])
