@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lit_prune.errors import InputError
 from lit_prune.models.families import FAMILIES, Block, sequences
 from lit_prune.models.residual import Skip, residual_blocks
-from lit_prune.running import undisturbed
+from lit_prune.running import removing, undisturbed
 
 
 def find_blocks(model: nn.Module, example_input: Tensor) -> tuple[Block, ...]:
@@ -149,15 +149,12 @@ def _recording(model: nn.Module, blocks: Sequence[Block], passages: dict[str, _P
         return lambda _module, _inputs, output: passage.after.append(_shape(output))
 
     handles = []
-    try:
-        for block in blocks:
-            first, last = model.get_submodule(block.members[0]), model.get_submodule(block.members[-1])
-            handles.append(first.register_forward_pre_hook(enter(passages[block.name])))
-            handles.append(last.register_forward_hook(leave(passages[block.name])))
+    for block in blocks:
+        first, last = model.get_submodule(block.members[0]), model.get_submodule(block.members[-1])
+        handles.append(first.register_forward_pre_hook(enter(passages[block.name])))
+        handles.append(last.register_forward_hook(leave(passages[block.name])))
+    with removing(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _shape(value: Tensor | tuple) -> tuple[int, ...]:
