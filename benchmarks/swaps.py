@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 from compression import RECIPES, Judge
 from compression_cases import CASES, split
+from lit_prune.replace.elimination import RANK
 from torch import Tensor
 
 from lit_prune.compression import Recipe, plan_compression
 from lit_prune.replace import replace_mechanisms
-from lit_prune.replace.elimination import RANK
 from lit_prune.replace.kernels import kernel_of
 from lit_prune.replace.reconstruction import reader_columns, reader_moments, readers_of
 from lit_prune.replace.regression import ridged

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -229,14 +230,11 @@ def pooled_outputs(
     kinds: list[Tensor] = []
     task, batches = settle(task, model, batches)
 
-    def keeper(name: str):
-        def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-            values = position_view(module, output, token).mean(1, dtype=torch.float32)
-            kept.setdefault(name, []).append(values.cpu())
+    def keep(name: str, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        values = position_view(module, output, token).mean(1, dtype=torch.float32)
+        kept.setdefault(name, []).append(values.cpu())
 
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_hook(keeper(name)) for name in modules]
+    handles = [model.get_submodule(name).register_forward_hook(partial(keep, name)) for name in modules]
     seen = 0
     with removing(handles), undisturbed(model):
         for batch in batches:

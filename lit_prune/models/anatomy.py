@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -138,12 +139,9 @@ def _recording(model: nn.Module, blocks: Sequence[Block], passages: dict[str, _P
     """Hooks on the first and last member of every block, gone on exit."""
     reached = itertools.count()
 
-    def enter(passage: _Passage):
-        def hook(_module: nn.Module, inputs: tuple) -> None:
-            passage.order = min(passage.order, next(reached))
-            passage.before.append(_shape(inputs))
-
-        return hook
+    def enter(passage: _Passage, _module: nn.Module, inputs: tuple) -> None:
+        passage.order = min(passage.order, next(reached))
+        passage.before.append(_shape(inputs))
 
     def leave(passage: _Passage):
         return lambda _module, _inputs, output: passage.after.append(_shape(output))
@@ -151,7 +149,7 @@ def _recording(model: nn.Module, blocks: Sequence[Block], passages: dict[str, _P
     handles = []
     for block in blocks:
         first, last = model.get_submodule(block.members[0]), model.get_submodule(block.members[-1])
-        handles.append(first.register_forward_pre_hook(enter(passages[block.name])))
+        handles.append(first.register_forward_pre_hook(partial(enter, passages[block.name])))
         handles.append(last.register_forward_hook(leave(passages[block.name])))
     with removing(handles):
         yield

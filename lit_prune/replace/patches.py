@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -137,16 +138,13 @@ def gradient_samples(
     """
     seen: list[tuple[str, Tensor, Tensor]] = []
 
-    def keeper(name: str):
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-            output = output if output.requires_grad else output.detach().requires_grad_()
-            seen.append((name, args[0].detach(), output))
-            return output.clone()  # what follows may write in place
-
-        return hook
+    def keep(name: str, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        output = output if output.requires_grad else output.detach().requires_grad_()
+        seen.append((name, args[0].detach(), output))
+        return output.clone()  # what follows may write in place
 
     generator = torch.Generator().manual_seed(seed)
-    handles = [model.get_submodule(name).register_forward_hook(keeper(name)) for name in layers]
+    handles = [model.get_submodule(name).register_forward_hook(partial(keep, name)) for name in layers]
     with removing(handles), opened(model), undisturbed(model, gradients=True):
         for batch in watched(pieces(batches, task), "what layers read, and what it matters"):
             seen.clear()

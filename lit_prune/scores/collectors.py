@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,14 +71,11 @@ class Saliency:
     def watch(self) -> Iterator[None]:
         """See `Collector`."""
 
-        def keeper(name: str):
-            def hook(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-                self.outputs.append((name, output))
-                return output.clone()  # what follows may overwrite its input in place
+        def keep(name: str, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+            self.outputs.append((name, output))
+            return output.clone()  # what follows may overwrite its input in place
 
-            return hook
-
-        with removing([module.register_forward_hook(keeper(name)) for name, module in self.layers.items()]):
+        with removing([module.register_forward_hook(partial(keep, name)) for name, module in self.layers.items()]):
             yield
 
     def add(self, output: Any, batch: Any) -> None:
@@ -114,15 +112,12 @@ class Pooled:
     def watch(self) -> Iterator[None]:
         """See `Collector`."""
 
-        def keeper(name: str):
-            def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
-                if sum(map(len, self.kinds)) < POOLED_IMAGES:
-                    values = position_view(module, self.seen(args, kwargs, output).detach(), DEFAULT_PROTOCOL.token)
-                    self.running.setdefault(name, []).append(values.mean(1, dtype=torch.float32).cpu())
+        def keep(name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
+            if sum(map(len, self.kinds)) < POOLED_IMAGES:
+                values = position_view(module, self.seen(args, kwargs, output).detach(), DEFAULT_PROTOCOL.token)
+                self.running.setdefault(name, []).append(values.mean(1, dtype=torch.float32).cpu())
 
-            return hook
-
-        hooks = [module.register_forward_hook(keeper(n), with_kwargs=True) for n, module in self.layers.items()]
+        hooks = [module.register_forward_hook(partial(keep, n), with_kwargs=True) for n, module in self.layers.items()]
         with removing(hooks):
             yield
 

@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -167,14 +168,11 @@ def stress_rows(site: Site, batches: Batches, request: ReduceRequest, seed: int)
     group = site.group.name
     producer = site.group.producers[0]
 
-    def ranking(name: str):
-        def rank(network):
-            return {producer: site_scores(network, group, name, batches, seed, site.example)}
-
-        return rank
+    def rank(name: str, network: nn.Module) -> dict[str, Tensor]:
+        return {producer: site_scores(network, group, name, batches, seed, site.example)}
 
     whole = first_images(batches, TASK.size(batches[0]))
-    table = rescaling_stress(site.model, group, {n: ranking(n) for n in names}, whole, stress=stress)
+    table = rescaling_stress(site.model, group, {n: partial(rank, n) for n in names}, whole, stress=stress)
     return [{"seed": seed, **row} for row in table.to_dict("records")]
 
 

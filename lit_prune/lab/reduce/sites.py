@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -172,15 +173,12 @@ def last_affine(model: nn.Module, example: Tensor) -> str | None:
     outputs: dict[int, str] = {}
     held: list[Tensor] = []
 
-    def keeper(name: str):
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            outputs[id(output)] = name
-            held.append(output)
-
-        return hook
+    def keep(name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
+        outputs[id(output)] = name
+        held.append(output)
 
     linear = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    handles = [module.register_forward_hook(keeper(name)) for name, module in linear]
+    handles = [module.register_forward_hook(partial(keep, name)) for name, module in linear]
     with removing(handles), undisturbed(model):
         return outputs.get(id(model(to_network(example, model))))
 
