@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,31 +23,6 @@ from lit_prune.structure import Budget, ChannelGraph, Group, Plan, trace_groups
 from lit_prune.structure.ranking import group_scores
 from lit_prune.task.batches import to_network
 from lit_prune.train.evaluation import evaluate
-
-
-class Site(Protocol):
-    """A layer whose units can be scored, replaced and verified."""
-
-    size: int
-    curvature_method: str
-
-    def begin(self, batches: Batches) -> Any:
-        """State with all units, and what calibration images are read for."""
-
-    def rank(self, state: Any, name: str, seed: int) -> Tensor:
-        """Scores of the units that are left, higher = keep."""
-
-    def reduce(self, state: Any, kept: Sequence[int], kind: str, settings: Replacement) -> Any:
-        """State with only `kept` of the original units left."""
-
-    def test(self, batches: Batches) -> Any:
-        """What `verify` needs of the test images."""
-
-    def verify(self, state: Any, test: Any, swaps: Swaps) -> tuple[float, Interchange]:
-        """Accuracy, and agreement with the original under interchange."""
-
-    def network(self, state: Any) -> tuple[nn.Module, Plan | None]:
-        """The compiled network, and the plan of its structure where a plan can say it."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +82,10 @@ class GroupSite:
     def _plan(self, state: NetworkState) -> Plan:
         name = self.group.name
         return Plan((), {name: state.kept}, {name: self.size}, added_biases=state.added_biases)
+
+
+Site = GroupSite | HeadSite | AttentionSite
+"""A layer whose units can be scored, replaced and verified."""
 
 
 def _said(report: dict[str, Any]) -> dict[str, Any]:
