@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
-from lit_prune.measurement.layers import Batches, position_view, removing
+from lit_prune.measurement.layers import Batches, position_view, removing, select_layers
 from lit_prune.measurement.local_axis import dead_channels
-from lit_prune.running import undisturbed
+from lit_prune.measurement.passes import collect
+from lit_prune.measurement.protocol import DEFAULT_PROTOCOL
 from lit_prune.task import Task, settle
 
 if TYPE_CHECKING:
@@ -107,11 +109,23 @@ def block_information(
     Source: M2M-DC section 3.1.
     """
     last = {block.name: block.members[-1] for block in blocks}
-    outputs, labels = pooled_outputs(model, tuple(dict.fromkeys(last.values())), batches, limit, token, task)
+    modules = {name: model.get_submodule(name) for name in last.values()}
+    task, batches = settle(task, model, batches)
+    outputs, labels = collect(model, _first(batches, limit, task), Pooled(model, task, modules, limit, token), task)
     silent = [name for name, member in last.items() if member not in outputs]
     if silent:
         raise InputError(f"blocks: {silent[0]!r} does not run in a forward pass; leave it out")
     return {name: float(binned_information(outputs[member], labels, bins).mean()) for name, member in last.items()}
+
+
+def _first(batches: Batches, limit: int, task: Task) -> Iterator[Any]:
+    """Batches until `limit` samples are there."""
+    seen = 0
+    for batch in batches:
+        yield batch
+        seen += task.size(batch)
+        if seen >= limit:
+            return
 
 
 @dataclass(frozen=True)
@@ -203,47 +217,68 @@ def _greedy(total: Tensor, within: Tensor) -> tuple[Tensor, Tensor]:
     return order, gains
 
 
-def pooled_outputs(
-    model: nn.Module,
-    modules: Sequence[str],
-    batches: Batches,
-    limit: int = 5000,
-    token: int | None = None,
-    task: Task | str | None = None,
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Outputs of the named modules averaged over positions, image by image, with what says which kind an image is.
-
-    Feature maps [B, C, H, W] are averaged over H and W, tokens [B, T, C] over T unless `token` picks one.
+class Pooled:
+    """Outputs of layers averaged over positions, sample by sample, and the task's `kinds`, of the first samples.
 
     Args:
-        model: any network; left as found.
-        modules: qualified names, of any module type that returns one tensor.
-        batches: read until `limit` images are there.
-        limit: most images to keep.
-        token: index of the token, or None for the mean.
-        task: what a batch and an output mean; None recognises it.
-
-    Returns:
-        Name to float32 [n, C] on the CPU (modules that never ran are absent), and the task's `kinds` [n].
+        model: any network.
+        task: what a batch and an output mean.
+        layers: modules of any type that return one tensor; None takes the convolutions and linear layers.
+        limit: most samples to keep.
+        token: index of the token that stands for a token layer, or None for the mean.
     """
-    kept: dict[str, list[Tensor]] = {}
-    kinds: list[Tensor] = []
-    task, batches = settle(task, model, batches)
 
-    def keep(name: str, module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        values = position_view(module, output, token).mean(1, dtype=torch.float32)
-        kept.setdefault(name, []).append(values.cpu())
+    gradients = False
+    losses = True
 
-    handles = [model.get_submodule(name).register_forward_hook(partial(keep, name)) for name in modules]
-    seen = 0
-    with removing(handles), undisturbed(model):
-        for batch in batches:
-            for piece in task.pieces(batch):
-                piece = task.to(piece, model)
-                kinds.append(task.kinds(task.run(model, piece), piece).cpu())
-                seen += len(kinds[-1])
-            if seen >= limit:
-                break
-    if not seen:
-        raise InputError("batches: there is no batch in it; give at least one")
-    return {name: torch.cat(parts)[:limit] for name, parts in kept.items()}, torch.cat(kinds)[:limit]
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        layers: Mapping[str, nn.Module] | None = None,
+        limit: int = 5000,
+        token: int | None = DEFAULT_PROTOCOL.token,
+    ) -> None:
+        self.task, self.limit, self.token = task, limit, token
+        self.layers = select_layers(model) if layers is None else layers
+        self.kept: dict[str, list[Tensor]] = {}
+        self.running: dict[str, list[Tensor]] = {}  # of the batch that is running, call by call
+        self.kinds: list[Tensor] = []
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """See `Collector`."""
+
+        def keep(name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
+            if sum(map(len, self.kinds)) < self.limit:
+                values = position_view(module, self.seen(args, kwargs, output).detach(), self.token)
+                self.running.setdefault(name, []).append(values.mean(1, dtype=torch.float32).cpu())
+
+        hooks = [module.register_forward_hook(partial(keep, n), with_kwargs=True) for n, module in self.layers.items()]
+        with removing(hooks):
+            yield
+
+    def seen(self, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        """What is kept of a layer's call: its output."""
+        return output
+
+    def add(self, output: Any, batch: Any) -> None:
+        """See `Collector`. Several calls, windows and boxes of a sample are averaged."""
+        if sum(map(len, self.kinds)) < self.limit:
+            self.kinds.append(self.task.kinds(output, batch).cpu())
+            for name, calls in self.running.items():
+                size = len(self.kinds[-1])
+                rows = [v.unflatten(0, (size, -1)).mean(1) for v in calls if len(v) % size == 0]
+                if rows:
+                    self.kept.setdefault(name, []).append(torch.stack(rows).mean(0))
+        self.running.clear()
+
+    def result(self) -> tuple[dict[str, Tensor], Tensor]:
+        """Layer -> float32 [n, N] in the order in which they run, and kinds [n]; n ≤ `limit`.
+
+        Layers without rows for every sample are left out.
+        """
+        count = sum(map(len, self.kinds))
+        self.kept = {name: parts for name, parts in self.kept.items() if sum(map(len, parts)) == count}
+        values = {name: torch.cat(parts)[: self.limit] for name, parts in self.kept.items()}
+        return values, torch.cat(self.kinds)[: self.limit]
