@@ -2,8 +2,8 @@
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,29 +27,15 @@ from lit_prune.task.batches import to_network
 TOLERANCE = 1e-3  # of the logits' spread: more than that and the two networks are not the same function
 
 
-@dataclass(frozen=True)
-class Stress:
-    """What the stress test draws.
-
-    Attributes:
-        ranges: (low, high) of the scalings, drawn log-uniform.
-        draws: scalings a range.
-        keep_ratio: share of the units kept.
-        seed: of the scalings.
-    """
-
-    ranges: tuple[tuple[float, float], ...] = ((0.01, 100.0), (0.1, 10.0))
-    draws: int = 10
-    keep_ratio: float = 0.5
-    seed: int = 0
-
-
-DEFAULT_STRESS = Stress()
+RANGES = ((0.01, 100.0), (0.1, 10.0))
+"""(low, high) of the scalings, drawn log-uniform."""
+KEPT = 0.5
+"""Share of the units that are kept."""
 Ranking = Callable[[nn.Module], Mapping[str, Tensor]]  # network -> layer name -> scores [N], higher = keep
 
 
 def rescaling_stress(
-    model: nn.Module, group: str, scores: Mapping[str, Ranking], images: Tensor, *, stress: Stress = DEFAULT_STRESS
+    model: nn.Module, group: str, scores: Mapping[str, Ranking], images: Tensor, draws: int = 10, seed: int = 0
 ) -> pd.DataFrame:
     """Kept-set Jaccard of each score between `model` and copies whose units are rescaled without changing the function.
 
@@ -60,7 +46,8 @@ def rescaling_stress(
         group: name of the group.
         scores: by name, such as `{"variance": lambda network: score(network, "variance", batches)}`.
         images: a batch [B, C, H, W] on which the function must stay the same.
-        stress: ranges, draws, kept share.
+        draws: scalings for each of `RANGES`.
+        seed: of the scalings.
 
     Returns:
         One row a score, range and draw: score, low, high, draw, jaccard, and logit_change, the largest one over the
@@ -79,18 +66,23 @@ def rescaling_stress(
         raise InputError(f"group={group!r} has {len(found.producers)} producers; a rescaling needs exactly one")
     before = {name: ranking(model)[producer] for name, ranking in scores.items()}
     rows = []
-    for low, high in stress.ranges:
-        generator = torch.Generator().manual_seed(stress.seed)
-        for draw in range(stress.draws):
-            uniform = torch.rand(found.size, generator=generator, dtype=torch.float64)
-            scales = torch.exp(math.log(low) + uniform * math.log(high / low))
-            other = rescale_units(model, found, scales, images)
-            change = _logit_change(model, other, images, group)
-            for name, ranking in scores.items():
-                jaccard = kept_jaccard(before[name], ranking(other)[producer], stress.keep_ratio)
-                values = (name, low, high, draw, jaccard, change)
-                rows.append(dict(zip(("score", "low", "high", "draw", "jaccard", "logit_change"), values, strict=True)))
+    for place, scales in _scalings(found.size, draws, seed):
+        other = rescale_units(model, found, scales, images)
+        change = _logit_change(model, other, images, group)
+        for name, ranking in scores.items():
+            jaccard = kept_jaccard(before[name], ranking(other)[producer], KEPT)
+            rows.append({"score": name, **place, "jaccard": jaccard, "logit_change": change})
     return pd.DataFrame(rows)
+
+
+def _scalings(units: int, draws: int, seed: int) -> Iterator[tuple[dict[str, float], Tensor]]:
+    """Factors [units], each with its low, high and draw."""
+    generator = torch.Generator().manual_seed(seed)
+    for low, high in RANGES:
+        for draw in range(draws):
+            uniform = torch.rand(units, generator=generator, dtype=torch.float64)
+            scales = torch.exp(math.log(low) + uniform * math.log(high / low))
+            yield {"low": low, "high": high, "draw": draw}, scales
 
 
 def kept_jaccard(one: Tensor, other: Tensor, keep_ratio: float) -> float:
@@ -159,9 +151,8 @@ def stress_rows(site: Site, batches: Batches, request: ReduceRequest, seed: int)
 
     Source: causal mechanism reduction, section 5.1.
     """
-    stress = Stress(draws=request.stress_draws, seed=seed)
     if isinstance(site, HeadSite):
-        return _head_stress(site, batches, request, stress)
+        return _head_stress(site, batches, request, seed)
     if not isinstance(site, GroupSite):
         raise InputError("request.extras: 'stress' rescales channels; attention heads have none that ReLU undoes")
     names = list(dict.fromkeys((*STRESSED, *(method.score for method in request.methods))))
@@ -172,30 +163,24 @@ def stress_rows(site: Site, batches: Batches, request: ReduceRequest, seed: int)
         return {producer: site_scores(network, group, name, batches, seed, site.example)}
 
     whole = first_images(batches, TASK.size(batches[0]))
-    table = rescaling_stress(site.model, group, {n: partial(rank, n) for n in names}, whole, stress=stress)
+    table = rescaling_stress(site.model, group, {n: partial(rank, n) for n in names}, whole, request.stress_draws, seed)
     return [{"seed": seed, **row} for row in table.to_dict("records")]
 
 
-def _head_stress(site: HeadSite, batches: Batches, request: ReduceRequest, stress: Stress) -> list[dict[str, Any]]:
+def _head_stress(site: HeadSite, batches: Batches, request: ReduceRequest, seed: int) -> list[dict[str, Any]]:
     state = site.begin(batches)
     wanted = dict.fromkeys((*STRESSED, *(method.score for method in request.methods)))
-    names = [name for name in wanted if name in COLUMN_SCORES]
-    generator = torch.Generator().manual_seed(stress.seed)
     rows = []
-    for low, high in stress.ranges:
-        for draw in range(stress.draws):
-            uniform = torch.rand(site.size, generator=generator, dtype=torch.float64)
-            scales = torch.exp(math.log(low) + uniform * math.log(high / low))
-            other = _rescaled(state, scales)
-            change = float((_logits(other) - _logits(state)).abs().max())
-            for name in names:
-                one, two = (
-                    COLUMN_SCORES[name](part.evidence, 2 * draw + place + 1000 * stress.seed)
-                    for place, part in enumerate((state, other))
-                )
-                jaccard = kept_jaccard(one, two, stress.keep_ratio)
-                found = {"score": name, "low": low, "high": high, "draw": draw, "jaccard": jaccard}
-                rows.append({"seed": stress.seed, **found, "logit_change": change})
+    for place, scales in _scalings(site.size, request.stress_draws, seed):
+        other = _rescaled(state, scales)
+        change = float((_logits(other) - _logits(state)).abs().max())
+        for name in (name for name in wanted if name in COLUMN_SCORES):
+            one, two = (
+                COLUMN_SCORES[name](part.evidence, 2 * place["draw"] + number + 1000 * seed)
+                for number, part in enumerate((state, other))
+            )
+            found = {"score": name, **place, "jaccard": kept_jaccard(one, two, KEPT)}
+            rows.append({"seed": seed, **found, "logit_change": change})
     return rows
 
 
