@@ -1,7 +1,5 @@
 """Activations of named layers as streaming sums: `with record(model) as recording`, then one forward pass."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any

@@ -1,7 +1,5 @@
 """Moments of what layers read, by channel and by coupled unit, and the weights on them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

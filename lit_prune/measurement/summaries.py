@@ -6,8 +6,6 @@ left out of the ranks. Every summary is NaN where it is not defined: fewer than 
 Source: the two-axis paper, sections 2.2, 2.3 and 3.1, table 3.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -3,8 +3,6 @@
 Source: the two-axis paper, appendices A and K.1; Clauset, Newman and Moore 2004 for the greedy partition.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The verb `analyze`: channel and layer tables of a network, with the extras and controls asked for."""
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import asdict, replace
 from pathlib import Path

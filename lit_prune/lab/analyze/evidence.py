@@ -1,7 +1,5 @@
 """What one forward pass over the calibration images leaves behind for all extras."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """Controls on the parameterisation: BN-folded quantities, function-preserving rescaling, exact signal power."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 from functools import partial

@@ -1,7 +1,5 @@
 """Extras that need values and not only sums: BROJA atoms and the KSG estimator."""
 
-from __future__ import annotations
-
 import pandas as pd
 import torch
 from sklearn.feature_selection import mutual_info_regression

@@ -1,7 +1,5 @@
 """Figures and tables of lesions: damage on the axes, recovery by peers, one score against two axes."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes

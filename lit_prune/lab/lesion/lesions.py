@@ -1,7 +1,5 @@
 """Lesions of one layer and replacements of its channels by their peers, joined with its channel metrics."""
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

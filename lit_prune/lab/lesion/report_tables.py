@@ -1,7 +1,5 @@
 """Tables of lesions on the report page, and next to them what the two-axis paper found."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The verb `lesion`: single-channel lesions and peer replacements, layer by layer, what they say, the run folder."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The labelled images of a reduction, read from batches by the task of classification."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass

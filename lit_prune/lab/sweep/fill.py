@@ -1,7 +1,5 @@
 """A sweep in its folder: computes the cells that are missing and puts them into one table."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """`sweep` on a run folder: networks, data, cells that are missing, and the tables derived from them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
