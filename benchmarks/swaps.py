@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from compression import RECIPES, Judge
 from compression_cases import CASES, split
-from lit_prune.replace.elimination import RANK
+from lit_prune.replace.reconstruction import RANK
 from torch import Tensor
 
 from lit_prune.compression import Recipe, plan_compression
