@@ -9,6 +9,8 @@ from contextlib import suppress
 PARENT = "LIT_PRUNE_PARENT"
 """Environment variable: number of the process without which this one has nothing to do."""
 SIGNAL_OF_PARENTS_DEATH = 1  # PR_SET_PDEATHSIG of prctl.h
+TRIM_THRESHOLD, MMAP_MAX = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+NEVER = 2**31 - 1
 
 
 def end_with_parent() -> None:
@@ -20,10 +22,6 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(SIGNAL_OF_PARENTS_DEATH, signal.SIGTERM)
         if os.getppid() != int(parent):  # it ended in between
             os.kill(os.getpid(), signal.SIGTERM)
-
-
-TRIM_THRESHOLD, MMAP_MAX = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
-NEVER = 2**31 - 1
 
 
 def keep_freed_memory() -> None:

@@ -15,6 +15,14 @@ from lit_prune.errors import InputError
 from lit_prune.files import one_reason
 
 BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143
+LOGGERS = ("lightning", "lightning.fabric", "lightning.pytorch", "pytorch_lightning", "lightning_fabric")
+SILENT = (
+    "Tip: For seamless cloud",
+    "already configured with model summary",
+    "`weights_only` was not set",
+    "`isinstance(treespec, LeafSpec)` is deprecated",
+)
+"""Advertisements, and what a library says of its own calls: not about the run."""
 
 
 @contextmanager
@@ -111,16 +119,6 @@ def ended_by_sigterm() -> Iterator[None]:
 
 def _exit(number: int, frame: FrameType | None) -> None:
     raise SystemExit(TERMINATED)
-
-
-LOGGERS = ("lightning", "lightning.fabric", "lightning.pytorch", "pytorch_lightning", "lightning_fabric")
-SILENT = (
-    "Tip: For seamless cloud",
-    "already configured with model summary",
-    "`weights_only` was not set",
-    "`isinstance(treespec, LeafSpec)` is deprecated",
-)
-"""Advertisements, and what a library says of its own calls: not about the run."""
 
 
 @contextmanager

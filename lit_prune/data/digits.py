@@ -14,6 +14,9 @@ from lit_prune.data.sampling import seeded_generator, stratified_order
 from lit_prune.data.sources import MemoryImages, resize_pixels
 from lit_prune.errors import InputError
 
+TEST_IMAGES = 360  # a fifth; scikit-learn ships no split
+GREY_LEVELS = 16  # pixels are counts 0..16 of 4x4 bitmap blocks
+
 
 class GreyDigits(ImageData):
     """Digits as square grey images.
@@ -43,10 +46,6 @@ class GreyDigits(ImageData):
         self.classes = tuple(str(digit) for digit in range(self.CLASSES))
         pixels = resize_pixels(pixels, self.resolution)  # uint8 [N, 1, S, S]
         return MemoryImages(pixels.expand(-1, self.image_shape[0], -1, -1).contiguous(), labels)
-
-
-TEST_IMAGES = 360  # a fifth; scikit-learn ships no split
-GREY_LEVELS = 16  # pixels are counts 0..16 of 4x4 bitmap blocks
 
 
 class DigitsData(GreyDigits):

@@ -20,6 +20,12 @@ _log = logging.getLogger(__name__)
 _SUFFIXES = (".pth", ".pt", ".th", ".tar", ".ckpt", ".bin", ".safetensors")
 _ENTRIES = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.")
+AKAMASTER = (
+    "https://raw.githubusercontent.com/akamaster/pytorch_resnet_cifar10/"
+    "d5489e8995e81e91ce6b1d69dcc98ad579b0b153/pretrained_models/"
+)
+FOLDER = "LIT_PRUNE_WEIGHTS"
+"""Variable of the environment that names the folder of fetched weights; default: `~/.cache/lit_prune/weights`."""
 
 
 @dataclass(frozen=True)
@@ -140,14 +146,6 @@ def _check_same_network(
 
 def _text(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "scalar"
-
-
-AKAMASTER = (
-    "https://raw.githubusercontent.com/akamaster/pytorch_resnet_cifar10/"
-    "d5489e8995e81e91ce6b1d69dcc98ad579b0b153/pretrained_models/"
-)
-FOLDER = "LIT_PRUNE_WEIGHTS"
-"""Variable of the environment that names the folder of fetched weights; default: `~/.cache/lit_prune/weights`."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,9 @@ from lit_prune.running import undisturbed
 from lit_prune.structure.opened import opened
 from lit_prune.task import Task
 
+MOST_SAMPLES = 32
+MOST_VALUES = 1 << 19  # of the inputs, in one pass with gradients: an image of 224 pixels takes 350 MB in a ResNet-50
+
 
 class PositionSample:
     """Which positions of each image are used: all of them, or a seeded sample of `per_image`."""
@@ -103,10 +106,6 @@ def _pick(rows: Tensor, chosen: Tensor | None) -> Tensor:
         index = chosen.to(rows.device)[..., None].expand(-1, -1, rows.shape[2])
         rows = rows.gather(1, index)
     return rows.flatten(0, 1)
-
-
-MOST_SAMPLES = 32
-MOST_VALUES = 1 << 19  # of the inputs, in one pass with gradients: an image of 224 pixels takes 350 MB in a ResNet-50
 
 
 @dataclass(frozen=True)

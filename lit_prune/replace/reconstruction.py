@@ -17,6 +17,10 @@ from lit_prune.task import Task, settle
 
 RANK = 1e-12  # share of the largest eigenvalue below which one counts as 0
 WAITING = 32  # removals carried out in one product
+RIDGE = 1e-4
+WIDEST = 10_000  # most values an output reads of which all products are formed: 800 MB, a minute's factorisation
+POSITIONS = 64  # most positions of one image in a covariance
+PIECE = 32  # images unfolded at once
 
 
 @dataclass
@@ -117,12 +121,6 @@ def elimination_costs(readers: Sequence[Elimination], units: int) -> Tensor:
                 reader.keep(left)
             held, left = held[left], torch.arange(len(left))
     return costs
-
-
-RIDGE = 1e-4
-WIDEST = 10_000  # most values an output reads of which all products are formed: 800 MB, a minute's factorisation
-POSITIONS = 64  # most positions of one image in a covariance
-PIECE = 32  # images unfolded at once
 
 
 @dataclass(frozen=True)

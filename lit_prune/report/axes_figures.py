@@ -16,6 +16,11 @@ from lit_prune.report.drawing import Picture, new_figure
 from lit_prune.report.run_folder import AbsentInput, RunFolder, layer_order, stages_if_any
 from lit_prune.report.sections import register_section
 
+MOST_CHANNELS = 25_000
+"""Channels × epochs that the page holds, about 30 characters each; beyond, epochs are left out, then layers."""
+SHORTEST = 5  # epochs that are always kept
+AXES = ("input_capture", "task_information", "peer_overlap")
+
 
 @register_section("plane", "The two axes", place=60)
 def draw_plane(run: RunFolder) -> Picture:
@@ -172,12 +177,6 @@ def couple_axes(trace: pd.DataFrame) -> pd.DataFrame:
     values = {key: coupling(rows) for key, rows in trace.groupby(["epoch", "layer"])}
     table = pd.Series(values, dtype=float).unstack(0)
     return table.reindex(index=layer_order(trace), columns=sorted(trace["epoch"].unique()))
-
-
-MOST_CHANNELS = 25_000
-"""Channels × epochs that the page holds, about 30 characters each; beyond, epochs are left out, then layers."""
-SHORTEST = 5  # epochs that are always kept
-AXES = ("input_capture", "task_information", "peer_overlap")
 
 
 def epoch_frames(

@@ -51,15 +51,28 @@ MAKERS = (
     (r"reduction\.json(?! with the extra)", REDUCE, SAME),
 )
 """Pattern of an absent input, the command that makes it, and with what."""
+LOGGER = logging.getLogger(__name__)
+THEME = {
+    "#ffffff": "page",
+    drawing.HALO: "halo",
+    drawing.INK: "ink",
+    drawing.GREY: "soft",
+    drawing.GRID: "line",
+    drawing.PALE: "pale",
+    drawing.BLUE: "blue",
+    drawing.ORANGE: "orange",
+    drawing.GREEN: "green",
+    drawing.VERMILLION: "vermillion",
+}
+"""Colours of figures by the names that `page.css` gives them, one value for light and one for dark."""
+LARGEST = 400_000
+"""Characters of a figure above which the page holds it as PNG: clouds of thousands of dots."""
 
 
 def commands_for(reason: str, run: RunFolder) -> tuple[tuple[str, str], ...]:
     """Commands, each with what has to be said besides, that make the input which `reason` names; none is known: ()."""
     found = [(command, said) for pattern, command, said in MAKERS if re.search(pattern, reason)]
     return tuple((command.format(run=run.path), said) for command, said in found)
-
-
-LOGGER = logging.getLogger(__name__)
 
 
 @register_section("config", "Configuration", place=330)
@@ -223,24 +236,6 @@ def _template() -> jinja2.Template:
 
 def _source(name: str) -> str:
     return resources.files("lit_prune.report").joinpath(name).read_text(encoding="utf-8")
-
-
-THEME = {
-    "#ffffff": "page",
-    drawing.HALO: "halo",
-    drawing.INK: "ink",
-    drawing.GREY: "soft",
-    drawing.GRID: "line",
-    drawing.PALE: "pale",
-    drawing.BLUE: "blue",
-    drawing.ORANGE: "orange",
-    drawing.GREEN: "green",
-    drawing.VERMILLION: "vermillion",
-}
-"""Colours of figures by the names that `page.css` gives them, one value for light and one for dark."""
-
-LARGEST = 400_000
-"""Characters of a figure above which the page holds it as PNG: clouds of thousands of dots."""
 
 
 def render_svg(figure: Figure, name: str) -> str:

@@ -24,6 +24,16 @@ from lit_prune.task import Task
 Axis = Literal["local", "target", "baseline", "mixed"]
 Reads = Literal["weights", "activations", "gradients", "labels"]
 SPARSITY = 0.8  # taken for a score that depends on the sparsity where no plan says how much goes
+OwnScore = Callable[[Evidence], dict[str, Tensor]]
+_Function = TypeVar("_Function", bound=Callable[..., dict[str, Tensor]])
+PEERS = {  # names of other tools, without underscores -> the score here
+    "l1": "magnitude", "l1norm": "magnitude", "l1normpruner": "magnitude", "weightmagnitude": "magnitude",
+    "l2": "group_norm", "l2norm": "group_norm", "l2normpruner": "group_norm", "groupnormimportance": "group_norm",
+    "groupmagnitude": "group_norm", "bn": "network_slimming", "bnscale": "network_slimming",
+    "bnscaleimportance": "network_slimming", "slim": "network_slimming", "slimpruner": "network_slimming",
+    "taylorfo": "taylor", "taylorfoweight": "taylor", "taylorimportance": "taylor", "geometricmedian": "fpgm",
+    "gm": "fpgm", "fpgmpruner": "fpgm", "fpgmimportance": "fpgm", "thinet": "reconstruction",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,9 +57,7 @@ class Score:
     needs: tuple[str, ...] = ()
 
 
-OwnScore = Callable[[Evidence], dict[str, Tensor]]
 SCORES: Registry[Score] = Registry("score")
-_Function = TypeVar("_Function", bound=Callable[..., dict[str, Tensor]])
 
 
 @checked
@@ -125,16 +133,6 @@ def dead_last(values: Tensor, dead: Tensor | None) -> Tensor:
         last = last | dead
     lowest = values[~last].min() - 1 if not last.all() else values.new_zeros(())
     return torch.where(last, lowest, values)
-
-
-PEERS = {  # names of other tools, without underscores -> the score here
-    "l1": "magnitude", "l1norm": "magnitude", "l1normpruner": "magnitude", "weightmagnitude": "magnitude",
-    "l2": "group_norm", "l2norm": "group_norm", "l2normpruner": "group_norm", "groupnormimportance": "group_norm",
-    "groupmagnitude": "group_norm", "bn": "network_slimming", "bnscale": "network_slimming",
-    "bnscaleimportance": "network_slimming", "slim": "network_slimming", "slimpruner": "network_slimming",
-    "taylorfo": "taylor", "taylorfoweight": "taylor", "taylorimportance": "taylor", "geometricmedian": "fpgm",
-    "gm": "fpgm", "fpgmpruner": "fpgm", "fpgmimportance": "fpgm", "thinet": "reconstruction",
-}  # fmt: skip
 
 
 def parse_method(name: str, known: Mapping[str, Score]) -> Method:

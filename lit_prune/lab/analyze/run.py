@@ -19,6 +19,8 @@ from lit_prune.structure.networks import find_network
 from lit_prune.train.classifier import LitClassifier
 from lit_prune.train.run_record import subject
 
+STATISTICS = ("coupling", "rand_index", "collapse", "triplet_ratio", "modularity_redundancy", "modularity_excess")
+
 
 def analyze_run(
     trainer: pl.Trainer,
@@ -74,9 +76,6 @@ def plain_table(table: pd.DataFrame, title: str) -> Table:
 
 def _format(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
-STATISTICS = ("coupling", "rand_index", "collapse", "triplet_ratio", "modularity_redundancy", "modularity_excess")
 
 
 def compare_runs(folders: Sequence[str | Path], seed: int = 0) -> pd.DataFrame:

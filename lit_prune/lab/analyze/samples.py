@@ -12,6 +12,7 @@ from lit_prune.lab.analyze.extras import Frames, register_extra
 from lit_prune.measurement.summaries import rank_correlation
 
 ATOMS = ("shared", "unique", "synergy", "irrecoverable_loss")
+NEIGHBOURS = 3
 
 
 @register_extra("channels", "layers", settings=("samples", "bins"))
@@ -69,9 +70,6 @@ def ksg(analysis: Analysis) -> Frames:
         tie = rank_correlation(columns["task_information_ksg"], rows["task_information"])
         layers.append({"layer": layer, "ksg_task": tie})
     return {"channels": pd.concat(channels, ignore_index=True), "layers": pd.DataFrame(layers)}
-
-
-NEIGHBOURS = 3
 
 
 def ksg_information(

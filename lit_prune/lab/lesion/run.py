@@ -34,6 +34,7 @@ Frames = dict[str, pd.DataFrame]
 THIRDS = ("shallow", "mid", "deep")
 SETTINGS = ("channels", "limit", "images", "peers", "ridge", "target", "seed", "protocol")
 KEY_COLUMNS = ["layer", "depth", "third", "channel"]
+SPLIT = "val"
 
 
 @dataclass(frozen=True)
@@ -138,9 +139,6 @@ def write_tables(folder: Path, lesions: pd.DataFrame, seed: int) -> Frames:
     for name, table in tables.items():
         write_parquet(folder / f"{name}.parquet", table)
     return tables
-
-
-SPLIT = "val"
 
 
 def lesion_run(

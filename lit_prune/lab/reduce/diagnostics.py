@@ -32,6 +32,7 @@ RANGES = ((0.01, 100.0), (0.1, 10.0))
 KEPT = 0.5
 """Share of the units that are kept."""
 Ranking = Callable[[nn.Module], Mapping[str, Tensor]]  # network -> layer name -> scores [N], higher = keep
+STRESSED = ("cmr_logit", "variance", "magnitude", "random")
 
 
 def rescaling_stress(
@@ -135,9 +136,6 @@ def _logit_change(model: nn.Module, other: nn.Module, images: Tensor, group: str
             "only where norm, ReLU and pooling lie between the producer and its readers"
         )
     return change
-
-
-STRESSED = ("cmr_logit", "variance", "magnitude", "random")
 
 
 def stress_rows(site: Site, batches: Batches, request: ReduceRequest, seed: int) -> list[dict[str, Any]]:

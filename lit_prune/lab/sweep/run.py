@@ -24,6 +24,7 @@ from lit_prune.train.classifier import LitClassifier
 from lit_prune.train.run_record import add_record
 
 DATA_SETTINGS = ("batch_size", "seed", "train_size", "val_size", "calibration_size", "pad", "padding", "flip")
+DERIVED = ("auc", "gaps", "signs", "selector", "weights", "recovery", "rules")
 
 
 def sweep_run(
@@ -115,9 +116,6 @@ def load_networks(module: LitClassifier, run_dir: Path, checkpoints: Sequence[st
                 f" {module.backbone_name} {module.arguments}; change --model.backbone or leave it out"
             )
     return networks
-
-
-DERIVED = ("auc", "gaps", "signs", "selector", "weights", "recovery", "rules")
 
 
 def derive_tables(cells: pd.DataFrame, request: SweepRequest) -> tuple[dict[str, pd.DataFrame], list[InputError]]:
