@@ -13,7 +13,7 @@ from rows import Row, choose, half_range, in_turns, main
 from torch import Tensor, nn
 
 from lit_prune.lab.analyze.broja import decompose, joint_counts
-from lit_prune.lab.analyze.ksg import ksg_information
+from lit_prune.lab.analyze.samples import ksg_information
 from lit_prune.lab.analyze.triplets import triplet_excess
 from lit_prune.lab.trajectory.gradients import gradient_sums
 from lit_prune.scores.graphs import excess_graph, greedy_modularity, redundancy_graph

@@ -26,7 +26,6 @@ from rows import REPEATS, Row, choose, half_range, in_turns, main, ratio_row
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lit_prune.cli.memory import keep_freed_memory
 from lit_prune.lab.analyze.analysis import analyze
 from lit_prune.lab.analyze.request import AnalyzeRequest
 from lit_prune.measurement.channel_table import measure
@@ -34,6 +33,7 @@ from lit_prune.measurement.layers import removing
 from lit_prune.measurement.protocol import DEFAULT_PROTOCOL, Protocol
 from lit_prune.measurement.target_axis import find_partners, target_excess
 from lit_prune.models import build_backbone
+from lit_prune.processes import keep_freed_memory
 
 CHANNELS = 512
 

@@ -20,9 +20,8 @@ from torch import Tensor
 
 from lit_prune.compression import Recipe, plan_compression
 from lit_prune.replace import replace_mechanisms
-from lit_prune.replace.elimination import RANK
 from lit_prune.replace.kernels import kernel_of
-from lit_prune.replace.reconstruction import reader_columns, reader_moments, readers_of
+from lit_prune.replace.reconstruction import RANK, reader_columns, reader_moments, readers_of
 from lit_prune.replace.regression import ridged
 from lit_prune.structure import Plan, trace_groups
 from lit_prune.task import settle

@@ -19,8 +19,8 @@ from rows import REPEATS, Row, choose, main, ratio_row
 from task_cases import REAL, real_networks
 from torch import Tensor, nn
 
-from lit_prune.cli.memory import keep_freed_memory
 from lit_prune.measurement.protocol import DEFAULT_PROTOCOL
+from lit_prune.processes import keep_freed_memory
 
 DATA = REAL.parents[1] / "data"
 Batches = list[tuple[Tensor, Tensor]]

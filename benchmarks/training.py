@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from lit_prune.cli.memory import keep_freed_memory
 from lit_prune.cli.trainer import Trainer, last_checkpoint
 from lit_prune.data import CIFAR100Data
 from lit_prune.data.sources import MemoryImages
 from lit_prune.lab.trajectory.gradient_trace import GradientTrace
 from lit_prune.models import build_backbone
+from lit_prune.processes import keep_freed_memory
 from lit_prune.train.axis_trace import AxisTrace
 from lit_prune.train.checkpoints import WholeFileIO, checkpoint_writer
 from lit_prune.train.classifier import LitClassifier

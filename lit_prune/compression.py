@@ -16,8 +16,7 @@ from lit_prune.measurement.layers import Batches
 from lit_prune.progress import looking_on
 from lit_prune.replace import Replacement, replace_mechanisms
 from lit_prune.replace.distil import Distilling, distil
-from lit_prune.replace.finite import check_finite
-from lit_prune.replace.replacement import take_batches
+from lit_prune.replace.replacement import check_finite, take_batches
 from lit_prune.scores import Evidence, plan_method
 from lit_prune.structure import Budget, CostModel, Plan
 from lit_prune.structure.budgets import find_budget

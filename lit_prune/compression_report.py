@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lit_prune.replace import Reduced
-from lit_prune.replace.spread import Spread
+from lit_prune.replace.errors import Spread
 from lit_prune.running import undisturbed
 from lit_prune.structure import apply_plan, cost
 from lit_prune.structure.axes import EVEN

@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +20,7 @@ from lit_prune.files import read_json, write_json
 from lit_prune.quantise import FILE as INT8
 from lit_prune.structure import load_compact
 from lit_prune.structure.description import Description
+from lit_prune.structure.runtimes import Eager, onnx_session
 from lit_prune.timing import Timing, busy, circumstances, time_runs
 
 FILE = "latency.json"
@@ -101,29 +102,20 @@ def _rows(networks: dict[str, Any], int8: Path, size: int, setting: Setting, scr
     runs: dict[tuple[str, str], Callable[[], Any]] = {}
     for name, (network, shape) in networks.items():
         images = torch.zeros(size, *shape, device=setting.device)
-        runs[name, "eager"] = _eager(network.to(setting.device), images)
+        runs[name, "eager"] = Eager().network(network.to(setting.device), images)
         if find_spec("onnxruntime") and find_spec("onnxscript"):
             file = _exported(network, images.shape[1:], scratch / f"{name}.onnx")
-            runs[name, "ONNX Runtime"] = _runtime(file, images.cpu(), setting.threads)
+            runs[name, "ONNX Runtime"] = onnx_session(file.read_bytes(), images)
             if find_spec("openvino"):
                 runs[name, "OpenVINO"] = partial(_openvino(file, setting.threads), images.cpu())
     if int8.is_file() and find_spec("onnxruntime"):
-        runs["compact", "ONNX Runtime, INT8"] = _runtime(int8, images.cpu(), setting.threads)
+        runs["compact", "ONNX Runtime, INT8"] = onnx_session(int8.read_bytes(), images)
     timings = time_runs(list(runs.values()), setting.rounds)
     return [
-        {"network": name, "runtime": kind, "batch": size, "milliseconds": timing.to_dict()}
+        {"network": name, "runtime": kind, "batch": size, "milliseconds": asdict(timing)}
         | {"images_per_second": 1000 * size / timing.median}
         for (name, kind), timing in zip(runs, timings, strict=True)
     ]
-
-
-def _eager(network: nn.Module, images: torch.Tensor) -> Callable[[], None]:
-    def run() -> None:
-        network(images)
-        if images.is_cuda:
-            torch.cuda.synchronize(images.device)
-
-    return run
 
 
 def _exported(network: nn.Module, shape: torch.Size, file: Path) -> Path:
@@ -141,17 +133,6 @@ def _openvino(file: Path, threads: int | None) -> Callable[[torch.Tensor], Any]:
     from lit_prune.export import load_openvino
 
     return load_openvino(file, threads or torch.get_num_threads())
-
-
-def _runtime(file: Path, images: torch.Tensor, threads: int | None) -> Callable[[], Any]:
-    """A pass of ONNX Runtime."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or torch.get_num_threads()
-    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    given = {"images": images.numpy()}
-    return lambda: session.run(None, given)
 
 
 def latency_table(found: dict[str, Any]) -> Table:

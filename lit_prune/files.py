@@ -222,12 +222,7 @@ def alone(folder: Path, name: str = LOCK) -> Iterator[None]:
 
 @contextmanager
 def nothing_of_a_refused_run(folder: Path, beginning: Iterable[str]) -> Iterator[None]:
-    """Takes back what the block wrote into `folder` where it is refused before it has written more than a beginning.
-
-    Args:
-        folder: of the run.
-        beginning: names of what is written before a run begins.
-    """
+    """Takes back what the block wrote into `folder` where it is refused before it has written more than a beginning."""
     before = set(os.listdir(folder))
     try:
         yield

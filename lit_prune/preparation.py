@@ -38,11 +38,7 @@ class Preparation:
     classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Turns lists into tuples and checks the values.
-
-        Raises:
-            InputError: a value is of the wrong kind, or out of range.
-        """
+        """Turns lists into tuples and checks the values. InputError: a value is of the wrong kind, or out of range."""
         for name in ("mean", "std", "size", "classes"):
             value = getattr(self, name)
             if isinstance(value, str) or not isinstance(value, Sequence):
@@ -72,11 +68,7 @@ class Preparation:
 
     @classmethod
     def from_dict(cls, values: Any, source: str = "preparation") -> "Preparation":
-        """What `to_dict` wrote.
-
-        Raises:
-            InputError: a value is missing, unknown or wrong; `source` is named.
-        """
+        """What `to_dict` wrote. InputError: a value is missing, unknown or wrong; `source` is named."""
         try:
             return cls(**values)
         except (TypeError, InputError) as error:
@@ -84,11 +76,7 @@ class Preparation:
 
     @classmethod
     def of_timm(cls, model: nn.Module, classes: Sequence[str] = ()) -> "Preparation":
-        """What timm says of a network with its published weights (`pretrained_cfg`).
-
-        Raises:
-            InputError: it says nothing.
-        """
+        """What timm says of a network with its published weights (`pretrained_cfg`). InputError: it says nothing."""
         said = getattr(model, "pretrained_cfg", None)
         if not isinstance(said, Mapping) or not said.get("mean"):
             raise InputError(f"preparation: {type(model).__name__} has no pretrained_cfg of timm; give the values")
@@ -100,12 +88,7 @@ class Preparation:
 
 
 class Normalised(nn.Module):
-    """A network that normalises its images itself: it takes them on the scale 0..1.
-
-    Args:
-        network: what reads the normalised images.
-        preparation: with what they are normalised.
-    """
+    """A network that normalises its images itself: it takes them on the scale 0..1."""
 
     def __init__(self, network: nn.Module, preparation: Preparation) -> None:
         super().__init__()

@@ -1,6 +1,7 @@
 """INT8 for ONNX Runtime: an exported network quantised on calibration images, accuracy and time beside the float."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -110,7 +111,7 @@ def compare(files: Sequence[Path], image: np.ndarray, evaluation: Iterable[Label
     figures = {
         name: {
             "accuracy": task.figure(known) if known[-1] else None,
-            "latency_ms": timing.to_dict(),
+            "latency_ms": asdict(timing),
             "bytes": file.stat().st_size,
         }
         for name, file, known, timing in zip(("float", "int8"), files, sums, timings, strict=True)

@@ -92,11 +92,7 @@ Base = TypeVar("Base", bound="Named")
 
 
 class Named:
-    """Something that a user names.
-
-    Attributes:
-        name: what it was asked for by.
-    """
+    """Something that a user names."""
 
     name: str = ""
 

@@ -95,10 +95,6 @@ def undisturbed(model: nn.Module, gradients: bool = False) -> Iterator[None]:
     """Evaluation mode inside; on exit the train flags and the random state are what they were.
 
     The random state matters because merely iterating a DataLoader draws from torch's global generator.
-
-    Args:
-        model: the network.
-        gradients: whether autograd is on inside.
     """
     cuda_devices = sorted({parameter.device.index for parameter in model.parameters() if parameter.is_cuda})
     with (

@@ -15,11 +15,7 @@ from lit_prune.errors import InputError
 
 
 class PickledError(InputError):
-    """A file holds objects of classes.
-
-    Attributes:
-        found: what was found, without a remedy.
-    """
+    """A file holds objects of classes."""
 
     def __init__(self, found: str) -> None:
         super().__init__(f"{found}; save a plain state_dict there")
@@ -30,10 +26,6 @@ def read_torch(path: str | Path, argument: str = "file") -> Any:
     """The plain values and tensors of a file that `torch.save` wrote, on the CPU.
 
     Pickled objects are refused (`weights_only`), and so is an archive of which a record does not match its CRC-32.
-
-    Args:
-        path: the file.
-        argument: what named it, for the message.
 
     Raises:
         InputError: the file is missing, damaged, or holds more than plain values.
@@ -57,11 +49,7 @@ def read_torch(path: str | Path, argument: str = "file") -> Any:
 
 
 def read_safetensors(path: str | Path, argument: str = "file") -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU.
-
-    Raises:
-        InputError: the file is missing or damaged.
-    """
+    """The tensors of a safetensors file, on the CPU. InputError: the file is missing or damaged."""
     if not Path(path).is_file():
         raise InputError(f"{argument}: {path}: no such file")
     try:
@@ -88,11 +76,7 @@ def undefined_tensor(tensors: Mapping[str, Any]) -> str | None:
 
 
 def check_defined(tensors: Mapping[str, Any], source: str) -> None:
-    """Refuses weights that training has ruined.
-
-    Raises:
-        InputError: a tensor holds NaN or +infinity; it is named.
-    """
+    """Refuses weights that training has ruined. InputError: a tensor holds NaN or +infinity; it is named."""
     name = undefined_tensor(tensors)
     if name is not None:
         raise InputError(f"{source}: {name} holds NaN or infinity; take a checkpoint from before the loss diverged")

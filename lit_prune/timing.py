@@ -5,7 +5,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -35,10 +35,6 @@ class Timing:
         """Median, spread, and a warning where it is noisy."""
         warning = ", NOISY: another process was busy?" if self.noisy else ""
         return f"{self.median:.3g} ms (quartiles {self.spread:.2g} apart, {self.passes} passes{warning})"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> "Timing":

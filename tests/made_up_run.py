@@ -11,11 +11,11 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from lit_prune.lab.analyze.propagation import METRICS as ROUTED
-from lit_prune.lab.lesion.table import write_tables
+from lit_prune.lab.lesion.run import write_tables
 from lit_prune.lab.reduce.tables import summarise
 from lit_prune.lab.sweep.request import SweepRequest
-from lit_prune.lab.sweep.tables import derive_tables, write_derived
-from lit_prune.train.dynamics import dynamics_table
+from lit_prune.lab.sweep.run import derive_tables, write_derived
+from lit_prune.train.axis_trace import dynamics_table
 
 LAYER_COLUMNS = (
     "coupling", "rand_index", "null_95", "modularity_redundancy", "modularity_excess", "mean_hull_size",

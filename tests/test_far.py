@@ -73,7 +73,8 @@ def test_partners_and_conditional_order_are_found_where_the_sums_are(there):
     total = mixed @ mixed.T + torch.eye(9)
     for rule in ("task", "random"):
         protocol = Protocol(partner_rule=rule, partners=2)
-        assert find_partners(task.to(there), None, protocol).tolist() == find_partners(task, None, protocol).tolist()
+        far = find_partners(task.to(there), total.to(there), protocol)
+        assert far.tolist() == find_partners(task, total, protocol).tolist()
     noise = torch.eye(9, dtype=torch.float64)
     found, wanted = _greedy(total.to(there), noise.to(there)), _greedy(total, noise)
     assert found[0].tolist() == wanted[0].tolist()

@@ -32,9 +32,6 @@ def as_input_errors(what: str) -> Iterator[None]:
 def check_processes(settings: Mapping[str, Any]) -> None:
     """Refuses more processes than a machine carries, before Lightning makes a list of them or starts them.
 
-    Args:
-        settings: of the trainer, as the configuration gives them.
-
     Raises:
         InputError: the setting is named.
     """

@@ -1,8 +1,11 @@
-"""What a training verb shows: a bar on a terminal, one line an epoch elsewhere, one line for the network."""
+"""What a training verb shows: a bar on a terminal, one line an epoch elsewhere; and how its ranks end."""
 
+import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -75,10 +78,6 @@ def shown(callbacks: Sequence[Callback], settings: Any) -> tuple[list[Callback],
     """Callbacks that show a training run, and the trainer's settings that go with them.
 
     What the configuration asks for itself stays as it is: a bar or summary among the callbacks, or one switched off.
-
-    Args:
-        callbacks: of the configuration.
-        settings: the trainer's.
     """
     added: list[Callback] = []
     changed: dict[str, Any] = {}
@@ -95,3 +94,30 @@ def shown(callbacks: Sequence[Callback], settings: Any) -> tuple[list[Callback],
 
 def _has(callbacks: Sequence[Callback], kind: type) -> bool:
     return any(isinstance(callback, kind) for callback in callbacks)
+
+
+class RanksEndAtOnce(Callback):
+    """Among several ranks SIGTERM ends each at once.
+
+    Lightning's handler tells the other ranks, which waits for ever for those that are inside a stage.
+    """
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes the signal."""
+        self._take(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes the signal."""
+        self._take(trainer)
+
+    def _take(self, trainer: Trainer) -> None:
+        if trainer.world_size > 1 and threading.current_thread() is threading.main_thread():
+            launcher = trainer.strategy.launcher
+            signal.signal(signal.SIGTERM, lambda number, _: _end_ranks(getattr(launcher, "kill", None), number))
+
+
+def _end_ranks(kill: Callable[[int], None] | None, number: int) -> None:
+    signal.signal(number, signal.SIG_DFL)
+    if kill is not None:
+        kill(number)
+    os.kill(os.getpid(), number)

@@ -1,17 +1,28 @@
-"""How a command ends that does not succeed: one line and an exit code for what its user can mend."""
+"""How a command ends that does not succeed, in one line on stderr; what a run says of itself goes to stdout."""
 
+import logging
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from lit_prune.cli.parsing import causes, one_line
 from lit_prune.errors import InputError
 from lit_prune.files import one_reason
 
 BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143
+LOGGERS = ("lightning", "lightning.fabric", "lightning.pytorch", "pytorch_lightning", "lightning_fabric")
+SILENT = (
+    "Tip: For seamless cloud",
+    "already configured with model summary",
+    "`weights_only` was not set",
+    "`isinstance(treespec, LeafSpec)` is deprecated",
+)
+"""Advertisements, and what a library says of its own calls: not about the run."""
 
 
 @contextmanager
@@ -108,3 +119,33 @@ def ended_by_sigterm() -> Iterator[None]:
 
 def _exit(number: int, frame: FrameType | None) -> None:
     raise SystemExit(TERMINATED)
+
+
+@contextmanager
+def narrated_on_stdout() -> Iterator[None]:
+    """Lightning's log and Python's warnings are printed to stdout while the block lasts."""
+    handlers = [handler for name in LOGGERS for handler in logging.getLogger(name).handlers]
+    streams = [handler for handler in handlers if type(handler) is logging.StreamHandler]
+    before = [handler.stream for handler in streams]
+    for handler in streams:
+        handler.stream = sys.stdout
+        handler.addFilter(_is_about_the_run)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _print_warning
+            yield
+    finally:
+        for handler, stream in zip(streams, before, strict=True):
+            handler.stream = stream
+            handler.removeFilter(_is_about_the_run)
+
+
+def _is_about_the_run(record: logging.LogRecord) -> bool:
+    return not any(words in record.getMessage() for words in SILENT)
+
+
+def _print_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    """One line for a warning about the run; deprecations are for the libraries' own developers."""
+    text = " ".join(str(message).split())
+    if not issubclass(category, DeprecationWarning | FutureWarning) and not any(words in text for words in SILENT):
+        print(f"warning: {text}")

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from importlib import import_module
 from textwrap import shorten
 from typing import Any
@@ -31,11 +32,7 @@ def first_sentence(function: Any) -> str:
 
 
 def verb_list(functions: Mapping[str, Callable[..., Any]]) -> str:
-    """Text of `lit-prune --help`: every verb with a line, Lightning's own and ours in one list.
-
-    Args:
-        functions: the verbs that are a function each.
-    """
+    """Text of `lit-prune --help`: every verb with a line, Lightning's own and ours in one list."""
     from lit_prune.cli.trainer import Trainer
 
     ours = {verb: first_sentence(getattr(Trainer, verb)) for verb in OURS}
@@ -51,14 +48,14 @@ def choices(of: list[str] = []) -> None:  # noqa: B006
     Args:
         of: which of these; default: all.
     """
-    tables = {
+    tables: dict[str, Callable[[], Table]] = {
         "scores": scores,
-        "budgets": _budgets,
+        "budgets": partial(_registered, "lit_prune.structure.budgets", "BUDGETS"),
         "allocations": _allocations,
-        "stand-ins": _stand_ins,
-        "layers": _layers,
-        "families": _families,
-        "tasks": _tasks,
+        "stand-ins": partial(_registered, "lit_prune.replace", "STAND_INS"),
+        "layers": partial(_registered, "lit_prune.structure.layers", "LAYERS"),
+        "families": partial(_registered, "lit_prune.models.families", "FAMILIES"),
+        "tasks": partial(_registered, "lit_prune.task", "TASKS"),
         "data": _data,
         "extras": _extras,
         "sections": _sections,
@@ -90,40 +87,15 @@ def parameters(entry: Any) -> list[str]:
     return ["share removed" if value is None else str(getattr(value, "name", value)) for value in entry.defaults]
 
 
-def _budgets() -> Table:
-    from lit_prune.structure.budgets import BUDGETS
-
-    return _named((name, first_sentence(quantity)) for name, quantity in BUDGETS.items())
-
-
 def _allocations() -> Table:
     from lit_prune.structure.ranking import ALLOCATIONS
 
     return _named(ALLOCATIONS.items())
 
 
-def _stand_ins() -> Table:
-    from lit_prune.replace import STAND_INS
-
-    return _named((name, first_sentence(method)) for name, method in STAND_INS.items())
-
-
-def _tasks() -> Table:
-    from lit_prune.task import TASKS
-
-    return _named((name, first_sentence(task)) for name, task in TASKS.items())
-
-
-def _layers() -> Table:
-    from lit_prune.structure.layers import LAYERS
-
-    return _named((name, first_sentence(kind)) for name, kind in LAYERS.items())
-
-
-def _families() -> Table:
-    from lit_prune.models.families import FAMILIES
-
-    return _named((name, first_sentence(family)) for name, family in FAMILIES.items())
+def _registered(module: str, registry: str) -> Table:
+    """The things of a registry, each with its first sentence."""
+    return _named((name, first_sentence(thing)) for name, thing in getattr(import_module(module), registry).items())
 
 
 def _data() -> Table:

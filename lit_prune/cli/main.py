@@ -6,11 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lit_prune.cli import listing, recipes, verbs
-from lit_prune.cli.failures import one_line_failures
-from lit_prune.cli.memory import keep_freed_memory
-from lit_prune.cli.narration import narrated_on_stdout
+from lit_prune.cli.failures import narrated_on_stdout, one_line_failures
 from lit_prune.cli.parsing import FunctionParser
-from lit_prune.processes import end_with_parent
+from lit_prune.processes import end_with_parent, keep_freed_memory
 from lit_prune.version import version_line
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {  # verbs that are a function each; the others need a model and data

@@ -16,11 +16,7 @@ class OneLineErrors:
     """What makes the errors of a parser one line."""
 
     def error(self, message: str, ex: BaseException | None = None) -> NoReturn:
-        """Raises the cause of a parse error as an InputError of one line.
-
-        Raises:
-            InputError: always.
-        """
+        """Raises the cause of a parse error as an InputError of one line. InputError: always."""
         chain = list(causes(ex))
         given = next((cause for cause in chain if isinstance(cause, InputError)), None)
         key = re.match(r'Parser key "([^"]+)"', message)

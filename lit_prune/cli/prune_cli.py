@@ -15,11 +15,10 @@ from lightning.pytorch.plugins.io import CheckpointIO
 
 from lit_prune.cli.checks import as_input_errors, check_processes, check_trainer
 from lit_prune.cli.compress import schedule_sweep
-from lit_prune.cli.console import LearningRate, shown
+from lit_prune.cli.console import LearningRate, RanksEndAtOnce, shown
+from lit_prune.cli.failures import narrated_on_stdout
 from lit_prune.cli.listing import LIGHTNING, first_sentence
-from lit_prune.cli.narration import narrated_on_stdout
 from lit_prune.cli.parsing import OneLineErrors
-from lit_prune.cli.ranks import RanksEndAtOnce
 from lit_prune.cli.recipes import with_recipes
 from lit_prune.cli.run_folder import WRITTEN_BEFORE, RunFolderCLI
 from lit_prune.cli.trainer import Trainer, last_checkpoint
@@ -91,11 +90,7 @@ class PruneCLI(RunFolderCLI):
         """The configuration says what is built; the checkpoint's structure is checked against it when it loads."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parses the command line.
-
-        Raises:
-            InputError: whatever is wrong with it or with a file that it names.
-        """
+        """Parses the command line. InputError: whatever is wrong with it or with a file that it names."""
         with as_input_errors("the command line or a file of -c"):
             super().parse_arguments(parser, args)
 
@@ -104,11 +99,7 @@ class PruneCLI(RunFolderCLI):
             super()._set_seed()
 
     def instantiate_classes(self) -> None:
-        """Builds data, model and trainer.
-
-        Raises:
-            InputError: whatever one of them refuses.
-        """
+        """Builds data, model and trainer. InputError: whatever one of them refuses."""
         with as_input_errors("the configuration"):
             check_processes(self.config[self.subcommand]["trainer"])
             super().instantiate_classes()

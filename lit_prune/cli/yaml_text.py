@@ -33,11 +33,7 @@ def load_yaml(text: str) -> Any:
 
 
 def read_yaml(path: Path) -> Any:
-    """The value of a YAML file.
-
-    Raises:
-        InputError: it cannot be read, or as `load_yaml`.
-    """
+    """The value of a YAML file. InputError: it cannot be read, or as `load_yaml`."""
     try:
         return load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

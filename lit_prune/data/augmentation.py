@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import v2
 
-from lit_prune.data.seeding import seeded_generator
+from lit_prune.data.sampling import seeded_generator
 from lit_prune.data.sources import FileImages, ImageSource
 
 
@@ -108,16 +108,7 @@ class Augmentation(Protocol):
 
 @dataclass(frozen=True)
 class PadCropFlip:
-    """Pad, cut out a window of the original size, mirror: the usual augmentation of small images.
-
-    Attributes:
-        count: Images in the training split.
-        seed: Seed of the draws.
-        stream: Purpose of the draws.
-        pad: Pixels added on every side.
-        padding: What is added there.
-        flip: Whether half of the images are mirrored.
-    """
+    """Pad, cut out a window of the original size, mirror: the usual augmentation of small images."""
 
     count: int
     seed: int
@@ -148,12 +139,6 @@ class ResizedCropFlip:
     torchvision.transforms.v2 on tensors of one image each: 1.37 ms an image of 400x200 pixels on one core, decoding
     (0.71) included; on Pillow images 1.66, with whole batches mirrored instead 1.54. Crops have sizes of their own, so
     nothing else can be done on batches but to normalise, which is.
-
-    Attributes:
-        size: Height and width of the view.
-        seed: Seed of the draws.
-        stream: Purpose of the draws.
-        flip: Whether half of the images are mirrored.
     """
 
     size: int

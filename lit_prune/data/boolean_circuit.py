@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from lit_prune.data.images import ImageData
-from lit_prune.data.seeding import seeded_generator
+from lit_prune.data.sampling import seeded_generator
 from lit_prune.data.sources import MemoryImages
 from lit_prune.errors import InputError
 

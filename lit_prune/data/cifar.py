@@ -25,11 +25,7 @@ class CIFAR10Data(ImageData):
     image_shape = (3, 32, 32)
 
     def prepare_data(self) -> None:
-        """Downloads the archive where asked for and missing.
-
-        Raises:
-            InputError: The download failed.
-        """
+        """Downloads the archive where asked for and missing. InputError: The download failed."""
         if not self.download:
             return
         try:

@@ -35,7 +35,17 @@ def download_folder(url: str, md5: str, folder: str | Path) -> None:
     """
     folder = Path(folder)
     with no_empty_folder(folder.parent):
-        _make_folder(url, md5, folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(".partial", f".{folder.name}.", folder.parent) as partial:
+            archive = Path(partial) / "archive.zip"
+            _fetch(url, archive, "md5", md5, f"unpack the archive by hand to {folder}")
+            try:
+                shutil.unpack_archive(archive, partial)
+            except (shutil.ReadError, zipfile.BadZipFile) as error:
+                raise InputError(f"{url} is no intact zip archive ({error}); try again") from error
+            if not (Path(partial) / folder.name).is_dir():
+                raise InputError(f"the archive {url} has no folder {folder.name}; unpack the data by hand to {folder}")
+            os.replace(Path(partial) / folder.name, folder)
 
 
 def fetch_file(url: str, sha256: str, file: Path) -> Path:
@@ -59,9 +69,7 @@ def fetch_file(url: str, sha256: str, file: Path) -> Path:
             raise InputError(f"{file} is not the file that was published (sha256 {found}); delete it")
         return file
     with no_empty_folder(file.parent), whole_file(file) as partial:
-        found = _fetch(url, partial, file, "sha256")
-        if found != sha256:
-            raise InputError(f"sha256 of {url} is {found}, not {sha256}; try again or put the file by hand at {file}")
+        _fetch(url, partial, "sha256", sha256, f"put the file by hand at {file}")
     return file
 
 
@@ -77,42 +85,17 @@ def no_empty_folder(folder: Path) -> Iterator[None]:
                 place.rmdir()
 
 
-def _make_folder(url: str, md5: str, folder: Path) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
-    try:
-        archive = partial / "archive.zip"
-        found = _fetch(url, archive, folder, "md5")
-        if found != md5:
-            raise InputError(f"md5 of {url} is {found}, not {md5}; try again or unpack the archive by hand to {folder}")
-        _unpack(archive, partial, url)
-        if not (partial / folder.name).is_dir():
-            raise InputError(f"the archive {url} has no folder {folder.name}; unpack the data by hand to {folder}")
-        os.replace(partial / folder.name, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _fetch(url: str, file: Path, goal: Path, algorithm: str) -> str:
-    """Writes what `url` serves to `file` and returns its checksum; `goal` is what it is for."""
+def _fetch(url: str, file: Path, algorithm: str, expected: str, otherwise: str) -> None:
+    """Writes what `url` serves to `file`. InputError: that is not possible, or it has another checksum."""
     digest = hashlib.new(algorithm, usedforsecurity=False)
     columns = (*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn())
     try:
         with urllib.request.urlopen(url, timeout=PATIENCE) as answer, file.open("wb") as out, Progress(*columns) as bar:
-            task = bar.add_task(goal.name, total=int(answer.headers.get("Content-Length") or 0) or None)
+            task = bar.add_task(url.rpartition("/")[2], total=int(answer.headers.get("Content-Length") or 0) or None)
             while block := answer.read(CHUNK):
                 digest.update(block)
                 bar.advance(task, out.write(block))
     except OSError as error:  # URLError, HTTPError and timeouts among them
-        raise InputError(
-            f"download of {url} failed ({error}); check the connection or put it by hand at {goal}"
-        ) from error
-    return digest.hexdigest()
-
-
-def _unpack(archive: Path, folder: Path, url: str) -> None:
-    try:
-        with zipfile.ZipFile(archive) as content:
-            content.extractall(folder)
-    except zipfile.BadZipFile as error:
-        raise InputError(f"{url} is no intact zip archive ({error}); try again") from error
+        raise InputError(f"download of {url} failed ({error}); check the connection or {otherwise}") from error
+    if digest.hexdigest() != expected:
+        raise InputError(f"{algorithm} of {url} is {digest.hexdigest()}, not {expected}; try again or {otherwise}")

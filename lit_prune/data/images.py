@@ -11,13 +11,10 @@ from torch import Tensor
 
 from lit_prune.arguments import check_counts
 from lit_prune.data.augmentation import Augmentation, Normalisation, PadCropFlip
-from lit_prune.data.calibration import stratified_order
-from lit_prune.data.resident import ResidentLoader, choose_place
-from lit_prune.data.sampling import EpochSampler, Shard
-from lit_prune.data.seeding import seeded_generator
+from lit_prune.data.resident import BatchDataset, ResidentLoader, WorkerLoader, choose_place
+from lit_prune.data.sampling import EpochSampler, Shard, seeded_generator, stratified_order
 from lit_prune.data.sources import MemoryImages, checksums
 from lit_prune.data.splits import Splits
-from lit_prune.data.workers import BatchDataset, WorkerLoader
 from lit_prune.errors import InputError
 from lit_prune.preparation import Preparation
 

@@ -1,4 +1,4 @@
-"""Batches from images that live in memory, on the training device where they fit, augmented there as a whole."""
+"""Batches from images in memory, on the training device where they fit, or from worker processes that read files."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,10 +6,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from lit_prune.data.augmentation import Normalisation, PadCropFlip
+from lit_prune.data.augmentation import Augmentation, Normalisation, PadCropFlip
 from lit_prune.data.sampling import EpochSampler
-from lit_prune.data.sources import MemoryImages
+from lit_prune.data.sources import ImageSource, MemoryImages
 from lit_prune.errors import InputError
 
 FREE_SHARE = 0.25  # of the free memory that "auto" may take: activations need the rest
@@ -89,3 +90,74 @@ def choose_place(needed: int, device: torch.device, resident: Literal["auto"] | 
     if resident is True or needed <= FREE_SHARE * free:
         return device
     return None if device.type == "cpu" else choose_place(needed, torch.device("cpu"), "auto")
+
+
+class BatchDataset(Dataset):
+    """Maps a list of `(epoch, index)` pairs to one batch of uint8 pixels [B, C, H, W]; runs inside the workers.
+
+    An InputError is returned, not raised: a worker's exception would arrive with its traceback in the message.
+    """
+
+    def __init__(self, source: ImageSource, augmentation: Augmentation | None = None) -> None:
+        self.source, self.augmentation = source, augmentation
+
+    def __getitem__(self, items: list[tuple[int, int]]) -> tuple[Tensor, Tensor] | InputError:
+        try:
+            pixels = torch.stack([self._view(epoch, index) for epoch, index in items])
+        except InputError as error:
+            return error
+        return pixels, self.source.labels[[index for _, index in items]]
+
+    def _view(self, epoch: int, index: int) -> Tensor:
+        return self.augmentation.view(self.source, epoch, index) if self.augmentation else self.source.image(index)
+
+
+class WorkerLoader:
+    """Iterable of normalised batches `(images float32 [B, C, H, W], labels int64 [B])` made by worker processes.
+
+    Whole batches are normalised, on `device`: what workers hand over, and what is copied to the device ahead of its
+    use, are bytes, a quarter of the floats.
+
+    A torch DataLoader inside, so that Lightning, which rebuilds DataLoaders for prediction and `overfit_batches`,
+    leaves the pairs of the sampler alone; it sets the epoch through `sampler`.
+
+    Args:
+        dataset: Makes the batches.
+        sampler: Pairs of each batch.
+        normalisation: Applied last.
+        num_workers: Worker processes; 0 works in this process.
+        device: Training device; for a CUDA device batches come through page-locked memory, without waiting.
+    """
+
+    batch_sampler = None  # Lightning reads it wherever it finds a `sampler`
+
+    def __init__(
+        self,
+        dataset: BatchDataset,
+        sampler: EpochSampler,
+        normalisation: Normalisation,
+        num_workers: int,
+        device: torch.device,
+    ) -> None:
+        self.sampler, self.normalisation, self.device = sampler, normalisation, device
+        self._loader = DataLoader(
+            dataset,
+            batch_size=None,  # the sampler's items are batches already
+            sampler=sampler,
+            num_workers=num_workers,
+            pin_memory=device.type == "cuda",
+            persistent_workers=num_workers > 0,
+            generator=torch.Generator(),  # keeps the global generator untouched
+        )
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields the batches of the sampler's current epoch. InputError: An image cannot be decoded."""
+        for batch in self._loader:
+            if isinstance(batch, InputError):
+                raise InputError(str(batch))  # raising `batch` itself would tie this frame, and the workers, to it
+            pixels, labels = (part.to(self.device, non_blocking=True) for part in batch)
+            yield self.normalisation(pixels), labels

@@ -1,15 +1,31 @@
-"""Which images go into which batch of which epoch on which rank."""
+"""Which images go into which batch, epoch and rank, and into the calibration subset; seeded by what it is for."""
 
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
-from lit_prune.data.seeding import seeded_generator
 from lit_prune.errors import InputError
+
+
+def seeded_generator(seed: int, *stream: int | str) -> torch.Generator:
+    """CPU generator whose state depends on `seed` and `stream` alone, never on the global generator.
+
+    Args:
+        seed: The user's seed, >= 0.
+        *stream: What the draws are for, such as `"shuffle", epoch`; other streams give independent draws.
+
+    Returns:
+        A fresh generator; equal arguments give equal draws on every rank, worker and device.
+    """
+    words = [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in stream]
+    state = np.random.SeedSequence([seed, *words]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> np.uint64(1)))  # manual_seed takes 63 bits
 
 
 @dataclass(frozen=True)
@@ -101,3 +117,25 @@ class EpochSampler(DistributedSampler):
     def __len__(self) -> int:
         """Number of batches of this rank in an epoch."""
         return len(self.sizes)
+
+
+def stratified_order(labels: Tensor, generator: torch.Generator) -> Tensor:
+    """Random order of the images in which every prefix is as class-balanced as the class sizes allow.
+
+    The images of each class are shuffled and numbered 0, 1, 2, ...; the order sorts by that number, ties at random. So
+    among the first n images no class has two more than another that still has images left, and subsets are nested.
+
+    Args:
+        labels: Class of each image, int64 [N].
+        generator: Source of the shuffles.
+
+    Returns:
+        A permutation of 0..N-1, int64 [N].
+    """
+    shuffled = torch.randperm(len(labels), generator=generator)
+    by_class = torch.argsort(labels[shuffled], stable=True)  # [N] positions in `shuffled`, class after class
+    counts = torch.bincount(labels)
+    starts = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    rank = torch.empty_like(by_class)
+    rank[by_class] = torch.arange(len(labels)) - starts  # number of the image within its class
+    return shuffled[torch.argsort(rank, stable=True)]

@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,27 +22,6 @@ from lit_prune.image_files import BROKEN_IMAGE, list_images, read_image
 SHOW_PROGRESS_FROM = 3000  # files; fewer are decoded within about a second
 DECODING_THREADS = 8
 FINGERPRINT_IMAGES = 64  # of each split
-
-
-class ImageSource(Protocol):
-    """Images of one split with their labels, int64 [N]."""
-
-    @property
-    def labels(self) -> Tensor:
-        """Classes, int64 [N]."""
-
-    @property
-    def bytes(self) -> int:
-        """Memory of the pixels, once they are there."""
-
-    def image(self, index: int) -> Tensor:
-        """One image, unaugmented, uint8 [C, H, W]."""
-
-    def subset(self, indices: Tensor) -> "ImageSource":
-        """The chosen images only, in the order of `indices`."""
-
-    def load(self) -> "MemoryImages":
-        """All images in memory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,6 +121,9 @@ class FileImages:
             finally:
                 executor.shutdown(cancel_futures=True)
 
+
+ImageSource = MemoryImages | FileImages
+"""Images of one split with their labels."""
 
 CONVERSIONS = {  # mode of Pillow -> what is done to it
     "L": "grey is repeated in three channels",

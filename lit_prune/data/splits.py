@@ -3,8 +3,7 @@
 from lightning import LightningDataModule
 from torch import Tensor
 
-from lit_prune.data.calibration import stratified_order
-from lit_prune.data.seeding import seeded_generator
+from lit_prune.data.sampling import seeded_generator, stratified_order
 from lit_prune.data.sources import ImageSource, check_label_range
 from lit_prune.errors import InputError
 

@@ -1,7 +1,5 @@
 """Activations of named layers as streaming sums: `with record(model) as recording`, then one forward pass."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -185,11 +183,7 @@ def images_in(values: Sequence[Any]) -> int | None:
 
 @contextmanager
 def exact_sums(device_type: str) -> Iterator[None]:
-    """Neither gradients nor inference mode inside, no autocast, and products of float32 in float32.
-
-    Args:
-        device_type: the device whose autocast is switched off.
-    """
+    """Neither gradients nor inference mode inside, no autocast, and products of float32 in float32."""
     with full_float32(MATMUL), without_gradients(), torch.autocast(device_type, enabled=False):
         yield
 

@@ -1,7 +1,6 @@
 """The channel table: one forward pass over calibration images, every channel's place on the two axes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ from lit_prune.errors import InputError
 from lit_prune.measurement import local_axis, target_axis
 from lit_prune.measurement.activations import record
 from lit_prune.measurement.layers import Batches, by_output, select_layers
-from lit_prune.measurement.moments import Moments
 from lit_prune.measurement.protocol import DEFAULT_PROTOCOL, Protocol
 from lit_prune.measurement.summaries import coupling, live_rows
 from lit_prune.measurement.sums import ActivationSums, LayerSums
@@ -51,7 +49,7 @@ def measure(
             classes, `negative_loss` with other targets, none with inputs alone: NaN on the target axis); "none".
         layers: names or fnmatch patterns of Conv2d and Linear layers; None takes all. Of a
             layer with one channel the columns that need peers are NaN.
-        protocol: the conventions, recorded with a result by `protocol.to_dict()`.
+        protocol: the conventions, recorded with a result.
         task: what a batch and an output mean, a Task or its name; None recognises it from the first batch.
 
     Returns:
@@ -130,34 +128,6 @@ def target_deviation(sums: ActivationSums) -> Tensor:
     return torch.where(variance > ROUNDING * mean.square(), variance, 0.0).sqrt()
 
 
-@dataclass(frozen=True)
-class PooledMoments:
-    """Moments of the values that stand for a channel on the target axis.
-
-    Attributes:
-        moments: of them.
-        variance: [N]; exactly 0 where it is no more than rounding.
-    """
-
-    moments: Moments
-    variance: Tensor
-
-    def pairs(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Correlations of the channels `rows` and `columns`, int64 of shapes that broadcast."""
-        mean = self.moments.first / self.moments.count
-        crossed = self.moments.second[rows, columns] / self.moments.count - mean[rows] * mean[columns]
-        return crossed / (self.variance[rows] * self.variance[columns]).sqrt()
-
-
-def pooled_moments(sums: LayerSums, protocol: Protocol = DEFAULT_PROTOCOL) -> PooledMoments:
-    """Moments of the pooled outputs; with pooling `match` those of the positions, each a sample."""
-    moments = sums.outputs if protocol.target_pooling == "match" else sums.pooled
-    variance = moments.variances()
-    return PooledMoments(
-        moments, torch.where(variance > ROUNDING * local_axis.signal_power(sums.outputs), variance, 0.0)
-    )
-
-
 def layer_columns(
     sums: LayerSums, weight_norm: Tensor, deviation: Tensor, protocol: Protocol = DEFAULT_PROTOCOL
 ) -> dict[str, Tensor]:
@@ -171,53 +141,40 @@ def layer_columns(
     """
     power = local_axis.signal_power(sums.outputs)
     dead = local_axis.dead_channels(power)
-    overlap = local_axis.peer_overlap_of(sums.outputs, dead, protocol.overlap_mean)
+    correlations = local_axis.correlation_matrix(sums.outputs.covariance())
     local = [
         weight_norm,
         power,
         local_axis.rayleigh_quotient(power, weight_norm),
         local_axis.input_capture(power),
-        overlap,
+        local_axis.peer_overlap(correlations, dead, protocol.overlap_mean),
     ]
     return dict(zip(COLUMNS, [*local, *_target_columns(sums, dead, deviation, protocol)], strict=True)) | {"dead": dead}
 
 
 def _target_columns(sums: LayerSums, dead: Tensor, deviation: Tensor, protocol: Protocol) -> list[Tensor]:
     """I_T, Red_T and Syn, each [N]: among the live channels, averaged over task variables, NaN elsewhere."""
-    pooled = pooled_moments(sums, protocol)
-    task = _task_correlations(sums, pooled, deviation)
-    live = (~dead & (pooled.variance > 0)).nonzero().flatten()
+    task, between = target_correlations(sums, deviation, protocol)
+    live = (~dead & between.diagonal().isfinite()).nonzero().flatten()
     columns = [torch.full_like(sums.outputs.shift, torch.nan) for _ in range(3)]
     defined = [a for a in task[live].T if a.isfinite().all()]
     if not defined or not len(live):
         return columns
-    values = torch.stack([torch.stack(_axis(a, pooled, live, protocol)) for a in defined]).mean(0)  # [3, live]
+    between = between[live][:, live]
+    values = torch.stack([torch.stack(_axis(a, between, protocol)) for a in defined]).mean(0)  # [3, live]
     for column, value in zip(columns, values, strict=True):
         column[live] = value
     return columns
 
 
-def _axis(task: Tensor, pooled: PooledMoments, live: Tensor, protocol: Protocol) -> list[Tensor]:
+def _axis(task: Tensor, between: Tensor, protocol: Protocol) -> list[Tensor]:
     """I_T, Red_T and Syn of live channels for one task variable."""
     information = target_axis.task_information(task)
     if len(task) == 1:
         return [information, torch.full_like(task, torch.nan), torch.full_like(task, torch.nan)]
-    by_task = protocol.partner_rule in target_axis.TASK_RULES
-    every = None if by_task else pooled.pairs(live[:, None], live)
-    partners = target_axis.find_partners(task, every, protocol)
+    partners = target_axis.find_partners(task, between, protocol)
     redundancy = target_axis.target_redundancy(task, partners)
-    between = pooled.pairs(live[:, None], live[partners]) if every is None else every.gather(1, partners)
-    return [information, redundancy, target_axis.partner_excess(task, between, partners)]
-
-
-def _task_correlations(sums: LayerSums, pooled: PooledMoments, deviation: Tensor) -> Tensor:
-    """Correlations [N, V] of T with the channel's values; NaN where a variance is zero or T has no sample for each."""
-    if sums.crossed != sums.pooled.count:
-        return torch.full((len(pooled.variance), len(deviation)), torch.nan, dtype=torch.float64)
-    mean = sums.pooled.first / sums.crossed
-    crossed = sums.cross / sums.crossed - torch.outer(mean, sums.target_first / sums.crossed)
-    scale = torch.outer(pooled.variance.sqrt(), deviation)
-    return torch.where(scale > 0, crossed / scale, torch.nan)
+    return [information, redundancy, target_axis.target_excess(task, between, partners)]
 
 
 def target_correlations(
@@ -225,13 +182,21 @@ def target_correlations(
 ) -> tuple[Tensor, Tensor]:
     """Correlations [N, V] of T with the channel's values, and [N, N] among those; NaN where a variance is zero.
 
-    With pooling `match` the values are the positions themselves and T is repeated over them: the covariance with T is
-    that of the mean over positions, the variances are those of the positions.
+    The values are the pooled outputs. With pooling `match` they are the positions themselves and T is repeated over
+    them: the covariance with T is that of the mean over positions, the variances are those of the positions. Those with
+    T are NaN too where T has no sample for each.
     """
-    pooled = pooled_moments(sums, protocol)
-    values = pooled.moments.covariance()
-    values.diagonal().copy_(pooled.variance)
-    return _task_correlations(sums, pooled, deviation), local_axis.correlation_matrix(values)
+    moments = sums.outputs if protocol.target_pooling == "match" else sums.pooled
+    variance, covariance = moments.variances(), moments.covariance()
+    variance = torch.where(variance > ROUNDING * local_axis.signal_power(sums.outputs), variance, 0.0)
+    covariance.diagonal().copy_(variance)
+    between = local_axis.correlation_matrix(covariance)
+    if sums.crossed != sums.pooled.count:
+        return between.new_full((len(variance), len(deviation)), torch.nan), between
+    mean = sums.pooled.first / sums.crossed
+    crossed = sums.cross / sums.crossed - torch.outer(mean, sums.target_first / sums.crossed)
+    scale = torch.outer(variance.sqrt(), deviation)
+    return torch.where(scale > 0, crossed / scale, torch.nan), between
 
 
 def layer_table(channels: pd.DataFrame) -> pd.DataFrame:

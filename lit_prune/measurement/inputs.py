@@ -1,16 +1,16 @@
-"""Moments of what layers read."""
-
-from __future__ import annotations
+"""Moments of what layers read, by channel and by coupled unit, and the weights on them."""
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from lit_prune.measurement.layers import position_view, removing
+from lit_prune.measurement.layers import TRANSPOSED, position_view, removing
 from lit_prune.measurement.moments import Moments
+from lit_prune.structure.groups import Group, Member
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,7 @@ class InputSums:
 
 
 class InputMoments:
-    """Collects the moments of the input channels of layers over all images and positions (without padding).
-
-    Args:
-        model: any network.
-        layers: names of convolutions and linear layers.
-        diagonal: whether variances alone are wanted.
-    """
+    """Collects the moments of the input channels of layers over all images and positions (without padding)."""
 
     gradients = False
 
@@ -68,3 +62,33 @@ class InputMoments:
     def result(self) -> dict[Hashable, InputSums]:
         """Layer -> sums, on the CPU."""
         return {key: InputSums(found.moments.to("cpu"), found.size) for key, found in self.found.items()}
+
+
+class UnitMoments(InputMoments):
+    """Moments of a group's units where a layer reads them, over images and positions, by (group, layer).
+
+    The several columns that a flattened channel becomes count as positions.
+    """
+
+    def __init__(self, model: nn.Module, groups: Sequence[Group]) -> None:
+        super().__init__(model, ())
+        self.columns = {
+            (group.name, member.module): (member.module, torch.tensor(member.positions))
+            for group in groups
+            for member in group.members
+            if reads(group, member)
+        }
+
+
+def reads(group: Group, member: Member) -> bool:
+    """Whether the member is the input of a convolution or linear layer that reads the group."""
+    return member.axis == "in" and member.module in group.consumers
+
+
+def input_weight_power(module: nn.Module) -> Tensor:
+    """‖W[:,c]‖² of each input channel c of a convolution (grouped and transposed too) or Linear, float64 [C]."""
+    weight = module.weight.detach().to("cpu", torch.float64)
+    if isinstance(module, TRANSPOSED):
+        return weight.flatten(1).square().sum(1)
+    groups = getattr(module, "groups", 1)
+    return weight.reshape(groups, len(weight) // groups, weight.shape[1], -1).square().sum((1, 3)).flatten()

@@ -1,22 +1,26 @@
-"""What channels and blocks say about the class label."""
+"""What channels and blocks say about the class label, from outputs averaged over positions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
-from lit_prune.measurement.layers import Batches
+from lit_prune.measurement.layers import Batches, position_view, removing, select_layers
 from lit_prune.measurement.local_axis import dead_channels
-from lit_prune.measurement.pooled import pooled_outputs
-from lit_prune.task import Task
+from lit_prune.measurement.passes import collect
+from lit_prune.measurement.protocol import DEFAULT_PROTOCOL
+from lit_prune.task import Task, settle
 
 if TYPE_CHECKING:
     from lit_prune.models.anatomy import Block
+
 
 RIDGE = 1e-6
 
@@ -105,11 +109,23 @@ def block_information(
     Source: M2M-DC section 3.1.
     """
     last = {block.name: block.members[-1] for block in blocks}
-    outputs, labels = pooled_outputs(model, tuple(dict.fromkeys(last.values())), batches, limit, token, task)
+    modules = {name: model.get_submodule(name) for name in last.values()}
+    task, batches = settle(task, model, batches)
+    outputs, labels = collect(model, _first(batches, limit, task), Pooled(model, task, modules, limit, token), task)
     silent = [name for name, member in last.items() if member not in outputs]
     if silent:
         raise InputError(f"blocks: {silent[0]!r} does not run in a forward pass; leave it out")
     return {name: float(binned_information(outputs[member], labels, bins).mean()) for name, member in last.items()}
+
+
+def _first(batches: Batches, limit: int, task: Task) -> Iterator[Any]:
+    """Batches until `limit` samples are there."""
+    seen = 0
+    for batch in batches:
+        yield batch
+        seen += task.size(batch)
+        if seen >= limit:
+            return
 
 
 @dataclass(frozen=True)
@@ -199,3 +215,70 @@ def _greedy(total: Tensor, within: Tensor) -> tuple[Tensor, Tensor]:
         factor[:, :, step] = column
         residual = residual - column.square()
     return order, gains
+
+
+class Pooled:
+    """Outputs of layers averaged over positions, sample by sample, and the task's `kinds`, of the first samples.
+
+    Args:
+        model: any network.
+        task: what a batch and an output mean.
+        layers: modules of any type that return one tensor; None takes the convolutions and linear layers.
+        limit: most samples to keep.
+        token: index of the token that stands for a token layer, or None for the mean.
+    """
+
+    gradients = False
+    losses = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        layers: Mapping[str, nn.Module] | None = None,
+        limit: int = 5000,
+        token: int | None = DEFAULT_PROTOCOL.token,
+    ) -> None:
+        self.task, self.limit, self.token = task, limit, token
+        self.layers = select_layers(model) if layers is None else layers
+        self.kept: dict[str, list[Tensor]] = {}
+        self.running: dict[str, list[Tensor]] = {}  # of the batch that is running, call by call
+        self.kinds: list[Tensor] = []
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """See `Collector`."""
+
+        def keep(name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
+            if sum(map(len, self.kinds)) < self.limit:
+                values = position_view(module, self.seen(args, kwargs, output).detach(), self.token)
+                self.running.setdefault(name, []).append(values.mean(1, dtype=torch.float32).cpu())
+
+        hooks = [module.register_forward_hook(partial(keep, n), with_kwargs=True) for n, module in self.layers.items()]
+        with removing(hooks):
+            yield
+
+    def seen(self, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        """What is kept of a layer's call: its output."""
+        return output
+
+    def add(self, output: Any, batch: Any) -> None:
+        """See `Collector`. Several calls, windows and boxes of a sample are averaged."""
+        if sum(map(len, self.kinds)) < self.limit:
+            self.kinds.append(self.task.kinds(output, batch).cpu())
+            for name, calls in self.running.items():
+                size = len(self.kinds[-1])
+                rows = [v.unflatten(0, (size, -1)).mean(1) for v in calls if len(v) % size == 0]
+                if rows:
+                    self.kept.setdefault(name, []).append(torch.stack(rows).mean(0))
+        self.running.clear()
+
+    def result(self) -> tuple[dict[str, Tensor], Tensor]:
+        """Layer -> float32 [n, N] in the order in which they run, and kinds [n]; n ≤ `limit`.
+
+        Layers without rows for every sample are left out.
+        """
+        count = sum(map(len, self.kinds))
+        self.kept = {name: parts for name, parts in self.kept.items() if sum(map(len, parts)) == count}
+        values = {name: torch.cat(parts)[: self.limit] for name, parts in self.kept.items()}
+        return values, torch.cat(self.kinds)[: self.limit]

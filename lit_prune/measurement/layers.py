@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -153,20 +153,17 @@ def following_norms(model: nn.Module, example: Example) -> dict[str, str]:
     def remember(name: str):
         return lambda module, inputs, output: outputs.append((name, output, output._version))
 
-    def look_up(name: str):
-        def hook(module: nn.Module, inputs: tuple) -> None:
-            for layer, output, version in outputs:
-                if inputs and inputs[0] is output and output._version == version:
-                    norms[layer] = name
-
-        return hook
+    def look_up(name: str, module: nn.Module, inputs: tuple) -> None:
+        for layer, output, version in outputs:
+            if inputs and inputs[0] is output and output._version == version:
+                norms[layer] = name
 
     handles = []
     for name, module in model.named_modules():
         if isinstance(module, CHANNEL_LAYERS):
             handles.append(module.register_forward_hook(remember(name)))
         elif isinstance(module, NORM_LAYERS):
-            handles.append(module.register_forward_pre_hook(look_up(name)))
+            handles.append(module.register_forward_pre_hook(partial(look_up, name)))
     with removing(handles), undisturbed(model):
         model(*example.args, **example.kwargs)
     return norms

@@ -3,8 +3,6 @@
 Source: the two-axis paper, Eqs. 1, 2 and 7, appendix A; conventions in `Protocol`.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -12,7 +10,6 @@ from lit_prune.measurement.moments import Moments
 
 CORRELATION_LIMIT = 1 - 1e-6  # |ρ| is clipped here, so that a duplicate has a finite information of 6.6 nats
 DEAD_VARIANCE_RATIO = 1e-10
-STRIPE = 1 << 16  # entries of an N×N matrix looked at together: they stay in the cache
 
 
 def gaussian_information(correlation: Tensor) -> Tensor:
@@ -73,32 +70,7 @@ def peer_overlap(correlations: Tensor, dead: Tensor, over: str = "peers") -> Ten
         dead: boolean [N].
         over: divide by the number of live `peers`, or of live `channels` (one more).
     """
-    return _peer_overlap(lambda rows: correlations[rows].masked_fill(dead, 0.0), dead, over)
-
-
-def peer_overlap_of(outputs: Moments, dead: Tensor, over: str = "peers") -> Tensor:
-    """`peer_overlap` straight from the moments, [N], without any other matrix of N×N."""
-    mean, second = outputs.first / outputs.count, outputs.second
-    scale = torch.where(dead, 0.0, outputs.variances().rsqrt())
-
-    def correlations(rows: slice) -> Tensor:
-        stripe = (second[rows] / outputs.count).addr_(mean[rows], mean, alpha=-1)
-        return stripe.mul_(scale).mul_(scale[rows, None])
-
-    return _peer_overlap(correlations, dead, over)
-
-
-def _peer_overlap(correlations: Callable[[slice], Tensor], dead: Tensor, over: str) -> Tensor:
-    """Peer overlap from some rows of ρ at a time, [n, N] and ours to write to, 0 in the columns of dead channels."""
-    channels = len(dead)
-    live = channels - int(dead.sum())
-    rows = max(1, STRIPE // channels)
-    stripes = [slice(start, min(start + rows, channels)) for start in range(0, channels, rows)]
-    totals = []
-    for stripe in stripes:
-        between = correlations(stripe)
-        between[:, stripe].fill_diagonal_(0.0)
-        totals.append(between.clamp_(-CORRELATION_LIMIT, CORRELATION_LIMIT).square_().neg_().log1p_().sum(1))
-    peers = live - (over == "peers")
-    overlap = torch.cat(totals) * (-0.5 / peers if live > 1 else torch.nan)
+    live = int((~dead).sum())
+    shared = gaussian_information(correlations.masked_fill(dead, 0.0).fill_diagonal_(0.0)).sum(1)
+    overlap = shared / (live - (over == "peers") if live > 1 else torch.nan)
     return overlap.masked_fill(dead, torch.nan)

@@ -104,11 +104,6 @@ class InputGradients:
 
     Attributes:
         inputs: what each layer read in the batch that has just run, call by call, by name, in the order of the pass.
-
-    Args:
-        model: any network.
-        layers: names of convolutions and linear layers.
-        seed: of what is drawn.
     """
 
     gradients = True

@@ -50,11 +50,6 @@ def pointwise_input(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor 
 
     So it is for an unpadded 1×1 convolution without groups and for a Linear, in full precision and as PyTorch has them,
     with no other hook that may have changed the output. None as well where the outputs are less than twice the inputs.
-
-    Args:
-        module: the layer.
-        inputs: positional arguments of its forward.
-        output: what that returned.
     """
     if type(module) not in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d) or len(inputs) != 1:
         return None

@@ -1,7 +1,7 @@
 """The measurement conventions that papers and code differ in, as named fields recorded with every result."""
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from lit_prune.arguments import check_seeds, checked
 from lit_prune.errors import InputError
@@ -48,10 +48,6 @@ class Protocol:
         check_seeds(self.seed)
         if self.partners < 1:
             raise InputError(f"partners: {self.partners} is below 1")
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as plain values."""
-        return asdict(self)
 
 
 DEFAULT_PROTOCOL = Protocol()

@@ -6,8 +6,6 @@ left out of the ranks. Every summary is NaN where it is not defined: fewer than 
 Source: the two-axis paper, sections 2.2, 2.3 and 3.1, table 3.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -74,11 +72,7 @@ def live_rows(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def coupling(layer: pd.DataFrame) -> float:
-    """Cross-axis coupling ρ(I_X, I_T) of one layer, in [-1, 1].
-
-    Args:
-        layer: the layer's rows of the channel table.
-    """
+    """Cross-axis coupling ρ(I_X, I_T) of one layer, in [-1, 1]."""
     live = live_rows(layer)
     return rank_correlation(live["input_capture"], live["task_information"])
 
@@ -162,13 +156,7 @@ def unit_bootstrap(
 
 
 def leave_one_out_means(values: Sequence[float], units: Sequence, architectures: Sequence) -> dict[str, float]:
-    """Mean over model-seed units without each architecture in turn, by the name of the one left out.
-
-    Args:
-        values: a statistic of each layer, NaN left out.
-        units: the model-seed unit of each layer.
-        architectures: the architecture of each layer.
-    """
+    """Mean over model-seed units without each architecture in turn, by the name of the one left out."""
     frame = pd.DataFrame({"value": list(values), "unit": list(units), "architecture": list(architectures)})
     means = {}
     for name in dict.fromkeys(frame["architecture"]):

@@ -11,7 +11,6 @@ from lit_prune.measurement.protocol import DEFAULT_PROTOCOL, Protocol
 
 RANDOM_POOL = 4  # `random` partners come from the top 4·m by task information
 REDUNDANT_POOL = 50
-TASK_RULES = ("task", "random")  # these choose partners by I_T alone
 
 
 def task_information(correlations: Tensor) -> Tensor:
@@ -24,11 +23,6 @@ def pair_excess(first: Tensor, second: Tensor, between: Tensor) -> Tensor:
 
     With I(T;[Y_i,Y_j]) = -½·log(1-R²) and R² = (a²+b²-2abr)/(1-r²) the difference is g of the weaker channel's partial
     correlation with T given the stronger: (b-a·r)/√((1-a²)(1-r²)) for |a| ≥ |b|. In this form nothing cancels.
-
-    Args:
-        first: a, correlation of T with channel i, any shape.
-        second: b, that with channel j.
-        between: r, correlation of the two channels.
     """
     clip = (-CORRELATION_LIMIT, CORRELATION_LIMIT)
     first, second, between = first.clamp(*clip), second.clamp(*clip), between.clamp(*clip)
@@ -38,7 +32,7 @@ def pair_excess(first: Tensor, second: Tensor, between: Tensor) -> Tensor:
     return gaussian_information(partial)
 
 
-def find_partners(task: Tensor, between: Tensor | None, protocol: Protocol = DEFAULT_PROTOCOL) -> Tensor:
+def find_partners(task: Tensor, between: Tensor, protocol: Protocol = DEFAULT_PROTOCOL) -> Tensor:
     """Partners of each channel, int64 [N, m], m = min(protocol.partners, N-1); all channels must be live.
 
     Rules: `task`: largest I_T. `joint`: largest I(T;[Y_i,Y_j]). `excess`: largest pair excess. `random`: drawn from the
@@ -47,13 +41,12 @@ def find_partners(task: Tensor, between: Tensor | None, protocol: Protocol = DEF
 
     Args:
         task: a [N], correlations with T.
-        between: r [N, N], correlations of the channels; None will do for the rules of `TASK_RULES`.
+        between: r [N, N], correlations of the channels.
         protocol: rule, m and seed.
     """
     channels = len(task)
     count = min(protocol.partners, channels - 1)
     information = task_information(task)
-    between = task.new_zeros(0, 0) if between is None else between  # the rules of `TASK_RULES` do not look at it
     if protocol.partner_rule == "task":
         return _most_informative(information, count)
     if protocol.partner_rule in ("random", "excess_of_redundant"):
@@ -99,9 +92,4 @@ def target_excess(task: Tensor, between: Tensor, partners: Tensor) -> Tensor:
         between: r [N, N].
         partners: [N, m].
     """
-    return partner_excess(task, between.gather(1, partners), partners)
-
-
-def partner_excess(task: Tensor, between: Tensor, partners: Tensor) -> Tensor:
-    """`target_excess` from the correlations of each channel with its partners alone, `between` [N, m]."""
-    return pair_excess(task[:, None], task[partners], between).mean(1)
+    return pair_excess(task[:, None], task[partners], between.gather(1, partners)).mean(1)

@@ -1,10 +1,9 @@
 """Networks by name, their weights, and their anatomy: blocks, stages, protected units."""
 
 from lit_prune.models.anatomy import drop_blocks, dropped_by_keep_configuration, find_blocks, find_head
-from lit_prune.models.building import build_network, check_forward
 from lit_prune.models.cifar_resnet import PaddedShortcut
 from lit_prune.models.families import Block
-from lit_prune.models.registry import backbone_names, build_backbone
+from lit_prune.models.registry import backbone_names, build_backbone, build_network, check_forward
 from lit_prune.models.weights import LoadReport, load_weights
 
 __all__ = [

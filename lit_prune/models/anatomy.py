@@ -10,13 +10,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
 from lit_prune.models.families import FAMILIES, Block, sequences
 from lit_prune.models.residual import Skip, residual_blocks
-from lit_prune.running import undisturbed
+from lit_prune.running import removing, undisturbed
 
 
 def find_blocks(model: nn.Module, example_input: Tensor) -> tuple[Block, ...]:
@@ -88,11 +89,7 @@ def dropped_by_keep_configuration(blocks: Sequence[Block], kept: Mapping[str, Se
 
 
 def find_head(model: nn.Module) -> str:
-    """Qualified name of the classifier: the last Linear in module order.
-
-    Raises:
-        InputError: The network has no Linear.
-    """
+    """Qualified name of the classifier: the last Linear in module order. InputError: The network has no Linear."""
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not linears:
         raise InputError(f"{type(model).__name__} has no Linear layer, so no classifier head: use another backbone")
@@ -142,26 +139,20 @@ def _recording(model: nn.Module, blocks: Sequence[Block], passages: dict[str, _P
     """Hooks on the first and last member of every block, gone on exit."""
     reached = itertools.count()
 
-    def enter(passage: _Passage):
-        def hook(_module: nn.Module, inputs: tuple) -> None:
-            passage.order = min(passage.order, next(reached))
-            passage.before.append(_shape(inputs))
-
-        return hook
+    def enter(passage: _Passage, _module: nn.Module, inputs: tuple) -> None:
+        passage.order = min(passage.order, next(reached))
+        passage.before.append(_shape(inputs))
 
     def leave(passage: _Passage):
         return lambda _module, _inputs, output: passage.after.append(_shape(output))
 
     handles = []
-    try:
-        for block in blocks:
-            first, last = model.get_submodule(block.members[0]), model.get_submodule(block.members[-1])
-            handles.append(first.register_forward_pre_hook(enter(passages[block.name])))
-            handles.append(last.register_forward_hook(leave(passages[block.name])))
+    for block in blocks:
+        first, last = model.get_submodule(block.members[0]), model.get_submodule(block.members[-1])
+        handles.append(first.register_forward_pre_hook(partial(enter, passages[block.name])))
+        handles.append(last.register_forward_hook(leave(passages[block.name])))
+    with removing(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _shape(value: Tensor | tuple) -> tuple[int, ...]:

@@ -38,6 +38,7 @@ class PaddedShortcut(nn.Module):
 
     @source.setter
     def source(self, source: Sequence[int]) -> None:
+        """Takes another table."""
         if any(not -1 <= channel < self.in_channels for channel in source):
             raise ValueError(f"source={list(source)} names a channel outside 0..{self.in_channels - 1}")
         self._source = [int(channel) for channel in source]
@@ -119,6 +120,7 @@ class _Residual(nn.Module):
         self.bn2 = nn.BatchNorm2d(out_channels)
 
     def residual(self, images: Tensor) -> Tensor:
+        """[N, in, H, W] to [N, out, H / stride, W / stride]."""
         return self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(images)))))
 
 

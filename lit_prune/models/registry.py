@@ -1,20 +1,22 @@
-"""Builds a backbone by name: the project's own, torchvision's, timm's."""
+"""Builds a backbone by name (own, torchvision's, timm's), or by the import path that the caller vouches for."""
 
 import difflib
+import importlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lit_prune.errors import InputError, first_line
 from lit_prune.models.anatomy import find_head
 from lit_prune.models.cifar_resnet import CifarResNet, ProjectionResNet, WideStemResNet
-from lit_prune.models.published import published_file
 from lit_prune.models.small import MLP, ConvNet
 from lit_prune.models.stems import use_cifar_stem, use_input_channels
-from lit_prune.models.weights import load_weights
+from lit_prune.models.weights import load_weights, published_file
+from lit_prune.running import undisturbed
 
 OWN_BACKBONES: dict[str, Callable[..., nn.Module]] = {
     **{f"cifar_resnet{depth}": partial(CifarResNet, depth) for depth in (20, 32, 44, 56, 110)},
@@ -198,3 +200,80 @@ def _resize_head(model: nn.Module, num_classes: int) -> None:
         parent, _, child = name.rpartition(".")
         replacement = nn.Linear(head.in_features, num_classes, bias=head.bias is not None)
         setattr(model.get_submodule(parent), child, replacement)
+
+
+def build_network(
+    backbone: str,
+    arguments: dict[str, Any] | None = None,
+    pretrained: bool = False,
+    *,
+    trust: Iterable[str] = (),
+) -> nn.Module:
+    """A network by name, or by import path.
+
+    Args:
+        backbone: a name for `build_backbone`, or "package.module:callable", which is imported and called.
+        arguments: keyword arguments of either, plain JSON values.
+        pretrained: start from published weights (a download; names only).
+        trust: import paths that the caller vouches for. A folder or a checkpoint may name any path; one that is not
+            among these is refused before anything is imported.
+
+    Raises:
+        InputError: unknown name, an import path that is not trusted or leads nowhere, or one that builds no network.
+    """
+    arguments = {} if arguments is None else arguments
+    check_arguments(backbone, arguments)
+    if arguments.get("pretrained") not in (None, False, pretrained):
+        raise InputError(f"backbone {backbone!r}: argument 'pretrained' does nothing, give --model.pretrained true")
+    if ":" not in backbone:
+        return build_backbone(backbone, **(arguments | {"pretrained": pretrained}))
+    if backbone not in ({trust} if isinstance(trust, str) else set(trust)):
+        raise InputError(
+            f"backbone {backbone!r} is an import path, which is not imported because a file names it; if the file is "
+            f"yours, give trust=({backbone!r},), model=, or --model.backbone {backbone} on the command line"
+        )
+    if pretrained:
+        raise InputError(f"backbone {backbone!r} is an import path; pretrained=True works with names only")
+    return _call(backbone, arguments)
+
+
+def check_forward(model: nn.Module, image_shape: Sequence[int], num_classes: int, name: str) -> None:
+    """Passes one grey image through a network, which is left as it was, random state included.
+
+    Raises:
+        InputError: it does not take such images, or has fewer outputs than there are classes.
+    """
+    try:
+        with undisturbed(model):
+            output = model(torch.zeros(1, *image_shape))
+    except Exception as error:  # whatever its layers say of an image that is too small, or of other channels
+        raise InputError(
+            f"backbone {name!r} does not take the data's images of shape {list(image_shape)}: {first_line(error)}; "
+            "choose another backbone, its arguments (stem, in_channels, img_size) or the data's resolution"
+        ) from error
+    if not isinstance(output, Tensor) or output.shape[:1] != (1,) or output.dim() != 2:
+        raise InputError(f"backbone {name!r} returns no logits [N, num_classes] for images of {list(image_shape)}")
+    if output.shape[1] < num_classes:
+        raise InputError(
+            f"backbone {name!r} has {output.shape[1]} outputs, the data {num_classes} classes; leave num_classes out"
+        )
+
+
+def _call(path: str, arguments: dict[str, Any]) -> nn.Module:
+    """What the callable at an import path returns, which must be a network."""
+    package, _, attribute = path.partition(":")
+    try:
+        builder = getattr(importlib.import_module(package), attribute)
+    except Exception as error:  # whatever the imported module raises
+        problem = f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(f"backbone {path!r} cannot be imported ({problem}); give package.module:callable") from error
+    try:
+        model = builder(**arguments)
+    except InputError:
+        raise
+    except Exception as error:  # the callable is the user's, and so are its arguments
+        problem = f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(f"backbone {path!r} with arguments {arguments} cannot be built ({problem})") from error
+    if not isinstance(model, nn.Module):
+        raise InputError(f"backbone {path!r} returns a {type(model).__name__}, no network; give one that builds it")
+    return model

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from lit_prune.models.families import Block
+from lit_prune.running import removing
 
 _ADDITIONS = (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
 _TRANSPARENT = (
@@ -75,12 +76,8 @@ def _watching(model: nn.Module, watch: "_Watch") -> Iterator[None]:
         if next(module.children(), None) is not None:
             handles.append(module.register_forward_pre_hook(lambda _, args, name=name: watch.enter(name, args)))
             handles.append(module.register_forward_hook(lambda _, args, output: watch.leave(output)))
-    try:
-        with watch:
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with removing(handles), watch:
+        yield
 
 
 class _Watch(TorchFunctionMode):

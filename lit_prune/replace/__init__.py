@@ -4,11 +4,10 @@ from lit_prune.registry import import_files
 from lit_prune.replace.certificate import Certificate, certify
 from lit_prune.replace.curvature import Curvature, measure_curvature
 from lit_prune.replace.interchange import Interchange, interchange, paired_bootstrap
-from lit_prune.replace.methods import STAND_INS, StandInMethod, find_stand_in, register_stand_in
+from lit_prune.replace.methods import STAND_INS, Replacement, StandInMethod, find_stand_in, register_stand_in
 from lit_prune.replace.pairs import Swaps
 from lit_prune.replace.reconstruction import reconstruction_costs
 from lit_prune.replace.replacement import Reduced, replace_mechanisms
-from lit_prune.replace.settings import Replacement
 
 __all__ = [
     "STAND_INS",

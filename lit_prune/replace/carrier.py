@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from lit_prune.errors import InputError
 from lit_prune.measurement.layers import removing
-from lit_prune.replace.consumers import Reader
-from lit_prune.replace.flow import Flow
+from lit_prune.replace.flow import Flow, Reader
 from lit_prune.running import undisturbed
 from lit_prune.structure import ChannelGraph, Group, Plan
 from lit_prune.structure.example import Example
@@ -27,13 +26,7 @@ def pads_with_zeros(module: nn.Module) -> bool:
 
 
 def with_carriers(model: nn.Module, plan: Plan, readers: Mapping[str, Reader]) -> tuple[Plan, dict[str, int]]:
-    """The plan with one removed unit kept in each group that a zero-padded convolution reads, and these units by group.
-
-    Args:
-        model: the network.
-        plan: what to keep.
-        readers: the layers of the network.
-    """
+    """The plan with one removed unit kept in each group that zero-padded convolutions read, and those by group."""
     padded = [
         r for r in readers.values() if r.removed and not r.obstacle and pads_with_zeros(model.get_submodule(r.name))
     ]
@@ -82,11 +75,7 @@ def carrier_columns(graph: ChannelGraph, carriers: Mapping[str, int], reader: Re
 
 
 def carried_value(reduced: nn.Module, layer: str, column: int, example: Example) -> float:
-    """The value that a carrier has where `layer` reads it.
-
-    Raises:
-        InputError: it is zero, or not the same everywhere.
-    """
+    """The value that a carrier has where `layer` reads it. InputError: it is zero, or not the same everywhere."""
     seen: list[Tensor] = []
     hook = reduced.get_submodule(layer).register_forward_pre_hook(lambda module, args: seen.append(args[0][:, column]))
     with removing([hook]), undisturbed(reduced):

@@ -145,12 +145,6 @@ class CurvatureSums(InputGradients):
     """Collects the curvature of the mean loss in the input channels of each layer.
 
     Layers may lie behind each other: each is differentiated with the others left alone.
-
-    Args:
-        model: any network.
-        layers: names of convolutions and linear layers.
-        task: what the loss is.
-        seed: of what is drawn.
     """
 
     losses = True
@@ -199,11 +193,7 @@ class CurvatureSums(InputGradients):
 def measure_curvature(
     model: nn.Module, layers: Sequence[str], batches: Batches, seed: int = 0, task: Task | str | None = None
 ) -> dict[str, Curvature]:
-    """`CurvatureSums` over batches; the model is left as found.
-
-    Raises:
-        InputError: no images, or no targets.
-    """
+    """`CurvatureSums` over batches; the model is left as found. InputError: no images, or no targets."""
     task, batches = settle(task, model, batches)
     return collect(model, batches, CurvatureSums(model, layers, task, seed), task)
 
@@ -225,3 +215,68 @@ def channel_rows(model: nn.Module, layer: str, calls: Sequence[Tensor], samples:
         )
     rows = [v.detach().double().movedim(dim, -1).reshape(samples, -1, v.shape[dim]) for v in calls]
     return torch.cat(rows, 1)
+
+
+class HutchinsonSums(InputGradients):
+    """Collects curvature with the Hessian's diagonal estimated by Rademacher probes of whole channels.
+
+    With ε = ±1 a channel and image, `ε_j Σ_p (H (ε ⊗ 1))_jp` has the mean Σ_pq H_jp,jq, and with `ε ⊗ a` in the place
+    of `ε ⊗ 1` the terms that carry activations follow. The estimate is unbiased and may be negative; cross-unit terms
+    are not estimated, so these objects have no joint constants.
+    """
+
+    losses = True
+
+    def __init__(self, model: nn.Module, layers: Sequence[str], task: Task, seed: int = 0, probes: int = 8) -> None:
+        super().__init__(model, layers, seed)
+        self.task = task
+        self.probes = probes
+        self.sums: dict[str, list[Tensor]] = {}
+        self.count = 0
+
+    def add(self, output: Any, batch: Any) -> None:
+        """See `passes.Collector`."""
+        size = self.task.size(batch)
+        for name, gradients in self.gradients_of(self.task.losses(output, batch), create_graph=True).items():
+            for inputs, gradient in zip(self.inputs[name], gradients, strict=True):
+                part = self._batch_sums(name, inputs, gradient, size)
+                known = self.sums.get(name)
+                self.sums[name] = part if known is None else [a + b for a, b in zip(known, part, strict=True)]
+        self.inputs.clear()
+        self.count += size
+
+    def _batch_sums(self, name: str, inputs: Tensor, gradient: Tensor, size: int) -> list[Tensor]:
+        """Sums over the batch of G, v and the three diagonals, each float64 [C]."""
+
+        def pooled(values: Tensor) -> Tensor:
+            return channel_rows(self.model, name, [values], size).sum(1).cpu()
+
+        dim = channel_dim(self.model.get_submodule(name))
+        found = [pooled(gradient).sum(0), pooled(gradient * inputs).sum(0)]
+        hessian, mixed, power = (torch.zeros_like(found[0]) for _ in range(3))
+        shape = [1] * inputs.dim()
+        shape[0], shape[dim] = len(inputs), inputs.shape[dim]
+        for _ in range(self.probes):
+            signs = (torch.randint(2, shape, generator=self.generator) * 2 - 1).to(inputs)
+            plain = _product(gradient, inputs, signs.expand_as(inputs))
+            valued = _product(gradient, inputs, signs * inputs.detach())
+            hessian += pooled(signs * plain).sum(0) / self.probes
+            mixed += pooled(signs * valued).sum(0) / self.probes
+            power += pooled(signs * valued * inputs).sum(0) / self.probes
+        return [*found, hessian, mixed, power]
+
+    def result(self) -> dict[str, Curvature]:
+        """Layer -> means over the images, diagonals only."""
+        found = {}
+        for name, totals in self.sums.items():
+            gradient, product, hessian, mixed, power = (total / self.count for total in totals)
+            found[name] = Curvature(gradient, product, hessian.diag(), mixed.diag(), power, "hutchinson")
+        return found
+
+
+def _product(gradient: Tensor, inputs: Tensor, direction: Tensor) -> Tensor:
+    """H · direction; zero where the gradient does not depend on the inputs."""
+    if not gradient.requires_grad:
+        return torch.zeros_like(inputs)
+    found = torch.autograd.grad(gradient, inputs, direction, retain_graph=True, allow_unused=True)[0]
+    return torch.zeros_like(inputs) if found is None else found

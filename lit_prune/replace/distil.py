@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lit_prune.arguments import checked
 from lit_prune.errors import InputError
-from lit_prune.replace.spread import Spread
+from lit_prune.replace.errors import Spread
 from lit_prune.running import undisturbed
 from lit_prune.task import Task
 
@@ -44,11 +44,7 @@ class Distilling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Checks the values.
-
-        Raises:
-            InputError: one is outside its range.
-        """
+        """Checks the values. InputError: one is outside its range."""
         if (self.seconds is None) == (self.epochs is None):
             raise InputError(f"seconds={self.seconds}, epochs={self.epochs}: give one of them")
         if (self.seconds or self.epochs or 0) <= 0 or self.learning_rate <= 0 or self.batch < 1:

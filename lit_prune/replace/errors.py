@@ -1,4 +1,4 @@
-"""How far the outputs of single layers of the reduced network are from the original's, on real images."""
+"""How far outputs of the reduced network are from the original's, and how much the original's differ among samples."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.measurement.layers import removing
-from lit_prune.replace.consumers import Reader
-from lit_prune.replace.patches import channel_dim
-from lit_prune.replace.slopes import pieces
+from lit_prune.replace.flow import Reader
+from lit_prune.replace.patches import channel_dim, pieces
 from lit_prune.running import undisturbed
 from lit_prune.task import Task
 
@@ -110,3 +109,39 @@ def _outputs(model: nn.Module, task: Task, batch: Any, layers: Sequence[str]) ->
     with removing(handles), undisturbed(model):
         task.run(model, task.to(batch, model))
     return found
+
+
+@dataclass
+class Spread:
+    """Power sums of answers [B, D], float64; batch by batch.
+
+    Attributes:
+        count: samples.
+        moments: sums over samples of each value and of its square, [D] both; None before the first batch, and where
+            the number of values differs among batches, as of images of several sizes.
+        total: the same sums over all values, and how many there are.
+    """
+
+    count: int = 0
+    moments: tuple[Tensor, Tensor] | None = None
+    total: tuple[float, float, int] = (0.0, 0.0, 0)
+
+    def add(self, values: Tensor) -> None:
+        """Adds a batch."""
+        first, second, number = self.total
+        self.total = first + float(values.sum()), second + float(values.square().sum()), number + values.numel()
+        sums = values.sum(0), values.square().sum(0)
+        if not self.count:
+            self.moments = sums
+        elif self.moments is not None:
+            fits = self.moments[0].shape == sums[0].shape
+            self.moments = (self.moments[0] + sums[0], self.moments[1] + sums[1]) if fits else None
+        self.count += len(values)
+
+    def variance(self) -> float:
+        """Mean over samples of `Σ_d (a_d - mean_d)²`; with several D, of the distance to the mean of all values."""
+        if self.moments is None:
+            first, second, number = self.total
+            return (second - first**2 / number) / self.count
+        first_moments, second_moments = self.moments
+        return float((second_moments - first_moments.square() / self.count).sum()) / self.count

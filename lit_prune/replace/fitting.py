@@ -12,16 +12,11 @@ from lit_prune.measurement.inputs import InputMoments
 from lit_prune.measurement.moments import Moments
 from lit_prune.measurement.passes import Collector, run_pass
 from lit_prune.replace.carrier import carried_value, carrier_columns, light_carriers, pads_with_zeros
-from lit_prune.replace.consumers import Reader
-from lit_prune.replace.curvature import Curvature, CurvatureSums
-from lit_prune.replace.folding import add_to_output
-from lit_prune.replace.hutchinson import HutchinsonSums
-from lit_prune.replace.job import Job, example_of
-from lit_prune.replace.kernels import kernel_of, set_kernel
-from lit_prune.replace.methods import Done, StandInMethod, register_stand_in
-from lit_prune.replace.risk import RiskRows, weighted_affine
-from lit_prune.replace.risk_samples import RiskSamples
-from lit_prune.replace.settings import Replacement
+from lit_prune.replace.curvature import Curvature, CurvatureSums, HutchinsonSums
+from lit_prune.replace.flow import Reader
+from lit_prune.replace.kernels import add_to_output, kernel_of, set_kernel
+from lit_prune.replace.methods import Done, Job, Replacement, StandInMethod, example_of, register_stand_in
+from lit_prune.replace.risk import RiskRows, RiskSamples, weighted_affine
 from lit_prune.replace.stand_ins import Folded, StandIn, affine, choose_parents, constants, fold
 from lit_prune.task import Task
 

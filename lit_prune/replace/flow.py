@@ -1,4 +1,4 @@
-"""In which order layers run, and what reads their outputs: seen in one pass, by tensor identity."""
+"""In which order layers run, what reads their outputs (by tensor identity), and what a plan takes from each."""
 
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lit_prune.measurement.layers import removing
+from lit_prune.replace.kernels import is_solvable
 from lit_prune.replace.walk import ADDITIONS, Stop
-from lit_prune.structure import axes
+from lit_prune.structure import ChannelGraph, Plan, axes
 from lit_prune.structure.tracing import one_sample, run, traceable
 
 Clip = tuple[float, float]
@@ -179,3 +180,75 @@ def _tensors(values: tuple) -> list[Tensor]:
         elif isinstance(value, list | tuple):
             found += [item for item in value if isinstance(item, Tensor)]
     return found
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A layer that runs, with what the plan does to it.
+
+    Attributes:
+        name: qualified name.
+        removed: input channels (columns) that go, ascending.
+        kept: input channels that stay.
+        outputs: output channels that stay.
+        written: output channels of the layer afterwards: `outputs`, and carriers of constants where there are some.
+        groups: names of the groups whose units it loses.
+        obstacle: "" or why its columns cannot be replaced.
+        calls: how often it runs in a forward pass.
+    """
+
+    name: str
+    removed: tuple[int, ...]
+    kept: tuple[int, ...]
+    outputs: tuple[int, ...]
+    written: tuple[int, ...]
+    groups: tuple[str, ...]
+    obstacle: str
+    calls: int = 1
+
+
+def find_readers(model: nn.Module, plan: Plan, graph: ChannelGraph, flow: Flow) -> dict[str, Reader]:
+    """The layers that run, in forward order, with the input columns and output channels that the plan takes from them.
+
+    Args:
+        model: the network before the plan's channels go, without the plan's blocks.
+        plan: what to keep.
+        graph: of `model`.
+        flow: of `model`.
+    """
+    lost = graph.lost(plan)
+    groups: dict[str, list[str]] = {}
+    for name in plan.removals:
+        for member in graph.by_name[name].members:
+            if member.axis == "in":
+                groups.setdefault(member.module, []).append(name)
+    readers = {}
+    for name in dict.fromkeys(flow.layers):
+        module = model.get_submodule(name)
+        kept = {side: _rest(axes.width(module, side), lost.get((name, side), [])) for side in ("in", "out")}
+        obstacle = _obstacle(module)
+        columns = tuple(lost.get((name, "in"), ()))
+        readers[name] = Reader(
+            name,
+            columns,
+            kept["in"],
+            kept["out"],
+            kept["out"],
+            tuple(groups.get(name, ())),
+            obstacle,
+            flow.layers.count(name),
+        )
+    return readers
+
+
+def _rest(width: int, removed: list[int]) -> tuple[int, ...]:
+    return tuple(sorted(set(range(width)) - set(removed)))
+
+
+def _obstacle(module: nn.Module) -> str:
+    """Why the input columns of `module` can neither be folded nor solved again, or ""."""
+    if not axes.is_weighted(module):
+        return f"it is a {type(module).__name__}, which has no weights that are known to be those of an affine map"
+    if not is_solvable(module):
+        return "its convolution is grouped"
+    return ""

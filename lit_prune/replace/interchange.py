@@ -13,9 +13,7 @@ from lit_prune.errors import InputError
 from lit_prune.measurement.layers import Batches, removing
 from lit_prune.replace.carrier import carrier_columns
 from lit_prune.replace.certificate import Certificate, certify
-from lit_prune.replace.consumers import find_readers
-from lit_prune.replace.finite import check_answers
-from lit_prune.replace.flow import observe
+from lit_prune.replace.flow import find_readers, observe
 from lit_prune.replace.pairs import Pool, Swaps, draw_pairs, gather_images
 from lit_prune.replace.patches import channel_dim
 from lit_prune.replace.replacement import Reduced
@@ -150,9 +148,23 @@ def swap_units(
             for network, columns, found in zip(networks, units, results, strict=True):
                 found.append(_swapped(network, layer, columns, images, (base, source), mask))
     low, high = (torch.cat(found) for found in results)
-    check_answers(low, "original", layer)
-    check_answers(high, "reduced", layer)
+    _check_answers(low, "original", layer)
+    _check_answers(high, "reduced", layer)
     return Interchange(layer, low, high, images.task)
+
+
+def _check_answers(answers: Tensor, network: str, layer: str) -> None:
+    """Refuses predictions that are not finite: no agreement is defined on them.
+
+    Raises:
+        InputError: network and layer are named.
+    """
+    if answers.is_floating_point() and not torch.isfinite(answers).all():
+        wrong = int((~torch.isfinite(answers)).flatten(1).any(1).sum()) if answers.dim() > 1 else len(answers)
+        raise InputError(
+            f"interchange at layer {layer!r}: the {network} network answers {wrong} of {len(answers)} pairs with NaN "
+            "or infinity; take a network whose outputs are finite"
+        )
 
 
 def paired_bootstrap(

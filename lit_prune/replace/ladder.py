@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.replace.kernels import kernel_of
-from lit_prune.replace.patches import input_rows, output_rows
+from lit_prune.replace.patches import gradient_samples, input_rows, output_rows
 from lit_prune.replace.reconstruction import ReaderMoments, reader_columns
 from lit_prune.replace.regression import Covariance, ridged
-from lit_prune.replace.slopes import gradient_samples
 from lit_prune.structure import ChannelGraph, Group
 from lit_prune.task import Task, settle
 

@@ -33,11 +33,7 @@ class Swaps:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Checks the ranges.
-
-        Raises:
-            InputError: a value outside its range.
-        """
+        """Checks the ranges. InputError: a value outside its range."""
         if self.pairs < 1 or self.images < 2 or self.batch_size < 1:
             raise InputError(f"pairs={self.pairs} and batch_size must be at least 1, images={self.images} at least 2")
         check_seeds(self.seed)

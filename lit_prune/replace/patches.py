@@ -1,21 +1,27 @@
-"""Rows of a regression at a layer: its input patches, and what its output is to be there."""
+"""Rows of a regression at a layer: its input patches, its output, and how the prediction changes with that."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_prune.measurement.layers import removing
+from lit_prune.progress import watched
 from lit_prune.replace.kernels import spread, steps
+from lit_prune.running import undisturbed
+from lit_prune.structure.opened import opened
+from lit_prune.task import Task
+
+MOST_SAMPLES = 32
+MOST_VALUES = 1 << 19  # of the inputs, in one pass with gradients: an image of 224 pixels takes 350 MB in a ResNet-50
 
 
 class PositionSample:
-    """Which positions of each image are used: all of them, or a seeded sample of `per_image`.
-
-    Args:
-        per_image: most positions of one image.
-        seed: of the sample.
-    """
+    """Which positions of each image are used: all of them, or a seeded sample of `per_image`."""
 
     def __init__(self, per_image: int, seed: int) -> None:
         self.per_image = max(1, per_image)
@@ -100,3 +106,63 @@ def _pick(rows: Tensor, chosen: Tensor | None) -> Tensor:
         index = chosen.to(rows.device)[..., None].expand(-1, -1, rows.shape[2])
         rows = rows.gather(1, index)
     return rows.flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class GradientSample:
+    """One batch.
+
+    Attributes:
+        at: for each layer, for each of its calls, what it read and the gradient in what it wrote.
+        size: number of samples.
+    """
+
+    at: Mapping[str, list[tuple[Tensor, Tensor]]]
+    size: int
+
+
+def gradient_samples(
+    model: nn.Module, batches: Iterable[Any], layers: Sequence[str], task: Task, seed: int
+) -> Iterator[GradientSample]:
+    """For each batch, inputs of layers and the gradients of `v · prediction` in their outputs, v standard normal.
+
+    Parameters get no gradient, and need not require one. Layers that the prediction does not depend on have gradient 0.
+
+    Args:
+        model: any network; left as found.
+        batches: what the task reads.
+        layers: names.
+        task: runs the network and says what the prediction is.
+        seed: of v.
+    """
+    seen: list[tuple[str, Tensor, Tensor]] = []
+
+    def keep(name: str, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        output = output if output.requires_grad else output.detach().requires_grad_()
+        seen.append((name, args[0].detach(), output))
+        return output.clone()  # what follows may write in place
+
+    generator = torch.Generator().manual_seed(seed)
+    handles = [model.get_submodule(name).register_forward_hook(partial(keep, name)) for name in layers]
+    with removing(handles), opened(model), undisturbed(model, gradients=True):
+        for batch in watched(pieces(batches, task), "what layers read, and what it matters"):
+            seen.clear()
+            batch = task.to(batch, model)
+            values = task.prediction(task.run(model, batch))
+            probe = torch.randn(values.shape, generator=generator).to(values)
+            outputs = [output for _, _, output in seen]
+            gradients = torch.autograd.grad((probe * values).sum(), outputs, materialize_grads=True)
+            found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
+            for (name, inputs, _), gradient in zip(seen, gradients, strict=True):
+                found[name].append((inputs, gradient))
+            yield GradientSample(found, task.size(batch))
+    seen.clear()
+
+
+def pieces(batches: Iterable[Any], task: Task) -> Iterator[Any]:
+    """The batches in parts whose graph fits."""
+    for batch in batches:
+        size = task.size(batch)
+        one = sum(value.numel() for value in task.inputs(task.take(batch, 1)).args if isinstance(value, Tensor))
+        piece = min(MOST_SAMPLES, max(1, MOST_VALUES // max(1, one)))
+        yield from (task.take(batch, slice(start, start + piece)) for start in range(0, size, piece))

@@ -10,16 +10,14 @@ from torch import Tensor, nn
 
 from lit_prune.errors import InputError
 from lit_prune.progress import watched
-from lit_prune.replace.consumers import Reader
-from lit_prune.replace.folding import add_to_output
-from lit_prune.replace.kernels import kernel_of, set_kernel
-from lit_prune.replace.patches import PositionSample, channel_dim, input_rows, output_rows, taken
+from lit_prune.replace.flow import Reader
+from lit_prune.replace.kernels import add_to_output, kernel_of, set_kernel
+from lit_prune.replace.methods import ROWS_A_WEIGHT, Replacement
+from lit_prune.replace.patches import PositionSample, channel_dim, input_rows, output_rows, pieces, taken
 from lit_prune.replace.regression import RIDGES, STRONG_RIDGES, Fit, Gathered, PairSums, solve_held_out
 from lit_prune.replace.rows import Rows
 from lit_prune.replace.segments import Segment
-from lit_prune.replace.settings import ROWS_A_WEIGHT, Replacement
 from lit_prune.replace.side_by_side import Pair, passed, walked
-from lit_prune.replace.slopes import pieces
 from lit_prune.replace.together import Samples, solve_together
 from lit_prune.replace.walk import AtStop, Stop
 from lit_prune.running import undisturbed

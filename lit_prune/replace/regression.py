@@ -17,16 +17,6 @@ DEAD = 1e-10  # share of the mean variance below which an input is as good as co
 FAINT = 1e-4  # the same of one that the layer does not read either
 
 
-class Solved(Protocol):
-    """Means and second moments of a data set, ready to be solved."""
-
-    def solve(self, ridge: float, prior: Tensor | None = None) -> Fit:
-        """Ridge regression."""
-
-    def error(self, fit: Fit) -> float:
-        """Share of the targets' variance that `fit` leaves."""
-
-
 class Gathered(Protocol):
     """What has been gathered of a data set: rows of inputs [S, D] and targets [S, O], or their sums."""
 
@@ -47,21 +37,11 @@ class Gathered(Protocol):
     def empty(self) -> Gathered:
         """Of no rows."""
 
-    def retargeted(self) -> Retargeted:
-        """For the same inputs with other targets, which are to be added."""
+    def retargeted(self) -> Any:
+        """For the same inputs with other targets, which are to be added; solved like this."""
 
-    def covariance(self, power: Tensor | None = None) -> Solved:
-        """What is solved."""
-
-
-class Retargeted(Protocol):
-    """Other targets of rows that have been gathered."""
-
-    def add(self, inputs: Tensor, targets: Tensor) -> None:
-        """Adds rows."""
-
-    def covariance(self, power: Tensor | None = None) -> Solved:
-        """What is solved."""
+    def covariance(self, power: Tensor | None = None) -> Any:
+        """What is solved: `Covariance`, or what has its `solve` and `error`."""
 
 
 @dataclass

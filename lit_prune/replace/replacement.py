@@ -4,26 +4,33 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lit_prune.arguments import checked
 from lit_prune.errors import InputError
 from lit_prune.measurement.layers import Batches
-from lit_prune.replace.consumers import Reader
 from lit_prune.replace.errors import output_errors
-from lit_prune.replace.finite import check_finite
-from lit_prune.replace.flow import observe
-from lit_prune.replace.job import Job, example_of
-from lit_prune.replace.methods import Done, StandInMethod, find_stand_in, register_stand_in
+from lit_prune.replace.flow import Reader, observe
+from lit_prune.replace.methods import (
+    DEFAULT_REPLACEMENT,
+    Done,
+    Job,
+    Replacement,
+    StandInMethod,
+    example_of,
+    find_stand_in,
+    register_stand_in,
+)
 from lit_prune.replace.refit import refit, refit_segments
 from lit_prune.replace.segments import find_segments
-from lit_prune.replace.settings import DEFAULT_REPLACEMENT, Replacement
 from lit_prune.replace.side_by_side import Pair
 from lit_prune.structure import Plan
 from lit_prune.structure.example import Example
 from lit_prune.structure.record import note_cut
 from lit_prune.task import Task, settle
 from lit_prune.task.batches import describe
+from lit_prune.tensor_files import check_defined
 
 
 @dataclass(frozen=True)
@@ -119,6 +126,23 @@ def refitted(
     with task.paired(job.dense, job.reduced):
         method.put(job, batches, settings)
     return job.reduced
+
+
+def check_finite(model: nn.Module, batches: Sequence[Any], task: Task, source: str = "model") -> None:
+    """Refuses a network, or inputs, that hold NaN or infinity.
+
+    Raises:
+        InputError: the tensor, or the number of the batch, is named.
+    """
+    check_defined(model.state_dict(), source)
+    for number, batch in enumerate(batches):
+        if not _is_finite(task.inputs(batch)):
+            raise InputError(f"batches: batch {number} holds NaN or infinity in its inputs; leave it out or repair it")
+
+
+def _is_finite(example: Example) -> bool:
+    values = (*example.args, *example.kwargs.values())
+    return all(torch.isfinite(v).all() for v in values if isinstance(v, Tensor) and v.is_floating_point())
 
 
 def take_batches(batches: Batches, limit: int, task: Task) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -97,26 +98,20 @@ def _calls(model: nn.Module, example_input: Any) -> dict[str, _Call]:
     """Modules with parts of their own that run once on one sample, from one tensor to one tensor; in order of entry."""
     seen: dict[str, list[_Call | None]] = {}
 
-    def entered(name: str):
-        def hook(module: nn.Module, args: tuple) -> None:
-            seen.setdefault(name, [])
+    def entered(name: str, module: nn.Module, args: tuple) -> None:
+        seen.setdefault(name, [])
 
-        return hook
-
-    def left(name: str):
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-            others = [*args[1:], *kwargs.values()]
-            plain = bool(args) and all(value is None for value in others)
-            plain = plain and isinstance(args[0], Tensor) and isinstance(output, Tensor)
-            plain = plain and args[0].shape[:1] == output.shape[:1] == (1,)
-            seen[name].append(_Call(args[0], output) if plain else None)
-
-        return hook
+    def left(name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        others = [*args[1:], *kwargs.values()]
+        plain = bool(args) and all(value is None for value in others)
+        plain = plain and isinstance(args[0], Tensor) and isinstance(output, Tensor)
+        plain = plain and args[0].shape[:1] == output.shape[:1] == (1,)
+        seen[name].append(_Call(args[0], output) if plain else None)
 
     with traceable(model), torch.no_grad():
         parents = [(name, m) for name, m in model.named_modules() if next(m.children(), None) is not None]
-        handles = [module.register_forward_pre_hook(entered(name)) for name, module in parents]
-        handles += [module.register_forward_hook(left(name), with_kwargs=True) for name, module in parents]
+        handles = [module.register_forward_pre_hook(partial(entered, name)) for name, module in parents]
+        handles += [module.register_forward_hook(partial(left, name), with_kwargs=True) for name, module in parents]
         with removing(handles):
             run(model, one_sample(model, example_input))
     return {name: found[0] for name, found in seen.items() if len(found) == 1 and found[0] is not None}
@@ -146,16 +141,13 @@ def _outputs(
     """What stays of the modules' outputs when axes lose positions; modules of which that is not known are left out."""
     seen: dict[str, Tensor | None] = {}
 
-    def follow(name: str):
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            with _disable_current_modes():
-                seen[name] = follower.of(output)
-
-        return hook
+    def follow(name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
+        with _disable_current_modes():
+            seen[name] = follower.of(output)
 
     with traceable(model):
         follower = Follower(model, one_sample(model, example_input))
-        with removing([model.get_submodule(name).register_forward_hook(follow(name)) for name in names]):
+        with removing([model.get_submodule(name).register_forward_hook(partial(follow, name)) for name in names]):
             follower.run()
     first = follower.labels.axes
     gone = [first[axis] + place for axis, places in lost.items() if axis in first for place in places]

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -126,16 +127,13 @@ def _rates(module: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
     """Unit of a step for each parameter, of its shape or one that spreads to it."""
     spreads: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def note(name: str):
-        def hook(part: nn.Module, args: tuple, output: Tensor) -> None:
-            if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
-                dim = channel_dim(part) if axes.is_weighted(part) else 1 if isinstance(part, axes.BATCH_NORMS) else -1
-                spreads[name] = (_variances(args[0].detach(), dim), _variances(output.detach(), dim))
-
-        return hook
+    def note(name: str, part: nn.Module, args: tuple, output: Tensor) -> None:
+        if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
+            dim = channel_dim(part) if axes.is_weighted(part) else 1 if isinstance(part, axes.BATCH_NORMS) else -1
+            spreads[name] = (_variances(args[0].detach(), dim), _variances(output.detach(), dim))
 
     holders = {name: m for name, m in module.named_modules() if next(m.parameters(recurse=False), None) is not None}
-    with removing([part.register_forward_hook(note(name)) for name, part in holders.items()]), torch.no_grad():
+    with removing([part.register_forward_hook(partial(note, name)) for name, part in holders.items()]), torch.no_grad():
         module(inputs.clone())
     found = {}
     for name, part in holders.items():

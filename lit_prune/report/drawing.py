@@ -104,12 +104,7 @@ def spread_apart(positions: Sequence[float], gap: float) -> np.ndarray:
 
 
 def label_line_ends(axes: Axes, ends: Iterable[tuple[float, float, str, str]]) -> None:
-    """Writes each line's name at its end, in its colour, labels kept apart.
-
-    Args:
-        axes: axes whose limits are already final.
-        ends: x, y, text, colour of each line's last point.
-    """
+    """Writes each line's name at its end, in its colour, labels kept apart."""
     ends = list(ends)
     low, high = axes.get_ylim()
     heights = spread_apart([y for _, y, _, _ in ends], 0.075 * (high - low))

@@ -43,9 +43,6 @@ class RunFolder:
     Every property reads one input on first use. It raises `AbsentInput` where the run does not have it and
     `InputError` where it is there and cannot be read.
 
-    Args:
-        path: the run folder.
-
     Raises:
         InputError: the folder does not exist, or holds none of `INPUTS`.
     """
@@ -72,20 +69,23 @@ class RunFolder:
             raise AbsentInput(name)
         return self.path / name
 
+    def _json(self, name: str) -> dict[str, Any]:
+        return _parse_json(self.file(name).read_text(encoding="utf-8"), name)
+
     @cached_property
     def result(self) -> dict[str, Any]:
         """`compact/report.json`: the dense and the compact network side by side."""
-        return _parse_json(self.file("compact/report.json").read_text(encoding="utf-8"), "compact/report.json")
+        return self._json("compact/report.json")
 
     @cached_property
     def reduction(self) -> dict[str, Any]:
         """`reduction.json`: what `reduce` found."""
-        return _parse_json(self.file("reduction.json").read_text(encoding="utf-8"), "reduction.json")
+        return self._json("reduction.json")
 
     @cached_property
     def protocol(self) -> dict[str, Any]:
         """`run.json`: versions, seed, data fingerprint, protocol fields."""
-        return _parse_json(self.file("run.json").read_text(encoding="utf-8"), "run.json")
+        return self._json("run.json")
 
     @cached_property
     def config(self) -> str:
@@ -126,15 +126,11 @@ class RunFolder:
     def table(self, name: str, columns: Sequence[str] = ()) -> pd.DataFrame:
         """A parquet table of the run.
 
-        Args:
-            name: path in the run folder.
-            columns: what must be in it.
-
         Raises:
             AbsentInput: the run does not have it, or not with these columns.
             InputError: it cannot be read.
         """
-        table = _read_parquet(self.file(name))
+        table = read_parquet(self.file(name))
         missing = [column for column in columns if column not in table]
         if missing:
             raise AbsentInput(f"{name} with {', '.join(missing)}")
@@ -176,12 +172,8 @@ def _parse_json(text: str, name: str) -> dict[str, Any]:
     return value
 
 
-def _read_parquet(file: Path) -> pd.DataFrame:
-    return read_parquet(file)
-
-
 def _read_channels(file: Path) -> pd.DataFrame:
-    table = _read_parquet(file)
+    table = read_parquet(file)
     missing = [column for column in CHANNEL_COLUMNS if column not in table]
     if missing:
         raise InputError(f"{file.name} has no column {', '.join(missing)}; trace or analyze again")

@@ -11,9 +11,9 @@ from rich.table import Table as RichTable
 from rich.text import Text as RichText
 
 from lit_prune.errors import InputError
-from lit_prune.report.run_folder import AbsentInput, RunFolder, stages_if_any
+from lit_prune.report.run_folder import AbsentInput, RunFolder
 from lit_prune.report.sections import register_section
-from lit_prune.report.times import times_are_unsure, times_hold_for
+from lit_prune.timing import busy
 
 ABSENT = "–"
 MINUS = "−"
@@ -176,16 +176,22 @@ def result_table(run: str | Path | Mapping[str, Any]) -> RichTable:
         InputError: no run folder, or one without a result.
     """
     result = run if isinstance(run, Mapping) else _read_result(run)
-    cells = result_cells(result)
     title = "dense to compact" if isinstance(run, Mapping) else Path(run).resolve().name
-    table = RichTable(title=title, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False, leading=1)
-    for position, column in enumerate(cells.columns):
-        table.add_column(column.replace(", ", "\n"), justify="right" if position else "left")
-    for row in cells.rows:
-        table.add_row(
+    return terminal_table(replace(result_cells(result), caption=""), title)
+
+
+def terminal_table(table: Table, title: str) -> RichTable:
+    """A table of the page for the terminal, remarks below their values."""
+    leading = int(any(cell.note for row in table.rows for cell in row))
+    shown = RichTable(title=title, caption=table.caption, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    shown.leading = leading
+    for position, column in enumerate(table.columns):
+        shown.add_column(column.replace(", ", "\n"), justify="left" if position < table.text_columns else "right")
+    for row in table.rows:
+        shown.add_row(
             *(RichText.assemble(cell.text, (f"\n{cell.note}", "dim")) if cell.note else cell.text for cell in row)
         )
-    return table
+    return shown
 
 
 def _read_result(run_dir: str | Path) -> dict[str, Any]:
@@ -273,28 +279,18 @@ def summarise_plan(plan: Mapping[str, Any]) -> str:
     return "; ".join(parts) or "nothing removed"
 
 
-@register_section("protocol", "Protocol", place=320)
-def tabulate_protocol(run: RunFolder) -> Table:
-    """Returns `run.json` and every stage's protocol as rows of name and value; long lists are shortened."""
-    rows = list(_flatten(run.protocol))
-    for stage in stages_if_any(run):
-        rows += _flatten(stage.get("protocol") or {}, f"stage {stage.get('name', '?')}: ")
-    caption = "What has to be equal for another run to be comparable. The full lists are in run.json."
-    cells = tuple((Entry(name), Entry(value)) for name, value in rows)
-    return Table(("field", "value"), cells, caption, text_columns=2, folded=f"{len(cells)} fields")
+def times_are_unsure(result: Mapping[str, Any]) -> bool:
+    """Whether times spread widely, or the machine was busy with something else."""
+    return busy(result.get("timing") or {}) or any(result[name].get("noisy") for name in ("dense", "compact"))
 
 
-def _flatten(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    rows = []
-    for key, item in value.items():
-        if isinstance(item, Mapping) and item:
-            rows += _flatten(item, f"{prefix}{key}.")
-        else:
-            rows.append((f"{prefix}{key}", _shorten(item)))
-    return rows
-
-
-def _shorten(value: object, limit: int = 8) -> str:
-    if isinstance(value, list | tuple) and len(value) > limit:
-        return f"{', '.join(map(str, value[:limit]))}, … ({len(value)} values)"
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+def times_hold_for(result: Mapping[str, Any]) -> str:
+    """Sentences on what the times hold for, and a warning where they are worth little; "" where it is not known."""
+    said = result.get("timing") or {}
+    if not said:
+        return ""
+    spread = result["compact"].get("latency_spread_ms")
+    quartiles = f", quartiles {spread:.2g} ms apart" if isinstance(spread, float) else ""
+    text = f"Times: eager PyTorch, {said.get('device')}, {said.get('threads')} threads, {said.get('date')}{quartiles}."
+    warning = " The machine was busy or the times spread widely: `lit-prune latency` measures again."
+    return text + (warning if times_are_unsure(result) else "")

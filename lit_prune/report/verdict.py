@@ -11,8 +11,7 @@ from rich.text import Text as RichText
 
 from lit_prune.errors import InputError
 from lit_prune.report.run_folder import AbsentInput, RunFolder, stages_if_any
-from lit_prune.report.tables import figure_of, format_count, is_number, point_change
-from lit_prune.report.times import times_are_unsure
+from lit_prune.report.tables import figure_of, format_count, is_number, point_change, times_are_unsure
 
 SLIGHT, CLEAR = 0.01, 0.03  # losses of a share (accuracy, IoU) that are called small, and more than small
 BUDGET_SLACK = 0.01  # share of the dense cost by which a budget may be passed over

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lit_prune.scores.evidence import Evidence
+from lit_prune.scores.method import register_score
 
 
 def scaled(values: Tensor) -> Tensor:
@@ -27,26 +28,31 @@ def weighted_sum(evidence: Evidence, **weights: float) -> dict[str, Tensor]:
     return total
 
 
+@register_score("local")
 def composite_ix(evidence: Evidence) -> dict[str, Tensor]:
     """2.0·n(I_X) - 0.25·n(R̄_X)."""
     return weighted_sum(evidence, input_capture=2.0, peer_overlap=-0.25)
 
 
+@register_score("local", defaults=(0.5,))
 def ix_minus_redundancy(evidence: Evidence, beta: float) -> dict[str, Tensor]:
     """n(I_X) - β·n(R̄_X)."""
     return weighted_sum(evidence, input_capture=1.0, peer_overlap=-beta)
 
 
+@register_score("local", defaults=(1.0,))
 def magnitude_plus_ix(evidence: Evidence, alpha: float) -> dict[str, Tensor]:
     """n(‖w‖) + α·n(I_X)."""
     return weighted_sum(evidence, weight_norm=1.0, input_capture=alpha)
 
 
+@register_score("target", "labels", needs=("table",))
 def composite_pid(evidence: Evidence) -> dict[str, Tensor]:
     """n(I_T) + 0.5·n(Syn) - 0.3·n(Red_T)."""
     return weighted_sum(evidence, task_information=1.0, target_excess=0.5, target_redundancy=-0.3)
 
 
+@register_score("target", "labels", needs=("table",))
 def pid_no_red(evidence: Evidence) -> dict[str, Tensor]:
     """n(I_T) + 0.5·n(Syn)."""
     return weighted_sum(evidence, task_information=1.0, target_excess=0.5)

@@ -13,13 +13,21 @@ import torch
 from sklearn.cluster import KMeans
 from torch import Tensor
 
-from lit_prune.scores.arrangement import even_order, follow, guarded_order
 from lit_prune.scores.axes import composite_pid, scaled, weighted_sum
 from lit_prune.scores.evidence import Evidence
-from lit_prune.scores.gradients import taylor
 from lit_prune.scores.groupings import LOCAL_FEATURES, RESTARTS, group_channels
-from lit_prune.scores.relations import excess_between, redundancy_between
-from lit_prune.scores.units import to_layers, unit_matrices, unit_means
+from lit_prune.scores.method import SCORES, Method, register_score
+from lit_prune.scores.outputs import taylor
+from lit_prune.scores.units import (
+    even_order,
+    excess_between,
+    follow,
+    guarded_order,
+    redundancy_between,
+    to_layers,
+    unit_matrices,
+    unit_means,
+)
 
 CLUSTERS = 4
 PROTECTED_SHARE = 0.3
@@ -29,6 +37,7 @@ TIE_BREAK = 1e-3
 Units = dict[str, Tensor]
 
 
+@register_score("local", "labels", needs=("table",))
 def cap(evidence: Evidence) -> dict[str, Tensor]:
     """Cluster-aware: n(I_X) + 0.5·n(Syn) - 0.3·n(R̄_X), dealt out in the order that guards the clusters.
 
@@ -40,12 +49,14 @@ def cap(evidence: Evidence) -> dict[str, Tensor]:
     return to_layers(evidence, _guarded(evidence, values, PROTECTED_SHARE))
 
 
+@register_score("local", "gradients", needs=("table", "saliency"))
 def cap_qgw(evidence: Evidence) -> dict[str, Tensor]:
     """`cap` on √(n(taylor)·n(cap)), each channel's place in the order as a quantile of its group, in (0, 1)."""
     values = {group: (gradient * ours).sqrt() for group, (gradient, ours) in _both(evidence).items()}
     return to_layers(evidence, _guarded(evidence, values, PROTECTED_SHARE, _quantiles))
 
 
+@register_score("local", "gradients", defaults=(None,), needs=("table", "saliency"))
 def cap_a(evidence: Evidence, sparsity: float) -> dict[str, Tensor]:
     """Annealed `cap`: (1-w)·n(taylor) + w·n(cap), w from 0 at 70 % to 1 at 90 % of the channels removed.
 
@@ -60,6 +71,7 @@ def cap_a(evidence: Evidence, sparsity: float) -> dict[str, Tensor]:
     return to_layers(evidence, _guarded(evidence, values, weight * PROTECTED_SHARE) if weight else values)
 
 
+@register_score("local", "labels", needs=("task_sums",))
 def spectral_rs(evidence: Evidence) -> dict[str, Tensor]:
     """I_X dealt out so that every spectral cluster (k = 4) of the peer graph R loses the same fraction.
 
@@ -71,6 +83,7 @@ def spectral_rs(evidence: Evidence) -> dict[str, Tensor]:
     return _evenly(evidence, evidence.column("input_capture"), affinities)
 
 
+@register_score("target", "labels", needs=("task_sums",))
 def spectral_pid_rs(evidence: Evidence) -> dict[str, Tensor]:
     """`composite_pid` dealt out so that every spectral cluster (k = 4) of the target-excess graph S loses alike."""
     return _evenly(evidence, evidence.once(composite_pid), unit_matrices(evidence, excess_between(evidence)))
@@ -166,3 +179,18 @@ def spectral_clusters(affinity: Tensor, seed: int, clusters: int = CLUSTERS) -> 
     rows = torch.nn.functional.normalize(vectors, dim=1).round(decimals=9).numpy()
     count = min(count, len(np.unique(rows, axis=0)))
     return torch.from_numpy(KMeans(count, n_init=RESTARTS, random_state=seed).fit_predict(rows)).long()
+
+
+@register_score("mixed", "gradients", defaults=(Method(SCORES["taylor"]), Method(SCORES["composite_ix"])))
+def hybrid(evidence: Evidence, budgets: Method, order: Method) -> dict[str, Tensor]:
+    """How many channels a layer loses from one score, which ones from another.
+
+    The values of `budgets` inside each coupled group, dealt out in the order of `order`: any global threshold, under
+    any normalisation, cuts each group to the width that `budgets` gives it, and inside keeps what `order` ranks best.
+    Under uniform or given budgets it is `order` alone.
+
+    Source: the two-axis paper, appendix C (budgets `taylor`, ranks `composite_ix`).
+    """
+    sizes, ranks = (unit_means(evidence, method.ranks(evidence)) for method in (budgets, order))
+    dealt = {group: follow(sizes[group], ranks[group].argsort(stable=True)) for group in sizes if group in ranks}
+    return to_layers(evidence, dealt)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,12 +10,11 @@ from torch import Tensor, nn
 
 from lit_prune.measurement.activations import Recording, record
 from lit_prune.measurement.channel_table import NO_TARGET, task_values, variable_name
+from lit_prune.measurement.labels import Pooled
 from lit_prune.measurement.layers import out_channels, position_view, removing, select_layers
 from lit_prune.measurement.protocol import DEFAULT_PROTOCOL
 from lit_prune.measurement.sums import ActivationSums
 from lit_prune.task import Task
-
-POOLED_IMAGES = 5000
 
 
 class Sums:
@@ -40,11 +40,7 @@ class Sums:
             yield
 
     def add(self, output: Any, batch: Any) -> None:
-        """See `Collector`.
-
-        Raises:
-            InputError: the task has no such variable for this batch.
-        """
+        """See `Collector`. InputError: the task has no such variable for this batch."""
         name = variable_name(self.task, batch, self.target)
         if name is None and self.losses:
             self.task.losses(output, batch)  # says what is missing
@@ -74,22 +70,15 @@ class Saliency:
     def watch(self) -> Iterator[None]:
         """See `Collector`."""
 
-        def keeper(name: str):
-            def hook(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-                self.outputs.append((name, output))
-                return output.clone()  # what follows may overwrite its input in place
+        def keep(name: str, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+            self.outputs.append((name, output))
+            return output.clone()  # what follows may overwrite its input in place
 
-            return hook
-
-        with removing([module.register_forward_hook(keeper(name)) for name, module in self.layers.items()]):
+        with removing([module.register_forward_hook(partial(keep, name)) for name, module in self.layers.items()]):
             yield
 
     def add(self, output: Any, batch: Any) -> None:
-        """See `Collector`.
-
-        Raises:
-            InputError: the task has no loss, or one that is not finite.
-        """
+        """See `Collector`. InputError: the task has no loss, or one that is not finite."""
         loss = self.task.losses(output, batch).sum()
         kept = [output for _, output in self.outputs]
         gradients = torch.autograd.grad(loss, kept, allow_unused=True, retain_graph=True)
@@ -105,72 +94,12 @@ class Saliency:
         return {name: total / self.count for name, total in self.totals.items()}
 
 
-class Pooled:
-    """Raw outputs of all layers averaged over positions (the first token of a token layer), and the task's `kinds`."""
-
-    gradients = False
-    losses = True
-
-    def __init__(self, model: nn.Module, task: Task) -> None:
-        self.task = task
-        self.layers = select_layers(model)
-        self.kept: dict[str, list[Tensor]] = {}
-        self.running: dict[str, list[Tensor]] = {}  # of the batch that is running, call by call
-        self.kinds: list[Tensor] = []
-
-    @contextmanager
-    def watch(self) -> Iterator[None]:
-        """See `Collector`."""
-
-        def keeper(name: str):
-            def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
-                if sum(map(len, self.kinds)) < POOLED_IMAGES:
-                    values = position_view(module, self.seen(args, kwargs, output).detach(), DEFAULT_PROTOCOL.token)
-                    self.running.setdefault(name, []).append(values.mean(1, dtype=torch.float32).cpu())
-
-            return hook
-
-        hooks = [module.register_forward_hook(keeper(n), with_kwargs=True) for n, module in self.layers.items()]
-        with removing(hooks):
-            yield
-
-    def seen(self, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        """What is kept of a layer's call: its output."""
-        return output
-
-    def add(self, output: Any, batch: Any) -> None:
-        """See `Collector`. Several calls, windows and boxes of a sample are averaged."""
-        if sum(map(len, self.kinds)) < POOLED_IMAGES:
-            self.kinds.append(self.task.kinds(output, batch).cpu())
-            for name, calls in self.running.items():
-                rows = [v.unflatten(0, (len(self.kinds[-1]), -1)).mean(1) for v in calls if _even(v, self.kinds[-1])]
-                if rows:
-                    self.kept.setdefault(name, []).append(torch.stack(rows).mean(0))
-        self.running.clear()
-
-    def result(self) -> tuple[dict[str, Tensor], Tensor]:
-        """Layer -> float32 [n, N] in the order in which they run, and kinds [n]; n ≤ 5000.
-
-        Layers without rows for every sample are left out.
-        """
-        count = sum(map(len, self.kinds))
-        self.kept = {name: parts for name, parts in self.kept.items() if sum(map(len, parts)) == count}
-        values = {name: torch.cat(parts)[:POOLED_IMAGES] for name, parts in self.kept.items()}
-        return values, torch.cat(self.kinds)[:POOLED_IMAGES]
-
-
 class PooledInputs(Pooled):
     """The same of what layers read: the inputs of `readers`, float32 [n, C] a layer."""
 
     def __init__(self, model: nn.Module, task: Task, readers: Iterable[str]) -> None:
-        super().__init__(model, task)
-        self.layers = {name: model.get_submodule(name) for name in readers}
+        super().__init__(model, task, {name: model.get_submodule(name) for name in readers})
 
     def seen(self, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
         """What is kept of a layer's call: its input."""
         return (*args, *kwargs.values())[0]
-
-
-def _even(rows: Tensor, samples: Tensor) -> bool:
-    """Whether the rows belong to the samples evenly."""
-    return len(rows) % len(samples) == 0

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from lit_prune.errors import InputError
 from lit_prune.measurement import local_axis
 from lit_prune.measurement.channel_table import NO_TARGET, TARGET_COLUMNS, channel_table
-from lit_prune.measurement.inputs import InputMoments
+from lit_prune.measurement.inputs import InputMoments, UnitMoments
 from lit_prune.measurement.layers import Batches, following_norms, out_channels, select_layers
 from lit_prune.measurement.passes import Collector, run_pass
 from lit_prune.measurement.sums import ActivationSums
 from lit_prune.replace.curvature import CurvatureSums
-from lit_prune.replace.risk_samples import RiskSamples
-from lit_prune.scores import independence, inputs
+from lit_prune.replace.risk import RiskSamples
 from lit_prune.scores.collectors import Pooled, PooledInputs, Saliency, Sums
+from lit_prune.scores.independence import Independence
 from lit_prune.structure.example import Example
 from lit_prune.structure.groups import ChannelGraph, Group, trace_groups
 from lit_prune.task import Task, peek, settle
@@ -69,11 +69,7 @@ class Evidence:
 
     @property
     def batches(self) -> Batches:
-        """The calibration batches.
-
-        Raises:
-            InputError: none were given.
-        """
+        """The calibration batches. InputError: none were given."""
         if self._batches is None:
             raise InputError("batches: None, but this score looks at data; give an iterable of batches")
         return self._batches
@@ -203,9 +199,9 @@ COLLECTORS: dict[str, Callable[[Evidence], Collector]] = {
     "pooled_inputs": lambda evidence: PooledInputs(evidence.model, evidence.task, evidence.readers),
     "saliency": lambda evidence: Saliency(evidence.model, evidence.task),
     "input_variances": lambda evidence: InputMoments(evidence.model, evidence.readers, diagonal=True),
-    "unit_moments": lambda evidence: inputs.UnitMoments(evidence.model, evidence.read_groups),
+    "unit_moments": lambda evidence: UnitMoments(evidence.model, evidence.read_groups),
     "curvatures": lambda evidence: CurvatureSums(evidence.model, evidence.readers, evidence.task, evidence.seed),
     "risk_rows": lambda evidence: RiskSamples(evidence.model, evidence.readers, evidence.task, evidence.seed),
-    "independence": lambda evidence: independence.Independence(evidence.model, evidence.task),
+    "independence": lambda evidence: Independence(evidence.model, evidence.task),
 }
 """What a pass can collect, by the name that `Score.needs` uses."""

@@ -3,8 +3,6 @@
 Source: the two-axis paper, section 2.2 and figure 2C.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

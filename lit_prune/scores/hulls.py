@@ -3,8 +3,6 @@
 Source: the two-axis paper, appendices A and K.2.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -6,6 +6,7 @@ Source: Sui et al. 2021 (CHIP), equations 3 and 4.
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,17 +82,14 @@ class Independence:
     def watch(self) -> Iterator[None]:
         """See `passes.Collector`."""
 
-        def observer(name: str):
-            def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-                matrices = position_view(module, output.detach(), token=None).mT  # [B, N, P]
-                nodes = int((HIGHEST - LOWEST) / STEP) + 1
-                images = max(1, CHUNK_VALUES // (matrices.shape[1] * max(nodes, matrices.shape[2])))
-                drops = torch.stack([nuclear_drops(part).sum(0) for part in matrices.split(images)]).sum(0).cpu()
-                self.totals[name] = self.totals.get(name, 0.0) + drops
+        def note(name: str, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+            matrices = position_view(module, output.detach(), token=None).mT  # [B, N, P]
+            nodes = int((HIGHEST - LOWEST) / STEP) + 1
+            images = max(1, CHUNK_VALUES // (matrices.shape[1] * max(nodes, matrices.shape[2])))
+            drops = torch.stack([nuclear_drops(part).sum(0) for part in matrices.split(images)]).sum(0).cpu()
+            self.totals[name] = self.totals.get(name, 0.0) + drops
 
-            return hook
-
-        with removing([module.register_forward_hook(observer(name)) for name, module in self.layers.items()]):
+        with removing([module.register_forward_hook(partial(note, name)) for name, module in self.layers.items()]):
             yield
 
     def add(self, output: Any, batch: Any) -> None:

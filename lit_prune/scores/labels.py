@@ -7,13 +7,15 @@ from torch import Tensor
 
 from lit_prune.errors import InputError
 from lit_prune.measurement import labels as information
+from lit_prune.measurement.inputs import reads
 from lit_prune.scores.evidence import Evidence
-from lit_prune.scores.inputs import reads
+from lit_prune.scores.method import register_score
 from lit_prune.scores.units import to_layers
 
 Rule = Callable[[Tensor, Tensor], Tensor]  # pooled values [n, N] and kinds [n] -> scores [N]
 
 
+@register_score("target", "labels", defaults=("output",), needs=("pooled",))
 def label_information(evidence: Evidence, read: str) -> dict[str, Tensor]:
     """I(bin(Ȳ_i); label) in nats, 10 quantile bins; without classes the label is the task variable's bin.
 
@@ -22,6 +24,7 @@ def label_information(evidence: Evidence, read: str) -> dict[str, Tensor]:
     return _read_at(evidence, read, information.binned_information)
 
 
+@register_score("target", "labels", defaults=("output",), needs=("pooled",))
 def conditional_information(evidence: Evidence, read: str) -> dict[str, Tensor]:
     """(N - position)/N, position from 0 in the greedy order of what a channel adds to those before it.
 

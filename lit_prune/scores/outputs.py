@@ -1,4 +1,4 @@
-"""Scores from what layers put out and what the layers after them read."""
+"""Scores from what layers put out, from gradients there, and from what the layers after them read."""
 
 from collections.abc import Callable
 
@@ -6,17 +6,19 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.measurement import local_axis
+from lit_prune.measurement.inputs import input_weight_power, reads
 from lit_prune.measurement.moments import Moments
 from lit_prune.replace.reconstruction import ReaderMoments, costs_by_group, reader_moments, readers_of
+from lit_prune.replace.stand_ins import affine_risks
 from lit_prune.scores.evidence import Evidence
 from lit_prune.scores.hulls import full_explanation, greedy_hulls
-from lit_prune.scores.inputs import input_weight_power, reads
-from lit_prune.scores.relations import correlations
-from lit_prune.scores.units import to_layers
+from lit_prune.scores.method import register_score
+from lit_prune.scores.units import correlations, to_layers
 from lit_prune.structure.cost_model import CostModel
 from lit_prune.structure.groups import Group
 
 
+@register_score("baseline", needs=("sums",))
 def activation_rms(evidence: Evidence) -> dict[str, Tensor]:
     """√(mean of Y_i² over images and positions), Y the raw output."""
     scores = {}
@@ -26,6 +28,7 @@ def activation_rms(evidence: Evidence) -> dict[str, Tensor]:
     return scores
 
 
+@register_score("baseline", needs=("independence",))
 def chip(evidence: Evidence) -> dict[str, Tensor]:
     """Channel independence: mean over images of the nuclear norm that the raw output [N, positions] loses without i.
 
@@ -34,6 +37,7 @@ def chip(evidence: Evidence) -> dict[str, Tensor]:
     return evidence.collected("independence")
 
 
+@register_score("local", needs=("sums",))
 def compact_support(evidence: Evidence) -> dict[str, Tensor]:
     """z(I_X) - z(C) over a layer's live channels, C_i = E_full/max(1, |H_i|) the compact peer support.
 
@@ -56,6 +60,7 @@ def _standardised(values: Tensor) -> Tensor:
     return (values - values.mean()) / deviation if deviation > 0 else torch.zeros_like(values)
 
 
+@register_score("local", needs=("input_variances",))
 def variance(evidence: Evidence) -> dict[str, Tensor]:
     """Var(a_j) of the post-activation value, as the next layers read it: mean over consumers (VBP).
 
@@ -65,6 +70,7 @@ def variance(evidence: Evidence) -> dict[str, Tensor]:
     return _group_scores(evidence, lambda module, values: values, torch.Tensor.mean)
 
 
+@register_score("local", needs=("input_variances",))
 def cmr_logit(evidence: Evidence) -> dict[str, Tensor]:
     """Var(a_j)·‖W[:,j]‖², a_j the value that a consumer reads and W[:,j] its weights for it, summed over consumers.
 
@@ -75,6 +81,7 @@ def cmr_logit(evidence: Evidence) -> dict[str, Tensor]:
     return _group_scores(evidence, lambda module, values: values * input_weight_power(module), torch.Tensor.sum)
 
 
+@register_score("baseline", needs=("unit_moments", "sums"))
 def mipp(evidence: Evidence) -> dict[str, Tensor]:
     """Information of the next layer that a unit alone carries, in nats, summed over the layers that read it.
 
@@ -116,6 +123,7 @@ def _carried(units: Moments, power: Tensor) -> Tensor:
     return found.nan_to_num(0.0)
 
 
+@register_score("mixed", "gradients", defaults=(1.0,))
 def reconstruction(evidence: Evidence, per_mac: float) -> dict[str, Tensor]:
     """Squared distortion of the prediction that a unit adds when its readers are solved again without it.
 
@@ -134,6 +142,7 @@ def moments_of_readers(evidence: Evidence) -> dict[str, ReaderMoments]:
     return reader_moments(evidence.model, readers, evidence.batches, evidence.task, evidence.seed)
 
 
+@register_score("target", "gradients", needs=("curvatures",))
 def cmr_const(evidence: Evidence) -> dict[str, Tensor]:
     """Rise of the loss when a unit takes its best constant: gradient and Gauss-Newton curvature of the task's loss.
 
@@ -146,6 +155,7 @@ def cmr_const(evidence: Evidence) -> dict[str, Tensor]:
     return summed_over_readers(evidence, values)
 
 
+@register_score("target", "gradients", needs=("curvatures",))
 def cmr_curvature(evidence: Evidence) -> dict[str, Tensor]:
     """Curvature-weighted variance `½ min_c E h (a - c)²`: `cmr_const` with every sample's gradient taken as zero, nats.
 
@@ -178,3 +188,45 @@ def _unit_values(group: Group, values: dict[str, Tensor], reduce: Callable) -> T
     read = [m for m in group.members if m.axis == "in" and m.module in group.consumers and m.module in values]
     by_consumer = [reduce(values[m.module][torch.tensor(m.positions)], 1) for m in read]  # each [size]
     return reduce(torch.stack(by_consumer), 0) if by_consumer else torch.full((group.size,), torch.nan).double()
+
+
+@register_score("baseline", "gradients", needs=("saliency",))
+def taylor(evidence: Evidence) -> dict[str, Tensor]:
+    """Mean over images of |Σ_p a_i·∂L/∂a_i|, a the raw output, L the image's loss (Molchanov et al. 2017).
+
+    The sum runs over all positions (all tokens of a token layer). Evaluation mode, so that images are independent;
+    parameters get no gradient. Layers that the loss does not depend on get 0.
+
+    Raises:
+        InputError: a loss that is not finite.
+    """
+    return evidence.collected("saliency")
+
+
+@register_score("target", "gradients", defaults=(16.0, 0.0001, "pearson"), needs=("risk_rows",))
+def cmr_affine(evidence: Evidence, parents: float, ridge: float, rule: str) -> dict[str, Tensor]:
+    """Rise of the loss, to second order, when a unit becomes its best affine function of r others, in nats.
+
+    `affine_risks` with the Gauss-Newton curvature of the loss in the value that a reader is given, summed over
+    the readers. Positions count as independent and are sampled (at most 8 an image, 4096 a layer). Per group, as
+    `variance`.
+
+    Args:
+        evidence: network and labelled data.
+        parents: r, at most all others.
+        ridge: relative to each parent's own weighted variance.
+        rule: who the parents are: the best by `pearson` correlation, by `weighted_pearson` (correlation times the
+            cosine of the outgoing weights, both absolute; of an ungrouped reader), or `random` ones.
+
+    Raises:
+        InputError: as `affine_risks`.
+
+    Source: causal mechanism reduction, affine case of theorem 1.
+    """
+    values = {}
+    for reader, rows in evidence.collected("risk_rows").items():
+        module = evidence.model.get_submodule(reader)
+        grouped = rule == "weighted_pearson" and getattr(module, "groups", 1) > 1
+        fitting = "pearson" if grouped else rule
+        values[reader] = affine_risks(rows, module.weight, parents, ridge, fitting, evidence.seed)
+    return summed_over_readers(evidence, values)

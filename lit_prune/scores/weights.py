@@ -4,14 +4,16 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
+from lit_prune.measurement.inputs import input_weight_power
 from lit_prune.measurement.layers import by_output, out_channels, weight_rows
 from lit_prune.scores.evidence import Evidence
-from lit_prune.scores.inputs import input_weight_power
+from lit_prune.scores.method import register_score
 from lit_prune.scores.units import to_layers
 from lit_prune.structure import axes
 from lit_prune.structure.groups import Member
 
 
+@register_score("baseline", "weights")
 def magnitude(evidence: Evidence) -> dict[str, Tensor]:
     """‖w_i‖₂.
 
@@ -35,6 +37,7 @@ def _rows_of_bare_heads(evidence: Evidence) -> dict[str, Tensor]:
     return found
 
 
+@register_score("baseline", "weights")
 def random(evidence: Evidence) -> dict[str, Tensor]:
     """Uniform on [0, 1), seeded; layers are drawn in module order."""
     generator = torch.Generator().manual_seed(evidence.seed)
@@ -43,12 +46,14 @@ def random(evidence: Evidence) -> dict[str, Tensor]:
     return {name: torch.rand(width, generator=generator, dtype=torch.float64) for name, width in widths.items()}
 
 
+@register_score("baseline", "weights")
 def fpgm(evidence: Evidence) -> dict[str, Tensor]:
     """Σ_j ‖w_i - w_j‖₂: small for a kernel near the layer's geometric median (He et al. 2019)."""
     rows = {name: weight_rows(module) for name, module in evidence.layers.items()}
     return {name: torch.cdist(w, w, compute_mode="donot_use_mm_for_euclid_dist").sum(1) for name, w in rows.items()}
 
 
+@register_score("baseline", "weights")
 def network_slimming(evidence: Evidence) -> dict[str, Tensor]:
     """|γ_i| of the following norm (Liu et al. 2017); layers that no norm follows are left out.
 
@@ -61,6 +66,7 @@ def network_slimming(evidence: Evidence) -> dict[str, Tensor]:
     return gammas
 
 
+@register_score("baseline", "weights")
 def proxy(evidence: Evidence) -> dict[str, Tensor]:
     """|γ_i| of the following norm plus ‖w_i‖₁, each divided by its mean over the layer; ‖w_i‖₁ alone without a norm.
 
@@ -75,6 +81,7 @@ def proxy(evidence: Evidence) -> dict[str, Tensor]:
     return scores
 
 
+@register_score("baseline", "weights")
 def group_norm(evidence: Evidence) -> dict[str, Tensor]:
     """Mean over a coupled group's tensors of ‖·‖² of a unit's weights in each, over its mean within the group.
 

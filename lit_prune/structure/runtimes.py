@@ -75,7 +75,7 @@ class OnnxRuntime:
         The norm and the activation are merged into the layer, as they are in a whole network.
         """
         written = _written(modules[0], values, self.copies)
-        return None if written is None else _session(written, values)
+        return None if written is None else onnx_session(written, values)
 
     def network(self, model: nn.Module, values: Tensor) -> Run:
         """The exported network."""
@@ -85,12 +85,13 @@ class OnnxRuntime:
 
         with tempfile.TemporaryDirectory() as scratch, torch.inference_mode(False):
             found = export_module(model, values.shape[1:], Path(scratch), ("onnx",))
-            run = _session(Path(found["onnx"]["file"]).read_bytes(), values)
+            run = onnx_session(Path(found["onnx"]["file"]).read_bytes(), values)
         self._first = self._first or (model, values.shape, run)
         return run
 
 
-def _session(model: bytes, values: Tensor) -> Run:
+def onnx_session(model: bytes, values: Tensor) -> Run:
+    """A pass of an ONNX model on the CPU, with the threads that torch has."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

@@ -113,6 +113,7 @@ class _Prepared(nn.Module):
         self.call: Example | None = call
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The network's output."""
         call, self.call = self.call or Example(args, kwargs), None
         return self.model(*call.args, **call.kwargs)
 
@@ -127,6 +128,7 @@ class _Caught(nn.Module):
     """Stands for the network to find out what it is called with."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises what it was called with."""
         raise _Called(Example(args, kwargs))
 
 

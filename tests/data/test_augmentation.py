@@ -4,7 +4,7 @@ from scipy.stats import chisquare
 from torchvision.transforms import functional, v2
 
 from lit_prune.data.augmentation import Normalisation, PadCropFlip, ResizedCropFlip, draw_crops
-from lit_prune.data.seeding import seeded_generator
+from lit_prune.data.sampling import seeded_generator
 from lit_prune.data.sources import FileImages, MemoryImages
 
 

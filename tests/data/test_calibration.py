@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from lit_prune.data.calibration import stratified_order
-from lit_prune.data.seeding import seeded_generator
+from lit_prune.data.sampling import seeded_generator, stratified_order
 
 pytestmark = pytest.mark.cpu  # sums and labels have come from the device when this is asked
 

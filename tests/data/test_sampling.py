@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from lit_prune.data.sampling import EpochSampler, Shard
-from lit_prune.data.seeding import seeded_generator
+from lit_prune.data.sampling import EpochSampler, Shard, seeded_generator
 from lit_prune.errors import InputError
 
 

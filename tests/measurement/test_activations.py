@@ -8,12 +8,14 @@ from lit_prune.errors import InputError
 from lit_prune.measurement import local_axis
 from lit_prune.measurement.activations import Recording, record
 from lit_prune.measurement.channel_table import collect_sums
+from lit_prune.measurement.labels import Pooled
 from lit_prune.measurement.layers import following_norms, select_layers
 from lit_prune.measurement.moments import Moments
-from lit_prune.measurement.pooled import pooled_outputs
+from lit_prune.measurement.passes import collect
 from lit_prune.measurement.protocol import Protocol
 from lit_prune.running import EXACT, MATMUL, PRECISION, undisturbed
 from lit_prune.structure.example import Example
+from lit_prune.task import Classification
 
 
 def images(count=24, size=6, channels=3):
@@ -406,7 +408,8 @@ def test_a_linear_layer_on_maps_with_the_channels_last_has_all_their_positions()
 def test_pooled_outputs_are_spatial_means_up_to_the_limit(tiny_net):
     data = images(30, 8)
     batches = [(data[k : k + 12], torch.arange(30)[k : k + 12] % 4) for k in range(0, 30, 12)]
-    found, labels = pooled_outputs(tiny_net, ["conv1", "bn2"], batches, limit=20)
+    layers, task = {name: tiny_net.get_submodule(name) for name in ("conv1", "bn2")}, Classification()
+    found, labels = collect(tiny_net, batches, Pooled(tiny_net, task, layers, limit=20), task)
     _, expected = outputs(tiny_net, tiny_net.conv1, data[:20])
     torch.testing.assert_close(found["conv1"].double(), expected, rtol=1e-5, atol=1e-6)
     assert torch.equal(labels, torch.arange(20) % 4)

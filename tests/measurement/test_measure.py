@@ -1,4 +1,5 @@
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
@@ -272,7 +273,7 @@ def test_an_unknown_protocol_value_is_an_error_not_ignored(field, value):
 
 
 def test_protocol_fields_are_plain_values():
-    fields = Protocol(positions=16).to_dict()
+    fields = asdict(Protocol(positions=16))
     assert fields["positions"] == 16
     assert all(isinstance(value, str | int) for value in fields.values())
     assert Protocol(**fields) == Protocol(positions=16)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lit_prune import InputError
-from lit_prune.models import build_network, published
-from lit_prune.models.published import PUBLISHED, Published
+from lit_prune.models import build_network, weights
+from lit_prune.models.weights import PUBLISHED, Published
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def offered(server, tmp_path, monkeypatch):
     torch.save({"state_dict": {f"module.{key}": value for key, value in network.state_dict().items()}}, folder / "a.th")
     checksum = hashlib.sha256((folder / "a.th").read_bytes()).hexdigest()
     monkeypatch.setitem(PUBLISHED, "cifar_resnet20", Published(f"{address}/a.th", checksum, 10, 0.9))
-    monkeypatch.setenv(published.FOLDER, str(tmp_path / "kept"))
+    monkeypatch.setenv(weights.FOLDER, str(tmp_path / "kept"))
     return network, folder / "a.th", tmp_path / "kept"
 
 

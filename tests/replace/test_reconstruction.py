@@ -3,9 +3,8 @@ import torch
 from torch import nn
 
 from lit_prune import compress
-from lit_prune.replace.elimination import Elimination, elimination_costs
 from lit_prune.replace.ladder import distortion_ladders
-from lit_prune.replace.reconstruction import reader_moments, reconstruction_costs
+from lit_prune.replace.reconstruction import Elimination, elimination_costs, reader_moments, reconstruction_costs
 from lit_prune.scores import score
 from lit_prune.structure import trace_groups
 from lit_prune.task import Unlabelled
@@ -138,7 +137,7 @@ def test_the_order_is_the_same_however_many_removals_wait(monkeypatch):
     shuffled = columns.flatten()[torch.randperm(24)].reshape(12, 2)[:9]  # three units' places belong to another group
     found = []
     for waiting in (1, 4, 100):
-        monkeypatch.setattr("lit_prune.replace.elimination.WAITING", waiting)
+        monkeypatch.setattr("lit_prune.replace.reconstruction.WAITING", waiting)
         found.append(elimination_costs([Elimination.build(covariance, weight, metric, shuffled, 1e-6)], 9))
     torch.testing.assert_close(found[1], found[0])
     torch.testing.assert_close(found[2], found[0])

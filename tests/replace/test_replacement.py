@@ -10,8 +10,7 @@ from lit_prune.measurement.inputs import InputMoments
 from lit_prune.measurement.passes import collect
 from lit_prune.models import build_backbone
 from lit_prune.replace import Replacement, replace_mechanisms
-from lit_prune.replace.consumers import find_readers
-from lit_prune.replace.flow import observe
+from lit_prune.replace.flow import find_readers, observe
 from lit_prune.replace.stand_ins import affine, choose_parents, constants
 from lit_prune.structure import Plan, apply_plan, load_compact, save_compact, trace_groups
 from lit_prune.task import Unlabelled

@@ -9,12 +9,10 @@ from lit_prune.errors import InputError
 from lit_prune.lab.reduce.remainder import CROSS_ENTROPY, hessian_lipschitz, remainder_bound, spectral_norm
 from lit_prune.measurement.passes import collect
 from lit_prune.replace import Replacement, measure_curvature, replace_mechanisms
-from lit_prune.replace.affine_score import affine_risks
-from lit_prune.replace.curvature import CurvatureSums
+from lit_prune.replace.curvature import CurvatureSums, HutchinsonSums
 from lit_prune.replace.flow import observe
-from lit_prune.replace.hutchinson import HutchinsonSums
-from lit_prune.replace.risk import RiskRows, SoftmaxHead, solve_ridged, weighted_affine
-from lit_prune.replace.risk_samples import RiskSamples
+from lit_prune.replace.risk import RiskRows, RiskSamples, SoftmaxHead, solve_ridged, weighted_affine
+from lit_prune.replace.stand_ins import affine_risks
 from lit_prune.scores import score
 from lit_prune.structure import Plan
 from lit_prune.task import Classification

@@ -5,7 +5,7 @@ import shlex
 import pytest
 
 from lit_prune.cli.prune_cli import build_cli
-from lit_prune.report.makers import MAKERS, SAME
+from lit_prune.report.page import MAKERS, SAME
 
 COMMANDS = sorted({command for _, command, said in MAKERS if said == SAME})
 

@@ -14,10 +14,9 @@ from scipy.stats import spearmanr
 
 from lit_prune.errors import InputError
 from lit_prune.lab import sections as lab_sections  # noqa: F401  (they register)
-from lit_prune.report import drawing, epoch_frames, write_report
-from lit_prune.report.axes_figures import couple_axes, draw_plane
+from lit_prune.report import axes_figures, drawing, write_report
+from lit_prune.report.axes_figures import AXES, couple_axes, draw_plane
 from lit_prune.report.drawing import spread_apart
-from lit_prune.report.epoch_frames import AXES
 from lit_prune.report.figures import collect_widths, draw_path, draw_training
 from lit_prune.report.run_folder import CHANNEL_COLUMNS, RunFolder, layer_order
 from lit_prune.report.sections import sections as registered
@@ -124,15 +123,15 @@ def test_the_slider_has_every_live_channel_of_every_traced_epoch(made_up, full_r
 
 
 def test_the_slider_leaves_out_epochs_and_then_layers_before_the_page_grows_heavy(monkeypatch):
-    monkeypatch.setattr(epoch_frames, "MOST_CHANNELS", 60)
+    monkeypatch.setattr(axes_figures, "MOST_CHANNELS", 60)
     names = ["a", "b", "c"]
     rows = [(name, epoch, channel) for name in names for epoch in range(20) for channel in range(4)]
     live = pd.DataFrame(rows, columns=["layer", "epoch", "channel"]).assign(width=4, **dict.fromkeys(AXES, 1.0))
-    frames = epoch_frames.epoch_frames(live, {i: str(i) for i in range(20)}, names, ["b"], 1.0)
+    frames = axes_figures.epoch_frames(live, {i: str(i) for i in range(20)}, names, ["b"], 1.0)
     assert frames["titles"][0] == "0" and frames["titles"][-1] == "19" and len(frames["titles"]) == 5
     assert [layer["name"] for layer in frames["layers"]] == names
-    monkeypatch.setattr(epoch_frames, "MOST_CHANNELS", 20)
-    frames = epoch_frames.epoch_frames(live, {i: str(i) for i in range(20)}, names, ["b"], 1.0)
+    monkeypatch.setattr(axes_figures, "MOST_CHANNELS", 20)
+    frames = axes_figures.epoch_frames(live, {i: str(i) for i in range(20)}, names, ["b"], 1.0)
     assert [layer["name"] for layer in frames["layers"]] == ["b"]
 
 

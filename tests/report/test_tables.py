@@ -10,6 +10,7 @@ from rich.console import Console
 
 from lit_prune.errors import InputError
 from lit_prune.report import result_table
+from lit_prune.report.page import tabulate_protocol
 from lit_prune.report.run_folder import RunFolder
 from lit_prune.report.tables import (
     ABSENT,
@@ -20,7 +21,6 @@ from lit_prune.report.tables import (
     format_percent,
     result_cells,
     summarise_plan,
-    tabulate_protocol,
     tabulate_stages,
 )
 

@@ -8,9 +8,9 @@ from sklearn.metrics import adjusted_rand_score
 
 from lit_prune.measurement.channel_table import measure
 from lit_prune.scores import Evidence, find_score, score
-from lit_prune.scores.arrangement import even_order, follow, guarded_order
 from lit_prune.scores.clusters import kmeans_clusters, spectral_clusters
 from lit_prune.scores.groupings import group_channels
+from lit_prune.scores.units import even_order, follow, guarded_order
 
 
 def drawn(channels=37, clusters=4, seed=0):

@@ -8,7 +8,7 @@ from lit_prune.errors import InputError
 from lit_prune.models import build_backbone
 from lit_prune.replace import Replacement
 from lit_prune.scores import Evidence, plan_method
-from lit_prune.scores.depth import droppable_groups
+from lit_prune.scores.planning import droppable_groups
 from lit_prune.structure import Budget, CostModel, apply_plan, cost, make_plan
 
 PARTS = ("mid", "blocks")

@@ -33,8 +33,7 @@ def test_partition_and_modularity_are_those_of_networkx(nodes, ratio, seed):
     assert found.modularity == pytest.approx(quality, abs=1e-12)
 
 
-def test_planted_communities_are_found_in_a_graph_whose_rows_are_dropped_many_times():
-    """512 nodes join down to four, so that the rows are halved seven times on the way."""
+def test_planted_communities_are_found():
     member = torch.arange(512) % 4
     noise = random_graph(512, 1, 0)
     weights = noise * 0.01 + (member[:, None] == member).double()

@@ -8,10 +8,10 @@ from torch.nn import functional
 
 from lit_prune.errors import InputError
 from lit_prune.measurement.channel_table import measure
+from lit_prune.measurement.inputs import input_weight_power
 from lit_prune.measurement.labels import ClassSums, binned_information, conditional_order
 from lit_prune.scores import SCORES, score
-from lit_prune.scores.inputs import input_weight_power
-from lit_prune.scores.table import find_score
+from lit_prune.scores.method import find_score
 
 NAMES = [*SCORES, "ix_minus_redundancy(0.25)", "magnitude_plus_ix(2)", "conditional_information(reader)"]
 WITHOUT_DATA = ("magnitude", "random", "fpgm")

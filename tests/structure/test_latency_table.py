@@ -147,7 +147,7 @@ def test_onnx_runtime_exports_the_dense_network_once(chain, monkeypatch, tmp_pat
         return {"onnx": {"file": tmp_path / "model.onnx"}}
 
     monkeypatch.setattr("lit_prune.export.export_module", export)
-    monkeypatch.setattr("lit_prune.structure.runtimes._session", lambda model, values: lambda: None)
+    monkeypatch.setattr("lit_prune.structure.runtimes.onnx_session", lambda model, values: lambda: None)
     monkeypatch.setattr(OnnxRuntime, "missing", lambda self: [])
     quantity = find_budget("latency_onnx")
     smaller = [nn.Conv2d(3, width, 3).eval() for width in (4, 5)]

@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from lit_prune.errors import InputError
+from lit_prune.measurement.labels import Pooled
 from lit_prune.measurement.passes import collect
 from lit_prune.replace.curvature import measure_curvature
-from lit_prune.replace.risk_samples import RiskSamples
+from lit_prune.replace.risk import RiskSamples
 from lit_prune.scores import SCORES, Evidence, find_score, score
-from lit_prune.scores.collectors import Pooled
 from lit_prune.scores.planning import method_needs
 from lit_prune.task import (
     TARGETS,

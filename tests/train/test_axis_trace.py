@@ -17,9 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from lit_prune.errors import InputError
 from lit_prune.measurement.channel_table import layer_table, measure
 from lit_prune.measurement.summaries import rank_persistence, velocity
-from lit_prune.train.axis_trace import AxisTrace
+from lit_prune.train.axis_trace import AxisTrace, dynamics_table
 from lit_prune.train.capture import Seen
-from lit_prune.train.dynamics import dynamics_table
 from lit_prune.train.tracing import share_samples
 
 EPOCHS = 4

@@ -1,9 +1,7 @@
 """The verb `analyze`: channel and layer tables of a network, with the extras and controls asked for."""
 
-from __future__ import annotations
-
 import hashlib
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +89,7 @@ def analyze(
         for name in ("channels", "layers"):
             write_parquet(folder / f"{name}.parquet", tables[name])
         extras = sorted(store.names())
-        add_record(folder, "analyze", {**(record or {}), "request": request.to_dict(), "extras": extras})
+        add_record(folder, "analyze", {**(record or {}), "request": asdict(request), "extras": extras})
     return tables
 
 
@@ -105,7 +103,7 @@ class KeptExtras:
     """
 
     def __init__(self, folder: Path | None, identity: str, request: AnalyzeRequest) -> None:
-        self._folder, self._identity, self._settings = folder, identity, request.to_dict()
+        self._folder, self._identity, self._settings = folder, identity, asdict(request)
         self._kept = Ledger(None if folder is None else folder / "analysis")
 
     def signature(self, name: str) -> str:

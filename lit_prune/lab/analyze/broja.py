@@ -4,8 +4,6 @@ Source: Bertschinger et al. 2014, "Quantifying unique information", definition 1
 appendix N.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields

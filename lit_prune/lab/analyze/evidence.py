@@ -1,11 +1,9 @@
 """What one forward pass over the calibration images leaves behind for all extras."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import pandas as pd
@@ -169,21 +167,18 @@ class Analysis:
         """Hooks that keep the pooled outputs of the first `limit` images."""
         kept: dict[str, list[Tensor]] = {}
 
-        def keeper(name: str):
-            def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-                parts = kept.setdefault(name, [])
-                if sum(map(len, parts)) < limit:
-                    values = position_view(module, output.detach(), self.request.protocol.token)
-                    parts.append(values.mean(1, dtype=torch.float32).cpu())
-
-            return hook
+        def keep(name: str, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+            parts = kept.setdefault(name, [])
+            if sum(map(len, parts)) < limit:
+                values = position_view(module, output.detach(), self.request.protocol.token)
+                parts.append(values.mean(1, dtype=torch.float32).cpu())
 
         norms = {}
         if limit and self.request.protocol.hook_point == "post_bn":
             norms = following_norms(self.model, self.example)
         chosen = select_layers(self.model, self.request.layers) if limit else {}
         modules = {name: self.model.get_submodule(norms.get(name, name)) for name in chosen}
-        with removing([module.register_forward_hook(keeper(name)) for name, module in modules.items()]):
+        with removing([module.register_forward_hook(partial(keep, name)) for name, module in modules.items()]):
             yield kept
 
     @cached_property

@@ -1,9 +1,8 @@
 """Controls on the parameterisation: BN-folded quantities, function-preserving rescaling, exact signal power."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -232,17 +231,14 @@ def _patch_covariances(analysis: Analysis, layers: dict[str, nn.Module], limit: 
     """Covariances of the input patches, float64 [G, d, d] on the CPU."""
     sums: dict[str, list] = {}
 
-    def adder(name: str):
-        def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            patches = _patches(layer, inputs[0].detach(), analysis.request.protocol.token).double().cpu()  # [G, S, d]
-            known = sums.setdefault(name, [0, 0, 0])
-            known[0] += patches.shape[1]
-            known[1] = known[1] + patches.sum(1)
-            known[2] = known[2] + patches.transpose(1, 2) @ patches
+    def add(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        patches = _patches(layer, inputs[0].detach(), analysis.request.protocol.token).double().cpu()  # [G, S, d]
+        known = sums.setdefault(name, [0, 0, 0])
+        known[0] += patches.shape[1]
+        known[1] = known[1] + patches.sum(1)
+        known[2] = known[2] + patches.transpose(1, 2) @ patches
 
-        return hook
-
-    handles = [layer.register_forward_hook(adder(name)) for name, layer in layers.items()]
+    handles = [layer.register_forward_hook(partial(add, name)) for name, layer in layers.items()]
     with removing(handles), undisturbed(analysis.model):
         for batch in analysis.batches("unfolded patches", limit=limit):
             analysis.task.run(analysis.model, analysis.task.to(batch, analysis.model))

@@ -3,8 +3,6 @@
 Source: the two-axis paper, Eq. 13 and appendix L.
 """
 
-from __future__ import annotations
-
 import pandas as pd
 import torch
 from torch import Tensor

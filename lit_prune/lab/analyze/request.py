@@ -1,7 +1,6 @@
 """What to analyse, and how."""
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from lit_prune.arguments import check_counts, check_seeds
 from lit_prune.errors import InputError
@@ -65,7 +64,3 @@ class AnalyzeRequest:
         check_counts(self, least)
         if any(count < 1 for count in self.partner_counts) or any(size < 4 for size in self.sizes):
             raise InputError("partner_counts, sizes: give counts of at least 1 and sizes of at least 4")
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as plain values."""
-        return asdict(self)

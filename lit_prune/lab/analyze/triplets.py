@@ -3,8 +3,6 @@
 Source: the two-axis paper, appendices A and K.3.
 """
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import dataclass
 

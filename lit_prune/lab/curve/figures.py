@@ -1,7 +1,5 @@
 """The curve: accuracy against the seconds that the network took."""
 
-from __future__ import annotations
-
 from lit_prune.report import drawing
 from lit_prune.report.drawing import Picture, new_figure
 from lit_prune.report.run_folder import RunFolder

@@ -1,44 +1,57 @@
 """`curve` on a run folder: which network, which images, the table and its record."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import lightning.pytorch as pl
 import pandas as pd
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from lit_prune.data import ImageData
 from lit_prune.files import write_parquet
 from lit_prune.lab.curve.table import CurveRequest, curve
 from lit_prune.progress import progress_bars, terminal
 from lit_prune.structure.networks import find_network
+from lit_prune.train.classifier import LitClassifier
 from lit_prune.train.run_record import add_record, subject
-
-if TYPE_CHECKING:
-    import lightning.pytorch as pl
-
-    from lit_prune.data import ImageData
-    from lit_prune.train.classifier import LitClassifier
 
 FILE, FOLDER = "curve.parquet", "curve"
 
 
 def curve_run(
-    trainer: pl.Trainer, module: LitClassifier, data: ImageData, request: CurveRequest, ckpt_path: str | None
+    trainer: pl.Trainer,
+    model: LitClassifier,
+    datamodule: ImageData,
+    request: CurveRequest = CurveRequest(),  # noqa: B008  (frozen)
+    ckpt_path: str | None = None,
 ) -> None:
-    """Carries out the verb; see `Trainer.curve`."""
+    """What seconds buy: the accuracy at several budgets, without training and after growing times of repair.
+
+    Writes `curve.parquet`, the key `curve` of `run.json`, and the network of every point in a compact folder below
+    `curve/`. A point whose folder is there for the same network, images and settings is not computed again. One
+    process.
+
+    Args:
+        trainer: says where, and on which device.
+        model: the network; its weights come from `ckpt_path`, else from `--model.weights` or `--model.pretrained`,
+            else from `checkpoints/last.ckpt` of the run folder.
+        datamodule: calibration images, training images to repair on, and the validation split that the figure is
+            of.
+        request: budgets, seconds of repair.
+        ckpt_path: checkpoint of a `fit`, pruned or not.
+    """
     run_dir = Path(trainer.default_root_dir)
-    network = find_network(module, run_dir, ckpt_path, "curve")
-    data.prepare_data()
-    data.setup()
-    model = network.model.to(trainer.strategy.root_device)
-    images = data.calibration_dataloader(), request, data.recalibration_dataloader(), data.subset_dataloader("val")
+    network = find_network(model, run_dir, ckpt_path, "curve")
+    datamodule.prepare_data()
+    datamodule.setup()
+    network.model.to(trainer.strategy.root_device)
+    training, held_out = datamodule.recalibration_dataloader(), datamodule.subset_dataloader("val")
+    images = datamodule.calibration_dataloader(), request, training, held_out
     with progress_bars() as watch:
-        table = curve(model, *images, "classification", run_dir / FOLDER, watch)
+        table = curve(network.model, *images, "classification", run_dir / FOLDER, watch)
     write_parquet(run_dir / FILE, table)
-    add_record(run_dir, "curve", {**asdict(request), **subject(network, data, request.images)})
+    add_record(run_dir, "curve", {**asdict(request), **subject(network, datamodule, request.images)})
     terminal().print(curve_rows(table))
     terminal().print(f"table: {run_dir / FILE}; the networks, each a compact folder: {run_dir / FOLDER}")
 

@@ -1,7 +1,5 @@
 """Figures and tables of lesions: damage on the axes, recovery by peers, one score against two axes."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -89,8 +87,9 @@ def draw_selection(run: RunFolder) -> Picture:
     live = live_rows(table).dropna(subset=list(AXES)[:3])
     if not len(live):
         raise AbsentInput("live channels")
-    shares = {layer: float(_disagrees(rows).mean()) for layer, rows in live.groupby("layer", sort=False)}
-    layer = _example_layer(live)
+    layers = live.groupby("layer", sort=False)
+    shares = {layer: float((keep_by_norm(rows) != keep_by_axes(rows)).mean()) for layer, rows in layers}
+    layer = layers.size().idxmax()
     rows = live[live["layer"] == layer].sort_values("weight_norm", ascending=False).reset_index(drop=True)
     figure = new_figure(4.0)
     left, right = figure.subplots(1, 2)
@@ -120,15 +119,6 @@ def keep_by_axes(rows: pd.DataFrame) -> pd.Series:
     """The half of a layer's channels with the largest sum of ranks on the two axes."""
     ranks = rows[["input_capture", "task_information"]].rank().sum(axis=1)
     return ranks.rank(method="first", ascending=False) <= KEPT * len(rows)
-
-
-def _disagrees(rows: pd.DataFrame) -> pd.Series:
-    return keep_by_norm(rows) != keep_by_axes(rows)
-
-
-def _example_layer(live: pd.DataFrame) -> str:
-    """The layer with the most live channels, the first of them."""
-    return live.groupby("layer", sort=False).size().idxmax()
 
 
 def _draw_decisions(axes: Axes, rows: pd.DataFrame, kept: np.ndarray) -> None:

@@ -1,7 +1,5 @@
 """Tables of lesions on the report page, and next to them what the two-axis paper found."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +19,11 @@ PAPER_MATCHED |= {5e-3: (0.258, -0.002, -0.048, 0.645)}
 @register_section("replacement", "Recovery by least damage", place=200)
 def tabulate_replacement(run: RunFolder) -> Table:
     """Peer replacement by threshold, of all runs that were pooled where there are any."""
-    table, of = _read(run, "thresholds")
+    return replacement_table(*_read(run, "thresholds"))
+
+
+def replacement_table(table: pd.DataFrame, of: str) -> Table:
+    """The same of a table of `lesion_tables`, and what it is of."""
 
     def cells(row: Any) -> list[Entry]:
         helped = _interval(row.helped, row.helped_low, row.helped_high)
@@ -39,7 +41,11 @@ def tabulate_replacement(run: RunFolder) -> Table:
 @register_section("matched", "Recovery at matched task information", place=210)
 def tabulate_matched(run: RunFolder) -> Table:
     """What predicts recovery at matched task information."""
-    table, of = _read(run, "matched_task")
+    return matched_table(*_read(run, "matched_task"))
+
+
+def matched_table(table: pd.DataFrame, of: str) -> Table:
+    """The same of a table of `lesion_tables`, and what it is of."""
 
     def cells(row: Any) -> list[Entry]:
         names = ("peer_r2", "input_capture", "task_information")
@@ -57,7 +63,11 @@ def tabulate_matched(run: RunFolder) -> Table:
 @register_section("ranking", "Scores and the damage of lesions", place=180)
 def tabulate_ranking(run: RunFolder) -> Table:
     """Which score ranks the damage."""
-    table, of = _read(run, "ranking")
+    return damage_table(*_read(run, "ranking"))
+
+
+def damage_table(table: pd.DataFrame, of: str) -> Table:
+    """The same of a table of `lesion_tables`, and what it is of."""
     rows = []
     for row in table.itertuples():
         mean = Entry(f"{_number(row.agreement)} ± {_number(row.standard_error)}", exact=str(row.agreement))

@@ -1,7 +1,6 @@
 """Which channels to lesion, and how."""
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from lit_prune.arguments import check_counts, check_seeds
 from lit_prune.errors import InputError
@@ -60,7 +59,3 @@ class LesionRequest:
             raise InputError(f"target: {self.target!r} is not one of {known}")
         if self.protocol.hook_point != "pre_bn":
             raise InputError(f"protocol.hook_point: {self.protocol.hook_point!r}; lesions need 'pre_bn'")
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as plain values."""
-        return asdict(self)

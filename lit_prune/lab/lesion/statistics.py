@@ -5,8 +5,6 @@ A cell is one layer of one network. Dead channels are left out everywhere.
 Source: the two-axis paper, section 4.1, appendix K.2, tables 15 and 16, figure 5.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

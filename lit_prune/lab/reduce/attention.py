@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
 from lit_prune.lab.reduce.images import TASK, Batches
-from lit_prune.lab.reduce.state import NetworkState
 from lit_prune.replace import Interchange, Replacement, Swaps
 from lit_prune.replace.heads import HEAD_SCORES, attention_with_heads, head_columns, measure_heads, remove_heads
 from lit_prune.replace.interchange import swap_units
@@ -18,13 +18,24 @@ from lit_prune.train.evaluation import evaluate
 
 
 @dataclass(frozen=True)
-class AttentionSite:
-    """The heads of one attention module.
+class NetworkState:
+    """A network with the units `kept` of the original, the calibration images, and what the last step reported."""
 
-    Attributes:
-        model: the original.
-        name: its attention.
-    """
+    batches: Batches
+    model: nn.Module
+    kept: tuple[int, ...]
+    report: dict[str, Any]
+    added_biases: tuple[str, ...] = ()
+
+
+def seeded_scores(units: int, seed: int) -> Tensor:
+    """Uniform on [0, 1), [units]."""
+    return torch.rand(units, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """The heads of one attention module."""
 
     model: nn.Module
     name: str
@@ -40,15 +51,11 @@ class AttentionSite:
         return NetworkState(batches, self.model, tuple(range(self.size)), {})
 
     def rank(self, state: NetworkState, name: str, seed: int) -> Tensor:
-        """Scores of `HEAD_SCORES`.
-
-        Raises:
-            InputError: another name.
-        """
+        """Scores of `HEAD_SCORES`. InputError: another name."""
         if name not in HEAD_SCORES:
             raise InputError(f"score={name!r} is not for attention heads; use one of {', '.join(HEAD_SCORES)}")
         if name == "random":
-            return torch.rand(len(state.kept), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+            return seeded_scores(len(state.kept), seed)
         moments = measure_heads(state.model, self.name, state.batches, seed)
         if name == "cmr_const":
             return moments.risk(moments.foldable_constants())
@@ -57,11 +64,7 @@ class AttentionSite:
         return moments.removal_scores() if name == "head_removal" else moments.variance()
 
     def reduce(self, state: NetworkState, kept: Sequence[int], kind: str, settings: Replacement) -> NetworkState:
-        """Removes heads; "constant" puts foldable constants in their place.
-
-        Raises:
-            InputError: another kind or objective.
-        """
+        """Removes heads; "constant" puts foldable constants in their place. InputError: another kind or objective."""
         if kind not in ("delete", "constant") or settings.objective not in ("distortion", "loss"):
             raise InputError(f"kind={kind!r}, objective={settings.objective!r}: heads can be deleted or made constant")
         removed = [place for place, unit in enumerate(state.kept) if unit not in set(kept)]

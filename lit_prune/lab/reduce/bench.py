@@ -87,7 +87,7 @@ class Bench:
 
     def key(self, what: dict[str, Any]) -> str:
         """Hash of `what` and all else that a result depends on."""
-        request = self.request.to_dict()
+        request = asdict(self.request)
         shared = {name: request[name] for name in ("layer", "calibration_classes", "swaps", "repair_epochs", "repair")}
         return signature(self.identity, shared, what)[:16]
 

@@ -16,14 +16,14 @@ from lit_prune.lab.reduce.images import TASK, Batches
 from lit_prune.measurement.layers import removing
 from lit_prune.measurement.moments import Moments
 from lit_prune.replace import find_stand_in
-from lit_prune.replace.consumers import Reader
 from lit_prune.replace.fitting import Affine, Folding, InputEvidence
+from lit_prune.replace.flow import Reader
 from lit_prune.replace.interchange import Interchange
+from lit_prune.replace.methods import Replacement
 from lit_prune.replace.pairs import Swaps, draw_pairs
 from lit_prune.replace.regression import RIDGES, PairSums, solve_held_out
 from lit_prune.replace.replacement import Refit
 from lit_prune.replace.risk import SoftmaxHead
-from lit_prune.replace.settings import Replacement
 from lit_prune.replace.stand_ins import fold
 from lit_prune.running import undisturbed
 
@@ -102,12 +102,7 @@ def read_features(model: nn.Module, head: str, batches: Batches) -> Features:
 
 @dataclass(frozen=True)
 class HeadEvidence:
-    """A head and the features it is scored on; everything else follows, once.
-
-    Attributes:
-        head: the classifier as it is now.
-        features: all columns of the original.
-    """
+    """A head and the features it is scored on; everything else follows, once."""
 
     head: Head
     features: Features

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
+from lit_prune.lab.reduce.attention import seeded_scores
 from lit_prune.lab.reduce.classifier_head import (
     Features,
     Head,
@@ -18,53 +19,23 @@ from lit_prune.lab.reduce.classifier_head import (
     read_features,
 )
 from lit_prune.lab.reduce.images import Batches
-from lit_prune.lab.reduce.kept_inputs import KeptInputs
 from lit_prune.replace import Interchange, Replacement, Swaps
-from lit_prune.replace.affine_score import affine_risks
+from lit_prune.replace.stand_ins import affine_risks
 from lit_prune.scores import score
 from lit_prune.structure import Budget, Group, Plan, apply_plan, trace_groups
 from lit_prune.structure.ranking import group_scores
 
-
-def _variance(evidence: HeadEvidence, seed: int) -> Tensor:
-    return evidence.moments.variances()
-
-
-def _cmr_logit(evidence: HeadEvidence, seed: int) -> Tensor:
-    return _variance(evidence, seed) * evidence.head.weight.square().sum(0)
-
-
-def _cmr_const(evidence: HeadEvidence, seed: int) -> Tensor:
-    return evidence.softmax.curvature().scores()
-
-
-def _cmr_curvature(evidence: HeadEvidence, seed: int) -> Tensor:
-    return evidence.softmax.curvature().without_gradient().scores()
-
-
-def _cmr_affine(evidence: HeadEvidence, seed: int) -> Tensor:
-    return affine_risks(evidence.softmax.rows(), evidence.head.weight)
-
-
-def _random(evidence: HeadEvidence, seed: int) -> Tensor:
-    return torch.rand(len(evidence.head.kept), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def _column_norm(evidence: HeadEvidence, seed: int) -> Tensor:
-    return evidence.head.weight.norm(dim=0)
-
-
 FEATURE_SCORES: dict[str, Callable[[HeadEvidence, int], Tensor]] = {
-    "variance": _variance,
-    "cmr_logit": _cmr_logit,
-    "cmr_const": _cmr_const,
-    "cmr_curvature": _cmr_curvature,
-    "cmr_affine": _cmr_affine,
-    "random": _random,
+    "variance": lambda evidence, seed: evidence.moments.variances(),
+    "cmr_logit": lambda evidence, seed: evidence.moments.variances() * evidence.head.weight.square().sum(0),
+    "cmr_const": lambda evidence, seed: evidence.softmax.curvature().scores(),
+    "cmr_curvature": lambda evidence, seed: evidence.softmax.curvature().without_gradient().scores(),
+    "cmr_affine": lambda evidence, seed: affine_risks(evidence.softmax.rows(), evidence.head.weight),
+    "random": lambda evidence, seed: seeded_scores(len(evidence.head.kept), seed),
 }
 """Scores that follow from the features and the head."""
 
-COLUMN_SCORES = {**FEATURE_SCORES, "magnitude": _column_norm}
+COLUMN_SCORES = {**FEATURE_SCORES, "magnitude": lambda evidence, seed: evidence.head.weight.norm(dim=0)}
 """The same where the units have no weights of their own to look at: magnitude is the norm of the head's column."""
 
 
@@ -164,3 +135,20 @@ class HeadSite:
             module.weight.copy_(head.weight)
             module.bias.copy_(head.bias)
         return smaller.eval(), plan
+
+
+class KeptInputs(nn.Module):
+    """`linear(x[..., kept])`: a smaller dense layer behind a gather.
+
+    What is read of a residual trunk is wider than what one reader needs; the trunk's own channels stay for the blocks
+    that share them.
+    """
+
+    def __init__(self, kept: Sequence[int], linear: nn.Linear) -> None:
+        super().__init__()
+        self.register_buffer("kept", torch.tensor(list(kept)))
+        self.linear = linear
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[..., C] to [..., O]."""
+        return self.linear(inputs[..., self.kept])

@@ -1,7 +1,5 @@
 """The labelled images of a reduction, read from batches by the task of classification."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_prune.data.calibration import stratified_order
+from lit_prune.data.sampling import stratified_order
 from lit_prune.errors import InputError
 from lit_prune.task import Classification
 

@@ -1,8 +1,8 @@
 """What `reduce` is asked for: where, how much, by which methods, how verified."""
 
 import math
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
 from lit_prune.arguments import check_seeds
 from lit_prune.errors import InputError
@@ -40,11 +40,7 @@ class ReduceMethod:
     name: str = ""
 
     def __post_init__(self) -> None:
-        """Checks the values.
-
-        Raises:
-            InputError: one is outside its range.
-        """
+        """Checks the values. InputError: one is outside its range."""
         if self.steps < 1:
             raise InputError(f"method {self.score}: steps={self.steps} must be at least 1")
         find_stand_in(self.kind).check(self.settings(0))
@@ -116,11 +112,7 @@ class ReduceRequest:
     test_images: int | None = None
 
     def __post_init__(self) -> None:
-        """Turns lists into tuples and checks the ranges.
-
-        Raises:
-            InputError: a value outside its range.
-        """
+        """Turns lists into tuples and checks the ranges. InputError: a value outside its range."""
         for name in ("kept", "methods", "seeds", "calibration_sizes", "calibration_classes", "extras"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
@@ -145,11 +137,7 @@ class ReduceRequest:
             raise InputError(f"request.extras: {unknown[0]!r} is unknown; use stress, curvature")
 
     def width(self, kept: float, size: int) -> int:
-        """Units that stay of `size`.
-
-        Raises:
-            InputError: none, or not fewer than there are.
-        """
+        """Units that stay of `size`. InputError: none, or not fewer than there are."""
         width = round(kept * size) if kept < 1 else int(kept)
         if not 1 <= width < size:
             what = "leaves nothing" if width < 1 else "removes nothing"
@@ -158,7 +146,3 @@ class ReduceRequest:
                 f"give shares in (0, 1) or 1 to {size - 1} units"
             )
         return width
-
-    def to_dict(self) -> dict[str, Any]:
-        """Fields as plain values."""
-        return asdict(self)

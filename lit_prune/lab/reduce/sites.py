@@ -3,16 +3,16 @@
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
-from lit_prune.lab.reduce.attention import AttentionSite
+from lit_prune.lab.reduce.attention import AttentionSite, NetworkState
 from lit_prune.lab.reduce.head import HeadSite
 from lit_prune.lab.reduce.images import Batches
-from lit_prune.lab.reduce.state import NetworkState
 from lit_prune.measurement.layers import removing
 from lit_prune.replace import Interchange, Reduced, Replacement, Swaps, interchange, replace_mechanisms
 from lit_prune.replace.curvature import Curvature, measure_curvature
@@ -23,36 +23,6 @@ from lit_prune.structure import Budget, ChannelGraph, Group, Plan, trace_groups
 from lit_prune.structure.ranking import group_scores
 from lit_prune.task.batches import to_network
 from lit_prune.train.evaluation import evaluate
-
-
-class Site(Protocol):
-    """A layer whose units can be scored, replaced and verified.
-
-    Attributes:
-        size: number of units.
-        curvature_method: how second derivatives are taken.
-    """
-
-    size: int
-    curvature_method: str
-
-    def begin(self, batches: Batches) -> Any:
-        """State with all units, and what calibration images are read for."""
-
-    def rank(self, state: Any, name: str, seed: int) -> Tensor:
-        """Scores of the units that are left, higher = keep."""
-
-    def reduce(self, state: Any, kept: Sequence[int], kind: str, settings: Replacement) -> Any:
-        """State with only `kept` of the original units left."""
-
-    def test(self, batches: Batches) -> Any:
-        """What `verify` needs of the test images."""
-
-    def verify(self, state: Any, test: Any, swaps: Swaps) -> tuple[float, Interchange]:
-        """Accuracy, and agreement with the original under interchange."""
-
-    def network(self, state: Any) -> tuple[nn.Module, Plan | None]:
-        """The compiled network, and the plan of its structure where a plan can say it."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +84,10 @@ class GroupSite:
         return Plan((), {name: state.kept}, {name: self.size}, added_biases=state.added_biases)
 
 
+Site = GroupSite | HeadSite | AttentionSite
+"""A layer whose units can be scored, replaced and verified."""
+
+
 def _said(report: dict[str, Any]) -> dict[str, Any]:
     """What a replacement says about its readers, one value a field (the largest error, the total of systems)."""
     layers = report["layers"]
@@ -128,11 +102,7 @@ def _said(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def site_scores(model: nn.Module, group: str, name: str, batches: Batches, seed: int, example: Tensor) -> Tensor:
-    """Scores of the units of one group, [size].
-
-    Raises:
-        InputError: the score says nothing about the group.
-    """
+    """Scores of the units of one group, [size]. InputError: the score says nothing about the group."""
     ranks = score(model, name, batches, seed=seed)
     values, _ = group_scores(trace_groups(model, example), ranks, Budget(only=(group,)))
     return torch.as_tensor(values[group])
@@ -182,15 +152,12 @@ def last_affine(model: nn.Module, example: Tensor) -> str | None:
     outputs: dict[int, str] = {}
     held: list[Tensor] = []
 
-    def keeper(name: str):
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            outputs[id(output)] = name
-            held.append(output)
-
-        return hook
+    def keep(name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
+        outputs[id(output)] = name
+        held.append(output)
 
     linear = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    handles = [module.register_forward_hook(keeper(name)) for name, module in linear]
+    handles = [module.register_forward_hook(partial(keep, name)) for name, module in linear]
     with removing(handles), undisturbed(model):
         return outputs.get(id(model(to_network(example, model))))
 

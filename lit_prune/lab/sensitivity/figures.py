@@ -1,7 +1,5 @@
 """The sensitivity figure: loss of the figure by group and width."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from lit_prune.report import drawing

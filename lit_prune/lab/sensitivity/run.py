@@ -1,44 +1,53 @@
 """`sensitivity` on a run folder: which network, which images, the table and its record."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import lightning.pytorch as pl
 import pandas as pd
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from lit_prune.data import ImageData
 from lit_prune.files import write_parquet
 from lit_prune.lab.sensitivity.table import Asked, sensitivity
 from lit_prune.progress import progress_bars, terminal
 from lit_prune.structure.networks import find_network
+from lit_prune.train.classifier import LitClassifier
 from lit_prune.train.run_record import add_record, subject
-
-if TYPE_CHECKING:
-    import lightning.pytorch as pl
-
-    from lit_prune.data import ImageData
-    from lit_prune.train.classifier import LitClassifier
 
 FILE = "sensitivity.parquet"
 
 
 def sensitivity_run(
-    trainer: pl.Trainer, module: LitClassifier, data: ImageData, asked: Asked, ckpt_path: str | None
+    trainer: pl.Trainer,
+    model: LitClassifier,
+    datamodule: ImageData,
+    request: Asked = Asked(),  # noqa: B008  (frozen)
+    ckpt_path: str | None = None,
 ) -> None:
-    """Carries out the verb; see `Trainer.sensitivity`."""
+    """One layer at a time at several widths: the figure after the cut, and with the readers solved again.
+
+    Nothing is trained. Writes `sensitivity.parquet` and the key `sensitivity` of `run.json`. One process.
+
+    Args:
+        trainer: says where, and on which device.
+        model: the network; its weights come from `ckpt_path`, else from `--model.weights` or `--model.pretrained`,
+            else from `checkpoints/last.ckpt` of the run folder.
+        datamodule: calibration images, and the validation split that the figure is of.
+        request: widths, score, groups.
+        ckpt_path: checkpoint of a `fit`, pruned or not.
+    """
     run_dir = Path(trainer.default_root_dir)
-    network = find_network(module, run_dir, ckpt_path, "sensitivity")
-    data.prepare_data()
-    data.setup()
-    model = network.model.to(trainer.strategy.root_device)
-    held_out = data.subset_dataloader("val", asked.images)
+    network = find_network(model, run_dir, ckpt_path, "sensitivity")
+    datamodule.prepare_data()
+    datamodule.setup()
+    network.model.to(trainer.strategy.root_device)
+    held_out = datamodule.subset_dataloader("val", request.images)
     with progress_bars() as watch:
-        table = sensitivity(model, data.calibration_dataloader(), asked, held_out, watch=watch)
+        table = sensitivity(network.model, datamodule.calibration_dataloader(), request, held_out, watch=watch)
     write_parquet(run_dir / FILE, table)
-    add_record(run_dir, "sensitivity", {**asdict(asked), **subject(network, data, asked.images)})
+    add_record(run_dir, "sensitivity", {**asdict(request), **subject(network, datamodule, request.images)})
     terminal().print(sensitivity_rows(table))
     terminal().print(f"table: {run_dir / FILE}")
 

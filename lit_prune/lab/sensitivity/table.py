@@ -39,11 +39,7 @@ class Asked:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Checks the values.
-
-        Raises:
-            InputError: a share outside (0, 1), an unknown score, no images.
-        """
+        """Checks the values. InputError: a share outside (0, 1), an unknown score, no images."""
         if not self.keep or not all(0 < share < 1 for share in self.keep):
             raise InputError(f"keep={list(self.keep)}: give shares in (0, 1)")
         if self.images < 1:

@@ -33,11 +33,6 @@ def estimate_fit(module: LitClassifier, data: ImageData, trainer: dict[str, Any]
 
     Training operations: `2 · 3 · MACs · images · epochs`. Seconds: one training step, one validation batch and one
     traced batch, the second of two each, times their numbers. Compilation is left out of both.
-
-    Args:
-        module: the network.
-        data: the images.
-        trainer: settings of the trainer.
     """
     device = training_device(str(trainer.get("accelerator", "auto")))
     precision = str(trainer.get("precision") or "32-true")

@@ -3,8 +3,6 @@
 An executor is a function from tasks to pairs (number of the task, result), in the order in which they are done.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import multiprocessing
 import os

@@ -164,7 +164,12 @@ def _setting_colours(table: pd.DataFrame) -> dict[tuple[str, ...], str]:
 @register_section("sweep_areas", "Areas under the curves", place=280)
 def tabulate_sweep(run: RunFolder) -> Table:
     """Returns the areas: one row a method, one column a setting, sorted by axis and area."""
-    found = summarise(run.table("sweep/auc.parquet", [*SETTING, "auc"]), [*SETTING, "method", "axis"], "auc")
+    return area_table(run.table("sweep/auc.parquet", [*SETTING, "auc"]))
+
+
+def area_table(aucs: pd.DataFrame) -> Table:
+    """The same of the table `auc`."""
+    found = summarise(aucs, [*SETTING, "method", "axis"], "auc")
     caption = (
         "Area under accuracy over MACs removed, over the interval that all scores of one column cover; in small type "
         "the 95 % bootstrap interval over units. Columns have intervals of their own."
@@ -195,9 +200,20 @@ def _area_table(found: pd.DataFrame, caption: str) -> Table:
     return Table(("axis", "score", *map(setting_name, settings)), tuple(rows), caption, text_columns=2)
 
 
-def _area_cell(by: pd.DataFrame, key: tuple[str, ...]) -> Entry:
+def gap_table(gaps: pd.DataFrame) -> Table:
+    """Gaps between axes in points of accuracy, one row a comparison, one column a setting."""
+    settings = list(gaps[SETTING].drop_duplicates().itertuples(index=False, name=None))
+    by = gaps.set_index([*SETTING, "comparison"])
+    rows = tuple(
+        (Entry(name), *(_area_cell(by, (*setting, name), 100.0, "+.1f") for setting in settings))
+        for name in dict.fromkeys(gaps["comparison"])
+    )
+    return Table(("comparison", *map(setting_name, settings)), rows, "Below: the 95 % bootstrap interval over units.")
+
+
+def _area_cell(by: pd.DataFrame, key: tuple[str, ...], scale: float = 1.0, digits: str = ".3f") -> Entry:
     if key not in by.index:
         return Entry(ABSENT)
     row = by.loc[key]
-    note = "" if np.isnan(row["ci_low"]) else f"{row['ci_low']:.3f} to {row['ci_high']:.3f}"
-    return Entry(f"{row['mean']:.3f}", note, repr(float(row["mean"])))
+    mean, low, high = (format(scale * row[name], digits) for name in ("mean", "ci_low", "ci_high"))
+    return Entry(mean, "" if np.isnan(row["ci_low"]) else f"{low} to {high}", repr(float(row["mean"])))

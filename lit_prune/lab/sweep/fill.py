@@ -1,7 +1,5 @@
 """A sweep in its folder: computes the cells that are missing and puts them into one table."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +9,8 @@ import pandas as pd
 from rich.progress import track
 
 from lit_prune.lab.ledger import Ledger
-from lit_prune.lab.sweep.cells import Cell, Keys, list_cells, list_units
 from lit_prune.lab.sweep.executors import Execute
+from lit_prune.lab.sweep.request import Cell, Keys, list_cells, list_units
 from lit_prune.lab.sweep.work import Piece, SweepJob, measure_dense, plan_unit, run_cell
 from lit_prune.scores import find_score
 

@@ -16,11 +16,7 @@ PRECISIONS = ("32-true", "bf16-mixed")
 
 
 def precision_context(precision: str, device: torch.device) -> AbstractContextManager:
-    """Context that a forward pass runs in.
-
-    Raises:
-        InputError: a precision that a sweep does not know.
-    """
+    """Context that a forward pass runs in. InputError: a precision that a sweep does not know."""
     if precision not in PRECISIONS:
         raise InputError(f"trainer.precision={precision!r} is not one of {', '.join(PRECISIONS)}, which a sweep knows")
     return nullcontext() if precision == "32-true" else torch.autocast(device.type, torch.bfloat16)

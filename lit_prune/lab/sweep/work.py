@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.data import ImageData
-from lit_prune.lab.sweep.cells import Cell, Unit
 from lit_prune.lab.sweep.recovery import precision_context, recover
-from lit_prune.lab.sweep.request import BUDGET_METHOD, SweepRequest
+from lit_prune.lab.sweep.request import BUDGET_METHOD, Cell, SweepRequest, Unit
 from lit_prune.replace import replace_mechanisms
 from lit_prune.scores import Evidence, plan_method
 from lit_prune.scores.planning import mask_method, method_needs

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 
 import pandas as pd
 import torch
@@ -119,18 +120,15 @@ def _summing(layers: dict[str, nn.Module], target: Tensor, sums: DirectionSums) 
     """Hooks that add each layer's sums of one batch."""
     seen: set[str] = set()
 
-    def adder(name: str):
-        def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if name in seen:
-                raise InputError(f"layers: {name!r} runs more than once in a forward pass; leave it out with layers=")
-            seen.add(name)
-            with torch.no_grad():
-                found = gradient_sums(layer, inputs[0], output, target)
-            sums.layers[name] = sums.layers[name] + found if name in sums.layers else found
+    def add(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if name in seen:
+            raise InputError(f"layers: {name!r} runs more than once in a forward pass; leave it out with layers=")
+        seen.add(name)
+        with torch.no_grad():
+            found = gradient_sums(layer, inputs[0], output, target)
+        sums.layers[name] = sums.layers[name] + found if name in sums.layers else found
 
-        return hook
-
-    with removing([layer.register_forward_hook(adder(name)) for name, layer in layers.items()]):
+    with removing([layer.register_forward_hook(partial(add, name)) for name, layer in layers.items()]):
         yield
 
 

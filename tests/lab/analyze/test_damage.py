@@ -7,8 +7,8 @@ from scipy.stats import binomtest
 from sklearn.linear_model import LinearRegression
 
 from lit_prune.errors import InputError
-from lit_prune.lab.analyze.comparison import compare_runs
 from lit_prune.lab.analyze.damage import component_r2, matched_pairs, wilson
+from lit_prune.lab.analyze.run import compare_runs
 
 
 @pytest.fixture

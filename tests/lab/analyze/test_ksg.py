@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lit_prune.errors import InputError
-from lit_prune.lab.analyze.ksg import ksg_information
+from lit_prune.lab.analyze.samples import ksg_information
 
 
 def correlated(rho: float, count: int = 2000, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

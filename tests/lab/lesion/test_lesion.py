@@ -15,9 +15,9 @@ from lit_prune.cli.prune_cli import build_cli
 from lit_prune.errors import InputError
 from lit_prune.lab.analyze.analysis import analyze
 from lit_prune.lab.analyze.request import AnalyzeRequest
-from lit_prune.lab.lesion import table as verb
+from lit_prune.lab.lesion import run as verb
 from lit_prune.lab.lesion.request import LesionRequest
-from lit_prune.lab.lesion.table import ImagePair, choose_layers, lesion
+from lit_prune.lab.lesion.run import ImagePair, choose_layers, lesion
 from lit_prune.measurement.channel_table import measure
 from lit_prune.report import write_report
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lit_prune.errors import InputError
-from lit_prune.lab.lesion.peers import fit_peers
+from lit_prune.lab.lesion.lesions import fit_peers
 from lit_prune.measurement.activations import record
 
 

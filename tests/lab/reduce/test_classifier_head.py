@@ -69,7 +69,7 @@ def test_reducing_in_two_steps_with_means_is_reducing_at_once(net, batches):
 
 @pytest.mark.parametrize("rule", ["pearson", "weighted_pearson", "random"])
 def test_parent_rules_choose_kept_units_and_the_seed_decides_random_ones(net, batches, rule):
-    from lit_prune.replace.consumers import Reader
+    from lit_prune.replace.flow import Reader
     from lit_prune.replace.stand_ins import choose_parents
 
     evidence = HeadEvidence(Head.of(net, "2"), read_features(net, "2", batches))

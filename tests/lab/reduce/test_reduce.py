@@ -11,11 +11,11 @@ from torch import nn
 from lit_prune.cli.main import main
 from lit_prune.errors import InputError
 from lit_prune.lab.reduce.bench import ranges
-from lit_prune.lab.reduce.cells import reduce
 from lit_prune.lab.reduce.handover import Chosen, hand_over
 from lit_prune.lab.reduce.head import HeadSite
 from lit_prune.lab.reduce.images import Images, evaluation_batches
 from lit_prune.lab.reduce.request import ReduceMethod, ReduceRequest
+from lit_prune.lab.reduce.run import reduce
 from lit_prune.lab.reduce.sites import AttentionSite, GroupSite, find_site
 from lit_prune.models import build_backbone
 from lit_prune.replace import Swaps
