@@ -1,10 +1,12 @@
 """How a network is run without leaving a trace on it."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -81,9 +83,37 @@ def modes_kept(*models: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+class _Once:
+    """In the place of the reentrant checkpoint's function of autograd: the function itself."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        return function(*args)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> Iterator[None]:
+    """In the place of what the other checkpoint does before and after its function."""
+    yield
+
+
+@contextmanager
+def run_once() -> Iterator[None]:
+    """Inside, what `torch.utils.checkpoint` wraps is run once, its graph kept, wherever the name was imported from.
+
+    Else layers run again during the backward pass, and hooks see them twice; the reentrant form runs them without a
+    graph and takes no `torch.autograd.grad`.
+    """
+    names: dict[str, Any] = {"CheckpointFunction": _Once}
+    names |= {f"_checkpoint_without_reentrant_generator{end}": _nothing for end in ("", "_impl")}
+    with ExitStack() as stack:
+        for name in names.keys() & vars(torch.utils.checkpoint).keys():
+            stack.enter_context(patch.object(torch.utils.checkpoint, name, names[name]))
+        yield
+
+
 @contextmanager
 def undisturbed(model: nn.Module, gradients: bool = False) -> Iterator[None]:
-    """Evaluation mode inside; on exit the train flags and the random state are what they were.
+    """Evaluation mode inside, nothing recomputed; on exit the train flags and the random state are what they were.
 
     The random state matters because merely iterating a DataLoader draws from torch's global generator.
 
@@ -96,6 +126,7 @@ def undisturbed(model: nn.Module, gradients: bool = False) -> Iterator[None]:
         modes_kept(model),
         torch.random.fork_rng(devices=cuda_devices),
         torch.inference_mode(False),
+        run_once(),
         torch.set_grad_enabled(gradients),
     ):
         model.eval()
