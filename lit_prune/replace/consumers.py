@@ -78,6 +78,8 @@ def _obstacle(module: nn.Module) -> str:
         return f"it is a {type(module).__name__}, which has no weights that are known to be those of an affine map"
     if getattr(module, "groups", 1) > 1:
         return "its convolution is grouped"
+    if "weight" not in dict(module.named_parameters(recurse=False)):
+        return "its weights are reparametrised"
     if not is_solvable(module):
         return f"the forward of {type(module).__name__} is another map than that of the weights that it holds"
     return ""

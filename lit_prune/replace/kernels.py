@@ -17,8 +17,9 @@ SLIDE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 def is_solvable(module: nn.Module) -> bool:
-    """Whether each output of a layer is a linear function of all channels that it reads."""
+    """Whether each output of a layer is a linear function of all channels that it reads, of weights that can be set."""
     plain = axes.is_weighted(module) and getattr(module, "groups", 1) == 1
+    plain = plain and "weight" in dict(module.named_parameters(recurse=False))  # else made of others in every pass
     return plain and (not has_own_forward(module) or (not is_transposed(module) and keeps_its_map(module)))
 
 
