@@ -1,7 +1,8 @@
 """A network by name, or by the import path that the caller vouches for: nothing that only a file names is imported."""
 
 import importlib
-from collections.abc import Iterable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -40,7 +41,8 @@ def build_network(
     if backbone not in ({trust} if isinstance(trust, str) else set(trust)):
         raise InputError(
             f"backbone {backbone!r} is an import path, which is not imported because a file names it; if the file is "
-            f"yours, give trust=({backbone!r},), model=, or --model.backbone {backbone} on the command line"
+            f"yours, give trust=({backbone!r},) or model=; on the command line --model.backbone {backbone}, or of a verb "
+            f"that takes no model --trust '[{backbone}]'"
         )
     if pretrained:
         raise InputError(f"backbone {backbone!r} is an import path; pretrained=True works with names only")
@@ -75,14 +77,39 @@ def check_forward(model: nn.Module, image_shape: Sequence[int], num_classes: int
         )
 
 
-def _call(path: str, arguments: dict[str, Any]) -> nn.Module:
-    """What the callable at an import path returns, which must be a network."""
+def taken_arguments(backbone: str, known: dict[str, Any]) -> dict[str, Any]:
+    """What is known of the data, as far as a backbone takes it: names take all, somebody's callable what it names.
+
+    Args:
+        backbone: a name, or an import path that the caller vouches for.
+        known: `num_classes` and `in_channels`.
+
+    Raises:
+        InputError: an import path leads nowhere.
+    """
+    if ":" not in backbone:
+        return known
+    try:
+        parameters = inspect.signature(_imported(backbone)).parameters.values()
+    except (TypeError, ValueError):  # a callable that does not say
+        return known
+    everything = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+    names = {parameter.name for parameter in parameters}
+    return {name: value for name, value in known.items() if everything or name in names}
+
+
+def _imported(path: str) -> Callable[..., Any]:
     package, _, attribute = path.partition(":")
     try:
-        builder = getattr(importlib.import_module(package), attribute)
+        return getattr(importlib.import_module(package), attribute)
     except Exception as error:  # whatever the imported module raises
         problem = f"{type(error).__name__}: {first_line(error)}"
         raise InputError(f"backbone {path!r} cannot be imported ({problem}); give package.module:callable") from error
+
+
+def _call(path: str, arguments: dict[str, Any]) -> nn.Module:
+    """What the callable at an import path returns, which must be a network."""
+    builder = _imported(path)
     try:
         model = builder(**arguments)
     except InputError:

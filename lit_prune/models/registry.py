@@ -146,6 +146,7 @@ def _builder(name: str) -> Callable[..., nn.Module]:
     known = {*backbone_names(), *timm_names, *(f"timm/{model}" for model in timm_names)}
     near = difflib.get_close_matches(name, sorted(known), n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else "`backbone_names()` lists the names"
+    hint += "; a callable of your own is package.module:callable" if "." in name and not near else ""
     raise InputError(f"backbone {name!r} is unknown: {hint}")
 
 
