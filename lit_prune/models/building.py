@@ -41,8 +41,8 @@ def build_network(
     if backbone not in ({trust} if isinstance(trust, str) else set(trust)):
         raise InputError(
             f"backbone {backbone!r} is an import path, which is not imported because a file names it; if the file is "
-            f"yours, give trust=({backbone!r},) or model=; on the command line --model.backbone {backbone}, or of a verb "
-            f"that takes no model --trust '[{backbone}]'"
+            f"yours, give trust=({backbone!r},) or model=; on the command line --model.backbone {backbone}, or for a "
+            f"verb without a model --trust '[{backbone}]'"
         )
     if pretrained:
         raise InputError(f"backbone {backbone!r} is an import path; pretrained=True works with names only")
