@@ -162,7 +162,7 @@ def test_every_rank_says_that_one_of_them_has_no_batch(monkeypatch, own):
     monkeypatch.setattr(samples, "sum_over_ranks", lambda trainer, sums: sums + 1)  # the other rank has none
     found = samples.Samples(SimpleNamespace(world_size=2), "net", lambda: [], "validation_step", "validation loader")
     if own:
-        monkeypatch.setattr(samples.Samples, "__iter__", lambda self: iter([object()]))
+        monkeypatch.setattr(samples.Samples, "_seen", lambda self, workers: iter([object()]))
     with pytest.raises(InputError, match=f"it holds no batch on {1 if own else 2} of 2 ranks; give more samples"):
         found.first()
 
