@@ -87,10 +87,23 @@ def checked_call(function: Callable, name: str) -> Callable:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        check_arguments(function, signature.bind(*args, **kwargs).arguments, name)
+        check_arguments(function, _bound(signature, name, args, kwargs), name)
         return function(*args, **kwargs)
 
     return call
+
+
+def _bound(signature: inspect.Signature, name: str, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by name.
+
+    Raises:
+        TypeError: Python's own, with the names that there are.
+    """
+    try:
+        return signature.bind(*args, **kwargs).arguments
+    except TypeError as error:
+        known = ", ".join(argument for argument in signature.parameters if argument != "self")
+        raise TypeError(f"{name}: {error}; its arguments are {known}") from None
 
 
 def check_arguments(function: Callable, arguments: Mapping[str, Any], name: str) -> None:

@@ -1,11 +1,13 @@
 """What `compress` found: the compact network compared with the original."""
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
+from lit_prune.errors import InputError
 from lit_prune.replace import Reduced
 from lit_prune.replace.errors import Spread
 from lit_prune.running import undisturbed
@@ -67,12 +69,14 @@ def verify(model: nn.Module, reduced: Reduced, batches: Iterable[Any], example: 
     shapes = [{name: value.shape for name, value in net.state_dict().items()} for net in (rebuilt, reduced.model)]
     if shapes[0] != shapes[1]:
         raise RuntimeError("the plan does not rebuild the compact network: their tensors have other shapes")
-    comparison = Comparison(task)
+    comparison = Comparison(task, needs_figure=False)
     with undisturbed(model), undisturbed(reduced.model):
         for piece in (piece for batch in batches for piece in task.pieces(batch)):
             original, other = (task.run(net, task.to(piece, net)) for net in (model, reduced.model))
             comparison.add(original, other, piece)
     figures = comparison.figures()
+    if comparison.refused:
+        warnings.warn(f"compress: no {task.metric_name} is given: {comparison.refused}", stacklevel=4)
     report = {"plan": reduced.plan.to_dict(), "layers": reduced.report["layers"], "images": comparison.count}
     for name, net in (("dense", model), ("compact", reduced.model)):
         counted = cost(net, example)
@@ -93,9 +97,17 @@ def measure_budget(model: nn.Module, reduced: Reduced, example: Any) -> dict[str
 
 @dataclass
 class Comparison:
-    """Sums over samples of two networks' outputs, the original's first."""
+    """Sums over samples of two networks' outputs, the original's first.
+
+    Attributes:
+        task: says what they mean.
+        needs_figure: whether targets that the task refuses are an error; else there is no figure.
+        refused: why there is none.
+    """
 
     task: Task
+    needs_figure: bool = True
+    refused: str = ""
     count: int = 0
     agreed: float = 0.0
     squared: float = 0.0
@@ -112,9 +124,18 @@ class Comparison:
             self.agreed += float(task.agreement(*answers).sum())
         self.squared += float((after - before).square().sum())
         self.spread.add(before)
-        if task.needs_target and task.target(batch) is not None:
-            found = tuple(task.metric(output, batch) for output in (original, other))
-            self.metrics = tuple(a + b for a, b in zip(self.metrics, found, strict=True)) if self.metrics else found
+        if task.needs_target and not self.refused and task.target(batch) is not None:
+            self._add_figure(original, other, batch)
+
+    def _add_figure(self, original: Any, other: Any, batch: Any) -> None:
+        try:
+            found = tuple(self.task.metric(output, batch) for output in (original, other))
+        except InputError as error:
+            if self.needs_figure:
+                raise
+            self.refused, self.metrics = str(error), ()
+            return
+        self.metrics = tuple(a + b for a, b in zip(self.metrics, found, strict=True)) if self.metrics else found
 
     def distances(self) -> dict[str, float]:
         """`distortion` and `agreement`."""

@@ -1,10 +1,12 @@
 """How a network is run without leaving a trace on it."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from torch._C import DisableTorchFunction
 from torch.utils._mode_utils import no_dispatch
@@ -46,7 +48,8 @@ def check_visible(model: nn.Module) -> None:
     """Refuses networks whose layers cannot be seen, run apart or put together anew.
 
     Raises:
-        InputError: a TorchScript module, an exported program, quantised layers, or a wrapper of parallel copies.
+        InputError: a TorchScript module, an exported program, a compiled forward, a wrapper of parallel copies, or
+            weights that are no plain real numbers (quantised, complex, sharded, made under inference mode).
     """
     modules = list(model.modules())
     hidden = None
@@ -56,10 +59,37 @@ def check_visible(model: nn.Module) -> None:
         hidden = "an exported program has one mode and no layers; give the nn.Module that it was made from"
     elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         hidden = f"{type(model).__name__} holds copies of a network; give its .module"
+    elif any(hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable") for module in modules):
+        hidden = "a forward in it is compiled code that goes on with this network; compile after it is cut"
     elif any(".quantized." in f"{type(module).__module__}." for module in modules):
-        hidden = "its layers are quantised, and integers cannot be solved again; prune before it is quantised"
+        hidden = QUANTISED
+    hidden = hidden or next(filter(None, map(_odd_weights, modules)), None)
     if hidden:
         raise InputError(f"model: {hidden}")
+
+
+COMPILED = "_orig_mod"  # where torch.compile keeps the module that it wraps
+QUANTISED = "its layers are quantised, and integers cannot be solved again; prune before it is quantised"
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def _odd_weights(module: nn.Module) -> str:
+    """Why the parameters of a module are not what layers are solved for and cut as, or ""."""
+    name, is_layer = type(module).__name__, isinstance(module, (*CONVOLUTIONS, nn.Linear))
+    for parameter in module.parameters(recurse=False):
+        if isinstance(parameter, nn.UninitializedParameter):
+            continue
+        if parameter.is_inference():
+            return "its weights were made under torch.inference_mode(), which allows no gradients; make it outside"
+        if is_layer and parameter.is_complex():
+            return f"a {name} in it computes in complex numbers, which is not supported; take real layers"
+        kind = type(parameter.data)
+        if kind is not torch.Tensor and kind is not nn.Parameter:
+            sharded = "give the whole network, on one device" if "DTensor" in kind.__name__ else "prune before that"
+            return f"the weights of a {name} in it are held as {kind.__name__}; {sharded}"
+        if is_layer and not parameter.is_floating_point():
+            return QUANTISED
+    return ""
 
 
 @contextmanager
@@ -90,9 +120,42 @@ def modes_kept(*models: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile wraps a module, or compiled its call in place."""
+    return hasattr(module, COMPILED) or getattr(module, "_compiled_call_impl", None) is not None
+
+
+class _Once:
+    """In the place of the reentrant checkpoint's function of autograd: the function itself."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        return function(*args)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> Iterator[None]:
+    """In the place of what the other checkpoint does before and after its function."""
+    yield
+
+
+@contextmanager
+def run_once() -> Iterator[None]:
+    """Inside, what `torch.utils.checkpoint` wraps is run once, its graph kept, wherever the name was imported from.
+
+    Else layers run again during the backward pass, and hooks see them twice; the reentrant form runs them without a
+    graph and takes no `torch.autograd.grad`.
+    """
+    names: dict[str, Any] = {"CheckpointFunction": _Once}
+    names |= {f"_checkpoint_without_reentrant_generator{end}": _nothing for end in ("", "_impl")}
+    with ExitStack() as stack:
+        for name in names.keys() & vars(torch.utils.checkpoint).keys():
+            stack.enter_context(patch.object(torch.utils.checkpoint, name, names[name]))
+        yield
+
+
 @contextmanager
 def undisturbed(model: nn.Module, gradients: bool = False) -> Iterator[None]:
-    """Evaluation mode inside; on exit the train flags and the random state are what they were.
+    """Evaluation mode inside, nothing recomputed or compiled; train flags and random state are put back on exit.
 
     The random state matters because merely iterating a DataLoader draws from torch's global generator.
     """
@@ -101,6 +164,8 @@ def undisturbed(model: nn.Module, gradients: bool = False) -> Iterator[None]:
         modes_kept(model),
         torch.random.fork_rng(devices=cuda_devices),
         torch.inference_mode(False),
+        run_once(),
+        torch.compiler.set_stance("force_eager") if any(map(is_compiled, model.modules())) else nullcontext(),
         torch.set_grad_enabled(gradients),
     ):
         model.eval()

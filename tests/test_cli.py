@@ -170,6 +170,9 @@ def test_test_verb_rebuilds_the_pruned_network_of_a_checkpoint(tmp_path, tiny_ru
         (["--trainer.max_epochs", "1"], ["leaves no epoch for repair"]),
         (["--trainer.max_epochs", "many"], ["max_epochs"]),
         (["--model.no_such", "1"], ["no_such"]),
+        (["--data", "lightning.pytorch.LightningDataModule"], ["subclass of ImageData", "from Python"]),
+        (["--model.class_path", "mine.Module"], ["model.class_path", "--model.backbone package.module:callable"]),
+        (["--model.backbone", "mine.Network"], ["mine.Network", "package.module:callable"]),
     ],
 )
 def test_bad_input_is_one_line_that_names_argument_value_and_remedy(tmp_path, capsys, options, words):

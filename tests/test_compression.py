@@ -226,7 +226,32 @@ HIDDEN = {
     "scripted": (lambda net, x: torch.jit.trace(net, x), "a TorchScript module"),
     "copies": (lambda net, x: nn.DataParallel(net), r"give its \.module"),
     "quantised": (lambda net, x: torch.ao.quantization.quantize_dynamic(net, {nn.Linear}), "before it is quantised"),
+    "compiled in place": (lambda net, x: _with_compiled_forward(net), "compile after it is cut"),
+    "integers": (lambda net, x: _with_weights(net, torch.int8), "before it is quantised"),
+    "complex": (lambda net, x: _with_weights(net, torch.complex64), "a Linear in it computes in complex numbers"),
+    "inference": (lambda net, x: _made_for_inference(), "made under torch.inference_mode"),
+    "subclass": (lambda net, x: _with_weights(net, torch.float32, Sharded), "held as Sharded; prune before that"),
 }
+
+
+class Sharded(torch.Tensor):
+    """Stands for tensors of libraries that shard or quantise."""
+
+
+def _with_compiled_forward(net: nn.Module) -> nn.Module:
+    net.forward = torch.compile(net.forward, backend="eager")
+    return net
+
+
+def _with_weights(net: nn.Module, dtype: torch.dtype, kind: type = torch.Tensor) -> nn.Module:
+    weight = net[0].weight.detach().to(dtype).as_subclass(kind)
+    net[0].weight = nn.Parameter(weight, requires_grad=weight.is_floating_point())
+    return net
+
+
+def _made_for_inference() -> nn.Module:
+    with torch.inference_mode():
+        return nn.Linear(4, 2)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

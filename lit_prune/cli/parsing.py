@@ -23,7 +23,9 @@ class OneLineErrors:
         if given is not None:
             raise given
         if key and chain:
-            raise InputError(f"--{key[1]}: {one_line(str(chain[-1]))}")
+            said = one_line(str(chain[-1]))
+            foreign = "subclass of ImageData" in said or key[1] == "model"
+            raise InputError(f"--{key[1]}: {said}{OWN if foreign else ''}")
         missing = re.fullmatch(r"the following arguments are required: (.*(?:model|data).*)", message)
         if missing:
             names = ", ".join(f"--{re.sub(r'^[a-z]+[.](?=model|data)', '', name)}" for name in missing[1].split(", "))
@@ -31,7 +33,14 @@ class OneLineErrors:
                 f"{names} missing; give them, or -c with a file that has them: a recipe (`lit-prune recipes` lists "
                 "them) or the config.yaml of a run folder"
             )
-        raise InputError(one_line(message))
+        raise InputError(one_line(message) + (OWN if re.search(r"model\.(class_path|init_args)", message) else ""))
+
+
+OWN = (
+    "; the command line trains this package's LitClassifier on its ImageData: give a network of your own by "
+    "--model.backbone package.module:callable; a LightningModule or DataModule of your own is trained from Python, "
+    "with the callbacks (docs/own_module.md)"
+)
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import inspect
 import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -11,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError, first_line
-from lit_prune.models.anatomy import find_head
 from lit_prune.models.cifar_resnet import CifarResNet, ProjectionResNet, WideStemResNet
 from lit_prune.models.small import MLP, ConvNet
-from lit_prune.models.stems import use_cifar_stem, use_input_channels
+from lit_prune.models.stems import resize_head, use_cifar_stem, use_input_channels
 from lit_prune.models.weights import load_weights, published_file
 from lit_prune.running import undisturbed
 
@@ -148,6 +148,7 @@ def _builder(name: str) -> Callable[..., nn.Module]:
     known = {*backbone_names(), *timm_names, *(f"timm/{model}" for model in timm_names)}
     near = difflib.get_close_matches(name, sorted(known), n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else "`backbone_names()` lists the names"
+    hint += "; a callable of your own is package.module:callable" if "." in name and not near else ""
     raise InputError(f"backbone {name!r} is unknown: {hint}")
 
 
@@ -175,7 +176,7 @@ def _build_torchvision(name: str, *, num_classes: int, in_channels: int, pretrai
     if auxiliary:
         _remove_auxiliary_heads(model)
     if pretrained:
-        _resize_head(model, num_classes)
+        resize_head(model, num_classes)
     use_input_channels(model, in_channels, pretrained)
     return model
 
@@ -191,15 +192,6 @@ def _remove_auxiliary_heads(model: nn.Module) -> None:
     for head, absent in {"aux_logits": False, "AuxLogits": None, "aux1": None, "aux2": None}.items():
         if hasattr(model, head):
             setattr(model, head, absent)
-
-
-def _resize_head(model: nn.Module, num_classes: int) -> None:
-    name = find_head(model)
-    head = model.get_submodule(name)
-    if head.out_features != num_classes:
-        parent, _, child = name.rpartition(".")
-        replacement = nn.Linear(head.in_features, num_classes, bias=head.bias is not None)
-        setattr(model.get_submodule(parent), child, replacement)
 
 
 def build_network(
@@ -230,7 +222,8 @@ def build_network(
     if backbone not in ({trust} if isinstance(trust, str) else set(trust)):
         raise InputError(
             f"backbone {backbone!r} is an import path, which is not imported because a file names it; if the file is "
-            f"yours, give trust=({backbone!r},), model=, or --model.backbone {backbone} on the command line"
+            f"yours, give trust=({backbone!r},) or model=; on the command line --model.backbone {backbone}, or for a "
+            f"verb without a model --trust '[{backbone}]'"
         )
     if pretrained:
         raise InputError(f"backbone {backbone!r} is an import path; pretrained=True works with names only")
@@ -259,14 +252,39 @@ def check_forward(model: nn.Module, image_shape: Sequence[int], num_classes: int
         )
 
 
-def _call(path: str, arguments: dict[str, Any]) -> nn.Module:
-    """What the callable at an import path returns, which must be a network."""
+def taken_arguments(backbone: str, known: dict[str, Any]) -> dict[str, Any]:
+    """What is known of the data, as far as a backbone takes it: names take all, somebody's callable what it names.
+
+    Args:
+        backbone: a name, or an import path that the caller vouches for.
+        known: `num_classes` and `in_channels`.
+
+    Raises:
+        InputError: an import path leads nowhere.
+    """
+    if ":" not in backbone:
+        return known
+    try:
+        parameters = inspect.signature(_imported(backbone)).parameters.values()
+    except (TypeError, ValueError):  # a callable that does not say
+        return known
+    everything = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+    names = {parameter.name for parameter in parameters}
+    return {name: value for name, value in known.items() if everything or name in names}
+
+
+def _imported(path: str) -> Callable[..., Any]:
     package, _, attribute = path.partition(":")
     try:
-        builder = getattr(importlib.import_module(package), attribute)
+        return getattr(importlib.import_module(package), attribute)
     except Exception as error:  # whatever the imported module raises
         problem = f"{type(error).__name__}: {first_line(error)}"
         raise InputError(f"backbone {path!r} cannot be imported ({problem}); give package.module:callable") from error
+
+
+def _call(path: str, arguments: dict[str, Any]) -> nn.Module:
+    """What the callable at an import path returns, which must be a network."""
+    builder = _imported(path)
     try:
         model = builder(**arguments)
     except InputError:

@@ -1,4 +1,4 @@
-"""Fits ImageNet networks of torchvision to other inputs: 32x32 images, and images that are not RGB."""
+"""Fits ImageNet networks of torchvision to other tasks: 32x32 images, images that are not RGB, other classes."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lit_prune.errors import InputError
+from lit_prune.models.anatomy import find_head
 
 if TYPE_CHECKING:  # torchvision takes seconds, and other networks do without it
     from torchvision.models import VGG, AlexNet, MobileNetV2, ResNet
@@ -95,3 +96,13 @@ _CIFAR_STEMS: dict[str, Callable[..., None]] = {  # by the name of torchvision's
     "VGG": _vgg,
     "AlexNet": _alexnet,
 }
+
+
+def resize_head(model: nn.Module, num_classes: int) -> None:
+    """Gives a network a new classifier where it has one of another width."""
+    name = find_head(model)
+    head = model.get_submodule(name)
+    if head.out_features != num_classes:
+        parent, _, child = name.rpartition(".")
+        replacement = nn.Linear(head.in_features, num_classes, bias=head.bias is not None)
+        setattr(model.get_submodule(parent), child, replacement)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lit_prune.errors import InputError
 from lit_prune.measurement.layers import removing
 from lit_prune.replace.flow import Flow, Reader
+from lit_prune.replace.own_forward import has_own_forward
 from lit_prune.running import undisturbed
 from lit_prune.structure import ChannelGraph, Group, Plan
 from lit_prune.structure.example import Example
@@ -21,6 +22,7 @@ def pads_with_zeros(module: nn.Module) -> bool:
     return (
         isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
         and module.padding_mode == "zeros"
+        and not has_own_forward(module)
         and any(module._reversed_padding_repeated_twice)
     )
 

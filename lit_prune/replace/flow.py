@@ -249,6 +249,10 @@ def _obstacle(module: nn.Module) -> str:
     """Why the input columns of `module` can neither be folded nor solved again, or ""."""
     if not axes.is_weighted(module):
         return f"it is a {type(module).__name__}, which has no weights that are known to be those of an affine map"
-    if not is_solvable(module):
+    if getattr(module, "groups", 1) > 1:
         return "its convolution is grouped"
+    if "weight" not in dict(module.named_parameters(recurse=False)):
+        return "its weights are reparametrised"
+    if not is_solvable(module):
+        return f"the forward of {type(module).__name__} is another map than that of the weights that it holds"
     return ""

@@ -10,14 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_prune.replace.own_forward import has_own_forward, keeps_its_map, padded_map
 from lit_prune.structure import axes
 
 SLIDE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 def is_solvable(module: nn.Module) -> bool:
-    """Whether each output of a layer is a linear function of all channels that it reads."""
-    return axes.is_weighted(module) and getattr(module, "groups", 1) == 1
+    """Whether each output of a layer is a linear function of all channels that it reads, of weights that can be set."""
+    plain = axes.is_weighted(module) and getattr(module, "groups", 1) == 1
+    plain = plain and "weight" in dict(module.named_parameters(recurse=False))  # else made of others in every pass
+    return plain and (not has_own_forward(module) or (not is_transposed(module) and keeps_its_map(module)))
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -46,6 +49,8 @@ def _turned(weight: Tensor) -> Tensor:
 
 def spread(module: nn.Module, inputs: Tensor) -> Tensor:
     """The map over which the kernel slides: padded, and of a transposed convolution with zeros in between."""
+    if has_own_forward(module):
+        return padded_map(module, inputs)
     if not is_transposed(module):
         padding = module._reversed_padding_repeated_twice
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode

@@ -185,6 +185,7 @@ def distortion_ladders(
     """
     groups = [graph.by_name[name] for name in scores]
     widths = {group.name: [0] * (group.name in droppable) + ladder_widths(group.size) for group in groups}
+    groups = [group for group in groups if len(widths[group.name]) > 1]  # one unit alone has no smaller width
     cuts, reads = {}, Counter(reader for group in groups for reader in group.consumers)
     for group in groups:
         cuts[group.name] = group_cuts(model, group, scores[group.name], moments, widths[group.name][:-1])
@@ -192,6 +193,6 @@ def distortion_ladders(
         for reader in group.consumers:  # a ResNet-50 has 1 GB of moments, and more of cuts
             if not reads[reader]:
                 moments.pop(reader, None)
-    cuts = {name: found for name, found in cuts.items() if found and len(widths[name]) > 1}
+    cuts = {name: found for name, found in cuts.items() if found}
     moved = measured_distortion(model, batches, cuts, task, seed)
     return {name: (widths[name], [*values.tolist(), 0.0]) for name, values in moved.items()}

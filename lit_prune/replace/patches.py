@@ -9,12 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_prune.errors import InputError
 from lit_prune.measurement.layers import removing
 from lit_prune.progress import watched
 from lit_prune.replace.kernels import spread, steps
 from lit_prune.running import undisturbed
 from lit_prune.structure.opened import opened
 from lit_prune.task import Task
+from lit_prune.task.batches import describe
 
 MOST_SAMPLES = 32
 MOST_VALUES = 1 << 19  # of the inputs, in one pass with gradients: an image of 224 pixels takes 350 MB in a ResNet-50
@@ -148,7 +150,13 @@ def gradient_samples(
         for batch in watched(pieces(batches, task), "what layers read, and what it matters"):
             seen.clear()
             batch = task.to(batch, model)
-            values = task.prediction(task.run(model, batch))
+            output = task.run(model, batch)
+            values = task.prediction(output)
+            if not values.requires_grad:
+                raise InputError(
+                    f"model: what it answers in evaluation mode, {describe(output)}, has no gradient (it decides, is "
+                    "detached, or runs under no_grad); give task=Custom(run=...) of lit_prune.task that stops before"
+                )
             probe = torch.randn(values.shape, generator=generator).to(values)
             outputs = [output for _, _, output in seen]
             gradients = torch.autograd.grad((probe * values).sum(), outputs, materialize_grads=True)

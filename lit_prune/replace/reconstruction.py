@@ -251,8 +251,8 @@ def reader_moments(
     """
     if not layers:
         raise InputError(
-            "model: no layer without groups reads channels that can be pruned, so nothing can be solved again; use "
-            "another score, such as cmr_logit"
+            "model: every layer that reads channels which can be pruned is grouped, or its forward is another map than "
+            "that of its weights, so nothing can be solved again; use another score, such as cmr_logit"
         )
     task, batches = settle(task, model, batches)
     sums: dict[str, PairSums] = {}

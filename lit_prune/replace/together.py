@@ -38,16 +38,29 @@ class Samples:
     def __len__(self) -> int:
         return sum(map(len, self.inputs))
 
+    def take(self, ahead: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
+        """The first so many of the places (batch, place in it) `ahead` that are of one size, and leaves the others."""
+        size = self.inputs[ahead[0][0]].shape[1:]
+        taken = [place for place in ahead if self.inputs[place[0]].shape[1:] == size][:count]
+        ahead[:] = ahead[count:] if taken == ahead[:count] else [place for place in ahead if place not in set(taken)]
+        return taken
+
     def draw(self, places: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        """Samples at (batch, place in it), copied."""
+        """Samples of one size at (batch, place in it), copied."""
         both = ([values[batch][place] for batch, place in places] for values in (self.inputs, self.wanted))
         inputs, wanted = (torch.stack(values) for values in both)
         return inputs, wanted
 
     def spread(self) -> float:
-        """Summed variance of the wanted values, every position of a sample an output of its own channel."""
-        means = sum(values.double().sum(0) for values in self.wanted) / len(self)
-        return max(TINY, float(sum((values.double() - means).square().sum() for values in self.wanted)))
+        """Summed variance of the wanted values, every position of samples of one size an output of its own channel."""
+        of_size: dict[torch.Size, list[Tensor]] = {}
+        for values in self.wanted:
+            of_size.setdefault(values.shape[1:], []).append(values.double())
+        total = 0.0
+        for alike in of_size.values():
+            mean = sum(values.sum(0) for values in alike) / sum(map(len, alike))
+            total += sum(float((values - mean).square().sum()) for values in alike)
+        return max(TINY, total)
 
 
 def solve_together(module: nn.Module, fitted: Samples, held_out: Samples, passes: int, seed: int) -> dict[str, float]:
@@ -88,7 +101,7 @@ def _descended(
     places = [(index, place) for index, values in enumerate(samples.inputs) for place in range(len(values))]
     steps = math.ceil(passes * len(places) / batch)
     generator, scale = torch.Generator().manual_seed(seed), len(samples) / samples.spread()
-    rates = _rates(module, samples.draw(places[:batch])[0])
+    rates = _rates(module, samples.draw(samples.take(places[:], batch))[0])
     moves = {name: torch.zeros_like(value, requires_grad=True) for name, value in start.items()}
     optimizer = torch.optim.Adam(moves.values(), STEP, eps=1e-12)
     ahead: list[tuple[int, int]] = []
@@ -96,8 +109,7 @@ def _descended(
         for step in range(steps):
             if len(ahead) < batch:
                 ahead += [places[index] for index in torch.randperm(len(places), generator=generator).tolist()]
-            inputs, wanted = samples.draw(ahead[:batch])
-            del ahead[:batch]
+            inputs, wanted = samples.draw(samples.take(ahead, batch))
             optimizer.param_groups[0]["lr"] = STEP * (1 + math.cos(math.pi * step / steps)) / 2
             moved = {name: start[name] + rates[name] * move for name, move in moves.items()}
             loss = scale * (functional_call(module, moved, (inputs,)) - wanted).square().sum() / len(inputs)
@@ -138,6 +150,8 @@ def _rates(module: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
     found = {}
     for name, part in holders.items():
         for key, parameter in part.named_parameters(recurse=False):
+            if not parameter.is_floating_point():
+                continue
             full = f"{name}.{key}" if name else key
             found[full] = _rate(part, key, parameter.detach(), *spreads.get(name, (None, None)))
     return found

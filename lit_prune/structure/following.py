@@ -104,6 +104,8 @@ class Follower(LabelledTensors, TorchDispatchMode):
             first = before[0]
             if strides and first is not None and operations.same_places(first.shape, strides, output):
                 self.put(output, first)
+            elif name in operations.MOVES_IN_PLACE and first is not None:  # the tensor is where it was, seen anew
+                self.put(output, getattr(first, name.removesuffix("_"))(*args[1:]))
             else:
                 self._follow(name, function, args, kwargs, output)
         return output
@@ -199,23 +201,21 @@ class Follower(LabelledTensors, TorchDispatchMode):
             return
         size = labels.shape[dim]
         if name in operations.SPLITS:
-            parts = {part.shape[dim] for part in output}
-            self._tie_parts(labels, dim, parts.pop()) if len(parts) == 1 else self._unequal(labels)
+            lengths = {part.shape[dim] for part in output}
+            self._tie_parts(labels, dim, lengths.pop() if len(lengths) == 1 else 0)
         elif name == "slice":
             start, length = operations.start_of(args, size), output.shape[dim]
             plain = len(args) < 5 or args[4] == 1
-            if length == size:
-                return
             fits = plain and length and not size % length and not start % length
-            self._tie_parts(labels, dim, length) if fits else self._unequal(labels)
+            if length != size:
+                self._tie_parts(labels, dim, length if fits else 0)
         elif name != "unbind":
             self.labels.keep([labels], reasons.operation(name))
 
-    def _unequal(self, labels: Tensor) -> None:
-        self.labels.keep([labels], reasons.FIXED_PARTS)
-
     def _tie_parts(self, labels: Tensor, dim: int, length: int) -> None:
-        """Parts of equal length lose the same positions."""
+        """Parts of equal length lose the same positions; with a length of 0 they are not, and stay."""
+        if not length:
+            return self.labels.keep([labels], reasons.FIXED_PARTS)
         first = labels.narrow(dim, 0, length)
         for start in range(length, labels.shape[dim], length):
             self.labels.tie(first, labels.narrow(dim, start, length))

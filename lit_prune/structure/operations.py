@@ -8,9 +8,10 @@ from torch import Tensor
 MOVES = frozenset(
     """view _unsafe_view reshape permute transpose t expand squeeze unsqueeze cat stack flip repeat pixel_shuffle
     pixel_unshuffle unfold im2col repeat_interleave unbind split split_with_sizes slice select roll index
-    index_select squeeze_ unsqueeze_ transpose_ diagonal unsafe_split unsafe_chunk unsafe_split_with_sizes
+    index_select diagonal unsafe_split unsafe_chunk unsafe_split_with_sizes
     _reshape_alias""".split()
 )
+MOVES_IN_PLACE = frozenset("squeeze_ unsqueeze_ transpose_ t_".split())
 SPATIAL = frozenset(
     """max_pool2d_with_indices avg_pool2d _adaptive_avg_pool2d adaptive_max_pool2d max_pool3d_with_indices
     avg_pool3d _adaptive_avg_pool3d avg_pool1d adaptive_avg_pool1d max_pool2d upsample_nearest1d
@@ -45,6 +46,7 @@ RESTRIDES = frozenset("as_strided as_strided_".split())
 KNOWN = (
     RESTRIDES
     | MOVES
+    | MOVES_IN_PLACE
     | SPATIAL
     | REDUCTIONS
     | ALONG

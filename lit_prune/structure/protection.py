@@ -48,7 +48,12 @@ def _layer_reason(name: str, module: nn.Module | Tensor) -> str:
         return f"they pass through {name} ({type(module).__name__}), which cannot be cut"
     extra = {key for key, _ in module.named_parameters(recurse=False)} - set(layer.parameters)
     reparametrised = layer.sort != "closed" and (extra or parametrize.is_parametrized(module))
-    return layer.obstacle(module, name) or (f"the weights of {name} are reparametrised" if reparametrised else "")
+    return layer.obstacle(module, name) or (
+        f"the weights of {name} are reparametrised{TAKE_OFF}" if reparametrised else ""
+    )
+
+
+TAKE_OFF = " (weight norm, a mask: remove_parametrizations, remove_weight_norm or prune.remove first)"
 
 
 def shared_parameters(model: nn.Module) -> list[list[tuple[str, str]]]:

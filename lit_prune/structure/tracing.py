@@ -16,6 +16,7 @@ from lit_prune.structure.example import Example, as_example, first_sample
 from lit_prune.structure.hooks import bare, copy_hooks, without_hooks
 
 _TABLES = frozenset(vars(nn.Module()))
+_COMPILED = "_compiled_call_impl"  # where `module.compile()` puts what runs in the place of the forward
 _PLAIN = frozenset({bool, int, float, str, type(None)})
 
 
@@ -153,15 +154,16 @@ def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 
 def _state(module: nn.Module, memo: dict[int, Any]) -> dict[str, Any]:
-    """A deep copy of what a module holds."""
+    """A deep copy of what a module holds, but not of compiled code, which goes on with the module it was made of."""
     state = {}
-    for key, value in vars(module).items():
+    for key, held in vars(module).items():
+        value: Any = None if key == _COMPILED else held
         if type(value) in _PLAIN:
             state[key] = value
         elif key in _TABLES and not value:
             state[key] = type(value)()
-        elif key in _TABLES and type(value) is dict and all(id(held) in memo for held in value.values()):
-            state[key] = {name: memo[id(held)] for name, held in value.items()}
+        elif key in _TABLES and type(value) is dict and all(id(part) in memo for part in value.values()):
+            state[key] = {name: memo[id(part)] for name, part in value.items()}
         else:
             _copy_derived(value, memo)
             state[key] = copy.deepcopy(value, memo)

@@ -60,8 +60,9 @@ def forward_parameters(model: nn.Module) -> dict[str, bool]:
 def find_layout(batch: Any, parameters: Mapping[str, bool] = {}) -> Layout:
     """The layout of a batch of a usual kind.
 
-    x; (x, y); (x, y, ...); ((x1, x2), y); dicts whose keys are the network's parameters, or with `INPUT_KEYS` or
-    `KEYWORDS`, and with `TARGET_KEYS`; a list of images [C, H, W], alone or with a list of targets.
+    x; (x, y); (x, y, ...); ((x1, x2), y); (x1, x2, y) where the network needs two arguments; dicts whose keys are the
+    network's parameters, or with `INPUT_KEYS` or `KEYWORDS`, and with `TARGET_KEYS`; a list of images [C, H, W], alone
+    or with a list of targets.
 
     Args:
         batch: the batch.
@@ -78,6 +79,9 @@ def find_layout(batch: Any, parameters: Mapping[str, bool] = {}) -> Layout:
         if are_images(batch):
             return Layout(listed=True)
         first, rest = batch[0], batch[1:]
+        needed = sum(parameters.values())
+        if 1 < needed <= len(batch) and _are_tensors(batch[:needed]):
+            return Layout(tuple(range(needed)), target=needed if len(batch) > needed else None)
         if isinstance(first, Tensor) or (isinstance(first, tuple | list) and first and _are_tensors(first)):
             listed = are_images(first) and (not rest or isinstance(rest[0], list | tuple))
             return Layout((0,), target=1 if rest and rest[0] is not None else None, listed=listed)
@@ -182,6 +186,8 @@ def to_network(batch: Any, model: nn.Module) -> Any:
 def size_of(arguments: tuple[tuple, dict[str, Any]]) -> int:
     """Number of samples in the network's arguments."""
     values = (*arguments[0], *arguments[1].values())
+    inner = [value for value in values if isinstance(value, Mapping)]  # a network that is given the batch as it is
+    values = (*values, *(value for holder in inner for value in holder.values()))
     first = next((value for value in values if isinstance(value, Tensor | list | tuple)), None)
     if first is None or (isinstance(first, Tensor) and not first.ndim):
         raise InputError(f"batches: the network reads {describe(values)}, in which samples cannot be counted")

@@ -82,7 +82,10 @@ def check_labels(labels: Tensor | None, images: int, classes: int) -> Tensor:
         raise InputError(f"batches: labels are {describe(labels)}; give int64 of shape [{images}]")
     low, high = torch.stack(labels.aminmax()).tolist() if images else (0, 0)  # waits for the device once
     if not 0 <= low <= high < classes:
-        raise InputError(f"batches: labels from {low} to {high}, but 0 to {classes - 1} expected; mend the labels")
+        raise InputError(
+            f"batches: labels from {low} to {high}, but 0 to {classes - 1} expected; mend the labels, or where some "
+            "samples have none give task='unlabelled', or a Custom of lit_prune.task with its own loss"
+        )
     return labels
 
 

@@ -66,8 +66,13 @@ class MultiLabel(Answered):
 
     @classmethod
     def suits(cls, logits: Tensor, target: Tensor, size: int) -> bool:
-        """Logits with labels of 0 and 1 in the same shape."""
-        if target.numel() != logits.numel() or logits.ndim > 2:
+        """Logits with labels of 0 and 1 in the same shape; of maps, those of one class.
+
+        A map of answers between 0 and 1 alone may be any image.
+        """
+        if target.numel() != logits.numel() or len(target) != size:
+            return False
+        if logits.ndim > 2 and (logits.shape[1] > 1 or bool(((logits >= 0) & (logits <= 1)).all())):
             return False
         if Classification.suits(logits, target, size):  # one label each: probabilities
             return False

@@ -105,7 +105,7 @@ class Segmentation(Answered):
 
     @classmethod
     def suits(cls, logits: Tensor, target: Tensor, size: int) -> bool:
-        """Logits [B, K, ...] with integer labels [B, ...] or [B, 1, ...]."""
-        if target.is_floating_point() or logits.ndim < 3 or len(target) != size:
+        """Logits [B, K, ...] of two classes or more with integer labels [B, ...] or [B, 1, ...]."""
+        if target.is_floating_point() or logits.ndim < 3 or logits.shape[1] < 2 or len(target) != size:
             return False
         return target.ndim == logits.ndim - 1 or (target.ndim == logits.ndim and target.shape[1] == 1)

@@ -13,7 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lit_prune.arguments import check_arguments
 from lit_prune.errors import InputError
-from lit_prune.models import build_network, check_forward, load_weights
+from lit_prune.models import build_network, check_forward, load_weights, taken_arguments
 from lit_prune.structure.description import Description
 from lit_prune.structure.networks import backbone_weights, refuse_import_path, structure_of
 from lit_prune.structure.record import Record, note_record
@@ -70,7 +70,8 @@ class LitClassifier(LightningModule):
         )
         self.backbone_name = backbone
         self.image_shape = tuple(image_shape)
-        self.arguments = {"num_classes": num_classes, "in_channels": self.image_shape[0], **(arguments or {})}
+        known = {"num_classes": num_classes, "in_channels": self.image_shape[0]}
+        self.arguments = taken_arguments(backbone, known) | (arguments or {})
         self.backbone = build_network(backbone, self.arguments, pretrained=pretrained, trust=(backbone,))
         note_record(self.backbone, Record(backbone, self.arguments))
         check_forward(self.backbone, self.image_shape, num_classes, backbone)

@@ -78,11 +78,11 @@ class Figures:
                 self._refuse(())
             return
         samples = self._samples(trainer, path)
-        task, one = self._task(trainer, path, samples), samples.first().first(1)
+        task, some = self._task(trainer, path, samples), samples.first()
         if validation_loader(trainer) is None:
             rank_zero_warn(f"there is no validation loader: {task.metric_name} is measured on {samples.origin}")
         try:
-            evaluate(network_at(trainer.lightning_module, path), [one], None, task)
+            evaluate(network_at(trainer.lightning_module, path), [some], None, task)
         except InputError as error:
             raise InputError(
                 f"monitor: none is given, and the network alone has no figure ({error}); give monitor=, or "

@@ -9,12 +9,12 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
+from lit_prune.running import COMPILED, is_compiled
 from lit_prune.train.own_forward import has_forward, own_network, put_own_network
 from lit_prune.train.rewire import configure_network
 
 USUAL_NAMES = ("backbone", "model", "net", "network")
 NEARLY_ALL = 0.95  # of the parameters
-COMPILED = "_orig_mod"
 ITSELF = "."
 """Path of the network that a LightningModule itself is."""
 
@@ -72,7 +72,7 @@ def when_built(trainer: Trainer, given: str | None, begin: Callable[[], None]) -
         begin: finds the network, or refuses.
     """
     module = trainer.lightning_module
-    there = _parameters(module) if given in (None, ITSELF) else given in dict(module.named_modules())
+    there = _has_parameters(module) if given in (None, ITSELF) else given in dict(module.named_modules())
     if not is_overridden("setup", module):
         configure_network(trainer)
         begin()
@@ -110,8 +110,29 @@ def _checked(module: nn.Module, path: str) -> str:
     return path
 
 
+def _is_lazy(parameter: nn.Parameter) -> bool:
+    return isinstance(parameter, nn.UninitializedParameter)
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    """Whether it has some, and all of them their shape."""
+    found = list(module.parameters())
+    return bool(found) and not any(map(_is_lazy, found))
+
+
 def _parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    """How many values they have.
+
+    Raises:
+        InputError: those of a lazy layer have no shape yet.
+    """
+    found = list(module.parameters())
+    if any(map(_is_lazy, found)):
+        raise InputError(
+            f"network: a lazy layer of {type(module).__name__} has no weights before it runs; call the network once on "
+            "a batch in __init__ or setup"
+        )
+    return sum(parameter.numel() for parameter in found)
 
 
 def network_at(module: nn.Module, path: str) -> nn.Module:
@@ -134,7 +155,7 @@ def check_replaceable(module: nn.Module, path: str) -> None:
         InputError: it, or a part of it, is compiled, or a parameter of it is used by another part of the module too.
     """
     parts = (module if path == ITSELF else module.get_submodule(path)).modules()
-    if getattr(module, "_compiler_ctx", None) or any(_is_compiled(part) for part in parts):
+    if getattr(module, "_compiler_ctx", None) or any(is_compiled(part) for part in parts):
         raise InputError(
             f"network: {path!r} goes through torch.compile, whose code would go on with the network before the cut; "
             "compile nothing, or only the final network"
@@ -151,11 +172,6 @@ def check_replaceable(module: nn.Module, path: str) -> None:
             if id(parameter) in own:
                 shared = f"{name}.{key}" if name else key
                 raise InputError(f"network: {path!r} shares the parameter {shared}, which would not follow a cut")
-
-
-def _is_compiled(part: nn.Module) -> bool:
-    """Whether torch.compile wraps a module, or compiled its call in place."""
-    return hasattr(part, COMPILED) or getattr(part, "_compiled_call_impl", None) is not None
 
 
 def copies_of(network: nn.Module, holders: Mapping[str, Any]) -> list[str]:

@@ -49,8 +49,11 @@ class Samples:
     batches: int | None = None
 
     def __iter__(self) -> Iterator[Seen]:
+        return self._seen()
+
+    def _seen(self, workers: bool = True) -> Iterator[Seen]:
         left, missed, met = self.limit, None, False
-        for number, (batch, index, loader) in enumerate(numbered_batches(self.loader(), self.step)):
+        for number, (batch, index, loader) in enumerate(numbered_batches(self.loader(), self.step, workers)):
             if number == self.batches or left == 0:
                 break
             try:
@@ -74,7 +77,7 @@ class Samples:
         """
         found, missed, ranks = None, None, self.trainer.world_size
         try:
-            found = next(iter(self), None)
+            found = next(self._seen(workers=False), None)  # where processes are spawned, each takes seconds to start
         except NotCalledError as error:
             missed = error
         without = int(sum_over_ranks(self.trainer, torch.tensor([float(found is None)])))
@@ -138,15 +141,20 @@ def _refuse_shuffling(loader: Any, name: str) -> None:
         raise InputError(f"calibration: {name} shuffles, so that figures could not be compared; set shuffle=False")
 
 
-def numbered_batches(loader: Any, step: str) -> Iterator[Numbered]:
+def numbered_batches(loader: Any, step: str, workers: bool = True) -> Iterator[Numbered]:
     """Batches of a loader, or of several as Lightning combines them for a step, each with its index and loader.
 
     Neither the random state nor the loader's own generators and workers move.
+
+    Args:
+        loader: one or several.
+        step: what they are for.
+        workers: whether batches are made in the worker processes that a loader asks for, or in this one.
     """
     if step == "validation_step":
-        loader = CombinedLoader(_copied(loader), "sequential")
+        loader = CombinedLoader(_copied(loader, workers), "sequential")
     elif not isinstance(loader, CombinedLoader):
-        loader = CombinedLoader(_copied(loader), "max_size_cycle")
+        loader = CombinedLoader(_copied(loader, workers), "max_size_cycle")
     with _generators_as_found(loader):
         with _quiet_rng():
             torch.manual_seed(0)
@@ -169,17 +177,17 @@ def _quiet_rng() -> Iterator[None]:
         yield
 
 
-def _copied(loader: Any) -> Any:
+def _copied(loader: Any, workers: bool = True) -> Any:
     """The loaders with iterators of their own, so that persistent workers of the run are left alone."""
     if isinstance(loader, DataLoader):
         other = copy.copy(loader)
-        other.__dict__["_iterator"] = None
+        other.__dict__ |= {"_iterator": None} | ({} if workers else {"num_workers": 0, "timeout": 0})
         return other
     if isinstance(loader, dict):
-        return {key: _copied(item) for key, item in loader.items()}
+        return {key: _copied(item, workers) for key, item in loader.items()}
     if isinstance(loader, CombinedLoader):
-        return _copied(loader.iterables)
-    return [_copied(item) for item in loader] if type(loader) in (list, tuple) else loader
+        return _copied(loader.iterables, workers)
+    return [_copied(item, workers) for item in loader] if type(loader) in (list, tuple) else loader
 
 
 @contextmanager

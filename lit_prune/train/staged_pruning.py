@@ -159,7 +159,12 @@ class StagedPruning(StagedRun):
             self.met.detach()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """In a resumed run whose network is already cut: takes up distillation where it was."""
+        """In a resumed run whose network is already cut: takes up distillation where it was.
+
+        Raises:
+            InputError: the module's own `setup` or `configure_model` has compiled its network.
+        """
+        check_replaceable(pl_module, self.subject.path)
         if self.records:
             self._teach(trainer, pl_module)
 

@@ -59,6 +59,17 @@ def batches():
     return [torch.randn(16, 3, 8, 8) for _ in range(10)]
 
 
+def test_samples_of_two_sizes_are_solved_for_together():
+    torch.manual_seed(0)
+    wanted, module = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+    values = [(x, wanted(x).detach()) for x in (torch.randn(8, 3, size, size) for size in (6, 8, 6, 9))]
+    fitted, held_out = samples(values), samples(values[:2])
+    found = solve_together(module, fitted, held_out, passes=200, seed=0)
+    assert found["after"] < 0.5 * found["before"]
+    apart = [samples([pair for pair in values if pair[0].shape[2] == size]) for size in (6, 8, 9)]
+    assert fitted.spread() == pytest.approx(sum(found.spread() for found in apart))
+
+
 def samples(values):
     found = Samples()
     for inputs, wanted in values:

@@ -368,3 +368,37 @@ def test_places_that_are_computed_from_values_say_where_values_go() -> None:
 
     graph = trace_groups(Picks().eval(), torch.randn(1, 3, 4, 4))
     assert [group.name for group in graph.prunable] == ["trunk"]
+
+
+class TurnedInPlace(nn.Module):
+    """Features that are turned without a copy, as recurrent layers do it where the batch comes first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(3, 6), nn.Linear(6, 5), nn.Linear(5, 2)
+
+    def forward(self, values: Tensor) -> Tensor:
+        found = self.second(F.relu(self.first(values))).transpose(0, 1).clone()
+        return self.head(found.transpose_(0, 1).unsqueeze_(0).squeeze_(0).mean(1))
+
+
+def test_what_is_turned_in_place_is_followed():
+    graph = trace_groups(TurnedInPlace(), torch.randn(2, 4, 3))
+    assert {group.name for group in graph.prunable} == {"first", "second"}
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.RNN])
+@pytest.mark.parametrize("both", [False, True])
+def test_layers_beside_recurrent_ones_can_go(kind, both):
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 6))
+            self.recurrent = kind(6, 5, batch_first=True, bidirectional=both)
+            self.second, self.head = nn.Linear(5 * (1 + both), 4), nn.Linear(4, 2)
+
+        def forward(self, values: Tensor) -> Tensor:
+            return self.head(self.second(self.recurrent(self.first(values))[0].mean(1)).relu())
+
+    prunable = {group.name for group in trace_groups(Network(), torch.randn(2, 7, 3)).prunable}
+    assert prunable == {"first.0", "second"}

@@ -71,7 +71,7 @@ def test_a_loss_for_a_batch_is_taken_image_by_image():
 
 def test_nothing_that_can_be_solved_again_is_a_line():
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3, groups=2)).eval()
-    with pytest.raises(InputError, match="no layer without groups reads channels"):
+    with pytest.raises(InputError, match="every layer that reads channels which can be pruned is grouped"):
         score(net, "reconstruction", [images()])
 
 

@@ -162,7 +162,7 @@ def test_every_rank_says_that_one_of_them_has_no_batch(monkeypatch, own):
     monkeypatch.setattr(samples, "sum_over_ranks", lambda trainer, sums: sums + 1)  # the other rank has none
     found = samples.Samples(SimpleNamespace(world_size=2), "net", lambda: [], "validation_step", "validation loader")
     if own:
-        monkeypatch.setattr(samples.Samples, "__iter__", lambda self: iter([object()]))
+        monkeypatch.setattr(samples.Samples, "_seen", lambda self, workers: iter([object()]))
     with pytest.raises(InputError, match=f"it holds no batch on {1 if own else 2} of 2 ranks; give more samples"):
         found.first()
 
@@ -365,8 +365,14 @@ class Odd(modules.Classifier):
         if how == "shared":
             self.tied = nn.Linear(8, 4)
             self.tied.weight = self.net[10].weight
+        elif how == "lazy":
+            self.net[10] = nn.LazyLinear(4)
         elif how == "compiled":
             self.net = torch.compile(self.net, backend="eager")
+
+    def setup(self, stage):
+        if self.how == "compiled_in_setup":
+            self.net.compile(backend="eager")
 
     def forward(self, pixels):
         if self.how == "bypassed":
@@ -381,6 +387,8 @@ class Odd(modules.Classifier):
     [
         ("shared", "'net' shares the parameter tied.weight"),
         ("compiled", "goes through torch.compile"),
+        ("compiled_in_setup", "goes through torch.compile"),
+        ("lazy", "a lazy layer of Sequential has no weights before it runs"),
         ("bypassed", "validation_step of Odd does not call Sequential"),
     ],
 )

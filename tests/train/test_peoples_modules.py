@@ -20,6 +20,7 @@ from lit_prune.structure.example import Example, first_sample
 from lit_prune.task import Custom
 from lit_prune.train.capture import Seen
 from lit_prune.train.distillation import Distillation
+from lit_prune.train.samples import calibration_samples
 from lit_prune.train.teaching import Lesson, Teaching
 from tests import lightning_modules as modules
 from tests.lightning_modules import images, loaders, network, trainer
@@ -413,3 +414,31 @@ def test_our_own_classifier_reads_batches_as_any_task_does(tmp_path):
         run.fit(module, DataLoader(samples, batch_size=8), DataLoader(samples, batch_size=8))
         assert {"train/loss", "val/accuracy"} <= set(run.callback_metrics)
         assert torch.cat(run.predict(module, DataLoader(samples, batch_size=8))).shape == (16, 4)
+
+
+class Looks(Callback):
+    """Takes the first calibration batch of a loader, then all of them."""
+
+    def __init__(self, loader: DataLoader, started: list[int]) -> None:
+        self.loader, self.started = loader, started
+
+    def on_train_start(self, trainer, pl_module):
+        samples = calibration_samples(trainer, "net", self.loader)
+        self.first, self.after_first = samples.first(), list(self.started)
+        self.all = list(samples)
+
+
+def test_the_first_batch_starts_no_processes(tmp_path, monkeypatch):
+    """Where they are spawned each takes seconds."""
+    started, begin = [], torch.utils.data.dataloader._MultiProcessingDataLoaderIter
+
+    def counted(loader):
+        started.append(loader.num_workers)
+        return begin(loader)
+
+    monkeypatch.setattr(torch.utils.data.dataloader, "_MultiProcessingDataLoaderIter", counted)
+    train, validation = loaders()
+    looks = Looks(DataLoader(validation.dataset, batch_size=8, num_workers=1), started)
+    trainer(tmp_path, looks, epochs=1).fit(modules.Classifier(), train, validation)
+    assert looks.after_first == [] and started == [1]
+    assert torch.equal(looks.first.args[0], looks.all[0].args[0])
