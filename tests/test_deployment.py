@@ -16,6 +16,7 @@ from lit_prune.models import build_network
 from lit_prune.predict import read_prepared
 from lit_prune.report.tables import result_cells
 from lit_prune.structure.latency import time_networks
+from lit_prune.structure.record import Record, note_record
 from lit_prune.timing import Timing, busy, circumstances, time_runs
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -85,7 +86,7 @@ def test_int8_is_smaller_and_mostly_decides_as_the_float_with_both_figures_told(
 
 
 def test_int8_without_data_of_ours_or_images_is_refused_in_a_line(run_dir, tmp_path, capsys):
-    network = load_compact(run_dir / "compact")
+    network = note_record(load_compact(run_dir / "compact"), Record())  # nothing says how images are prepared for it
     save_compact(tmp_path / "compact", network, backbone="cifar_resnet20", arguments=ARGUMENTS, input_shape=(1, 8, 8))
     (tmp_path / "config.yaml").write_text("data: {class_path: os.system, init_args: {command: ls}}")
     for more, words in ((["--int8", "true"], "no data set of lit_prune"), (["--normalisation", "inside"], "with what")):
