@@ -9,7 +9,7 @@ import torch
 import torch.utils.checkpoint
 from torch import nn
 from torch._C import DisableTorchFunction
-from torch.utils._mode_utils import no_dispatch
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.hooks import RemovableHandle
 
 from lit_prune.errors import InputError
@@ -59,7 +59,7 @@ def check_visible(model: nn.Module) -> None:
         hidden = "an exported program has one mode and no layers; give the nn.Module that it was made from"
     elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         hidden = f"{type(model).__name__} holds copies of a network; give its .module"
-    elif any(hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable") for module in modules):
+    elif any(map(_has_compiled_forward, modules)):
         hidden = "a forward in it is compiled code that goes on with this network; compile after it is cut"
     elif any(".quantized." in f"{type(module).__module__}." for module in modules):
         hidden = QUANTISED
@@ -70,7 +70,13 @@ def check_visible(model: nn.Module) -> None:
 
 COMPILED = "_orig_mod"  # where torch.compile keeps the module that it wraps
 QUANTISED = "its layers are quantised, and integers cannot be solved again; prune before it is quantised"
+FOREIGN = ("torchao.", "torch.distributed.")  # where the kinds of tensors are from that cannot be cut
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def _has_compiled_forward(module: nn.Module) -> bool:
+    """Whether compiled code stands in the place of a module's own forward; a wrapper of torch.compile has its own."""
+    return not hasattr(module, COMPILED) and hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
 
 
 def _odd_weights(module: nn.Module) -> str:
@@ -84,7 +90,7 @@ def _odd_weights(module: nn.Module) -> str:
         if is_layer and parameter.is_complex():
             return f"a {name} in it computes in complex numbers, which is not supported; take real layers"
         kind = type(parameter.data)
-        if kind is not torch.Tensor and kind is not nn.Parameter:
+        if kind.__module__.startswith(FOREIGN):
             sharded = "give the whole network, on one device" if "DTensor" in kind.__name__ else "prune before that"
             return f"the weights of a {name} in it are held as {kind.__name__}; {sharded}"
         if is_layer and not parameter.is_floating_point():
@@ -104,8 +110,8 @@ def removing(handles: Iterable[RemovableHandle]) -> Iterator[None]:
 
 @contextmanager
 def unwatched() -> Iterator[None]:
-    """No mode of torch sees what is computed inside."""
-    with DisableTorchFunction(), no_dispatch():
+    """No mode of torch sees what is computed inside; kinds of tensors keep their own ways of computing."""
+    with DisableTorchFunction(), _disable_current_modes():
         yield
 
 

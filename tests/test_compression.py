@@ -237,6 +237,8 @@ HIDDEN = {
 class Sharded(torch.Tensor):
     """Stands for tensors of libraries that shard or quantise."""
 
+    __module__ = "torch.distributed.tensor"
+
 
 def _with_compiled_forward(net: nn.Module) -> nn.Module:
     net.forward = torch.compile(net.forward, backend="eager")
