@@ -228,8 +228,7 @@ def _watching(
             first, *others = output if isinstance(output, tuple) else (output,)  # an attention gives its weights too
             shape = [1] * first.dim()
             shape[axes.channel_dim(module, first)] = -1
-            with unwatched():
-                nans = spots.to(first).view(shape)
+            nans = spots.to(first).view(shape)
             return (first + nans, *others) if isinstance(output, tuple) else first + nans
 
         return hook
@@ -238,8 +237,7 @@ def _watching(
         def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
             lost = np.flatnonzero(seen[name][-1])
             parted = exact and 0 < len(lost) < len(seen[name][-1])
-            with unwatched():
-                values = _of_the_rest(module, args[0], lost) if parted else output
+            values = _of_the_rest(module, args[0], lost) if parted else output
             return torch.add(values, held.pop(name), alpha=0)  # the marks
 
         return hook
