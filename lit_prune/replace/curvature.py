@@ -169,8 +169,10 @@ class CurvatureSums(InputGradients):
         """Adds the products of one part's gradients; values and gradients are [B, P, C]."""
         total, product = g.sum(1).cpu(), (g * a).sum(1).cpu()  # G, v: [B, C]
         wide, weights = total.shape[1], part.weights.double().cpu()[:, None]
-        shapes = [(wide,), (wide,), (wide, wide), (wide, wide), (wide,)]
-        sums = self.sums.setdefault(name, [torch.zeros(shape, dtype=torch.float64) for shape in shapes])
+        if name not in self.sums:
+            shapes = [(wide,), (wide,), (wide, wide), (wide, wide), (wide,)]
+            self.sums[name] = [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
+        sums = self.sums[name]
         if part.is_loss:
             sums[0] += (weights * total).sum(0)
             sums[1] += (weights * product).sum(0)

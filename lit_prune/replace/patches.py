@@ -13,13 +13,42 @@ from lit_prune.errors import InputError
 from lit_prune.measurement.layers import removing
 from lit_prune.progress import watched
 from lit_prune.replace.kernels import spread, steps
+from lit_prune.replace.regression import PairSums
 from lit_prune.running import undisturbed
 from lit_prune.structure.opened import opened
 from lit_prune.task import Task
 from lit_prune.task.batches import describe
 
+ENOUGH = 1024  # rows of a layer in one product
 MOST_SAMPLES = 32
 MOST_VALUES = 1 << 19  # of the inputs, in one pass with gradients: an image of 224 pixels takes 350 MB in a ResNet-50
+
+
+class WaitingRows:
+    """Rows of layers, which wait until there are enough: to add a product of few takes as long as one of many."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, PairSums] = {}
+        self._waiting: dict[str, list[Tensor]] = {}
+
+    def add(self, name: str, rows: Tensor) -> None:
+        """Adds rows of a layer."""
+        waiting = self._waiting.setdefault(name, [])
+        waiting.append(rows)
+        if sum(map(len, waiting)) >= ENOUGH:
+            self._multiply(name)
+
+    def finish(self) -> dict[str, PairSums]:
+        """The sums of all rows."""
+        for name in list(self._waiting):
+            self._multiply(name)
+        return self._sums
+
+    def _multiply(self, name: str) -> None:
+        rows = torch.cat(self._waiting.pop(name))
+        if name not in self._sums:
+            self._sums[name] = PairSums.zeros(rows, rows[:, :0])
+        self._sums[name].add(rows, rows[:, :0])
 
 
 class PositionSample:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from lit_prune.errors import InputError
 from lit_prune.measurement.layers import Batches
 from lit_prune.replace.kernels import is_solvable, kernel_of
-from lit_prune.replace.patches import PositionSample, gradient_samples, input_rows, output_rows
-from lit_prune.replace.regression import Covariance, PairSums, ridged
+from lit_prune.replace.patches import PositionSample, WaitingRows, gradient_samples, input_rows, output_rows
+from lit_prune.replace.regression import Covariance, ridged
 from lit_prune.structure import ChannelGraph, CostModel, Group, axes, trace_groups
 from lit_prune.task import Task, settle
 
@@ -255,7 +255,7 @@ def reader_moments(
             "that of its weights, so nothing can be solved again; use another score, such as cmr_logit"
         )
     task, batches = settle(task, model, batches)
-    sums: dict[str, PairSums] = {}
+    rows = WaitingRows()
     metrics: dict[str, Tensor] = {}
     samples = {name: PositionSample(POSITIONS, seed) for name in layers}
     count = 0
@@ -264,10 +264,11 @@ def reader_moments(
         for name, calls in sample.at.items():
             module = model.get_submodule(name)
             for inputs, gradient in calls:
-                _add_inputs(sums, name, module, inputs, gradient, samples[name])
+                _add_inputs(rows, name, module, inputs, gradient, samples[name])
                 slopes = output_rows(module, gradient, None)
-                metrics[name] = metrics.get(name, 0) + (slopes.T @ slopes).double().cpu()
-    moments = {}
+                product = (slopes.T @ slopes).double().cpu()
+                metrics[name] = metrics[name].add_(product) if name in metrics else product
+    moments, sums = {}, rows.finish()
     while sums:  # what has been turned goes: a ResNet-50 has 1 GB of either
         name, found = sums.popitem()
         moments[name] = ReaderMoments(found.covariance().cpu(), metrics[name] / count, int(found.rows))
@@ -275,11 +276,10 @@ def reader_moments(
 
 
 def _add_inputs(
-    sums: dict[str, PairSums], name: str, module: nn.Module, inputs: Tensor, output: Tensor, sample: PositionSample
+    found: WaitingRows, name: str, module: nn.Module, inputs: Tensor, output: Tensor, sample: PositionSample
 ) -> None:
     """Adds the patches that a layer reads at sampled positions of its output."""
     chosen = sample.draw(len(output), output[0].numel() // axes.width(module, "out"))
     for start in range(0, len(output), PIECE):
         part = slice(start, start + PIECE)
-        rows = input_rows(module, inputs[part], None if chosen is None else chosen[part])
-        sums.setdefault(name, PairSums.zeros(rows, rows[:, :0])).add(rows, rows[:, :0])
+        found.add(name, input_rows(module, inputs[part], None if chosen is None else chosen[part]))
