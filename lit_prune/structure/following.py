@@ -66,11 +66,11 @@ class Follower(LabelledTensors, TorchDispatchMode):
 
             return hook
 
-        named = self._model.named_modules()
-        rules = [(name, module, kind.follow) for name, module in named if (kind := layer_type(module)) is not None]
+        rules = [(n, m, kind.follow) for n, m in self._model.named_modules() if (kind := layer_type(m)) is not None]
         self.layers = {name for name, _, _ in rules}
         handles = [module.register_forward_pre_hook(enter) for _, module, _ in rules]
-        handles += [module.register_forward_hook(leave(name, rule), with_kwargs=True) for name, module, rule in rules]
+        for name, module, rule in rules:  # before the network's own hooks, which are followed operation by operation
+            handles.append(module.register_forward_hook(leave(name, rule), prepend=True, with_kwargs=True))
         with removing(handles):
             yield
 
