@@ -87,7 +87,7 @@ def changes(hook: Any) -> bool | None:
 
     It does if it returns something else than None. A lambda that ends in a call returns whatever that gives.
 
-    >>> changes(lambda module, args, output: output * 2), changes(print)
+    >>> changes(torch.nn.functional.relu), changes(print)
     (True, None)
     """
     while isinstance(hook, functools.partial):
