@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lit_prune.replace.own_forward import has_own_forward, keeps_its_map, padded_map
 from lit_prune.structure import axes
+from lit_prune.structure.hooks import answers_otherwise
 
 SLIDE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -20,6 +21,7 @@ def is_solvable(module: nn.Module) -> bool:
     """Whether each output of a layer is a linear function of all channels that it reads, of weights that can be set."""
     plain = axes.is_weighted(module) and getattr(module, "groups", 1) == 1
     plain = plain and "weight" in dict(module.named_parameters(recurse=False))  # else made of others in every pass
+    plain = plain and not answers_otherwise(module)
     return plain and (not has_own_forward(module) or (not is_transposed(module) and keeps_its_map(module)))
 
 

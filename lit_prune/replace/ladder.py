@@ -194,5 +194,5 @@ def distortion_ladders(
             if not reads[reader]:
                 moments.pop(reader, None)
     cuts = {name: found for name, found in cuts.items() if found}
-    moved = measured_distortion(model, batches, cuts, task, seed)
+    moved = measured_distortion(model, batches, cuts, task, seed) if cuts else {}
     return {name: (widths[name], [*values.tolist(), 0.0]) for name, values in moved.items()}

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shutil
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,6 +21,7 @@ from lit_prune.files import check_seal, read_json, sealed, write_json, write_tex
 from lit_prune.preparation import Preparation
 from lit_prune.structure.card import model_card
 from lit_prune.structure.description import Description
+from lit_prune.structure.hooks import others_hooks
 from lit_prune.structure.latency import own_tensors
 from lit_prune.structure.plan import Plan
 from lit_prune.structure.record import note_record, record_of
@@ -83,6 +85,12 @@ def save_compact(
     tensors = own_tensors(model)
     if backbone is not None:
         _check_same(described.rebuild(trust=(backbone,)), tensors, described.source)
+        if hooks := others_hooks(model, changing=True):
+            warnings.warn(
+                f"save_compact: a folder has no hooks; put those of {', '.join(hooks)}, which change what the network "
+                "computes, on it again when it is loaded",
+                stacklevel=2,
+            )
     with _whole_folder(Path(folder)) as partial:
         write_safetensors(partial / WEIGHTS, tensors)
         structure = {"format": FORMAT, "version": VERSION, **values, "input_shape": list(described.input_shape) or None}

@@ -46,7 +46,7 @@ class Follower(LabelledTensors, TorchDispatchMode):
         super().__init__(model)
         self.attends = self.decides = False
         self.layers, self.ran = set[str](), set[str]()
-        self._model, self._sample = model, sample
+        self._sample = sample
         self._hollow, self._inverts, self._inside = Hollow(sample.tensors, skips=hollow), inverts, 0
 
     @contextmanager
@@ -66,11 +66,11 @@ class Follower(LabelledTensors, TorchDispatchMode):
 
             return hook
 
-        named = self._model.named_modules()
-        rules = [(name, module, kind.follow) for name, module in named if (kind := layer_type(module)) is not None]
+        rules = [(n, m, kind.follow) for n, m in self._model.named_modules() if (kind := layer_type(m)) is not None]
         self.layers = {name for name, _, _ in rules}
         handles = [module.register_forward_pre_hook(enter) for _, module, _ in rules]
-        handles += [module.register_forward_hook(leave(name, rule), with_kwargs=True) for name, module, rule in rules]
+        for name, module, rule in rules:  # before the network's own hooks, which are followed operation by operation
+            handles.append(module.register_forward_hook(leave(name, rule), prepend=True, with_kwargs=True))
         with removing(handles):
             yield
 
@@ -122,14 +122,10 @@ class Follower(LabelledTensors, TorchDispatchMode):
         elif (rule := self._rule(name)) is not None:
             rule(args, output)
         else:
-            products = name in operations.PRODUCTS and self._two(args)
-            self._keep(args, kwargs, reasons.ATTENTION if products else reasons.operation(name))
+            several = sum(map(self._hollow.depends, tensors_in(args))) > 1
+            self._keep(args, kwargs, self.reason_of(name, tensors_in(args), several))
             for tensor in tensors_in(output):
                 self.put(tensor, self.fixed[2].expand(tensor.shape))
-
-    def _two(self, args: tuple) -> bool:
-        """Whether two tensors that depend on the input are multiplied."""
-        return sum(self.of(t) is not None and not self.is_bare(t) for t in tensors_in(args)) > 1
 
     def _rule(self, name: str) -> Callable | None:
         """What an operation with a rule of its own does, given its arguments and output."""

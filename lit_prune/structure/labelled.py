@@ -1,14 +1,16 @@
 """Which labels the tensors of a running network have."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lit_prune.structure import reasons
 from lit_prune.structure.labels import FIXED, Labels
 from lit_prune.structure.layers import layer_type
+from lit_prune.structure.operations import PRODUCTS
 
 _BARE = 1 << 20  # values of a bare parameter or buffer that is followed; a larger one is a matrix of weights
 
@@ -23,6 +25,7 @@ class LabelledTensors:
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        self._model = model
         self.labels = Labels()
         self.fixed = self.labels.axis("", "fixed", FIXED)  # the network's input, zeros of a padding, the unknown
         self.labels.keep([self.fixed[:1]], reasons.INPUT)
@@ -58,6 +61,37 @@ class LabelledTensors:
     def is_bare(self, tensor: Tensor) -> bool:
         """Whether it is a parameter or buffer that no layer with a rule of its own holds."""
         return key_of(tensor) in self._bare
+
+    def reason_of(self, name: str, factors: Sequence[Tensor], several: bool) -> str:
+        """Why channels stay that an operation mixes, of which several tensors or but one depend on the input."""
+        if name not in PRODUCTS:
+            return reasons.operation(name)
+        return reasons.ATTENTION if several else reasons.loose(name, *self._owner_of(factors))
+
+    def _owner_of(self, factors: Sequence[Tensor]) -> tuple[str, bool]:
+        """Who holds the weights among factors, in words, and whether that is a layer that the network does not know."""
+        places = {tensor.untyped_storage().data_ptr() for tensor in factors}
+        for name, held in self._bare.values():
+            if held.untyped_storage().data_ptr() in places:
+                return f"the parameter or buffer {name}", False
+        for name, layer in _hidden_layers(self._model):
+            if any(held.untyped_storage().data_ptr() in places for held in layer.parameters()):
+                return f"those of a {type(layer).__name__} in the Python {name}", True
+        return "they are made in the forward pass", False
+
+
+def _hidden_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Layers in the lists, tuples and dictionaries of modules, which `parameters` does not find."""
+    for prefix, module in model.named_modules():
+        for key, held in vars(module).items():
+            if key in _EMPTY or not isinstance(held, (list, tuple, dict)):
+                continue
+            for layer in tree_leaves(held):
+                if isinstance(layer, nn.Module):
+                    yield f"{type(held).__name__} {f'{prefix}.{key}' if prefix else key}", layer
+
+
+_EMPTY = frozenset(vars(nn.Module()))
 
 
 def key_of(tensor: Tensor) -> tuple:

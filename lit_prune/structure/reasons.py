@@ -22,6 +22,19 @@ def operation(name: str) -> str:
     return f"its channels do not keep their positions through the operation {name}"
 
 
+def loose(product: str, owner: str, listed: bool) -> str:
+    """The reason where channels are multiplied by weights that no layer holds.
+
+    Args:
+        product: the operation.
+        owner: whose weights they are.
+        listed: whether that is a layer which the network does not know of.
+    """
+    what, layer = ("a convolution", "nn.Conv2d") if product == "convolution" else ("a product", "nn.Linear")
+    advice = "put layers into an nn.ModuleList" if listed else f"use a layer such as {layer}"
+    return f"its channels pass through {what} with weights that no layer of the network holds ({owner}); {advice}"
+
+
 def statistics(name: str, module: nn.Module) -> str:
     """The reason where a norm takes statistics over channels."""
     return f"they pass through {name} ({type(module).__name__}), whose statistics would change"

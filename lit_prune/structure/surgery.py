@@ -1,5 +1,6 @@
 """Surgery: a plan applied to a network, to an optimizer's tensors, to the columns of a layer."""
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from lit_prune.models import drop_blocks
 from lit_prune.structure import axes
 from lit_prune.structure.attributes import follow_widths
 from lit_prune.structure.groups import ChannelGraph, trace_groups
+from lit_prune.structure.hooks import others_hooks
 from lit_prune.structure.plan import Plan
 from lit_prune.structure.record import note_cut
 from lit_prune.structure.tracing import copy_network, one_sample, run, traceable
@@ -21,8 +23,9 @@ from lit_prune.structure.tracing import copy_network, one_sample, run, traceable
 def apply_plan(model: nn.Module, plan: Plan, example_input: Any) -> nn.Module:
     """A physically smaller copy of `model`: blocks first, then channels. `model` itself is untouched.
 
-    The copy has no hooks of a trainer or recorder; train/eval and `requires_grad` flags, device, precision and memory
-    format are the model's. It knows its plans and what it is called with, so that `save_compact` needs nothing else.
+    The copy has the hooks that are part of what the network computes, and no others (a warning names them); train/eval
+    and `requires_grad` flags, device, precision and memory format are the model's. It knows its plans and what it is
+    called with, so that `save_compact` needs nothing else.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> apply_plan(net, Plan(keep_channels={"0": (0, 3, 5)}, sizes={"0": 8}), torch.zeros(1, 4))[2]
@@ -37,6 +40,12 @@ def apply_plan(model: nn.Module, plan: Plan, example_input: Any) -> nn.Module:
         InputError: the plan removes nothing or does not fit the network; the group or block is named.
         RuntimeError: an invariant does not hold afterwards; the layer is named.
     """
+    if others := others_hooks(model, changing=False):
+        warnings.warn(
+            f"the smaller copy does not run the hooks of {', '.join(others)}, which nothing shows "
+            "to be part of the network; put them on it again if it needs them",
+            stacklevel=3,  # past the check of arguments
+        )
     with torch.inference_mode(False):
         smaller, graph = _opened(model, plan, example_input)
         if plan.keep_channels:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lit_prune.errors import InputError, UndefinedLossError
 from lit_prune.registry import Kinds, Named
 from lit_prune.structure.example import Example
-from lit_prune.task.batches import describe, find_layout, is_listed, size_of, slice_batch, to_network
+from lit_prune.task.batches import describe, fields_of, find_layout, is_listed, size_of, slice_batch, to_network
 from lit_prune.task.outputs import joined
 
 
@@ -63,8 +63,8 @@ class Task(Named):
         key = find_layout(batch, self.parameters).target
         if key is None:
             raise InputError(f"batches: a batch is {describe(batch)}, without a target; {GIVE_LOSS}")
-        if isinstance(batch, Mapping):
-            return {**batch, key: target}
+        if isinstance(batch, Mapping) or fields_of(batch) is not None:
+            return {**(fields_of(batch) or batch), key: target}
         return tuple(target if place == key else value for place, value in enumerate(batch))
 
     def run(self, model: nn.Module, batch: Any) -> Any:

@@ -1,8 +1,9 @@
 """Where a batch keeps what the network reads and what its answer is compared with."""
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -41,13 +42,15 @@ class Layout:
 
     def arguments(self, batch: Any) -> tuple[tuple, dict[str, Any]]:
         """Positional and named arguments of the network."""
-        found = [batch] if self.inputs == () and not self.keywords else [batch[key] for key in self.inputs or ()]
+        values = batch if (fields := fields_of(batch)) is None else fields
+        found = [batch] if self.inputs == () and not self.keywords else [values[key] for key in self.inputs or ()]
         several = len(found) == 1 and isinstance(found[0], tuple | list) and not self.listed
-        return tuple(found[0]) if several else tuple(found), {key: batch[key] for key in self.keywords}
+        return tuple(found[0]) if several else tuple(found), {key: values[key] for key in self.keywords}
 
     def target_of(self, batch: Any) -> Any:
         """The target, or None."""
-        return None if self.target is None else batch[self.target]
+        values = batch if (fields := fields_of(batch)) is None else fields
+        return None if self.target is None else values[self.target]
 
 
 def forward_parameters(model: nn.Module) -> dict[str, bool]:
@@ -61,8 +64,8 @@ def find_layout(batch: Any, parameters: Mapping[str, bool] = {}) -> Layout:
     """The layout of a batch of a usual kind.
 
     x; (x, y); (x, y, ...); ((x1, x2), y); (x1, x2, y) where the network needs two arguments; dicts whose keys are the
-    network's parameters, or with `INPUT_KEYS` or `KEYWORDS`, and with `TARGET_KEYS`; a list of images [C, H, W], alone
-    or with a list of targets.
+    network's parameters, or with `INPUT_KEYS` or `KEYWORDS`, and with `TARGET_KEYS`; dataclasses, and objects that hold
+    tensors, as dicts of their fields; a list of images [C, H, W], alone or with a list of targets.
 
     Args:
         batch: the batch.
@@ -74,7 +77,9 @@ def find_layout(batch: Any, parameters: Mapping[str, bool] = {}) -> Layout:
     if isinstance(batch, Tensor):
         return Layout()
     if isinstance(batch, Mapping):
-        return _mapping_layout(batch, parameters)
+        return _mapping_layout(batch, batch, parameters)
+    if (fields := fields_of(batch)) is not None:
+        return _mapping_layout(fields, batch, parameters)
     if isinstance(batch, list | tuple) and batch:
         if are_images(batch):
             return Layout(listed=True)
@@ -102,7 +107,27 @@ HOW_TO_GIVE = (
 )
 
 
-def _mapping_layout(batch: Mapping, parameters: Mapping[str, bool]) -> Layout:
+def fields_of(value: Any) -> dict[str, Any] | None:
+    """Fields of a dataclass, or the attributes of another object (of attrs, say) that holds tensors in some; else None.
+
+    >>> fields_of(Layout((0,)))["inputs"], fields_of("text")
+    ((0,), None)
+    """
+    if isinstance(value, type | Tensor | nn.Module | Mapping | list | tuple):
+        return None
+    if is_dataclass(value):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
+    slots = (slot for kind in type(value).__mro__ for slot in _tuple(vars(kind).get("__slots__", ())))
+    slots = (slot for slot in slots if not slot.startswith("__"))  # __weakref__, __dict__
+    held = {slot: getattr(value, slot) for slot in slots if hasattr(value, slot)} | getattr(value, "__dict__", {})
+    return held if any(isinstance(item, Tensor) for item in held.values()) else None
+
+
+def _tuple(value: Any) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _mapping_layout(batch: Mapping, shown: Any, parameters: Mapping[str, bool]) -> Layout:
     """The first argument by position, under whatever usual key, others by the network's own names for them.
 
     Names of targets are inputs only where the network needs them.
@@ -116,7 +141,7 @@ def _mapping_layout(batch: Mapping, parameters: Mapping[str, bool]) -> Layout:
     first = next((key for key in (*own, *INPUT_KEYS) if key in batch), None)
     if first is None:
         wanted = ", ".join((*INPUT_KEYS, *KEYWORDS[:1]))
-        raise InputError(f"batches: a batch is {describe(batch)}, with none of the keys {wanted}; {HOW_TO_GIVE}")
+        raise InputError(f"batches: a batch is {describe(shown)}, with none of the keys {wanted}; {HOW_TO_GIVE}")
     rest = tuple(key for key in given if key != first)
     return Layout((first,), rest, target, listed=are_images(batch[first]))
 
@@ -132,6 +157,18 @@ def are_images(values: Any) -> bool:
     return all(value.ndim == 3 and value.shape[0] <= 4 and value.is_floating_point() for value in values)
 
 
+def is_one_hot(target: Any, classes: int | None = None) -> bool:
+    """Whether a target [B, K, ...] says one class at every place: 0 and 1, with exactly one 1 along its second axis.
+
+    >>> is_one_hot(torch.eye(3)), is_one_hot(torch.ones(2, 3))
+    (True, False)
+    """
+    several = isinstance(target, Tensor) and target.ndim > 1 and target.shape[1] > 1
+    if not several or classes not in (None, target.shape[1]):
+        return False
+    return bool(((target == 0) | (target == 1)).all() and (target.sum(1) == 1).all())
+
+
 def describe(value: Any, depth: int = 2) -> str:
     """What a batch or an output is made of, on one line."""
     if isinstance(value, Tensor):
@@ -143,11 +180,13 @@ def describe(value: Any, depth: int = 2) -> str:
         inner = ", ".join(describe(item, depth - 1) for item in value[:4])
         more = ", ..." if len(value) > 4 else ""
         return f"{type(value).__name__} of ({inner}{more})" if depth else f"{type(value).__name__} of {len(value)}"
+    if depth and (held := fields_of(value)):
+        return f"{type(value).__name__} of {describe(held, depth).removeprefix('dict of ')}"
     return type(value).__name__
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same containers (dicts, lists, tuples, named tuples, dataclasses) with every tensor changed."""
+    """The same containers (dicts, lists, tuples, named tuples, `fields_of`) with every tensor changed."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, Mapping):
@@ -160,10 +199,14 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _with_fields(value: Any, change: Callable[[Any], Any]) -> Any:
-    """A dataclass with every field changed; anything else as it is."""
-    if not is_dataclass(value) or isinstance(value, type):
+    """An object with every one of its `fields_of` changed; anything else as it is."""
+    held = fields_of(value)
+    if held is None:
         return value
-    return replace(value, **{field.name: change(getattr(value, field.name)) for field in fields(value) if field.init})
+    twin = copy.copy(value)
+    for name, item in held.items():
+        object.__setattr__(twin, name, change(item))  # of frozen ones too
+    return twin
 
 
 def to_network(batch: Any, model: nn.Module) -> Any:

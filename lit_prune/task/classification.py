@@ -1,4 +1,4 @@
-"""One class for each sample: logits [B, K] with labels [B], or with probabilities [B, K] (mixup's soft labels)."""
+"""One class for each sample: logits [B, K] with labels [B] or one-hot [B, K], or probabilities [B, K] (mixup's)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from torch import Tensor
 from lit_prune.errors import InputError
 from lit_prune.task.answered import Answered
 from lit_prune.task.base import Term, register_task, unknown_variable
-from lit_prune.task.batches import describe
+from lit_prune.task.batches import describe, is_one_hot
 
 CLASSES = 10  # up to so many classes the curvature is exact in the label, above it is sampled
 
@@ -91,7 +91,7 @@ def check_labels(labels: Tensor | None, images: int, classes: int) -> Tensor:
 
 @register_task("classification")
 class Classification(Answered):
-    """Cross-entropy of logits [B, K] with labels int64 [B] or probabilities [B, K]; figure: top-1 accuracy.
+    """Cross-entropy of logits [B, K] with labels int64 [B], one-hot [B, K], or probabilities [B, K]; figure: accuracy.
 
     Images alone are fine where nothing asks for labels: the task variables are then the two `predicted` ones. The
     margins need labels of classes; with probabilities the accuracy counts the likeliest class.
@@ -101,6 +101,11 @@ class Classification(Answered):
     higher_is_better = True
     decides = True
     variables = tuple(TARGETS)
+
+    def target(self, batch: Any) -> Any:
+        """Labels [B], of one-hot ones too, or probabilities [B, K]; None where the batch has none."""
+        found = super().target(batch)
+        return found.byte().argmax(1) if is_one_hot(found) and found.ndim == 2 else found
 
     def labels(self, output: Any, batch: Any) -> Tensor:
         """Labels int64 [B] or probabilities [B, K], checked and on the output's device.
@@ -161,11 +166,11 @@ class Classification(Answered):
 
     @classmethod
     def suits(cls, logits: Tensor, target: Tensor, size: int) -> bool:
-        """Logits [B, K] with integer labels [B], or with rows of probabilities."""
+        """Logits [B, K] with integer labels [B], or with rows that are one-hot or probabilities."""
         if logits.ndim != 2 or logits.shape[1] < 2:
             return False
         if not target.is_floating_point():
-            return target.shape == (size,)
+            return target.shape == (size,) or (target.shape == logits.shape and is_one_hot(target))
         if target.shape != logits.shape:
             return False
         sums = target.sum(1)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lit_prune.errors import InputError, first_line
 from lit_prune.running import check_visible, undisturbed
@@ -74,7 +74,7 @@ def recognise(model: nn.Module, batch: Any) -> Task:
     reader = Unlabelled()
     reader.parameters = forward_parameters(model)
     few, output = try_out(reader, model, batch)
-    target, size = reader.target(few), reader.size(few)
+    target, size = telling(reader.target(batch), reader.target(few)), reader.size(few)
     fitting = (kind() for kind in TASKS.latest_first() if kind.fits(output, target, size))
     found = next(fitting, None) or Unlabelled(
         f"batches: the network answers {describe(output)} and the target is {describe(target)}, which is none of "
@@ -82,6 +82,23 @@ def recognise(model: nn.Module, batch: Any) -> Task:
     )
     found.parameters = reader.parameters
     return found
+
+
+def telling(whole: Any, few: Any) -> Any:
+    """As many rows of a target as those of a few samples: those that least say one class, or hold least 0 and 1 alone.
+
+    Two samples with a label each may be of a set whose others have several.
+
+    Args:
+        whole: the target of a batch.
+        few: of its first samples.
+    """
+    if not isinstance(few, Tensor) or few.ndim < 2 or len(few) != SAMPLES or few.shape[1:] != whole.shape[1:]:
+        return few
+    rows = whole.detach().float()
+    sums = (rows.sum(1) - 1).abs().reshape(len(rows), -1).amax(1)
+    beyond = torch.minimum(rows.abs(), (rows - 1).abs()).reshape(len(rows), -1).amax(1)
+    return whole[[int(sums.argmax()), int(beyond.argmax())]]
 
 
 def try_out(reader: Task, model: nn.Module, batch: Any) -> tuple[Any, Any]:

@@ -11,6 +11,7 @@ from lit_prune.task.base import Term, register_task
 from lit_prune.task.batches import describe
 from lit_prune.task.classification import Classification
 from lit_prune.task.multi_label import MultiLabel
+from lit_prune.task.segmentation import Segmentation
 
 
 @register_task("regression")
@@ -40,6 +41,6 @@ class Regression(Answered):
     def suits(cls, values: Tensor, target: Tensor, size: int) -> bool:
         """As many values in the target as in the output, and nothing that says they are labels."""
         same = target.numel() == values.numel() and len(target) == size
-        if not same or Classification.suits(values, target, size) or MultiLabel.suits(values, target, size):
+        if not same or any(kind.suits(values, target, size) for kind in (Classification, MultiLabel, Segmentation)):
             return False
         return target.is_floating_point() or values.shape == target.shape

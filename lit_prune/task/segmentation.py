@@ -11,7 +11,7 @@ from lit_prune.arguments import checked
 from lit_prune.errors import InputError
 from lit_prune.task.answered import Answered
 from lit_prune.task.base import Term, register_task
-from lit_prune.task.batches import describe
+from lit_prune.task.batches import describe, is_one_hot
 
 VOID = (255, -100)  # what data sets and torch take for pixels without a label
 IGNORED = -100
@@ -20,7 +20,7 @@ IGNORED = -100
 @checked
 @register_task("segmentation")
 class Segmentation(Answered):
-    """Cross-entropy of logits [B, K, ...] with labels [B, ...]; figure: mean intersection over union.
+    """Cross-entropy of logits [B, K, ...] with labels [B, ...] or one-hot [B, K, ...]; figure: mean IoU.
 
     Logits smaller than the labels are resized first (linear), as networks that answer at a fraction of the resolution
     are used. The loss of a sample is the mean over its pixels that are not void. The figure is the mean over classes
@@ -46,6 +46,8 @@ class Segmentation(Answered):
         logits, labels = self.prediction(output), self.target(batch)
         if isinstance(labels, Tensor) and labels.ndim == logits.ndim and labels.shape[1] == 1:
             labels = labels[:, 0]
+        elif isinstance(labels, Tensor) and labels.ndim == logits.ndim and is_one_hot(labels, logits.shape[1]):
+            labels = labels.byte().argmax(1)
         if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim != logits.ndim - 1:
             raise InputError(f"batches: labels are {describe(labels)} for logits {list(logits.shape)}; give int64 maps")
         labels = labels.to(logits.device, torch.int64)
@@ -105,7 +107,9 @@ class Segmentation(Answered):
 
     @classmethod
     def suits(cls, logits: Tensor, target: Tensor, size: int) -> bool:
-        """Logits [B, K, ...] of two classes or more with integer labels [B, ...] or [B, 1, ...]."""
-        if target.is_floating_point() or logits.ndim < 3 or logits.shape[1] < 2 or len(target) != size:
+        """Logits [B, K, ...] of two classes or more with integer labels [B, ...] or [B, 1, ...], or one-hot maps."""
+        if logits.ndim < 3 or logits.shape[1] < 2 or len(target) != size:
             return False
+        if target.is_floating_point() or target.shape[1:2] == logits.shape[1:2]:
+            return target.ndim == logits.ndim and is_one_hot(target, logits.shape[1])
         return target.ndim == logits.ndim - 1 or (target.ndim == logits.ndim and target.shape[1] == 1)

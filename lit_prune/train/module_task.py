@@ -15,6 +15,7 @@ from lit_prune.running import undisturbed
 from lit_prune.structure.example import Example
 from lit_prune.task import TASKS, Task, Term, find_task
 from lit_prune.task.batches import describe, find_layout, map_tensors
+from lit_prune.task.recognise import telling
 from lit_prune.train.capture import Seen, as_found, step_arguments
 from lit_prune.train.locate import network_at
 
@@ -248,7 +249,7 @@ def _recognised(network: nn.Module, seen: Seen) -> Task | None:
     """The task of `TASKS` that fits the network's answer and the target of the batch, or None."""
     few = seen.first(2)
     try:
-        target = find_layout(few.batch).target_of(few.batch)
+        target = telling(*(find_layout(part.batch).target_of(part.batch) for part in (seen, few)))
     except InputError:
         return None
     with undisturbed(network):

@@ -14,10 +14,12 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader, RandomSampler
 
 from lit_prune.errors import InputError
+from lit_prune.task.batches import map_tensors
 from lit_prune.train.capture import NotCalledError, Seen, see, step_for_evaluation
 from lit_prune.train.rewire import sum_over_ranks, training_loader, validation_loader
 from lit_prune.train.trainer_state import datamodule_of
 
+LARGEST = 1 << 30  # bytes of samples that are kept
 SAMPLES = 1024  # of the validation loader, where nobody says how many
 Numbered = tuple[Any, int, int]  # batch, its index, number of its loader
 
@@ -87,6 +89,40 @@ class Samples:
             which = f" on {without} of {ranks} ranks; give more samples, or fewer devices" if ranks > 1 else ""
             raise InputError(f"{self.origin}: it holds no batch{which or '; give at least one'}")
         return found
+
+
+class Kept:
+    """Samples that are read once: every pass gets copies of them, since networks and steps may write into theirs.
+
+    More than `LARGEST` bytes of them are read anew in every pass.
+    """
+
+    def __init__(self, samples: Samples) -> None:
+        self._samples = samples
+        self.origin, self.first = samples.origin, samples.first
+        self._kept: list[Seen] | None = None
+
+    def __iter__(self) -> Iterator[Seen]:
+        if self._kept is None:
+            self._kept = self._read()
+        return (map_tensors(seen, torch.clone) for seen in self._kept or self._samples)
+
+    def _read(self) -> list[Seen]:
+        """All of them; none where they are too many."""
+        found, left = [], LARGEST
+        for seen in self._samples:
+            found.append(seen)
+            left -= sum(tensor.nbytes for tensor in _tensors(seen))
+            if left < 0:
+                return []
+        return found
+
+
+def _tensors(seen: Seen) -> list[torch.Tensor]:
+    """The tensors of a batch, each once."""
+    found: dict[int, torch.Tensor] = {}
+    map_tensors(seen, lambda tensor: found.setdefault(id(tensor), tensor))
+    return list(found.values())
 
 
 def check_calibration(given: Iterable[Any] | int | None) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lit_prune.errors import InputError
@@ -76,22 +77,30 @@ def format_figure(name: str, value: float) -> str:
     return f"{value:.2%}" if "acc" in name and 0 <= value <= 1 else f"{value:.4g}"
 
 
-def check_done(records: Sequence[Mapping[str, Any]], stages: Sequence[Stage]) -> None:
-    """Refuses a run whose stages that are done are not those of its configuration.
+def check_done(records: Sequence[Mapping[str, Any]], stages: Sequence[Stage], earlier: Sequence[Path]) -> None:
+    """Refuses a run whose stages that are done are not those that are asked for.
+
+    Args:
+        records: of the stages that are done.
+        stages: those that are asked for.
+        earlier: the checkpoint from before each stage, and one from after the last, whether there or not.
 
     Raises:
-        InputError: the first that differs is named.
+        InputError: the first that differs is named, and the checkpoint to go back to.
     """
-    if len(records) > len(stages):
-        raise InputError(f"stages: {len(records)} are done already, the configuration has {len(stages)}")
-    for record, stage in zip(records, stages, strict=False):
-        done, asked = record["protocol"]["stage"], plain(stage.to_dict())
+    for place, record in enumerate(records):
+        done = record["protocol"]["stage"]
+        asked = plain(stages[place].to_dict()) if place < len(stages) else {}
         changed = [key for key in {**done, **asked} if done.get(key) != asked.get(key)]
-        if changed:
-            raise InputError(
-                f"stage {record['name']} at epoch {record['epoch']} is done, with {changed[0]}={done.get(changed[0])}; "
-                "only those that are not done can be corrected"
-            )
+        if not changed:
+            continue
+        key, file = changed[0], earlier[place]
+        other = f"now with {key}={asked.get(key)}" if asked else "now left out"
+        back = f"resume from {file}" if file.is_file() else "begin anew in another folder"
+        raise InputError(
+            f"stage {record['name']} at epoch {record['epoch']} is done, with {key}={done.get(key)}, and {other}; "
+            f"{back} for other stages, or ask for those that are done"
+        )
 
 
 def plain(value: Any) -> Any:

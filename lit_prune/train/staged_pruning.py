@@ -31,7 +31,7 @@ from lit_prune.train.stage_record import (
     check_done,
     check_metric_name,
 )
-from lit_prune.train.staged_run import StagedRun
+from lit_prune.train.staged_run import StagedRun, new_run
 from lit_prune.train.stages import BlockStage, ChannelStage, Stage
 from lit_prune.train.subject import Subject
 from lit_prune.train.surgeon import Surgeon
@@ -162,9 +162,12 @@ class StagedPruning(StagedRun):
         """In a resumed run whose network is already cut: takes up distillation where it was.
 
         Raises:
-            InputError: the module's own `setup` or `configure_model` has compiled its network.
+            InputError: the module's own `setup` or `configure_model` has compiled its network; a stage that is done is
+                asked for with other values.
         """
         check_replaceable(pl_module, self.subject.path)
+        earlier = [self._checkpoint(trainer, done) for done in range(len(self.stages) + 1)]
+        check_done(self.records, self.stages, earlier)
         if self.records:
             self._teach(trainer, pl_module)
 
@@ -184,21 +187,26 @@ class StagedPruning(StagedRun):
                 "staged pruning needs max_epochs, or max_steps and loaders of known length: phases have ends"
             )
         check_epochs(self.stages, None if is_trial(trainer) else total)
-        check_done(self.records, self.stages)
         if not self._checked:
             self.surgeon.meet(trainer, self.subject)
             self._check_stages()
         if not is_trial(trainer):
             self.figures.check(trainer, self.subject.path)
         self._warn_of_copies(trainer, pl_module)
+        self._check_late(trainer)
+        run_dir = Path(trainer.default_root_dir)
+        if trainer.is_global_zero and run_of(run_dir) == self.run:
+            self.run = new_run()  # what it handed over is not what it will have now
+        if trainer.is_global_zero and not self.dense:
+            set_aside(run_dir, self.run)
+
+    def _check_late(self, trainer: Trainer) -> None:
         late = [s for s in self.stages[len(self.records) :] if s.epoch < trainer.current_epoch]
         if late:
             raise InputError(
                 f"stage {late[0].name} at epoch {late[0].epoch} was not done, and the checkpoint is already at epoch "
                 f"{trainer.current_epoch}; move the stage or resume from an earlier checkpoint"
             )
-        if trainer.is_global_zero and not self.dense:
-            set_aside(Path(trainer.default_root_dir), self.run)
 
     def _warn_of_copies(self, trainer: Trainer, module: LightningModule) -> None:
         """Says that averages of the weights which somebody else keeps will not follow a cut."""
@@ -253,7 +261,13 @@ class StagedPruning(StagedRun):
             rank_zero_warn(f"the run stopped early at epoch {trainer.current_epoch}, not done: {names}; {handed}")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Hands over the compact model."""
+        """Hands over the compact model.
+
+        Raises:
+            InputError: a finished run was started again with a stage more than it had.
+        """
+        if not self._trained and not self.failed:
+            self._check_late(trainer)
         if self.records and trainer.is_global_zero:
             run_dir = Path(trainer.default_root_dir)
             done = not self._trained and run_of(run_dir) == self.run  # a finished run was started again

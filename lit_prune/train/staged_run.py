@@ -87,7 +87,7 @@ class StagedRun(Callback):
         self.dense: dict[str, Any] = {}
         self.records: list[dict[str, Any]] = []
         self.phases = Phases(tuple(stage.epoch for stage in self.stages))
-        self.run = uuid.uuid4().hex[:12]
+        self.run = new_run()
         self._epoch_began = 0.0
         self._measured = -1
         self._trained = self._checked = False
@@ -216,3 +216,8 @@ class StagedRun(Callback):
         network = self.subject.before(plans)
         load_state(network, weights_of(self._checkpoint(trainer, held), self.subject.path))
         return note_record(network, shortened(record_of(self.subject.network), plans))
+
+
+def new_run() -> str:
+    """An identifier that no other run has."""
+    return uuid.uuid4().hex[:12]

@@ -18,7 +18,7 @@ from lit_prune.train.figures import Figures
 from lit_prune.train.module_task import SeenTask, task_in
 from lit_prune.train.phase_optimizer import PhaseOptimizer
 from lit_prune.train.rewire import begin_anew, rewired, share_state
-from lit_prune.train.samples import Samples, calibration_samples, recalibration_samples
+from lit_prune.train.samples import Kept, Samples, calibration_samples, recalibration_samples
 from lit_prune.train.stage_plans import Probe, cut, dense_costs, plan_stage
 from lit_prune.train.stage_record import figures_of, note_cost, plain
 from lit_prune.train.stages import Stage, budgets_of
@@ -73,7 +73,7 @@ class Surgeon:
 
     def carry_out(self, trainer: Trainer, subject: Subject, stage: Stage, record: dict[str, Any]) -> None:
         """Plans and cuts on every rank, and completes the record."""
-        samples = self._samples(trainer, subject)
+        samples = Kept(self._samples(trainer, subject))
         task = task_in(trainer, subject.path, samples.first(), self.figures.task)
         note_cost(record, cost(subject.network, subject.example), "before")
         with _timed(record, "plan"):
@@ -106,7 +106,7 @@ class Surgeon:
     def _samples(self, trainer: Trainer, subject: Subject) -> Samples:
         return calibration_samples(trainer, subject.path, self.calibration)
 
-    def _plan(self, subject: Subject, stage: Stage, samples: Samples, task: Task, record: dict[str, Any]) -> Plan:
+    def _plan(self, subject: Subject, stage: Stage, samples: Kept, task: Task, record: dict[str, Any]) -> Plan:
         dense = {name: record[name]["dense"] for name in ("macs", "params")}
         further = [name for name in budgets_of([stage]) if name not in dense]
         if further:

@@ -96,3 +96,104 @@ def test_a_network_that_needs_somebody_elses_hook_is_refused_in_one_line() -> No
     with pytest.raises(InputError, match="output") as caught:
         trace_groups(model, torch.ones(1, 3, 8, 8))
     assert len(str(caught.value).splitlines()) == 1
+
+
+class Outside:
+    """Somebody who is no part of the network."""
+
+    def __init__(self) -> None:
+        self.held = torch.nn.Linear(1, 1)  # a copy of it would be told by its weights
+        self.seen: list[Tensor] = []
+
+    def double(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        assert self is OUTSIDE
+        return output * 2
+
+    def watch(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        self.seen.append(output)
+
+    def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        return self.double(module, args, output)
+
+
+def doubled(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    return output * 2
+
+
+def doubled_by(factor: float, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    return output * factor
+
+
+def by_closure(factor: float):
+    return lambda module, args, output: output * factor
+
+
+def turned(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    return output.flip(1)
+
+
+OUTSIDE = Outside()
+CHANGING = {
+    "function": doubled,
+    "method": OUTSIDE.double,
+    "object": OUTSIDE,
+    "closure": by_closure(2.0),
+    "partial": functools.partial(doubled_by, 2.0),
+    "turned": turned,
+}
+
+
+@pytest.mark.parametrize("kind", CHANGING)
+def test_a_hook_that_changes_what_a_layer_gives_is_part_of_the_network(tiny_net, kind):
+    images = torch.randn(4, 3, 8, 8)
+    plain = tiny_net(images)
+    tiny_net.conv1.register_forward_hook(CHANGING[kind])
+    tiny_net.head.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    assert not torch.allclose(tiny_net(images), plain)
+    group = next(group for group in trace_groups(tiny_net, images).groups if group.name == "conv1")
+    assert not group.protected
+    rest = [0, 3, 5, 6]
+    for place in {0, 1, 2, 3, 4, 5, 6, 7} - set(rest):
+        for member in group.members:
+            silence(tiny_net, member, place)
+    small = apply_plan(tiny_net, lit_prune.Plan((), {"conv1": tuple(rest)}, {"conv1": 8}), images)
+    assert small.conv1.out_channels == 4
+    torch.testing.assert_close(small(images), tiny_net(images))
+
+
+def silence(model: nn.Module, member, unit: int) -> None:
+    """Whoever reads a unit gets nothing of it."""
+    module = model.get_submodule(member.module)
+    with torch.no_grad():
+        if member.axis == "in":
+            module.weight[:, list(member.positions[unit])] = 0
+
+
+@pytest.mark.parametrize("kind", CHANGING)
+def test_compress_solves_around_hooks_that_change(tiny_net, kind):
+    tiny_net.conv1.register_forward_hook(CHANGING[kind])
+    images = torch.randn(64, 3, 8, 8)
+    small, report = lit_prune.compress(tiny_net, [images], keep=0.8, recipe=lit_prune.Recipe(round_to=1))
+    small.requires_grad_(False), tiny_net.requires_grad_(False)
+    difference = (small(images) - tiny_net(images)).square().sum() / (
+        tiny_net(images) - tiny_net(images).mean(0)
+    ).square().sum()
+    assert float(difference) == pytest.approx(report["distortion"], rel=0.1) and difference < 0.01
+
+
+def test_a_network_with_no_layer_that_can_be_solved_again_is_refused_in_one_line(tiny_net):
+    tiny_net.conv1.register_forward_hook(doubled)
+    tiny_net.conv2.register_forward_hook(doubled)
+    with pytest.raises(InputError, match="nothing to prune: .* cannot be solved again") as refused:
+        lit_prune.compress(tiny_net, [torch.randn(64, 3, 8, 8)], keep=0.8)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("hook", [OUTSIDE.watch, lambda module, args, output: OUTSIDE.seen.append(output)])
+def test_hooks_that_are_left_off_are_named_in_one_line(tiny_net, hook):
+    images = torch.randn(4, 3, 8, 8)
+    tiny_net.conv1.register_forward_hook(hook)
+    with pytest.warns(UserWarning, match=r"does not run the hooks of conv1 \(.*(watch|lambda).*\)") as warned:
+        small = apply_plan(tiny_net, lit_prune.Plan((), {"conv1": (0, 1, 2)}, {"conv1": 8}), images)
+    assert len(warned) == 1 and "\n" not in str(warned[0].message)
+    assert not small.conv1._forward_hooks

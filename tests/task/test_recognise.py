@@ -1,3 +1,4 @@
+from dataclasses import dataclass
 from enum import Enum
 from types import SimpleNamespace
 
@@ -65,6 +66,27 @@ class Detector(nn.Module):
         return [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0), "scores": torch.zeros(0)} for _ in images]
 
 
+@dataclass(frozen=True)
+class Fields:
+    """A batch as a dataclass."""
+
+    images: torch.Tensor
+    labels: torch.Tensor | None = None
+    source: str = "here"
+
+
+class Slots:
+    """A batch as attrs makes one."""
+
+    __slots__ = ("__weakref__", "label", "x")
+
+    def __init__(self, x, label):
+        self.x, self.label = x, label
+
+
+SHOWN = torch.randint(4, (5, 8, 8), generator=torch.Generator().manual_seed(2))
+ONE_HOT = torch.nn.functional.one_hot(SHOWN, 4).movedim(-1, 1)
+SEVERAL = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1], [0, 0, 1, 0]])
 IMAGES = [torch.rand(3, 6, 8), torch.rand(3, 7, 5)]
 TARGETS = [{"boxes": torch.rand(1, 4), "labels": torch.ones(1).long()} for _ in IMAGES]
 MAPS = Answers(lambda logits, maps: maps)
@@ -92,6 +114,23 @@ CASES = {
         Answers(lambda logits, maps: {"out": maps, "aux": maps}),
         {"image": X, "mask": torch.randint(4, (5, 1, 8, 8))},
         Segmentation,
+    ),
+    "one-hot maps": (MAPS, (X, ONE_HOT.float()), Segmentation),
+    "one-hot maps of integers": (MAPS, (X, ONE_HOT), Segmentation),
+    "maps of several classes at once": (MAPS, (X, (torch.rand(5, 4, 8, 8) > 0.5).float()), Regression),
+    "one-hot labels": (Answers(), (X, torch.eye(4)[LABELS]), Classification),
+    "one-hot labels of integers": (Answers(), (X, torch.eye(4).long()[LABELS]), Classification),
+    "one-hot labels, true or false": (Answers(), (X, torch.eye(4).bool()[LABELS]), Classification),
+    "several labels later in the batch": (Answers(), (X, SEVERAL), MultiLabel),
+    "several float labels later in the batch": (Answers(), (X, SEVERAL.float()), MultiLabel),
+    "a dataclass": (Answers(), Fields(X, LABELS), Classification),
+    "a dataclass without labels": (Answers(), Fields(X), Unlabelled),
+    "slots": (Answers(), Slots(X, LABELS), Classification),
+    "attributes": (Answers(), SimpleNamespace(image=X, mask=None, target=LABELS), Classification),
+    "a dataclass of lists": (
+        Detector(),
+        SimpleNamespace(images=IMAGES, targets=TARGETS, ids=torch.arange(2)),
+        Detection,
     ),
     "detection": (Detector(), (IMAGES, TARGETS), Detection),
     "detection without targets": (Detector(), IMAGES, Detection),
@@ -135,6 +174,7 @@ class Strange:
     ("batch", "words"),
     [
         (Strange(), "a batch is Strange"),
+        (SimpleNamespace(left=X, right=X), "a batch is SimpleNamespace of {left: float32 [5, 3, 8, 8], right: "),
         ({"left": X, "right": X}, "dict of {left: float32 [5, 3, 8, 8]"),
         (("a", "b"), "a batch is tuple of (str, str)"),
         ((X[:, :2], LABELS), "which the network does not take"),
@@ -147,6 +187,24 @@ def test_what_is_not_recognised_is_refused_in_one_line(batch, words):
         measure(Answers(), [batch])
     assert words in str(refused.value) and "task=" in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.int64, torch.bool])
+def test_one_hot_targets_are_the_classes_that_they_name(kind):
+    for model, named, plain in ((MAPS, ONE_HOT, SHOWN), (Answers(), torch.eye(4)[LABELS], LABELS)):
+        task, other = recognise(model, (X, named.to(kind))), recognise(model, (X, plain))
+        output = model(X)
+        assert torch.equal(task.loss(output, (X, named.to(kind))), other.loss(output, (X, plain)))
+        assert torch.equal(task.metric(output, (X, named.to(kind))), other.metric(output, (X, plain)))
+        assert task.default_variable((X, named.to(kind))) == other.default_variable((X, plain))
+
+
+def test_a_batch_of_fields_is_left_as_it_was_and_moved_with_all_that_it_holds():
+    batch = Fields(X, LABELS)
+    task = recognise(Answers(), batch)
+    moved = task.to(task.take(batch, 2), Answers().double())
+    assert moved.images.dtype == torch.float64 and moved.source == "here" and len(moved.labels) == 2
+    assert batch.images is X and task.relabelled(batch, X)["labels"] is X
 
 
 def test_what_needs_no_targets_does_not_mind_strange_ones():
