@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -56,15 +57,20 @@ def owners_of(
 
     tensors, parts = [root for root, _, _ in roots], [part.tensor for part in named]
     places = next(count for count in range(1, 64) if step**count >= units)
-    digits = [lambda unit, place=place: unit // step**place % step for place in range(places)]
+    codes: list[Callable[[Tensor], Tensor]] = [torch.zeros_like, *(partial(_digit, step, p) for p in range(places))]
     found = [
         torch.autograd.grad(tensors, parts, coded(code), retain_graph=True, allow_unused=True)
-        for code in (torch.zeros_like, *digits)
+        for code in codes
     ]
     for part, plain, *others in zip(named, *found, strict=True):
         if plain is not None:
             owner = _owners(plain, others, step)
             yield part.name, owner if part.dim is None else _rows(owner, part.dim)
+
+
+def _digit(base: int, place: int, unit: Tensor) -> Tensor:
+    """A digit of numbers, from the lowest place on."""
+    return unit // base**place % base
 
 
 def _owners(plain: Tensor, coded: Sequence[Tensor], step: int) -> Tensor:
