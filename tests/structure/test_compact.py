@@ -227,6 +227,11 @@ def test_what_the_library_returns_is_saved_by_itself(tmp_path) -> None:
         assert torch.equal(loaded(**batches[0]), network(**batches[0])), name
         save_compact(tmp_path / "later", loaded)
         assert torch.equal(load_compact(tmp_path / "later", model=model)(**batches[0]), network(**batches[0])), name
+    for begun in (small, again):  # plans that a network has behind it are not carried out again
+        loaded = load_compact(tmp_path / "again", model=begun)
+        assert torch.equal(loaded(**batches[0]), again(**batches[0])) and loaded is not begun
+    with pytest.raises(InputError, match="the plan"):
+        load_compact(tmp_path / "again", model=stood)
     with pytest.raises(InputError, match="give input_shape"):
         save_compact(tmp_path / "dense", model)
 
