@@ -58,10 +58,7 @@ def owners_of(
     tensors, parts = [root for root, _, _ in roots], [part.tensor for part in named]
     places = next(count for count in range(1, 64) if step**count >= units)
     codes: list[Callable[[Tensor], Tensor]] = [torch.zeros_like, *(partial(_digit, step, p) for p in range(places))]
-    found = [
-        torch.autograd.grad(tensors, parts, coded(code), retain_graph=True, allow_unused=True)
-        for code in codes
-    ]
+    found = [torch.autograd.grad(tensors, parts, coded(code), retain_graph=True, allow_unused=True) for code in codes]
     for part, plain, *others in zip(named, *found, strict=True):
         if plain is not None:
             owner = _owners(plain, others, step)
