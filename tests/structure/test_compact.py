@@ -236,6 +236,22 @@ def test_what_the_library_returns_is_saved_by_itself(tmp_path) -> None:
         save_compact(tmp_path / "dense", model)
 
 
+@pytest.mark.parametrize("shape", [(1, 4), (1, 2, 4)])
+def test_a_network_that_is_called_with_complex_numbers_is_saved(tmp_path, shape) -> None:
+    class Spectrum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.outer = nn.Linear(4, 16), nn.Linear(16, 3)
+
+        def forward(self, values):
+            return self.outer(torch.relu(self.inner(values.abs())))
+
+    model, values = Spectrum(), torch.randn(shape, dtype=torch.complex64)
+    small = apply_plan(model, Plan(keep_channels={"inner": (0, 3)}, sizes={"inner": 16}), values)
+    save_compact(tmp_path / "own", small)
+    assert torch.equal(load_compact(tmp_path / "own", model)(values), small(values))
+
+
 def test_a_kill_between_the_two_renames_loses_nothing(saved, tmp_path) -> None:
     model, images, folder = saved
     model, images = model.cpu(), images.cpu()
