@@ -7,7 +7,7 @@ from unittest.mock import patch
 
 import torch
 import torch.utils.checkpoint
-from torch import nn
+from torch import Tensor, nn
 from torch._C import DisableTorchFunction
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.hooks import RemovableHandle
@@ -124,6 +124,34 @@ def modes_kept(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """On exit every buffer has the values that it had: some networks write to theirs in evaluation mode too.
+
+    One that has got another shape, such as a table of positions for longer inputs, stays: what else the network keeps
+    may say that it is there.
+    """
+    tables = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    held = {id(buffer): buffer for _, buffers in tables for buffer in buffers.values() if buffer is not None}
+    plain = [b for b in held.values() if b.layout == torch.strided and not (b.is_meta or b.is_inference())]
+    values = [buffer.detach().clone() for buffer in plain]
+    try:
+        yield
+    finally:
+        for table, before in tables:
+            same = {name for name, now in table.items() if _same_form(before.get(name), now)}
+            table.update((name, before[name]) for name in same)
+        with torch.no_grad():
+            for buffer, value in zip(plain, values, strict=True):
+                if _same_form(buffer, value) and not torch.equal(buffer, value):
+                    buffer.copy_(value)
+
+
+def _same_form(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether both are tensors of one shape and type."""
+    return one is not None and other is not None and (one.shape, one.dtype) == (other.shape, other.dtype)
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lit_prune.running import buffers_kept
 from lit_prune.structure.axes import CONVOLUTIONS
 
 _FUNCTIONS: tuple[Callable[..., Tensor], ...] = (F.linear, F.conv1d, F.conv2d, F.conv3d)
@@ -40,7 +41,7 @@ def keeps_its_map(module: nn.Module) -> bool:
     width = module.weight.shape[1] * getattr(module, "groups", 1)
     values = torch.arange(1, 1 + width * math.prod(sizes), device=module.weight.device)
     inputs = values.to(module.weight.dtype).cos().view(1, width, *sizes)
-    with torch.no_grad(), _Seen() as seen:
+    with torch.no_grad(), buffers_kept(module), _Seen() as seen:
         try:
             output = module.forward(inputs)
         except Exception:  # whatever somebody's code raises

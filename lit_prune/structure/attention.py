@@ -68,7 +68,7 @@ def find_attention(model: nn.Module, sample: Example) -> tuple[list[Attention], 
         model: network in evaluation mode whose parameters require gradients, its attention layers open (`opened`).
         sample: one sample.
     """
-    watch = for_shapes(partial(_watched, model, sample))
+    watch = for_shapes(partial(_watched, model, sample), model)
     columns = columns_of([call.output for call in watch.calls], watch.reads)
     attentions: list[Attention] = []
     for call, found in zip(watch.calls, columns, strict=True):

@@ -3,11 +3,12 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-_STEP, _HALF_STEP = 64, 16  # units told apart by one code, from 2^0 on; in half precision 2^15 is the largest power
+_STEP, _HALF_STEP = 64, 8  # units told apart by a code, from 2^0 on; in half precision larger gradients overflow
 _SHARED, _UNSEEN = -2, -1
 
 
@@ -55,15 +56,18 @@ def owners_of(
         return found
 
     tensors, parts = [root for root, _, _ in roots], [part.tensor for part in named]
-    codes = [torch.zeros_like, lambda unit: unit % step, lambda unit: unit // step]
-    found = [
-        torch.autograd.grad(tensors, parts, coded(code), retain_graph=True, allow_unused=True)
-        for code in (codes if units > step else codes[:2])
-    ]
+    places = next(count for count in range(1, 64) if step**count >= units)
+    codes: list[Callable[[Tensor], Tensor]] = [torch.zeros_like, *(partial(_digit, step, p) for p in range(places))]
+    found = [torch.autograd.grad(tensors, parts, coded(code), retain_graph=True, allow_unused=True) for code in codes]
     for part, plain, *others in zip(named, *found, strict=True):
         if plain is not None:
             owner = _owners(plain, others, step)
             yield part.name, owner if part.dim is None else _rows(owner, part.dim)
+
+
+def _digit(base: int, place: int, unit: Tensor) -> Tensor:
+    """A digit of numbers, from the lowest place on."""
+    return unit // base**place % base
 
 
 def _owners(plain: Tensor, coded: Sequence[Tensor], step: int) -> Tensor:
@@ -80,7 +84,7 @@ def _owners(plain: Tensor, coded: Sequence[Tensor], step: int) -> Tensor:
         steps = values.contiguous().view(whole) - plain.contiguous().view(whole)
         power = steps >> fraction
         shared |= (steps.bitwise_and_((1 << fraction) - 1) != 0) | (power < 0) | (power >= step)
-        owner += power.mul_(step**place)
+        owner.add_(power, alpha=step**place)
     return owner.masked_fill_(shared, _SHARED).masked_fill_(plain == 0, _UNSEEN)
 
 

@@ -118,7 +118,8 @@ def load_compact(folder: str | Path, model: nn.Module | None = None, trust: Iter
 
     Args:
         folder: written by `save_compact`.
-        model: the dense network, whatever the folder calls it; a copy is cut, nothing is imported.
+        model: the dense network, whatever the folder calls it, or a smaller one that was made of it on the way; a copy
+            is cut, nothing is imported.
         trust: import paths "package.module:callable" that the folder may name.
 
     Raises:

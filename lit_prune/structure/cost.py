@@ -56,7 +56,7 @@ def cost(model: nn.Module, example_input: Any) -> Cost:
         InputError: the network does not run on `example_input`.
     """
     with traceable(model):
-        layers = for_shapes(partial(_counted, model, one_sample(model, example_input)))
+        layers = for_shapes(partial(_counted, model, one_sample(model, example_input)), model)
     return Cost(sum(layer.macs for layer in layers.values()), sum(p.numel() for p in model.parameters()), layers)
 
 
@@ -64,7 +64,8 @@ def _counted(model: nn.Module, sample: Example, hollow: bool) -> dict[str, Layer
     """The cost of every layer in one pass."""
     counter = _Counter()
     handles = [handle for name, module in model.named_modules() for handle in counter.watch(name, module)]
-    with removing(handles), counter, Hollow(sample.tensors, skips=hollow), torch.no_grad():
+    shapes = Hollow(sample.tensors, skips=hollow)
+    with removing(handles), counter, shapes.guarding(), shapes, torch.no_grad():
         run(model, sample)
     return counter.layers
 

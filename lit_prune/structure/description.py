@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from lit_prune.structure.record import (
     describe_inputs,
     example_input,
     rebuild_inputs,
+    record_of,
 )
 from lit_prune.structure.surgery import replay
 from lit_prune.structure.tracing import copy_network
@@ -85,7 +86,8 @@ class Description:
         """The network after all plans, with fresh weights; the random state of torch is as before.
 
         Args:
-            dense: the dense network, of which a copy is cut; None builds it by its name.
+            dense: the dense network, of which a copy is cut, or one that knows the first of the plans as its own; None
+                builds it by its name.
             trust: import paths that the caller vouches for.
 
         Raises:
@@ -98,7 +100,7 @@ class Description:
             try:
                 model = self._build(trust) if dense is None else copy_network(dense)
                 example = example_input(rebuild_inputs(self.record.inputs))
-                model = replay(model, self.plans, example)
+                model = replay(model, self.plans if dense is None else self._after(dense), example)
             except InputError as error:
                 raise InputError(f"{self.source}: {error}") from error
             except Exception as error:  # surgery of a plan that was made for another network
@@ -106,11 +108,22 @@ class Description:
                 raise InputError(f"{self.source}: its plans do not fit the network ({problem})") from error
         return model
 
+    def _after(self, model: nn.Module) -> tuple[Plan, ...]:
+        """The plans that are left where the first of them made `model`; all of them where others did."""
+        done = record_of(model).plans
+        same = all(map(_cuts_alike, done, self.plans)) and len(done) <= len(self.plans)
+        return self.plans[len(done) :] if same else self.plans
+
     def _build(self, trust: Iterable[str]) -> nn.Module:
         assert self.backbone is not None, "said where there is none"
         if ":" not in self.backbone:
             _check_memory(self.backbone, self.arguments)
         return build_network(self.backbone, dict(self.arguments), trust=trust)
+
+
+def _cuts_alike(one: Plan, other: Plan) -> bool:
+    """Whether two plans are the same but for their notes."""
+    return replace(one, notes={}).to_dict() == replace(other, notes={}).to_dict()
 
 
 def _check_memory(backbone: str, arguments: Mapping[str, Any]) -> None:

@@ -79,7 +79,7 @@ class Follower(LabelledTensors, TorchDispatchMode):
         for tensor in self._sample.tensors:
             if tensor.is_floating_point():
                 self.put_input(tensor)
-        with torch.no_grad(), self._watching(), self:
+        with torch.no_grad(), self._watching(), self._hollow.guarding(), self:
             return self._model(*self._sample.args, **self._sample.kwargs)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:

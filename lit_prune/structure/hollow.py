@@ -7,13 +7,16 @@ input is computed in any case: a network may keep it.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
+from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lit_prune.running import buffers_kept
 from lit_prune.structure import operations
 
 Found = TypeVar("Found")
@@ -32,10 +35,16 @@ class NeedsValues(Exception):
     """What happens next hangs on the value of a product that was not computed."""
 
 
-def for_shapes(run: Callable[[bool], Found]) -> Found:
-    """What a pass finds, run hollow (True) and, if that does not come to its end, with all values (False)."""
+def for_shapes(run: Callable[[bool], Found], model: nn.Module | None = None) -> Found:
+    """What a pass finds, run hollow (True) and, if that does not come to its end, with all values (False).
+
+    Args:
+        run: the pass.
+        model: a network that shall keep its buffers, whatever it writes to them.
+    """
     try:
-        return run(True)
+        with nullcontext() if model is None else buffers_kept(model):
+            return run(True)
     except Exception:  # whatever a network raises that meets strange values
         return run(False)
 
@@ -65,6 +74,27 @@ class Hollow(TorchDispatchMode):
         for tensor in inputs:
             self._note(tensor, hollow=False)
 
+    @contextmanager
+    def guarding(self) -> Iterator[None]:
+        """Inside, values are read past torch's operations only where they are computed: by numpy, as lists.
+
+        Raises:
+            NeedsValues: they are not.
+        """
+
+        def guarded(read: Callable[..., Any]) -> Callable[..., Any]:
+            def checked(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+                if self._noted(tensor):
+                    raise NeedsValues
+                return read(tensor, *args, **kwargs)
+
+            return checked
+
+        with ExitStack() as stack:
+            for name in ("numpy", "tolist"):
+                stack.enter_context(patch.object(Tensor, name, guarded(getattr(Tensor, name))))
+            yield
+
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """As `answer`."""
         return self.answer(function, args, kwargs or {})
@@ -83,12 +113,14 @@ class Hollow(TorchDispatchMode):
         if not notes:
             return function(*args, **kwargs)
         hollow = any(notes)
+        if hollow and operations.is_opaque(function):
+            raise NeedsValues
         if self.skips and (operations.is_shaped(function, args) or (hollow and self._is_idle(function, args))):
             output, hollow = self._shaped(function, args, kwargs), True
         else:
             output = function(*args, **kwargs)
-            if hollow and operations.reads_values(function, output):
-                raise NeedsValues
+        if hollow and operations.gives_whole_numbers(function, output):
+            raise NeedsValues
         for leaf in _tensors(output if isinstance(output, (list, tuple)) else (output,)):
             self._note(leaf, hollow)
         return output
@@ -109,6 +141,8 @@ class Hollow(TorchDispatchMode):
                 self._fill(values)
             elif values.dtype == torch.bool:
                 values.zero_()  # as it lies in memory it may be neither True nor False
+            elif not values.is_cpu:
+                values.fill_(1)  # a kernel that asserts something of its values ends all work on its device
         return tuple(found) if several else found[0]
 
     def _noted(self, tensor: Tensor) -> bool | None:

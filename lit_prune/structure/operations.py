@@ -95,10 +95,13 @@ def without_addition(function: Any, args: tuple, kwargs: dict) -> tuple[Any, tup
     return (torch.ops.aten.mm.default, args[1:3], {}) if adds else (function, args, kwargs)
 
 
-def reads_values(function: Any, output: Any) -> bool:
-    """Whether the values that an operation reads may decide what else happens: numbers, positions, shapes of others."""
-    if function.namespace != "aten" or any(tag in function.tags for tag in _VALUES):
-        return True
+def is_opaque(function: Any) -> bool:
+    """Whether an operation is not torch's own, or gives numbers or shapes that the values which it reads decide."""
+    return function.namespace != "aten" or any(tag in function.tags for tag in _VALUES)
+
+
+def gives_whole_numbers(function: Any, output: Any) -> bool:
+    """Whether an operation gives whole numbers, such as positions, which may decide what else happens."""
     name = function.overloadpacket.__name__
     outputs = output if isinstance(output, (list, tuple)) else (output,)
     whole = (isinstance(t, Tensor) and not t.dtype.is_floating_point and t.dtype != torch.bool for t in outputs)

@@ -50,7 +50,7 @@ def propose_groups(model: nn.Module, sample: Example) -> Proposal:
         model: network in evaluation mode, without hooks.
         sample: what it is called with.
     """
-    follower = for_shapes(partial(_followed, model, sample, None))
+    follower = for_shapes(partial(_followed, model, sample, None), model)
     if follower.decides:
         _check_decisions(model, sample, follower.ran)
     labels, asides = follower.labels, frozenset[str]()

@@ -72,7 +72,7 @@ def note_cut(smaller: nn.Module, model: nn.Module, plan: Plan, called_with: Any)
 
 
 def describe_inputs(example: Example) -> dict[str, Any]:
-    """The arguments of a network's call as plain values: shapes of floating-point tensors, values of all others.
+    """The arguments of a network's call as plain values: shapes of real and complex tensors, values of all others.
 
     Raises:
         InputError: an argument that is neither a tensor, a plain value, nor a list, tuple or dict of these.
@@ -81,7 +81,7 @@ def describe_inputs(example: Example) -> dict[str, Any]:
 
 
 def rebuild_inputs(described: Mapping[str, Any] | None, device: torch.device | str = "cpu") -> Example:
-    """Arguments as described; floating-point values are fixed ones in [0, 1), in tensors of one or two axes 0, 1, ...
+    """Arguments as described; real and complex values are fixed ones in [0, 1), in tensors of up to two axes 0, 1, ...
 
     Of an image of zeros, layers without biases show nothing of what they do.
 
@@ -141,8 +141,8 @@ def _tensor_shape(described: Mapping[str, Any] | None) -> tuple[int, ...] | None
 def _describe(value: Any) -> dict[str, Any]:
     if isinstance(value, Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
-        shape = {"dtype": dtype, "shape": list(value.shape)}
-        return shape if value.is_floating_point() else {**shape, "values": value.flatten().tolist()}
+        whole = not (value.is_floating_point() or value.is_complex())
+        return {"dtype": dtype, "shape": list(value.shape)} | ({"values": value.flatten().tolist()} if whole else {})
     if isinstance(value, Mapping):
         return {"dict": {str(key): _describe(item) for key, item in value.items()}}
     if isinstance(value, tuple | list):
@@ -166,7 +166,7 @@ def _rebuild(described: Mapping[str, Any], device: torch.device | str) -> Any:
             return torch.tensor(described["values"], dtype=dtype, device=device).reshape(shape)
         if len(shape) > 2:
             return torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-        return torch.arange(math.prod(shape), dtype=dtype, device=device).reshape(shape)  # boxes have an area
+        return torch.arange(math.prod(shape), device=device).to(dtype).reshape(shape)  # boxes have an area
     if "dict" in described:
         return {key: _rebuild(item, device) for key, item in described["dict"].items()}
     for kind in (tuple, list):

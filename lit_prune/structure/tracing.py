@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lit_prune.errors import InputError
-from lit_prune.running import check_visible, full_float32, undisturbed
+from lit_prune.running import buffers_kept, check_visible, full_float32, undisturbed
 from lit_prune.structure.example import Example, as_example, first_sample
 from lit_prune.structure.hooks import bare, copy_hooks, without_hooks
 
@@ -25,8 +25,8 @@ def traceable(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, autograd on, every floating-point parameter requiring grad, no hooks, nothing compiled.
 
     Float32 is computed in float32. All put back on exit. Works inside `torch.no_grad()`, `torch.inference_mode()` and
-    autocast. The train/eval flag of each module, the `requires_grad` flag of each parameter and the random state of
-    torch are as before afterwards.
+    autocast. The train/eval flag of each module, the `requires_grad` flag of each parameter, the buffers and the random
+    state of torch are as before afterwards.
 
     Raises:
         InputError: as `check_visible`.
@@ -36,6 +36,7 @@ def traceable(model: nn.Module) -> Iterator[None]:
     device = _device(model)
     with (
         undisturbed(model, gradients=True),
+        buffers_kept(model),
         torch.autocast(device.type, enabled=False),
         full_float32(),  # forms of one network are compared
         torch.compiler.set_stance("force_eager"),

@@ -71,6 +71,15 @@ class Samples:
         if missed is not None and not met:
             raise missed
 
+    def _look(self) -> Seen | None:
+        """The first batch, if there is one, made in this process: where others are spawned, each takes seconds."""
+        try:
+            return next(self._seen(workers=False), None)
+        except (NotCalledError, InputError):
+            raise
+        except Exception:  # a data set that opens its files in workers alone; any other error comes again
+            return next(self._seen(), None)
+
     def first(self) -> Seen:
         """The first batch; to be asked for on every rank.
 
@@ -79,7 +88,7 @@ class Samples:
         """
         found, missed, ranks = None, None, self.trainer.world_size
         try:
-            found = next(self._seen(workers=False), None)  # where processes are spawned, each takes seconds to start
+            found = self._look()
         except NotCalledError as error:
             missed = error
         without = int(sum_over_ranks(self.trainer, torch.tensor([float(found is None)])))

@@ -36,6 +36,16 @@ class Cosine(nn.Linear):
         return F.linear(F.normalize(x), self.weight, self.bias)
 
 
+class Counting(nn.Linear):
+    def __init__(self, *widths):
+        super().__init__(*widths)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
 class Styled(nn.Conv2d):
     def forward(self, x, style):
         return super().forward(x * style)
@@ -54,6 +64,11 @@ def test_what_a_convolution_pads_in_its_own_way_is_the_map_that_is_solved_for(la
     plain = F.conv2d(spread(layer, x), layer.weight, layer.bias, layer.stride)
     assert is_solvable(layer)
     torch.testing.assert_close(plain, layer(x))
+
+
+def test_a_layer_that_is_tried_is_left_as_it_was():
+    layer = Counting(4, 8)
+    assert is_solvable(layer) and not layer.calls
 
 
 def stack(first: nn.Module, second: nn.Module) -> nn.Module:

@@ -227,8 +227,29 @@ def test_what_the_library_returns_is_saved_by_itself(tmp_path) -> None:
         assert torch.equal(loaded(**batches[0]), network(**batches[0])), name
         save_compact(tmp_path / "later", loaded)
         assert torch.equal(load_compact(tmp_path / "later", model=model)(**batches[0]), network(**batches[0])), name
+    for begun in (small, again):  # plans that a network has behind it are not carried out again
+        loaded = load_compact(tmp_path / "again", model=begun)
+        assert torch.equal(loaded(**batches[0]), again(**batches[0])) and loaded is not begun
+    with pytest.raises(InputError, match="the plan"):
+        load_compact(tmp_path / "again", model=stood)
     with pytest.raises(InputError, match="give input_shape"):
         save_compact(tmp_path / "dense", model)
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (1, 2, 4)])
+def test_a_network_that_is_called_with_complex_numbers_is_saved(tmp_path, shape) -> None:
+    class Spectrum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.outer = nn.Linear(4, 16), nn.Linear(16, 3)
+
+        def forward(self, values):
+            return self.outer(torch.relu(self.inner(values.abs())))
+
+    model, values = Spectrum(), torch.randn(shape, dtype=torch.complex64)
+    small = apply_plan(model, Plan(keep_channels={"inner": (0, 3)}, sizes={"inner": 16}), values)
+    save_compact(tmp_path / "own", small)
+    assert torch.equal(load_compact(tmp_path / "own", model)(values), small(values))
 
 
 def test_a_kill_between_the_two_renames_loses_nothing(saved, tmp_path) -> None:

@@ -11,6 +11,7 @@ from lit_prune import score
 from lit_prune.errors import InputError
 from lit_prune.replace import replace_mechanisms
 from lit_prune.structure import CostModel, Group, Plan, apply_plan, cost, make_plan, trace_groups
+from lit_prune.structure.attention_slices import Part, owners_of
 from tests.structure.test_heads import attention_network, check_equal_in_both_modes, projection_of
 
 BOTH = (
@@ -161,3 +162,12 @@ def test_what_mixes_positions_of_queries_and_keys_keeps_them_with_the_reason() -
         model, images = attention_network(name)
         found = [group for group in trace_groups(model, images).groups if group.name.endswith("query_key")]
         assert found and all("norm or rotation" in group.protected for group in found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_units_are_told_apart_in_every_precision(dtype: torch.dtype) -> None:
+    """More of them than two codes tell apart in half precision: the head of 512 channels of an image decoder."""
+    unit = torch.arange(5000).flip(0)
+    weight = nn.Parameter(torch.ones(5000, dtype=dtype))
+    ((name, owner),) = owners_of([Part("weight", weight)], [(2 * weight, 0, unit)], 5000)
+    assert name == "weight" and torch.equal(owner.long(), unit)

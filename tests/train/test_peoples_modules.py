@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from lit_prune import AxisTrace, ChannelStage, LitClassifier, Repair, StagedPruning, added_loss, load_pruned
@@ -441,4 +441,28 @@ def test_the_first_batch_starts_no_processes(tmp_path, monkeypatch):
     looks = Looks(DataLoader(validation.dataset, batch_size=8, num_workers=1), started)
     trainer(tmp_path, looks, epochs=1).fit(modules.Classifier(), train, validation)
     assert looks.after_first == [] and started == [1]
+    assert torch.equal(looks.first.args[0], looks.all[0].args[0])
+
+
+class InWorkers(Dataset):
+    """Reads from what it opens in a worker process, as files of HDF5 are."""
+
+    def __init__(self, samples: Dataset) -> None:
+        self.samples, self.opened = samples, None
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int):
+        return self.opened[index]
+
+    def open(self, worker: int) -> None:
+        self.opened = self.samples
+
+
+def test_the_first_batch_comes_from_workers_where_only_they_can_read_it(tmp_path):
+    train, validation = loaders()
+    only = InWorkers(validation.dataset)
+    looks = Looks(DataLoader(only, batch_size=8, num_workers=1, worker_init_fn=only.open), [])
+    trainer(tmp_path, looks, epochs=1).fit(modules.Classifier(), train, validation)
     assert torch.equal(looks.first.args[0], looks.all[0].args[0])

@@ -1,6 +1,7 @@
 """The curve table: what a network is worth at several budgets, without training and after growing repair."""
 
 import copy
+import hashlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -8,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lit_prune.arguments import check_counts, check_seeds, checked
 from lit_prune.compression import Clock, Recipe, compress
@@ -124,21 +127,23 @@ class _Points:
     request: CurveRequest
     folder: Path | None
     present: tuple[float, nn.Module] | None = field(default=None, init=False)  # a share, and its network before repair
+    rows: dict[tuple[float, float], dict[str, float]] = field(default_factory=dict, init=False)
 
     @cached_property
     def signature(self) -> str:
         """Hash of all that the networks and their figures depend on."""
-        task, parts = self.judge.task, (self.calibration, self.repair, self.judge.samples)
-        samples = [[task.size(part[0]), sum(map(task.size, part)), *_sums(task, part[0])] for part in parts]
+        samples = [_hash(self.judge.task, part) for part in (self.calibration, self.repair, self.judge.samples)]
         return fingerprint(self.model, asdict(self.request) | {"keep": 0, "repair": 0, "samples": samples})
 
     def row(self, keep: float, seconds: float) -> dict[str, float]:
         """The figures of one point."""
-        if (found := self._known(keep, seconds)) is None:
-            network, found = self._repaired(keep, seconds) if seconds else self._cut(keep)
-            found |= self.judge(network)
-            self._store(keep, seconds, network, found)
-        return {"keep": keep, "repair": float(seconds)} | found
+        if (keep, seconds) not in self.rows:
+            if (found := self._known(keep, seconds)) is None:
+                network, found = self._repaired(keep, seconds) if seconds else self._cut(keep)
+                found |= self.judge(network)
+                self._store(keep, seconds, network, found)
+            self.rows[keep, seconds] = {"keep": keep, "repair": float(seconds)} | found
+        return self.rows[keep, seconds]
 
     def _cut(self, keep: float) -> tuple[nn.Module, dict[str, float]]:
         recipe = Recipe(seed=self.request.seed)
@@ -182,6 +187,13 @@ class _Points:
             save_compact(self._place(keep, seconds), network, report={"point": found, "signature": self.signature})
 
 
-def _sums(task: Task, batch: Any) -> list[float]:
-    """Of the values that the network is called with."""
-    return [float(tensor.double().sum()) for tensor in task.inputs(batch).tensors]
+def _hash(task: Task, batches: Iterable[Any]) -> str:
+    """Hash of what the network is called with and of the targets, all of them."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for leaf in tree_leaves((task.inputs(batch).tensors, task.target(batch))):
+            values = leaf.detach().cpu() if isinstance(leaf, Tensor) else None
+            digest.update(repr(leaf if values is None else (values.dtype, values.shape)).encode())
+            if values is not None:
+                digest.update(values.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

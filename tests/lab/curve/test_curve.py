@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 import torch
 
-from lit_prune import InputError, load_compact
+from lit_prune import InputError, compress, load_compact
 from lit_prune.cli.main import main
 from lit_prune.lab.curve import CurveRequest, curve
 from lit_prune.lab.curve import table as curve_table
@@ -70,13 +70,38 @@ def test_what_is_there_is_not_made_again_unless_network_or_samples_are_others(la
     pd.testing.assert_frame_equal(curve(net, batches, request, folder=tmp_path), first)
     grown = curve(net, batches, CurveRequest(keep=(0.6,), repair=(0, 0.1)), folder=tmp_path)
     pd.testing.assert_frame_equal(grown[:1], first)
-    other = [(images + 1, labels) for images, labels in batches]
-    with pytest.raises(pytest.fail.Exception, match="made again"):
-        curve(net, other, request, folder=tmp_path)
+    (images, labels), (further, others) = batches[0], batches[-1]
+    changed = [[batch, *batches[1:]] for batch in ((images + 1, labels), (images, labels + 1))]
+    changed += [[*batches[:-1], batch] for batch in ((further + 1, others), (further, others + 1))]
+    for samples in changed:
+        with pytest.raises(pytest.fail.Exception, match="made again"):
+            curve(net, samples, request, folder=tmp_path)
     with torch.no_grad():
         net.conv1.weight.mul_(1.5)
     with pytest.raises(pytest.fail.Exception, match="made again"):
         curve(net, batches, request, folder=tmp_path)
+
+
+def test_without_a_folder_each_budget_is_compressed_once(labelled, monkeypatch):
+    net, batches = labelled
+    made, compress = [], curve_table.compress
+    monkeypatch.setattr(curve_table, "compress", lambda *a, **k: made.append(a[2]) or compress(*a, **k))
+    table = curve(net, batches, CurveRequest(keep=(0.8, 0.6), repair=(0.1, 0.2)))
+    assert made == [0.8, 0.6] and table.groupby("keep")["compress_seconds"].nunique().eq(1).all()
+
+
+def test_a_curve_of_a_network_that_was_cut_before_goes_on_after_a_stop_during_repair(labelled, tmp_path, monkeypatch):
+    net, batches = labelled
+    small, _ = compress(net, batches, 0.8)
+    request = CurveRequest(keep=(0.7,), repair=(0, 0.1))
+    with monkeypatch.context() as patch:
+        patch.setattr(curve_table, "distil", lambda *a, **k: exec("raise KeyboardInterrupt"))
+        with pytest.raises(KeyboardInterrupt):
+            curve(small, batches, request, folder=tmp_path)
+    table = curve(small, batches, request, folder=tmp_path)
+    for row in table.itertuples():
+        found = load_compact(tmp_path / f"keep={row.keep:g}_repair={row.repair:g}", net)
+        assert Judge(small, batches, Classification())(found)["figure"] == row.figure
 
 
 @pytest.mark.parametrize(
