@@ -144,7 +144,10 @@ class Opaque:
     """A batch whose samples cannot be told apart from outside."""
 
     def __init__(self, left, right):
-        self.left, self.right = left, right
+        self.held = lambda: (left, right)
+
+    left = property(lambda self: self.held()[0])
+    right = property(lambda self: self.held()[1])
 
     def to(self, *arguments, **options):
         return Opaque(self.left.to(*arguments, **options), self.right.to(*arguments, **options))
