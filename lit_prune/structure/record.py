@@ -16,6 +16,7 @@ from lit_prune.structure.plan import Plan
 
 ATTRIBUTE = "lit_prune_record"
 LARGEST_INPUT = 2**28  # values
+MOST_WHOLE = 1024  # whole numbers of one tensor that are written down; nobody's images are
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def note_cut(smaller: nn.Module, model: nn.Module, plan: Plan, called_with: Any)
 
 
 def describe_inputs(example: Example) -> dict[str, Any]:
-    """The arguments of a network's call as plain values: shapes of real and complex tensors, values of all others.
+    """The arguments of a network's call as plain values: shapes of tensors, of whole numbers the values or the range.
 
     Raises:
         InputError: an argument that is neither a tensor, a plain value, nor a list, tuple or dict of these.
@@ -141,8 +142,7 @@ def _tensor_shape(described: Mapping[str, Any] | None) -> tuple[int, ...] | None
 def _describe(value: Any) -> dict[str, Any]:
     if isinstance(value, Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
-        whole = not (value.is_floating_point() or value.is_complex())
-        return {"dtype": dtype, "shape": list(value.shape)} | ({"values": value.flatten().tolist()} if whole else {})
+        return {"dtype": dtype, "shape": list(value.shape)} | _whole_values(value)
     if isinstance(value, Mapping):
         return {"dict": {str(key): _describe(item) for key, item in value.items()}}
     if isinstance(value, tuple | list):
@@ -155,6 +155,15 @@ def _describe(value: Any) -> dict[str, Any]:
     )
 
 
+def _whole_values(value: Tensor) -> dict[str, Any]:
+    """The values of a tensor of whole numbers; of one with many, such as an image, the least and the largest."""
+    if value.is_floating_point() or value.is_complex():
+        return {}
+    if value.numel() <= MOST_WHOLE:
+        return {"values": value.flatten().tolist()}
+    return {"least": int(value.min()), "most": int(value.max())}
+
+
 def _rebuild(described: Mapping[str, Any], device: torch.device | str) -> Any:
     if "shape" in described:
         dtype, shape = getattr(torch, str(described["dtype"]), None), described["shape"]
@@ -164,6 +173,9 @@ def _rebuild(described: Mapping[str, Any], device: torch.device | str) -> Any:
             )
         if "values" in described:
             return torch.tensor(described["values"], dtype=dtype, device=device).reshape(shape)
+        if "most" in described:
+            least, count = int(described["least"]), torch.arange(math.prod(shape), device=device)
+            return (count % (int(described["most"]) - least + 1) + least).to(dtype).reshape(shape)
         if len(shape) > 2:
             return torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
         return torch.arange(math.prod(shape), device=device).to(dtype).reshape(shape)  # boxes have an area

@@ -13,6 +13,7 @@ from lit_prune.errors import InputError
 from lit_prune.models import build_backbone
 from lit_prune.replace import replace_mechanisms
 from lit_prune.structure import Plan, apply_plan, load_compact, make_plan, save_compact
+from lit_prune.structure.record import rebuild_inputs, record_of
 
 ARGUMENTS = {"num_classes": 10}
 
@@ -250,6 +251,33 @@ def test_a_network_that_is_called_with_complex_numbers_is_saved(tmp_path, shape)
     small = apply_plan(model, Plan(keep_channels={"inner": (0, 3)}, sizes={"inner": 16}), values)
     save_compact(tmp_path / "own", small)
     assert torch.equal(load_compact(tmp_path / "own", model)(values), small(values))
+
+
+def test_no_images_are_written_down_and_the_network_is_rebuilt_all_the_same(tmp_path) -> None:
+    class Clips(nn.Module):
+        """Reads pixels of several frames, and which of a few kinds a clip is."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.kind, self.head = nn.Conv2d(3, 16, 3), nn.Embedding(300, 2), nn.Linear(16, 2)
+
+        def forward(self, clips, kind):
+            maps = torch.relu(self.conv(clips.flatten(0, 1).float() / 255)).mean((2, 3))
+            return self.head(maps.unflatten(0, clips.shape[:2]).mean(1)) + self.kind(kind)
+
+    torch.manual_seed(0)
+    model = Clips().eval()
+    clips = torch.randint(3, 250, (1, 2, 3, 24, 24), dtype=torch.uint8)
+    example = {"clips": clips, "kind": torch.tensor([299])}
+    small = apply_plan(model, Plan(keep_channels={"conv": (0, 3, 5)}, sizes={"conv": 16}), example)
+    save_compact(tmp_path / "clips", small)
+    text = (tmp_path / "clips" / "structure.json").read_text()
+    assert len(text) < 5000 and "299" in text
+    loaded = load_compact(tmp_path / "clips", model=model)
+    assert torch.equal(loaded(**example), small(**example))
+    rebuilt = rebuild_inputs(record_of(loaded).inputs).kwargs["clips"]
+    assert rebuilt.dtype == torch.uint8 and rebuilt.shape == clips.shape
+    assert (rebuilt.min(), rebuilt.max()) == (clips.min(), clips.max()) and not torch.equal(rebuilt, clips)
 
 
 def test_a_kill_between_the_two_renames_loses_nothing(saved, tmp_path) -> None:
