@@ -14,6 +14,11 @@ from torch import Tensor
 from lit_prune.errors import InputError
 
 
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of all values in their order, for checksums."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
 class PickledError(InputError):
     """A file holds objects of classes."""
 

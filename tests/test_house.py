@@ -4,6 +4,9 @@ import ast
 from pathlib import Path
 
 import pytest
+import torch
+
+from lit_prune.running import replaced
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = {  # room of lit_prune -> rooms that it must not import
@@ -120,3 +123,13 @@ def test_nothing_but_a_task_looks_into_a_batch_or_an_output():
 )
 def test_a_line_that_looks_into_a_batch_or_an_output_is_found(line):
     assert len(taken_apart(line)) == 1
+
+
+def test_no_code_of_others_is_changed_but_in_one_place():
+    users = [file.name for file in (ROOT / "lit_prune").rglob("*.py") if "unittest" in file.read_text()]
+    assert not users, "running.replaced is there for it"
+    before = torch.Tensor.numpy, "numpy" in vars(torch.Tensor), torch.Tensor.tolist
+    with pytest.raises(KeyError), replaced(torch.Tensor, numpy=len, tolist=len), replaced(torch.Tensor, tolist=repr):
+        assert (torch.Tensor.numpy, torch.Tensor.tolist) == (len, repr)
+        raise KeyError
+    assert (torch.Tensor.numpy, "numpy" in vars(torch.Tensor), torch.Tensor.tolist) == before

@@ -7,16 +7,15 @@ input is computed in any case: a network may keep it.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lit_prune.running import buffers_kept
+from lit_prune.running import buffers_kept, replaced
 from lit_prune.structure import operations
 
 Found = TypeVar("Found")
@@ -90,9 +89,7 @@ class Hollow(TorchDispatchMode):
 
             return checked
 
-        with ExitStack() as stack:
-            for name in ("numpy", "tolist"):
-                stack.enter_context(patch.object(Tensor, name, guarded(getattr(Tensor, name))))
+        with replaced(Tensor, numpy=guarded(Tensor.numpy), tolist=guarded(Tensor.tolist)):
             yield
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:

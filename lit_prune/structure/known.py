@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from lit_prune.structure.example import Example
+from lit_prune.tensor_files import tensor_bytes
 
 _ROOM = 4  # networks: a dense one, two of its stages and a teacher
 _TABLES = frozenset(vars(nn.Module()))
@@ -105,7 +106,7 @@ def _digest(tensor: Tensor) -> Hashable:
     """Of all bytes: the order of an index says which channels go together; weights, which say less, by a quick sum."""
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or type(tensor) not in _PLAIN:
         return _Alone()
-    values = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+    values = tensor_bytes(tensor)
     return zlib.crc32(values) if tensor.is_floating_point() else hashlib.sha256(values).digest()
 
 

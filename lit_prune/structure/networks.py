@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError, first_line
@@ -16,7 +15,7 @@ from lit_prune.models.weights import load_state
 from lit_prune.structure import Plan, save_compact
 from lit_prune.structure.description import Description
 from lit_prune.structure.record import record_of
-from lit_prune.tensor_files import check_defined, read_torch
+from lit_prune.tensor_files import check_defined, read_torch, tensor_bytes
 
 if TYPE_CHECKING:
     from lit_prune.train.classifier import LitClassifier
@@ -184,5 +183,5 @@ def fingerprint(model: nn.Module, record: dict[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps(record, sort_keys=True, default=str).encode())
     for name, value in model.state_dict().items():
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor_bytes(value))
     return digest.hexdigest()

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lit_prune.errors import InputError
+from lit_prune.tensor_files import tensor_bytes
 from lit_prune.train.optimizer_state import restore_state, state_by_name
 from lit_prune.train.trainer_state import callbacks_of
 
@@ -172,7 +173,7 @@ def parameter_checksum(module: nn.Module) -> int:
     checksum = 0
     for name, tensor in module.state_dict().items():
         checksum = zlib.crc32(f"{name}{tuple(tensor.shape)}".encode(), checksum)
-        checksum = zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy(), checksum)
+        checksum = zlib.crc32(tensor_bytes(tensor), checksum)
     return checksum
 
 

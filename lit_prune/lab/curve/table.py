@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -25,6 +24,7 @@ from lit_prune.structure.budgets import find_budget
 from lit_prune.structure.compact import REPORT, load_compact, save_compact
 from lit_prune.structure.networks import fingerprint
 from lit_prune.task import Task, settle
+from lit_prune.tensor_files import tensor_bytes
 
 
 @checked
@@ -192,8 +192,7 @@ def _hash(task: Task, batches: Iterable[Any]) -> str:
     digest = hashlib.sha256()
     for batch in batches:
         for leaf in tree_leaves((task.inputs(batch).tensors, task.target(batch))):
-            values = leaf.detach().cpu() if isinstance(leaf, Tensor) else None
-            digest.update(repr(leaf if values is None else (values.dtype, values.shape)).encode())
-            if values is not None:
-                digest.update(values.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(repr((leaf.dtype, leaf.shape) if isinstance(leaf, Tensor) else leaf).encode())
+            if isinstance(leaf, Tensor):
+                digest.update(tensor_bytes(leaf))
     return digest.hexdigest()
