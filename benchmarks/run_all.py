@@ -28,6 +28,7 @@ NO_BENCHMARKS = (  # no times, or weights and images that are not here
     "rows",
     "run_all",
     "hulls",
+    "large_images",
     "repairs",
     "replacement_kinds",
     "silenced",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lit_prune.replace.kernels import kernel_of
 from lit_prune.replace.patches import gradient_samples, input_rows, output_rows
 from lit_prune.replace.reconstruction import ReaderMoments, reader_columns
-from lit_prune.replace.regression import Covariance, ridged
+from lit_prune.replace.regression import Covariance, ridged, square
 from lit_prune.structure import ChannelGraph, Group
 from lit_prune.task import Task, settle
 
@@ -63,9 +63,8 @@ class Cut:
         first[columns.flatten()] = False
         rest = first.nonzero().flatten()  # columns of other groups
         placed = torch.cat([rest, columns[torch.tensor(order)].flatten()])
-        inputs = covariance.inputs[placed][:, placed]
         outgoing = weight[:, placed].T  # [D, O]
-        factor = torch.linalg.cholesky(ridged(inputs, ridge, outgoing.square().sum(1)))
+        factor = torch.linalg.cholesky(ridged(square(covariance.inputs, placed), ridge, outgoing.square().sum(1)))
         halfway = factor.T @ outgoing  # [D, O]
         changes, biases = [], []
         for width in widths:

@@ -11,7 +11,7 @@ from lit_prune.errors import InputError
 from lit_prune.measurement.layers import Batches
 from lit_prune.replace.kernels import is_solvable, kernel_of
 from lit_prune.replace.patches import PositionSample, WaitingRows, gradient_samples, input_rows, output_rows
-from lit_prune.replace.regression import Covariance, ridged
+from lit_prune.replace.regression import Covariance, ridged, square
 from lit_prune.structure import ChannelGraph, CostModel, Group, axes, trace_groups
 from lit_prune.task import Task, settle
 
@@ -60,7 +60,7 @@ class Elimination:
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(ridged(covariance, ridge, read.square().sum(0))))
         blocks = inverse[columns[:, :, None], columns[:, None, :]]
         places = columns.flatten()
-        return cls(inverse[places][:, places], read[:, places].T.contiguous(), blocks)
+        return cls(square(inverse, places), read[:, places].T.contiguous(), blocks)
 
     def costs(self, units: Tensor) -> Tensor:
         """Rise of the error if one of `units` goes and all other weights are solved again, float64 [len(units)].
@@ -91,7 +91,7 @@ class Elimination:
             self.inverse.addmm_(rows.T, solved, alpha=-1)
         taps = self.blocks.shape[1]
         places = (units[:, None] * taps + torch.arange(taps)).flatten()
-        self.inverse, self.weight = self.inverse[places][:, places], self.weight[places]
+        self.inverse, self.weight = square(self.inverse, places), self.weight[places]
         self.blocks, self.waiting = self.blocks[units], []
 
 
@@ -271,7 +271,7 @@ def reader_moments(
     moments, sums = {}, rows.finish()
     while sums:  # what has been turned goes: a ResNet-50 has 1 GB of either
         name, found = sums.popitem()
-        moments[name] = ReaderMoments(found.covariance().cpu(), metrics[name] / count, int(found.rows))
+        moments[name] = ReaderMoments(found.covariance().cpu(), metrics.pop(name) / count, int(found.rows))
     return moments
 
 

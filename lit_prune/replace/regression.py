@@ -217,6 +217,13 @@ class Fit:
     ridge: float
 
 
+def square(matrix: Tensor, places: Tensor) -> Tensor:
+    """Rows and columns at `places` [P] of a square matrix, [P, P]; one copy of 170 MB for 4,608 inputs, or none."""
+    if torch.equal(places, torch.arange(len(matrix), device=places.device)):
+        return matrix
+    return matrix[places[:, None], places]
+
+
 def ridged(inputs: Tensor, ridge: float, power: Tensor | None = None) -> Tensor:
     """Covariance [D, D] with `ridge` times each input's own variance added to it, see `alive`.
 
