@@ -4,8 +4,8 @@ from lit_prune.structure.allocation import make_plan, plan_channels
 from lit_prune.structure.compact import load_compact, read_preparation, save_compact
 from lit_prune.structure.cost import Cost, LayerCost, cost
 from lit_prune.structure.cost_model import CostModel
-from lit_prune.structure.groups import ChannelGraph, Group, Member, group_role, trace_groups
-from lit_prune.structure.latency import compare_latencies, compare_profiles, measure_latency, profile
+from lit_prune.structure.groups import ChannelGraph, Group, Member, trace_groups
+from lit_prune.structure.latency import compare_latencies, compare_profiles
 from lit_prune.structure.masking import MaskPlan, mask_channels, plan_masks
 from lit_prune.structure.plan import Plan
 from lit_prune.structure.ranking import Budget, group_scores
@@ -26,16 +26,13 @@ __all__ = [
     "compare_latencies",
     "compare_profiles",
     "cost",
-    "group_role",
     "group_scores",
     "kept_columns",
     "load_compact",
     "make_plan",
     "mask_channels",
-    "measure_latency",
     "plan_channels",
     "plan_masks",
-    "profile",
     "read_preparation",
     "save_compact",
     "trace_groups",

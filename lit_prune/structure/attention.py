@@ -18,22 +18,23 @@ gradients from the queries and keys that are multiplied the width of these.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from lit_prune.structure.attention_alike import moved
+from lit_prune.running import removing
 from lit_prune.structure.attention_einsum import Einsum
-from lit_prune.structure.attention_parts import Attention, Inner
+from lit_prune.structure.attention_parts import Attention, Inner, moved
 from lit_prune.structure.attention_readers import Read, columns_of
 from lit_prune.structure.attention_slices import Part, Slices, likewise, owners_of, slices_of
 from lit_prune.structure.example import Example, cloned
 from lit_prune.structure.hollow import Hollow, Noise, for_shapes
-from lit_prune.structure.stack import Stack, watching
 
 _SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
 _PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
@@ -80,8 +81,7 @@ def find_attention(model: nn.Module, sample: Example) -> tuple[list[Attention], 
 
 def _watched(model: nn.Module, sample: Example, hollow: bool) -> "_Watch":
     """What happened in one pass."""
-    watch = _Watch(model)
-    with watching(model, watch), Hollow(sample.tensors, skips=hollow, fill=Noise()):
+    with _watching(model) as watch, Hollow(sample.tensors, skips=hollow, fill=Noise()):
         model(*sample.args, **sample.kwargs)
     watch.reads = [read for read in watch.reads if read.inputs.requires_grad]
     return watch
@@ -95,7 +95,7 @@ def _again(model: nn.Module, watch: "_Watch", owner: str, reader: str) -> tuple[
     scopes = [name for name in watch.calls_of if _holds(name, owner) and _holds(name, reader)]
     for scope in dict.fromkeys((max(scopes, key=len), "")):
         args, kwargs = cloned(watch.calls_of[scope])
-        with watching(model, _Watch(model)) as again:
+        with _watching(model) as again:
             model.get_submodule(scope)(*args, **kwargs)
         calls = [call for call in again.calls if call.owner == owner]
         reads = [read for read in again.reads if read.weight == reader and read.inputs.requires_grad]
@@ -122,16 +122,27 @@ def _like(
     return other if other is not None and other.reader == reads[found[0]].weight else None
 
 
-class _Watch(Stack):
-    """Notes attentions and reads, and takes what mixing layers read out of the graph."""
+class _Watch(TorchFunctionMode):
+    """Notes attentions and reads, and takes what mixing layers read out of the graph.
+
+    It knows which modules run, and what each was called with first: name -> (args, kwargs).
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
+        super().__init__()
+        self.names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self.running: list[str] = []
+        self.calls_of: dict[str, tuple[tuple, dict]] = {}
         self.leaves = {name for name, module in model.named_modules() if next(module.parameters(), None) is None}
         self.calls: list[_Call] = []
         self.reads: list[Read] = []
         self.weights: dict[str, _Weights] = {}  # by the module in which they still wait for values
         self.product: tuple[int, tuple[Tensor, Tensor]] | None = None  # its size, and its factors
+
+    def enter(self, name: str, args: tuple, kwargs: dict) -> None:
+        """A module begins."""
+        self.running.append(name)
+        self.calls_of.setdefault(name, (args, kwargs))
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         """Runs the function."""
@@ -187,6 +198,18 @@ class _Watch(Stack):
     def _call(self, output: Tensor, factors: tuple[Tensor, Tensor] | None) -> None:
         if output.dim() > 3 and output.requires_grad:
             self.calls.append(_Call(self._owner(), output, factors))
+
+
+@contextmanager
+def _watching(model: nn.Module) -> Iterator[_Watch]:
+    """A watch, switched on, with hooks that tell it which modules run."""
+    watch, handles = _Watch(model), []
+    for name, module in model.named_modules():
+        enter = lambda _, args, kwargs, name=name: watch.enter(name, args, kwargs)  # noqa: E731
+        handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+        handles.append(module.register_forward_hook(lambda *_: (watch.running.pop(), None)[1]))
+    with removing(handles), watch:
+        yield watch
 
 
 def _attention(model: nn.Module, watch: _Watch, call: _Call, found: tuple[int, Tensor] | str) -> Attention:

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lit_prune.running import removing
 from lit_prune.structure import axes
 from lit_prune.structure.tracing import one_sample, traceable
 
@@ -94,13 +95,10 @@ def _outputs(model: nn.Module, example_input: Any, named: Iterable[str]) -> Mapp
         sample = one_sample(model, example_input)
         present = dict(model.named_modules())
         handles = [present[name].register_forward_hook(note(name)) for name in named if name in present]
-        try:
+        with removing(handles):
             found["num_features"] = model.forward_features(*sample.args, **sample.kwargs)
             if callable(getattr(model, "forward_head", None)):
                 found["head_hidden_size"] = model.forward_head(found["num_features"], pre_logits=True)
-        finally:
-            for handle in handles:
-                handle.remove()
     return found
 
 

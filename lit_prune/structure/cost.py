@@ -121,26 +121,10 @@ def _count_product(args: tuple, kwargs: dict, output: Tensor) -> tuple[int, str]
     return output.numel() * left.shape[-1], "linear" if learned else "attention"
 
 
-def _count_third_product(args: tuple, kwargs: dict, output: Tensor) -> tuple[int, str]:
-    """As `_count_product`, for functions that add a matrix first."""
-    return _count_product(args[1:], kwargs, output)
-
-
-def _count_linear(args: tuple, kwargs: dict, output: Tensor) -> tuple[int, str]:
-    """Functional linear layer: input width multiply-adds for each value of the output."""
-    return output.numel() * args[0].shape[-1], "linear"
-
-
-def _count_convolution(args: tuple, kwargs: dict, output: Tensor) -> tuple[int, str]:
-    """Functional convolution with weight [out, in / groups, ...]: one kernel for each value of the output."""
+def _count_convolution(args: tuple, kwargs: dict, values: Tensor) -> tuple[int, str]:
+    """One kernel, a row of the weight, for each of the values: outputs, or inputs of a transposed convolution."""
     weight = args[1] if len(args) > 1 else kwargs["weight"]
-    return output.numel() * weight[0].numel(), "conv"
-
-
-def _count_transposed(args: tuple, kwargs: dict, output: Tensor) -> tuple[int, str]:
-    """Functional transposed convolution with weight [in, out / groups, ...]: one kernel for each value of the input."""
-    weight = args[1] if len(args) > 1 else kwargs["weight"]
-    return args[0].numel() * weight[0].numel(), "conv"
+    return values.numel() * weight[0].numel(), "conv"
 
 
 def _count_tensordot(args: tuple, kwargs: dict, output: Tensor) -> tuple[int, str]:
@@ -174,12 +158,17 @@ def _count_einsum(args: tuple, kwargs: dict, output: Tensor) -> tuple[int, str]:
 
 _PRODUCTS = {
     F.scaled_dot_product_attention: _count_attention,
-    F.linear: _count_linear,
+    F.linear: lambda args, kwargs, output: (output.numel() * args[0].shape[-1], "linear"),
     torch.einsum: _count_einsum,
     torch.tensordot: _count_tensordot,
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _count_convolution),
-    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), _count_transposed),
-    **dict.fromkeys((torch.baddbmm, torch.addmm, Tensor.baddbmm, Tensor.addmm), _count_third_product),
+    **dict.fromkeys(
+        (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), lambda a, k, _: _count_convolution(a, k, a[0])
+    ),
+    **dict.fromkeys(
+        (torch.baddbmm, torch.addmm, Tensor.baddbmm, Tensor.addmm),
+        lambda a, k, output: _count_product(a[1:], k, output),
+    ),
     **dict.fromkeys(
         (torch.matmul, torch.bmm, torch.mm, torch.mv, torch.linalg.matmul, Tensor.matmul, Tensor.bmm, Tensor.mm)
         + (Tensor.mv, Tensor.__matmul__, Tensor.__rmatmul__),

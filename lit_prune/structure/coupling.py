@@ -27,7 +27,21 @@ class Member:
 
 @dataclass(frozen=True)
 class Group:
-    """Channels that can only be removed together.
+    """Channels that can only be removed together; their role in a network of blocks says which part they are.
+
+    "heads" are whole heads of an attention, "head_width" the width of its heads: of queries and keys, which are cut in
+    pairs, or of values, which a projection reads. Units of both lie in the same layers, so a plan takes either.
+
+    "width" is every width that a LayerNorm or RMSNorm takes its statistics over, such as the embedding of a
+    transformer or ConvNeXt: what is left is the same architecture built narrower, not the network with those channels
+    silenced, so it goes only where it is asked for.
+
+    "planes" is the trunk: channels that a residual add joins from several producers (the stem too where its output
+    feeds the first add), channels that pass through a padded shortcut, a stem that both the first block and its
+    projection shortcut read, and the projection that closes an inverted residual without a shortcut (it reads a
+    depthwise convolution, its own channels have none). Everything else is "mid": the width inside a block, with one
+    producer and perhaps a depthwise convolution or a gate that follows it. Plain networks (VGG, AlexNet) and
+    DenseNets have only "mid" groups.
 
     Attributes:
         name: qualified name of the first producing convolution or linear layer, in module order.
@@ -36,7 +50,7 @@ class Group:
         protected: "" or the reason why no unit may be removed.
         producers: convolutions and linear layers (depthwise ones left out) that write the channels.
         consumers: convolutions and linear layers that read them.
-        role: "planes" (trunk, see `group_role`), "mid", "heads", "head_width" or "width".
+        role: "planes", "mid", "heads", "head_width" or "width".
         kind: role and types of layers; groups of one kind are built alike and their scores compare.
     """
 
@@ -53,26 +67,6 @@ class Group:
     def of_heads(self) -> bool:
         """Whether the units are heads of an attention, or parts of all of them."""
         return self.role in ("heads", "head_width")
-
-
-def group_role(group: Group) -> str:
-    """Role of a group in a network of blocks: "planes", "mid", "heads", "head_width" or "width".
-
-    "heads" are whole heads of an attention, "head_width" the width of its heads: of queries and keys, which are cut in
-    pairs, or of values, which a projection reads. Units of both lie in the same layers, so a plan takes either.
-
-    "width" is every width that a LayerNorm or RMSNorm takes its statistics over, such as the embedding of a
-    transformer or ConvNeXt: what is left is the same architecture built narrower, not the network with those channels
-    silenced, so it goes only where it is asked for.
-
-    "planes" is the trunk: channels that a residual add joins from several producers (the stem too where its output
-    feeds the first add), channels that pass through a padded shortcut, a stem that both the first block and its
-    projection shortcut read, and the projection that closes an inverted residual without a shortcut (it reads a
-    depthwise convolution, its own channels have none). Everything else is "mid": the width inside a block, with one
-    producer and perhaps a depthwise convolution or a gate that follows it. Plain networks (VGG, AlexNet) and
-    DenseNets have only "mid" groups.
-    """
-    return group.role
 
 
 @dataclass(frozen=True)
@@ -144,7 +138,7 @@ def assemble_group(
 
 
 def assign_roles(model: nn.Module, groups: Sequence[Group], drafts: Sequence[Draft]) -> tuple[Group, ...]:
-    """The groups with their roles, see `group_role`."""
+    """The groups with their roles."""
     joined = {name for draft in drafts if draft.joined for name in draft.group.producers}
     sure = [draft.joined or protection.is_trunk(model, draft.group, joined) for draft in drafts]
     read: dict[str, tuple[str, ...]] = {}  # layer -> producers of the depthwise width inside a block that it reads

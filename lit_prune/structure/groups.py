@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from lit_prune.structure import axes, probe, protection, trial
-from lit_prune.structure.coupling import Group, Member, assign_roles, group_role, lost_positions, with_kind
+from lit_prune.structure.coupling import Group, Member, assign_roles, lost_positions, with_kind
 from lit_prune.structure.cutting import cut_layer
 from lit_prune.structure.example import Example
 from lit_prune.structure.heads import axis_widths, head_groups, with_heads
@@ -24,7 +24,7 @@ from lit_prune.structure.proposals import propose_groups
 from lit_prune.structure.tracing import one_sample, run, traceable
 from lit_prune.tensor_files import check_defined
 
-__all__ = ["ChannelGraph", "Group", "Member", "group_role", "trace_groups"]
+__all__ = ["ChannelGraph", "Group", "Member", "trace_groups"]
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,6 @@ BEST = 1.5  # seconds of passes of `best_latencies`
 Inputs = Sequence[int] | Example  # shape of one image, or what a network is called with
 
 
-def measure_latency(model: nn.Module, input_shape: Inputs, batch_size: int = 1, repeats: int = 20) -> float:
-    """Median seconds of one forward pass of `model`; see `time_networks`."""
-    return compare_latencies([model], input_shape, batch_size, repeats)[0]
-
-
 def compare_latencies(
     models: Sequence[nn.Module], input_shape: Inputs, batch_size: int = 1, repeats: int = 20
 ) -> list[float]:
@@ -71,11 +66,6 @@ def best_latencies(models: Sequence[nn.Module], images: Tensor, runtime: Runtime
         for model in models:
             model.eval()
         return [best.seconds for best in best_times([runtime.network(model, images) for model in models], BEST)]
-
-
-def profile(model: nn.Module, example_input: Tensor, accuracy: float | None = None) -> dict[str, Any]:
-    """Figures of one network; see `compare_profiles`."""
-    return compare_profiles([model], example_input, [accuracy])[0]
 
 
 def compare_profiles(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.progress import watched
-from lit_prune.running import undisturbed
+from lit_prune.running import removing, undisturbed
 from lit_prune.structure import axes
 from lit_prune.structure.cost_model import layer_rows
 from lit_prune.structure.groups import ChannelGraph
@@ -172,11 +172,8 @@ def _calls(model: nn.Module, images: Tensor, names: Any) -> list[Call]:
         for name, module in model.named_modules()
         if name in names or not next(module.children(), None)
     ]
-    try:
+    with removing(handles):
         model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
     for call in calls:
         call.output = None
     return calls

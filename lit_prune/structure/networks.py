@@ -40,22 +40,19 @@ class Network:
         return cls(module.backbone, module.backbone_name, module.arguments, module.image_shape, plans)
 
     @classmethod
-    def from_checkpoint(
-        cls, path: Path, image_shape: tuple[int, ...], trust: Iterable[str] = (), argument: str = "checkpoint"
-    ) -> "Network":
+    def from_checkpoint(cls, path: Path, image_shape: tuple[int, ...], trust: Iterable[str] = ()) -> "Network":
         """Network of a Lightning checkpoint written during `fit`.
 
         Args:
             path: the checkpoint.
             image_shape: (C, H, W) of one image.
             trust: import paths that the checkpoint may name.
-            argument: what named the file, for the message.
 
         Raises:
             InputError: as `read_torch`; it says nothing of a network, names one that is not to be imported, or its
                 weights do not fit or are not finite.
         """
-        return cls.of_checkpoint(read_torch(path, argument), image_shape, trust, f"{argument}: {path}")
+        return cls.of_checkpoint(read_torch(path, "checkpoint"), image_shape, trust, f"checkpoint: {path}")
 
     @classmethod
     def of_checkpoint(

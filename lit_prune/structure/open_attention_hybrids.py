@@ -10,7 +10,7 @@ from timm.models.levit import AttentionDownsample
 from timm.models.maxxvit import Attention2d, AttentionCl
 from torch import Tensor, nn
 
-from lit_prune.structure.by_heads import join_heads, split_heads, split_projection
+from lit_prune.structure.by_heads import OpenHeads, join_heads, split_heads, split_projection
 from lit_prune.structure.opened import opens
 
 
@@ -57,7 +57,7 @@ class OpenAttentionDownsample(_OpenLevit, AttentionDownsample):
         return self.proj(y.transpose(1, 2).unflatten(2, queries.shape[2:]) if self.use_conv else y)
 
 
-class _OpenMaxxvit(nn.Module):
+class _OpenMaxxvit(OpenHeads):
     """Heads one after the other with their queries, keys and values in each, or queries, keys and values of all."""
 
     @staticmethod
@@ -65,7 +65,7 @@ class _OpenMaxxvit(nn.Module):
         """What changes when a layer is opened: it states the widths of a head."""
         return {"head_dim": module.dim_head, "value_dim": module.dim_head}
 
-    def _attend(self, tokens: Tensor, shared: Tensor | None) -> Tensor:
+    def _attended(self, tokens: Tensor, shared: Tensor | None) -> Tensor:
         """What was projected from tokens, [B, L, C], to [B, L, heads · value_dim]."""
         if self.head_first:
             widths = [self.head_dim, self.head_dim, self.value_dim]
@@ -73,9 +73,7 @@ class _OpenMaxxvit(nn.Module):
         else:
             parts = split_projection(tokens, self.proj.weight.shape[1])
             q, k, v = (split_heads(part, self.num_heads) for part in parts)
-        bias = shared if self.rel_pos is None else self.rel_pos.get_bias()
-        dropout = self.attn_drop.p if self.training else 0.0
-        return join_heads(F.scaled_dot_product_attention(q, k, v, bias, dropout, scale=self.scale))
+        return self.attend(q, k, v, shared if self.rel_pos is None else self.rel_pos.get_bias())
 
 
 def _nothing(module: nn.Module) -> dict[str, Any]:
@@ -117,7 +115,7 @@ class OpenAttentionCl(_OpenMaxxvit, AttentionCl):
 
     def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
         """[B, ..., C] to [B, ..., C]."""
-        y = self._attend(self.qkv(x).flatten(1, -2), shared_rel_pos)
+        y = self._attended(self.qkv(x).flatten(1, -2), shared_rel_pos)
         return self.proj_drop(self.proj(y.unflatten(1, x.shape[1:-1])))
 
 
@@ -127,7 +125,7 @@ class OpenAttention2d(_OpenMaxxvit, Attention2d):
 
     def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
         """[B, C, H, W] to [B, C, H, W]."""
-        y = self._attend(self.qkv(x).flatten(2).transpose(1, 2), shared_rel_pos)
+        y = self._attended(self.qkv(x).flatten(2).transpose(1, 2), shared_rel_pos)
         return self.proj_drop(self.proj(y.transpose(1, 2).unflatten(2, x.shape[2:])))
 
 

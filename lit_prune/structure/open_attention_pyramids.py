@@ -8,29 +8,22 @@ import torch.nn.functional as F
 from timm.models.pvt_v2 import Attention as PyramidAttention
 from timm.models.swin_transformer_v2 import WindowAttention as WindowAttentionV2
 from timm.models.twins import GlobalSubSampleAttn, LocallyGroupedAttn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
-from lit_prune.structure.by_heads import join_heads, split_heads, split_projection
+from lit_prune.structure.by_heads import OpenHeads, join_heads, split_heads
 from lit_prune.structure.opened import opens
 
 
-class _OpenReduced(nn.Module):
+class _OpenReduced(OpenHeads):
     """Queries of all tokens, keys and values of fewer: `num_heads` heads of width `head_dim`."""
-
-    @staticmethod
-    def opened_attributes(module: nn.Module) -> dict[str, int]:
-        """What changes when a layer is opened; it states the widths of a head."""
-        return dict.fromkeys(("head_dim", "value_dim"), module.proj.in_features // module.num_heads)
 
     def attended(self, x: Tensor, size: Sequence[int]) -> Tensor:
         """Tokens [B, L, C] of a map of `size` to tokens of the same shape."""
         q = split_heads(self.q(x), self.num_heads)
         parts = self.kv(self._reduced(x, size)).split([self.q.out_features, self.proj.in_features], -1)
         k, v = (split_heads(part, self.num_heads) for part in parts)
-        dropout = self.attn_drop.p if self.training else 0.0
-        output = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.scale)
-        return self.proj_drop(self.proj(join_heads(output)))
+        return self.proj_drop(self.proj(self.attend(q, k, v)))
 
     def _reduced(self, x: Tensor, size: Sequence[int]) -> Tensor:
         if self.sr is None:
@@ -61,10 +54,8 @@ class OpenGlobalSubSampleAttn(_OpenReduced, GlobalSubSampleAttn):
 
 
 @opens(LocallyGroupedAttn)
-class OpenLocallyGroupedAttn(LocallyGroupedAttn):
+class OpenLocallyGroupedAttn(OpenHeads, LocallyGroupedAttn):
     """timm's attention of Twins within windows, with `num_heads` heads of width `head_dim`."""
-
-    opened_attributes = staticmethod(_OpenReduced.opened_attributes)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """Tokens [B, L, C] of a map of `size` to tokens of the same shape."""
@@ -73,27 +64,20 @@ class OpenLocallyGroupedAttn(LocallyGroupedAttn):
         rows, columns = (side // self.ws for side in maps.shape[1:3])
         windows = maps.unflatten(2, (columns, self.ws)).unflatten(1, (rows, self.ws)).transpose(2, 3)
         windows = windows.flatten(3, 4).flatten(0, 2)  # [B · windows, places, C]
-        q, k, v = (split_heads(part, self.num_heads) for part in self._parts(windows))
-        dropout = self.attn_drop.p if self.training else 0.0
-        output = join_heads(F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.scale))
+        q, k, v = self.parts(self.qkv(windows))
+        output = self.attend(q, k, v)
         output = output.unflatten(0, (-1, rows, columns)).unflatten(3, (self.ws, self.ws)).transpose(2, 3)
         output = output.flatten(3, 4).flatten(1, 2)[:, : size[0], : size[1]]
         return self.proj_drop(self.proj(output.flatten(1, 2)))
 
-    def _parts(self, windows: Tensor) -> tuple[Tensor, ...]:
-        return split_projection(self.qkv(windows), self.proj.in_features)
-
 
 @opens(WindowAttentionV2)
-class OpenWindowAttentionV2(WindowAttentionV2):
+class OpenWindowAttentionV2(OpenHeads, WindowAttentionV2):
     """timm's attention of Swin v2 (cosines), with `num_heads` heads of width `head_dim`."""
-
-    opened_attributes = staticmethod(_OpenReduced.opened_attributes)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Windows [B · windows, L, C] to windows of the same shape; mask [windows, L, L]."""
-        parts = split_projection(self._project(x), self.proj.in_features)
-        q, k, v = (split_heads(part, self.num_heads) for part in parts)
+        q, k, v = self.parts(self._project(x))
         scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
         scores = scores * self.logit_scale.clamp(max=math.log(100.0)).exp() + self._bias(q.shape[2])
         if mask is not None:

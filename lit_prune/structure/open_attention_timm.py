@@ -1,46 +1,33 @@
 """The attention layers of timm whose heads can go only with another forward, see `opened`."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import Attention, apply_rot_embed_cat
 from timm.models.beit import Attention as BeitAttention
 from timm.models.cait import ClassAttn
 from timm.models.eva import EvaAttention
 from timm.models.swin_transformer import WindowAttention
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
-from lit_prune.structure.by_heads import join_heads, split_heads, split_projection
+from lit_prune.structure.by_heads import OpenHeads, split_heads
 from lit_prune.structure.opened import opens
 
 
-class _OpenTokens(nn.Module):
-    """What the open attentions of timm share: the projections of tokens, fused or not, with their separate biases."""
+class _OpenTokens(OpenHeads):
+    """Projections of tokens, fused or not, with their separate biases."""
 
     k_bias: Any
-
-    @staticmethod
-    def opened_attributes(module: nn.Module) -> dict[str, int]:
-        """What changes when a layer is opened: it states the widths of a head."""
-        return dict.fromkeys(("head_dim", "value_dim"), module.proj.in_features // module.num_heads)
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values [B, heads, L, head_dim]; the keys' bias is zero in these classes."""
         if self.qkv is None:
-            parts: tuple[Tensor, ...] = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
-        elif self.q_bias is None:
-            parts = split_projection(self.qkv(x), self.proj.in_features)
-        else:
-            bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-            parts = split_projection(functional_call(self.qkv, {"bias": bias}, x), self.proj.in_features)
-        return tuple(split_heads(part, self.num_heads) for part in parts)
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool = False) -> Tensor:
-        dropout = self.attn_drop.p if self.training else 0.0
-        return join_heads(F.scaled_dot_product_attention(q, k, v, bias, dropout, causal, scale=self.scale))
+            return tuple(split_heads(layer(x), self.num_heads) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_bias is None:
+            return self.parts(self.qkv(x))
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        return self.parts(functional_call(self.qkv, {"bias": bias}, x))
 
     def init_non_persistent_buffers(self) -> None:
         """Sets what no file holds."""
@@ -57,7 +44,7 @@ class OpenBeitAttention(_OpenTokens, BeitAttention):
         biases = [] if self.relative_position_bias_table is None else [self._get_rel_pos_bias()]
         biases += [] if shared_rel_pos_bias is None else [shared_rel_pos_bias]
         q, k, v = self._project(x)
-        output = self._attend(q, k, v, sum(biases[1:], biases[0]) if biases else None)
+        output = self.attend(q, k, v, sum(biases[1:], biases[0]) if biases else None)
         return self.proj_drop(self.proj(output))
 
 
@@ -73,7 +60,7 @@ class OpenEvaAttention(_OpenTokens, EvaAttention):
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = (self._rotated(values, rope).type_as(v) for values in (q, k))
-        output = self.norm(self._attend(q, k, v, attn_mask, is_causal))
+        output = self.norm(self.attend(q, k, v, attn_mask, is_causal))
         if self.gate is not None:
             output = output * self.gate(x).sigmoid()
         return self.proj_drop(self.proj(output))
@@ -83,34 +70,20 @@ class OpenEvaAttention(_OpenTokens, EvaAttention):
         return torch.cat([prefix, apply_rot_embed_cat(rest, rope, half=self.rotate_half)], 2)
 
 
-class _OpenFused(nn.Module):
-    """One projection of tokens to queries, keys and values."""
-
-    opened_attributes = staticmethod(_OpenTokens.opened_attributes)
-
-    def _project(self, x: Tensor) -> Iterator[Tensor]:
-        """Queries, keys and values [B, heads, L, width]."""
-        return (split_heads(part, self.num_heads) for part in split_projection(self.qkv(x), self.proj.in_features))
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool = False) -> Tensor:
-        dropout = self.attn_drop.p if self.training else 0.0
-        return join_heads(F.scaled_dot_product_attention(q, k, v, bias, dropout, causal, scale=self.scale))
-
-
 @opens(Attention)
-class OpenAttention(_OpenFused, Attention):
+class OpenAttention(OpenHeads, Attention):
     """timm's attention with heads of any width; the scale stays that of the dense one."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Tokens [B, L, C] to tokens of the same shape."""
-        q, k, v = self._project(x)
-        output = self.norm(self._attend(self.q_norm(q), self.k_norm(k), v, attn_mask, is_causal))
+        q, k, v = self.parts(self.qkv(x))
+        output = self.norm(self.attend(self.q_norm(q), self.k_norm(k), v, attn_mask, is_causal))
         output = output if self.gate is None else output * self.gate(x).sigmoid()
         return self.proj_drop(self.proj(output))
 
 
 @opens(WindowAttention)
-class OpenWindowAttention(_OpenFused, WindowAttention):
+class OpenWindowAttention(OpenHeads, WindowAttention):
     """timm's attention of Swin with heads of any width."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -118,16 +91,16 @@ class OpenWindowAttention(_OpenFused, WindowAttention):
         bias = self._get_rel_pos_bias()
         if mask is not None:
             bias = (bias + mask[:, None]).repeat(len(x) // len(mask), 1, 1, 1)
-        q, k, v = self._project(x)
-        return self.proj_drop(self.proj(self._attend(q, k, v, bias)))
+        q, k, v = self.parts(self.qkv(x))
+        return self.proj_drop(self.proj(self.attend(q, k, v, bias)))
 
 
 @opens(ClassAttn)
-class OpenClassAttention(_OpenFused, ClassAttn):
+class OpenClassAttention(OpenHeads, ClassAttn):
     """timm's attention of the class token alone (CaiT, XCiT), with heads of any width."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens [B, L, C] to the class token [B, 1, C]."""
         parts = (self.q(x[:, :1]), self.k(x), self.v(x))
         q, k, v = (split_heads(part, self.num_heads) for part in parts)
-        return self.proj_drop(self.proj(self._attend(q, k, v, None)))
+        return self.proj_drop(self.proj(self.attend(q, k, v)))

@@ -252,11 +252,8 @@ def _watching(
         for name, module in sites.writers.items()
         if (name, "out") in marks
     ]
-    try:
+    with removing(handles):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _cleaned(values: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ class Budget:
             "layer_max" (of absolute values), "rank" (to quantiles), "z"; or "isomorphic": to quantiles over all groups
             of one kind (heads with heads, MLP widths with MLP widths), so that each kind loses the same share.
         cap: largest share of a group that may go.
-        only: "mid", "planes", "heads", "width", "head_width" (see `group_role`), a list of them and of group names, or
+        only: "mid", "planes", "heads", "width", "head_width" (see `Group`), a list of them and of group names, or
             None for all but "width", which changes the statistics of norms, and "head_width", since one plan takes
             whole heads of an attention or narrows them. With "blocks" among them residual blocks may go as a whole too
             (allocation "measured").

@@ -116,7 +116,7 @@ class ChannelStage(Stage):
         keep: share of the *dense* network's `budget` left after this stage, in (0, 1].
         epoch: epoch (from 0) at whose start it happens; `compress` fills it in.
         part: `planes` slices the residual trunk, `mid` the channels inside the blocks, `heads` whole heads, `width`
-            what norms read, `head_width` the width of heads (see `group_role`), `channels` all but the last two.
+            what norms read, `head_width` the width of heads (see `Group`), `channels` all but the last two.
         budget: what `keep` counts: `macs`, `params`, `latency`, `channels` (the share of this stage's channels), or
             `package.module:Class`.
         score: name of the method that ranks the channels (`lit_prune.scores.SCORES`), such as `proxy` (the paper's).

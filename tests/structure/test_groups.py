@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 from lit_prune.errors import InputError
-from lit_prune.structure import ChannelGraph, check_invariants, group_role, trace_groups
+from lit_prune.structure import ChannelGraph, check_invariants, trace_groups
 
 
 class FunctionalPadNet(nn.Module):
@@ -327,7 +327,7 @@ def test_roles_follow_the_blocks(build) -> None:
     roles = {}
     for name in ("resnet18", "cifar_resnet20", "mobilenet_v2", "efficientnet", "vgg11_bn"):
         model, images = build(name)
-        roles[name] = {group.name: group_role(group) for group in trace_groups(model, images).prunable}
+        roles[name] = {group.name: group.role for group in trace_groups(model, images).prunable}
     for name in ("resnet18", "cifar_resnet20"):
         assert all((role == "mid") == (".conv1" in group) for group, role in roles[name].items())
     for group, role in roles["mobilenet_v2"].items():

@@ -7,7 +7,7 @@ from torch import nn
 
 from lit_prune import timing
 from lit_prune.errors import InputError
-from lit_prune.structure import cost, latency, measure_latency, profile
+from lit_prune.structure import compare_latencies, compare_profiles, cost, latency
 
 TIMES = ("latency_spread_ms", "noisy")
 
@@ -28,14 +28,14 @@ class Counting(nn.Module):
 def test_passes_are_warmed_up_in_evaluation_mode_without_gradients(monkeypatch) -> None:
     monkeypatch.setattr(timing, "WARM_UP", 3)
     model = Counting().train()
-    assert measure_latency(model, (4,), batch_size=5, repeats=2) > 0
+    assert compare_latencies([model], (4,), batch_size=5, repeats=2)[0] > 0
     assert model.calls == [((5, 4), False, False)] * 5  # three to warm up, two timed
     assert model.training
 
 
 def test_profile_reports_the_keys_of_the_report_and_the_size_on_disk(build, tmp_path) -> None:
     model, images = build("convnet")
-    figures = profile(model, images, accuracy=0.5)
+    figures = compare_profiles([model], images, [0.5])[0]
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     counted = cost(model, images)
     assert set(figures) == {
@@ -61,11 +61,11 @@ def test_the_batch_of_a_slow_network_is_as_large_as_it_takes_in_two_seconds(monk
     seen: list[tuple[int, int]] = []
     monkeypatch.setattr(latency, "time_networks", times)
     monkeypatch.setattr(latency, "SINGLE", 60)
-    figures = profile(Counting(), torch.zeros(1, 4))
+    figures = compare_profiles([Counting()], torch.zeros(1, 4), [None])[0]
     assert (figures["throughput_batch"], figures["throughput"]) == (8, pytest.approx(1 / 0.15))
     assert seen == [(1, 1), (1, 60), (8, latency.BATCHED)]
 
 
 def test_wrong_counts_are_refused() -> None:
     with pytest.raises(InputError, match="batch_size=0"):
-        measure_latency(Counting(), (4,), batch_size=0)
+        compare_latencies([Counting()], (4,), batch_size=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -49,6 +49,8 @@ class LayerType:
         sort: "mixing" where channels end and begin (axes "in" and "out"); "channelwise" where they pass one by one
             (axis "out"); "statistics" likewise, but for statistics over all of them (role "width"); "closed" where they
             cannot be cut, and `obstacle` says why.
+        stated: axis -> attribute that states its number of channels; where it is no attribute, `width` tells.
+        tensors: axis -> tensors that lose positions with it: rows along "out", columns along "in"; else see `cut`.
         parameters: names of its parameters; one that has others is left alone.
         bilinear: those of them that lie along both axes of a mixing layer, [out, in, ...]; the others along "out".
         counts: whether `count` tells its cost; else the products inside it are counted.
@@ -57,6 +59,8 @@ class LayerType:
 
     modules: ClassVar[tuple[type[nn.Module], ...]] = ()
     sort: ClassVar[Sort] = "channelwise"
+    stated: ClassVar[Mapping[str, str]] = {}
+    tensors: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     parameters: ClassVar[tuple[str, ...]] = ("weight", "bias")
     bilinear: ClassVar[tuple[str, ...]] = ("weight",)
     counts: ClassVar[bool] = False
@@ -68,7 +72,7 @@ class LayerType:
 
     def width(self, module: Any, axis: str) -> int:
         """Number of channels that the attributes of a layer state."""
-        raise NotImplementedError
+        return getattr(module, self.stated.get(axis, self.stated["out"]))
 
     def stored(self, module: Any, axis: str) -> int:
         """Number of channels that its tensors have, -1 where they disagree."""
@@ -80,7 +84,9 @@ class LayerType:
 
     def cut(self, module: Any, axis: str, positions: Sequence[int]) -> None:
         """Removes positions of one axis, in place: tensors (`drop`) and attributes."""
-        raise NotImplementedError
+        drop(module, self.tensors[axis], positions, 0 if axis == "out" else 1)
+        if axis in self.stated:
+            setattr(module, self.stated[axis], getattr(module, self.stated[axis]) - len(positions))
 
     def obstacle(self, module: Any, name: str) -> str:
         """Why this one may not be cut, or ""."""

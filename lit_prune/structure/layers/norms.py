@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from lit_prune.structure import reasons
-from lit_prune.structure.layers.base import LayerType, drop, register_layer
+from lit_prune.structure.layers.base import LayerType, register_layer
 
 if TYPE_CHECKING:
     from lit_prune.structure.following import Follower
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 INSTANCE_NORMS = (nn.modules.instancenorm._InstanceNorm,)
 FROZEN = frozenset({"weight", "bias", "running_mean", "running_var"})  # buffers of a norm that does not train
-_TENSORS = ("weight", "bias", "running_mean", "running_var")
+_TENSORS = {"out": ("weight", "bias", "running_mean", "running_var")}
 
 
 @register_layer("batch norm")
@@ -22,20 +22,12 @@ class BatchNorm(LayerType):
     """BatchNorm and InstanceNorm."""
 
     modules = (*BATCH_NORMS, *INSTANCE_NORMS)
-
-    def width(self, module: Any, axis: str) -> int:
-        """Features."""
-        return module.num_features
+    stated, tensors = {"out": "num_features"}, _TENSORS
 
     def stored(self, module: Any, axis: str) -> int:
         """Of scale and statistics, those that it has."""
         widths = {len(tensor) for tensor in (module.weight, module.running_mean) if tensor is not None}
         return (widths or {module.num_features}).pop() if len(widths) <= 1 else -1
-
-    def cut(self, module: Any, axis: str, positions: Sequence[int]) -> None:
-        """Scales, shifts, statistics."""
-        drop(module, _TENSORS, positions)
-        module.num_features -= len(positions)
 
     def obstacle(self, module: Any, name: str) -> str:
         """An InstanceNorm's running statistics."""
@@ -46,6 +38,8 @@ class BatchNorm(LayerType):
 @register_layer("frozen batch norm")
 class FrozenBatchNorm(LayerType):
     """BatchNorms whose affine map and statistics are all buffers, as in detection backbones."""
+
+    tensors = _TENSORS
 
     def fits(self, module: nn.Module) -> bool:
         """Told by its buffers."""
@@ -65,7 +59,7 @@ class FrozenBatchNorm(LayerType):
 
     def cut(self, module: Any, axis: str, positions: Sequence[int]) -> None:
         """Its buffers."""
-        drop(module, _TENSORS, positions)
+        super().cut(module, axis, positions)
         if hasattr(module, "num_features"):
             module.num_features -= len(positions)
 
@@ -75,16 +69,12 @@ class GroupNorm(LayerType):
     """GroupNorm: whole groups go, since what is left of one would have other statistics."""
 
     modules = (nn.GroupNorm,)
-
-    def width(self, module: Any, axis: str) -> int:
-        """Channels."""
-        return module.num_channels
+    stated, tensors = {"out": "num_channels"}, _TENSORS
 
     def cut(self, module: Any, axis: str, positions: Sequence[int]) -> None:
         """Whole groups."""
         width = module.num_channels // module.num_groups
-        drop(module, _TENSORS, positions)
-        module.num_channels -= len(positions)
+        super().cut(module, axis, positions)
         module.num_groups = module.num_channels // width
 
     def follow(self, follower: "Follower", name: str, module: Any, args: tuple, output: Any) -> None:
@@ -120,7 +110,7 @@ class WideLayerNorm(LayerType):
 class LayerNorm(LayerType):
     """LayerNorm and RMSNorm: statistics over all channels and a scale for each."""
 
-    sort = "statistics"
+    sort, tensors = "statistics", _TENSORS
 
     def fits(self, module: nn.Module) -> bool:
         """Over one dimension."""
@@ -136,7 +126,7 @@ class LayerNorm(LayerType):
 
     def cut(self, module: Any, axis: str, positions: Sequence[int]) -> None:
         """Scales, shifts and its shape."""
-        drop(module, _TENSORS, positions)
+        super().cut(module, axis, positions)
         module.normalized_shape = (module.normalized_shape[0] - len(positions),)
 
 
@@ -144,7 +134,7 @@ class LayerNorm(LayerType):
 class ResponseNorm(LayerType):
     """The global response norm of ConvNeXt v2 (timm)."""
 
-    sort = "statistics"
+    sort, tensors = "statistics", _TENSORS
 
     def fits(self, module: nn.Module) -> bool:
         """Told by its name, since timm may be absent."""
@@ -158,24 +148,13 @@ class ResponseNorm(LayerType):
         """As it says."""
         return module.channel_dim % values.dim()
 
-    def cut(self, module: Any, axis: str, positions: Sequence[int]) -> None:
-        """Scales and shifts."""
-        drop(module, _TENSORS, positions)
-
 
 @register_layer("prelu")
 class PReLU(LayerType):
     """PReLU with a slope for each channel; with one for all it is an activation like any other."""
 
+    stated, tensors = {"out": "num_parameters"}, {"out": ("weight",)}
+
     def fits(self, module: nn.Module) -> bool:
         """Several slopes."""
         return isinstance(module, nn.PReLU) and module.num_parameters > 1
-
-    def width(self, module: Any, axis: str) -> int:
-        """Slopes."""
-        return module.num_parameters
-
-    def cut(self, module: Any, axis: str, positions: Sequence[int]) -> None:
-        """Slopes."""
-        drop(module, ("weight",), positions)
-        module.num_parameters -= len(positions)

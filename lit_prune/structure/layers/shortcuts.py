@@ -1,7 +1,7 @@
 """Padded shortcuts: no weights, a table that ties the two sides."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from lit_prune.models.cifar_resnet import PaddedShortcut
 from lit_prune.structure.layers.base import LayerType, register_layer
@@ -13,12 +13,9 @@ class Shortcut(LayerType):
 
     modules = (PaddedShortcut,)
     sort = "mixing"
+    stated: ClassVar = {"out": "out_channels", "in": "in_channels"}
     parameters = ()
     is_trunk = True
-
-    def width(self, module: Any, axis: str) -> int:
-        """Channels."""
-        return module.out_channels if axis == "out" else module.in_channels
 
     def cut(self, module: Any, axis: str, positions: Sequence[int]) -> None:
         """Entries of the table."""

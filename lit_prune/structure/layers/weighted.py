@@ -32,11 +32,9 @@ class Linear(LayerType):
 
     modules = (nn.Linear,)
     sort = "mixing"
+    stated: ClassVar = {"out": "out_features", "in": "in_features"}
+    tensors: ClassVar = {"out": ("weight", "bias"), "in": ("weight",)}
     counts = True
-
-    def width(self, module: Any, axis: str) -> int:
-        """Features."""
-        return module.out_features if axis == "out" else module.in_features
 
     def stored(self, module: Any, axis: str) -> int:
         """Of the weight, [out, in]."""
@@ -45,15 +43,6 @@ class Linear(LayerType):
     def channel_dim(self, module: Any, values: Tensor) -> int:
         """The last."""
         return values.dim() - 1
-
-    def cut(self, module: Any, axis: str, positions: Sequence[int]) -> None:
-        """Rows or columns."""
-        if axis == "out":
-            drop(module, ("weight", "bias"), positions)
-            module.out_features -= len(positions)
-        else:
-            drop(module, ("weight",), positions, 1)
-            module.in_features -= len(positions)
 
     def count(self, module: Any, args: tuple, kwargs: dict, output: Any) -> LayerCost:
         """`positions · in · out`."""
@@ -69,11 +58,8 @@ class Convolution(LayerType):
 
     modules = CONVOLUTIONS
     sort: ClassVar[Sort] = "mixing"
+    stated: ClassVar = {"out": "out_channels", "in": "in_channels"}
     counts = True
-
-    def width(self, module: Any, axis: str) -> int:
-        """Channels."""
-        return module.out_channels if axis == "out" else module.in_channels
 
     def stored(self, module: Any, axis: str) -> int:
         """Of the weight: [out, in / groups, ...], transposed [in, out / groups, ...]."""
