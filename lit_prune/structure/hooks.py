@@ -30,7 +30,7 @@ class OwnHooks:
         self._modules = list(model.modules())
         self._held = {id(module) for module in self._modules}
         for module in self._modules:
-            values = (value for key, value in vars(module).items() if key not in _EMPTY)
+            values = (value for key, value in vars(module).items() if key not in TABLES)
             self._held |= {id(value) for value in values if not isinstance(value, (*_SHARED, Tensor))}
         self._sources = {type(module).__module__ for module in self._modules}
 
@@ -70,7 +70,8 @@ class OwnHooks:
         return twin
 
 
-_EMPTY = frozenset(vars(nn.Module()))
+TABLES = frozenset(vars(nn.Module()))
+"""What every module holds: its flag, and tables of parts, tensors and hooks."""
 _PLAIN = (bool, int, float, str, bytes, tuple, frozenset, type, type(None))
 _SHARED = (*_PLAIN, types.FunctionType, types.BuiltinFunctionType)
 """Values that may be one object in unrelated places."""

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from lit_prune.structure.example import Example
+from lit_prune.structure.hooks import TABLES
 from lit_prune.tensor_files import tensor_bytes
 
 _ROOM = 4  # networks: a dense one, two of its stages and a teacher
-_TABLES = frozenset(vars(nn.Module()))
-_HOOKS = tuple(name for name in _TABLES if name.endswith("_hooks"))
+_HOOKS = tuple(name for name in TABLES if name.endswith("_hooks"))
 _last: OrderedDict[Hashable, Any] = OrderedDict()
 Found = TypeVar("Found")
 
@@ -63,7 +63,7 @@ def built(model: nn.Module, values: bool = False) -> Hashable:
 
 def _held(module: nn.Module) -> Hashable:
     """The attributes of a module."""
-    return tuple((key, _known(value)) for key, value in sorted(vars(module).items()) if key not in _TABLES)
+    return tuple((key, _known(value)) for key, value in sorted(vars(module).items()) if key not in TABLES)
 
 
 def called_with(values: Any) -> Hashable:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lit_prune.structure import reasons
+from lit_prune.structure.hooks import TABLES
 from lit_prune.structure.labels import FIXED, Labels
 from lit_prune.structure.layers import layer_type
 from lit_prune.structure.operations import PRODUCTS
@@ -54,10 +55,6 @@ class LabelledTensors:
         self._shadows[key_of(tensor)] = (tensor, labels)
         return labels
 
-    def put_input(self, tensor: Tensor) -> None:
-        """Marks a tensor as the network's input."""
-        self.put(tensor, self.fixed[0].expand(tensor.shape))
-
     def is_bare(self, tensor: Tensor) -> bool:
         """Whether it is a parameter or buffer that no layer with a rule of its own holds."""
         return key_of(tensor) in self._bare
@@ -84,14 +81,11 @@ def _hidden_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Layers in the lists, tuples and dictionaries of modules, which `parameters` does not find."""
     for prefix, module in model.named_modules():
         for key, held in vars(module).items():
-            if key in _EMPTY or not isinstance(held, (list, tuple, dict)):
+            if key in TABLES or not isinstance(held, (list, tuple, dict)):
                 continue
             for layer in tree_leaves(held):
                 if isinstance(layer, nn.Module):
                     yield f"{type(held).__name__} {f'{prefix}.{key}' if prefix else key}", layer
-
-
-_EMPTY = frozenset(vars(nn.Module()))
 
 
 def key_of(tensor: Tensor) -> tuple:

@@ -5,11 +5,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from lit_prune.errors import InputError
 from lit_prune.structure import axes, protection, reasons
@@ -18,7 +16,7 @@ from lit_prune.structure.example import Example, pair_of
 from lit_prune.structure.following import Follower
 from lit_prune.structure.hollow import for_shapes
 from lit_prune.structure.labels import Labels
-from lit_prune.structure.tracing import sketch_network
+from lit_prune.structure.tracing import answered, sketch_network
 
 _STATED = ("hidden_dim", "embed_dim", "num_features", "head_hidden_size")
 """Attributes in which a network states the width of its embedding."""
@@ -41,14 +39,10 @@ class Proposal:
 
 
 def propose_groups(model: nn.Module, sample: Example) -> Proposal:
-    """The groups as one pass shows them.
+    """The groups as one pass shows them, of a network in evaluation mode without hooks.
 
     Raises:
         InputError: which layers run depends on values of the input.
-
-    Args:
-        model: network in evaluation mode, without hooks.
-        sample: what it is called with.
     """
     follower = for_shapes(partial(_followed, model, sample, None), model)
     if follower.decides:
@@ -68,7 +62,7 @@ def _followed(model: nn.Module, sample: Example, known: Labels | None, hollow: b
     follower = Follower(model, sample, hollow)
     follower.labels = follower.labels if known is None else copy.deepcopy(known)
     output = follower.run()
-    follower.labels.keep([found for t in _results(output) if (found := follower.of(t)) is not None], reasons.OUTPUT)
+    follower.labels.keep([found for t in answered(output) if (found := follower.of(t)) is not None], reasons.OUTPUT)
     return follower
 
 
@@ -102,12 +96,6 @@ def _with_attributes(model: nn.Module, drafts: list[Draft]) -> list[Draft]:
             group = replace(group, members=group.members + tuple(Member("", f"attribute:{key}", units) for key in keys))
         found.append(Draft(group, draft.joined))
     return found
-
-
-def _results(output: Any) -> list[Tensor]:
-    """Tensors of an output, also those that an object of the network's own holds."""
-    held = list(vars(output).values()) if hasattr(output, "__dict__") and not isinstance(output, Tensor) else output
-    return [leaf for leaf in tree_leaves([output, held]) if isinstance(leaf, Tensor)]
 
 
 def _tie_shared(model: nn.Module, labels: Labels) -> None:

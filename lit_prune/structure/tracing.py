@@ -13,9 +13,8 @@ from torch.utils._pytree import tree_leaves
 from lit_prune.errors import InputError
 from lit_prune.running import buffers_kept, check_visible, full_float32, undisturbed
 from lit_prune.structure.example import Example, as_example, first_sample
-from lit_prune.structure.hooks import bare, copy_hooks, without_hooks
+from lit_prune.structure.hooks import TABLES, bare, copy_hooks, without_hooks
 
-_TABLES = frozenset(vars(nn.Module()))
 _COMPILED = "_compiled_call_impl"  # where `module.compile()` puts what runs in the place of the forward
 _PLAIN = frozenset({bool, int, float, str, type(None)})
 
@@ -33,11 +32,11 @@ def traceable(model: nn.Module) -> Iterator[None]:
     """
     check_visible(model)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    device = _device(model)
+    kind = flags[0][0].device.type if flags else "cpu"
     with (
         undisturbed(model, gradients=True),
         buffers_kept(model),
-        torch.autocast(device.type, enabled=False),
+        torch.autocast(kind, enabled=False),
         full_float32(),  # forms of one network are compared
         torch.compiler.set_stance("force_eager"),
         without_hooks(model),
@@ -83,6 +82,13 @@ def run(model: nn.Module, sample: Example) -> Any:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         message = f"the network does not take example_input of shape {sample.shapes}: {reason}"
         raise InputError(message + _uneven_heads(model)) from error
+
+
+def answered(output: Any) -> list[Tensor]:
+    """The tensors of an output, also those that an object of the network's own holds."""
+    held = list(vars(output).values()) if hasattr(output, "__dict__") and not isinstance(output, Tensor) else []
+    leaves = {id(leaf): leaf for leaf in tree_leaves([output, held])}  # some hold each of theirs by two names
+    return [leaf for leaf in leaves.values() if isinstance(leaf, Tensor)]
 
 
 def _uneven_heads(model: nn.Module) -> str:
@@ -161,9 +167,9 @@ def _state(module: nn.Module, memo: dict[int, Any]) -> dict[str, Any]:
         value: Any = None if key == _COMPILED else held
         if type(value) in _PLAIN:
             state[key] = value
-        elif key in _TABLES and not value:
+        elif key in TABLES and not value:
             state[key] = type(value)()
-        elif key in _TABLES and type(value) is dict and all(id(part) in memo for part in value.values()):
+        elif key in TABLES and type(value) is dict and all(id(part) in memo for part in value.values()):
             state[key] = {name: memo[id(part)] for name, part in value.items()}
         else:
             _copy_derived(value, memo)
@@ -182,7 +188,3 @@ def _alone(tensor: Tensor) -> bool:
     """Whether no other tensor can lie in its memory but one that fills it."""
     plain = type(tensor) in (Tensor, nn.Buffer) and tensor.layout == torch.strided and not tensor.is_quantized
     return plain and tensor.grad_fn is None and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

@@ -17,7 +17,6 @@ from functools import cached_property, partial
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from lit_prune.running import removing
 from lit_prune.structure import axes, probe, reasons
@@ -27,7 +26,7 @@ from lit_prune.structure.cutting import cut_layer
 from lit_prune.structure.example import Example, pair_of
 from lit_prune.structure.hollow import Hollow
 from lit_prune.structure.known import built, called_with
-from lit_prune.structure.tracing import copy_network, sketch_network
+from lit_prune.structure.tracing import answered, copy_network, sketch_network
 
 FAILS = "the network does not run without some of its channels"
 DIFFERS = "without some of its channels the network computes something else than with them silenced"
@@ -257,10 +256,4 @@ def _call(model: nn.Module, sample: Example) -> list[Tensor]:
     """The tensors that a network answers, without gradients; the random state is put back."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        output = model(*sample.args, **sample.kwargs)
-    return [leaf for leaf in tree_leaves(_values(output)) if isinstance(leaf, Tensor)]
-
-
-def _values(output: object) -> object:
-    """The output, or what its attributes hold where it is an object of the network's own."""
-    return list(vars(output).values()) if hasattr(output, "__dict__") and not isinstance(output, Tensor) else output
+        return answered(model(*sample.args, **sample.kwargs))

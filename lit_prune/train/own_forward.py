@@ -12,10 +12,10 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric
 
+from lit_prune.structure.hooks import TABLES
 from lit_prune.structure.record import ATTRIBUTE
 
 SHARED = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
-TABLES = frozenset(vars(nn.Module()))
 _MODULE = "lit_prune_module"
 _OWN = frozenset({ATTRIBUTE, _MODULE})
 _networks: "weakref.WeakKeyDictionary[nn.Module, nn.Module]" = weakref.WeakKeyDictionary()

@@ -1,6 +1,8 @@
 """A plan that is offered can be carried out, and computes what the dense network computes without its channels."""
 
+from collections import OrderedDict
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from lit_prune.errors import InputError
 from lit_prune.running import EXACT, MATMUL, OTHERS, PRECISION
 from lit_prune.structure import Plan, apply_plan, cost, make_plan, trace_groups, trial
 from lit_prune.structure.reasons import MISLED
-from lit_prune.structure.trial import FAILS, TRAINING
+from lit_prune.structure.trial import DIFFERS, FAILS, TRAINING
 
 
 class Net(nn.Module):
@@ -232,6 +234,26 @@ def test_several_inputs_are_traced_cut_and_counted(as_kwargs: bool) -> None:
 def test_an_example_without_a_batch_is_refused_in_one_line(example: object) -> None:
     with pytest.raises(InputError, match="example_input is"):
         trace_groups(nn.Linear(2, 2), example)
+
+
+class Answering(nn.Module):
+    """Two layers whose answer, in a container, is scaled by a number of channels; no product reads that."""
+
+    def __init__(self, container: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.first, self.head, self.container = nn.Linear(6, 8), nn.Linear(8, 3), container
+
+    def forward(self, values: Tensor) -> object:
+        hidden = F.relu(self.first(values))
+        return self.container(self.head(hidden) * hidden.shape[1])
+
+
+@pytest.mark.parametrize(
+    "container", [lambda t: t, lambda t: OrderedDict(out=t), lambda t: {"out": t}, lambda t: SimpleNamespace(out=t)]
+)
+def test_answers_are_compared_whatever_holds_them(container: Callable[[Tensor], object]) -> None:
+    (group,) = (g for g in trace_groups(Answering(container).eval(), torch.randn(2, 6)).groups if g.name == "first")
+    assert group.protected == DIFFERS
 
 
 def test_answers_that_rounding_alone_changes_are_compared_in_double_precision() -> None:
