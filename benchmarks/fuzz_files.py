@@ -22,7 +22,7 @@ import lit_prune
 from lit_prune.errors import InputError
 from lit_prune.files import read_parquet, write_parquet
 from lit_prune.models import build_backbone
-from lit_prune.structure.networks import Network
+from lit_prune.structure.networks import load_network
 
 OUTCOMES = ("refused", "same", "silent", "crash")
 ARGUMENTS = {"num_classes": 10, "in_channels": 1}
@@ -66,7 +66,7 @@ def write_kinds(folder: Path) -> dict[str, Kind]:
         "structure.json": Kind(compact / "structure.json", lambda: state_of(lit_prune.load_compact(compact))),
         "model.safetensors": Kind(compact / "model.safetensors", lambda: state_of(lit_prune.load_compact(compact))),
         "plan.json": Kind(folder / "plan.json", lambda: lit_prune.Plan.load(folder / "plan.json").to_dict()),
-        "last.ckpt": Kind(checkpoint, lambda: state_of(Network.from_checkpoint(checkpoint, SHAPE).model)),
+        "last.ckpt": Kind(checkpoint, lambda: state_of(load_network(checkpoint, SHAPE))),
         "trace.parquet": Kind(trace, lambda: read_parquet(trace).to_dict("list")),
     }
 

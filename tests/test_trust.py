@@ -14,7 +14,7 @@ from lit_prune.cli.main import main
 from lit_prune.errors import InputError
 from lit_prune.hub import HubNetwork
 from lit_prune.models import build_backbone, build_network
-from lit_prune.structure.networks import Network, read_network
+from lit_prune.structure.networks import load_network, read_network
 from lit_prune.train.classifier import LitClassifier
 
 TINY = str(Path(__file__).with_name("tiny_run.yaml"))
@@ -105,7 +105,7 @@ def test_a_checkpoint_runs_nothing(tmp_path, marker, number):
     path = hostile_checkpoint(tmp_path / "last.ckpt", calls(marker)[number])
     module = LitClassifier("cifar_resnet20", 10, SHAPE)
     for read in (
-        lambda: Network.from_checkpoint(path, SHAPE),
+        lambda: load_network(path, SHAPE),
         lambda: read_network(path, module, "ckpt_path"),
         lambda: module.on_load_checkpoint(torch.load(path, weights_only=True)),
         lambda: LitClassifier.load_from_checkpoint(path),
@@ -226,13 +226,12 @@ def test_a_dense_instance_needs_no_import_and_is_left_as_it_was(tmp_path, own_pa
 
 def test_the_command_line_vouches_for_the_backbone_it_names(tmp_path, own_package):
     path = tmp_path / "last.ckpt"
-    network = Network(Own(6), own_package, {"width": 6}, SHAPE, ())
-    state = {f"backbone.{name}": value for name, value in network.model.state_dict().items()}
+    state = {f"backbone.{name}": value for name, value in Own(6).state_dict().items()}
     saved = {"backbone": own_package, "arguments": {"width": 6}, "plans": []}
     torch.save({"lit_prune_structure": saved, "state_dict": state}, path)
-    assert isinstance(Network.from_checkpoint(path, SHAPE, trust=(own_package,)).model, Own)
+    assert isinstance(load_network(path, SHAPE, trust=(own_package,)), Own)
     with pytest.raises(InputError, match="trust="):
-        Network.from_checkpoint(path, SHAPE, trust=("cifar_resnet20",))
+        load_network(path, SHAPE, trust=("cifar_resnet20",))
 
 
 @pytest.mark.parametrize(

@@ -87,10 +87,11 @@ def plan_channels(graph: ChannelGraph, cost_model: CostModel, ranks: Ranks, requ
     scores, notes = group_scores(graph, ranks, request)
     if request.allocation == "layerwise":
         return _plan_layerwise(graph, cost_model, scores, request, notes)
-    _check_arithmetic(request)
+    if request.allocation == "measured":
+        raise InputError("allocation='measured' has to look at data; use plan_method or compress")
     choose = global_widths if request.allocation == "global" else uniform_widths
     plan = _plan_widths(graph, cost_model, scores, request, notes, choose)
-    return plan_channels(graph, cost_model, ranks, _finer(request)) if _is_coarse(plan, request) else plan
+    return plan_channels(graph, cost_model, ranks, replace(request, round_to=1)) if _is_coarse(plan, request) else plan
 
 
 def plan_ladders(
@@ -131,9 +132,9 @@ def plan_ladders(
         return cheapest_damage(ladders, price, target)
 
     plan = _plan_widths(graph, cost_model, scores, request, notes | {"without_damage": left_out}, choose, blocks)
-    return (
-        plan_ladders(graph, cost_model, ranks, measured, _finer(request), blocks) if _is_coarse(plan, request) else plan
-    )
+    if _is_coarse(plan, request):
+        return plan_ladders(graph, cost_model, ranks, measured, replace(request, round_to=1), blocks)
+    return plan
 
 
 def _is_coarse(plan: Plan, request: Budget) -> bool:
@@ -141,21 +142,10 @@ def _is_coarse(plan: Plan, request: Budget) -> bool:
     return request.round_to is None and bool(plan.notes["reason"])
 
 
-def _finer(request: Budget) -> Budget:
-    """The request with any widths."""
-    return replace(request, round_to=1)
-
-
 def check_no_blocks(request: Budget) -> None:
     """Refuses to drop blocks by scores of channels."""
     if request.drops_blocks:
         raise InputError(f"only: 'blocks' go by allocation='measured' alone, not by {request.allocation!r}")
-
-
-def _check_arithmetic(request: Budget) -> None:
-    """Refuses what needs more than scores."""
-    if request.allocation == "measured":
-        raise InputError("allocation='measured' has to look at data; use plan_method or compress")
 
 
 def _plan_widths(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from lit_prune.structure.attention_slices import Slices
+from lit_prune.structure.coupling import common_scope
 
 _PLAIN = frozenset({bool, int, float, str})
 
@@ -87,11 +88,8 @@ def moved(model: nn.Module, attention: Attention, owner: str) -> Attention | Non
 def _scope(attention: Attention) -> str:
     """The innermost module that holds all of it."""
     parts = (*attention.slices, *attention.values.slices, *attention.pairs.slices)
-    scope = attention.name
-    for name in (attention.reader, *(part.name for part in parts)):
-        while scope and not name.startswith(f"{scope}."):
-            scope = scope.rpartition(".")[0]
-    return scope
+    tensors = (attention.reader, *(part.name for part in parts))
+    return common_scope([attention.name, *(name.rpartition(".")[0] for name in tensors)])
 
 
 def _form(model: nn.Module, scope: str) -> list[tuple]:

@@ -4,11 +4,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lit_prune.running import CONVOLUTIONS
 from lit_prune.structure.layers import layer_type
 from lit_prune.structure.layers.norms import BATCH_NORMS
-from lit_prune.structure.layers.weighted import CONVOLUTIONS, goes_by_group
+from lit_prune.structure.layers.weighted import goes_by_group
 
-__all__ = ["BATCH_NORMS", "AxisKey", "goes_by_group"]
+__all__ = ["BATCH_NORMS", "CONVOLUTIONS", "AxisKey", "goes_by_group"]
 
 AxisKey = tuple[str, str]
 """(qualified name, axis): "out" or "in" of a module or bare parameter, "dim:K" of a tensor, and numbers that a module

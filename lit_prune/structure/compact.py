@@ -177,11 +177,7 @@ def _wraps(module: nn.Module) -> bool:
 
 
 def _check_same(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Refuses tensors that are not those of `model`, by name and shape.
-
-    Raises:
-        InputError: the first that differs is named.
-    """
+    """Refuses tensors that are not those of `model`, by name and shape. InputError: the first that differs is named."""
     expected = own_tensors(model)
     wrong = sorted(expected.keys() ^ tensors.keys())
     wrong += [name for name in tensors if name in expected and tensors[name].shape != expected[name].shape]

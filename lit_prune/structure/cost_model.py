@@ -159,9 +159,8 @@ def _row(rows: dict, graph: ChannelGraph, module: nn.Module, name: str, axis: st
     grouped = axis == "in" and getattr(module, "groups", 1) > 1
     if grouped and not axes.is_depthwise(module) and not axes.goes_by_group(module) and (name, axis) in rows:
         return rows[name, axis] // module.groups
-    fixed = grouped
-    constant[-1] = 1 if fixed else axes.width(module, axis)
-    return constant if fixed else rows.get((name, axis), constant)
+    constant[-1] = 1 if grouped else axes.width(module, axis)
+    return constant if grouped else rows.get((name, axis), constant)
 
 
 def _parameter_terms(model: nn.Module, name: str, parameter: Tensor, rows: dict, graph: ChannelGraph) -> np.ndarray:

@@ -11,14 +11,13 @@ from torch import nn
 from lit_prune.errors import InputError
 from lit_prune.models import build_network
 from lit_prune.models.registry import check_arguments
-from lit_prune.structure.example import Example
 from lit_prune.structure.plan import Plan
 from lit_prune.structure.record import (
     LARGEST_INPUT,
     Record,
     check_inputs,
-    describe_inputs,
     example_input,
+    image_inputs,
     rebuild_inputs,
     record_of,
 )
@@ -79,7 +78,7 @@ class Description:
     @property
     def record(self) -> Record:
         """What stays with the network."""
-        inputs = self.inputs or describe_inputs(Example((torch.zeros(1, *self.input_shape),)))
+        inputs = self.inputs or image_inputs(self.input_shape)
         return Record(self.backbone, dict(self.arguments), self.plans, dict(inputs))
 
     def rebuild(self, dense: nn.Module | None = None, trust: Iterable[str] = ()) -> nn.Module:

@@ -78,7 +78,7 @@ class Follower(LabelledTensors, TorchDispatchMode):
         """Output of the model, run once with its channels followed from the input on."""
         for tensor in self._sample.tensors:
             if tensor.is_floating_point():
-                self.put_input(tensor)
+                self.put(tensor, self.fixed[0].expand(tensor.shape))
         with torch.no_grad(), self._watching(), self._hollow.guarding(), self:
             return self._model(*self._sample.args, **self._sample.kwargs)
 

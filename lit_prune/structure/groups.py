@@ -66,14 +66,10 @@ class ChannelGraph:
         return self.removed_positions(plan.removals) if plan.removals else {}
 
     def remove(self, model: nn.Module, removed: Mapping[str, Sequence[int]]) -> None:
-        """Removes units from `model` in place: weights, gradients, statistics and the attributes that state a width.
+        """Removes units of groups from `model` in place: weights, gradients, statistics, attributes that state a width.
 
         The network must be the traced one or a copy. `requires_grad` flags, training flags, device, precision and
         memory format stay. Optimizers that hold the old parameters do not follow.
-
-        Args:
-            model: the network.
-            removed: group name -> units to remove.
 
         Raises:
             InputError: as in `removed_positions`.

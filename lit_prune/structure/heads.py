@@ -1,6 +1,6 @@
 """Groups of attention heads and of their widths: slices, the attributes that follow, a trial that both are right."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 
 from torch import nn
@@ -13,6 +13,9 @@ from lit_prune.structure.coupling import Group, Member
 from lit_prune.structure.example import Example
 from lit_prune.structure.heads_trial import ROLE, WIDTH, Trials, protected_attention
 from lit_prune.structure.opened import opened
+
+UNWRITTEN = "no layer writes a position of its values alone"
+MIXED = "a norm or rotation mixes the positions of its queries and keys"
 
 
 def head_groups(model: nn.Module, sample: Example) -> list[Group]:
@@ -34,37 +37,25 @@ def head_groups(model: nn.Module, sample: Example) -> list[Group]:
         trials = Trials(model, calls)
         for attention in found:
             reason = attention.reason or ("its module attends several times" if counts[attention.name] > 1 else "")
-            for draft in (_heads_draft, _values_draft, _pairs_draft):
-                group = draft(model, attention, reason)
-                groups.append(group if group.protected else trials.tried(group, attention))
+            drafts = _drafts(model, attention, reason)
+            groups += [draft if draft.protected else trials.tried(draft, attention) for draft in drafts]
         return groups
 
 
-def _heads_draft(model: nn.Module, attention: Attention, reason: str) -> Group:
-    """The group of heads without the attributes that follow."""
-    name = attention.name or "attention"
-    if reason or attention.heads < 2:
-        return protected_attention(name, attention.heads, reason or "it has one head", ROLE)
-    return _draft(model, name, attention.slices, attention.columns, attention, ROLE)
-
-
-def _values_draft(model: nn.Module, attention: Attention, reason: str) -> Group:
-    """The group of the values' width."""
-    name = f"{attention.name or 'attention'}.values"
-    inner = attention.values
-    if reason or not inner.slices:
-        return protected_attention(name, inner.size, reason or "no layer writes a position of its values alone", WIDTH)
-    return _draft(model, name, inner.slices, inner.columns, attention, WIDTH)
-
-
-def _pairs_draft(model: nn.Module, attention: Attention, reason: str) -> Group:
-    """The group of the queries' and keys' width."""
-    name, inner = f"{attention.name or 'attention'}.query_key", attention.pairs
-    projected = any(axes.find(model, part.name).dim() > 1 for part in inner.slices)
-    if reason or not projected:
-        reason = reason or "a norm or rotation mixes the positions of its queries and keys"
-        return protected_attention(name, inner.size, reason, WIDTH)
-    return _draft(model, name, inner.slices, (), attention, WIDTH)
+def _drafts(model: nn.Module, attention: Attention, reason: str) -> Iterator[Group]:
+    """The groups of heads, of the values' width, of the queries' and keys', without the attributes that follow."""
+    name, values, pairs = attention.name or "attention", attention.values, attention.pairs
+    several, written = attention.heads > 1, bool(values.slices)
+    projected = any(axes.find(model, part.name).dim() > 1 for part in pairs.slices)
+    for group, size, found, columns, role, possible, why in (
+        (name, attention.heads, attention.slices, attention.columns, ROLE, several, "it has one head"),
+        (f"{name}.values", values.size, values.slices, values.columns, WIDTH, written, UNWRITTEN),
+        (f"{name}.query_key", pairs.size, pairs.slices, (), WIDTH, projected, MIXED),
+    ):
+        if reason or not possible:
+            yield protected_attention(group, size, reason or why, role)
+        else:
+            yield _draft(model, group, found, columns, attention, role)
 
 
 def _draft(

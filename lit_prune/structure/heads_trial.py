@@ -80,7 +80,7 @@ def _tried(model: nn.Module, group: Group, attention: Attention, scope: str, cal
         members = (*attributes, *group.members)
         try:
             with torch.no_grad():
-                actual = _output(_without(whole, scope, members, removed), call)
+                actual = _output(_changed(whole, scope, members, removed, cut_layer), call)
         except (RuntimeError, ValueError, AssertionError, TypeError, IndexError) as error:
             reason = f"its forward does not run without a part of it ({str(error).splitlines()[0][:80]})"
             continue
@@ -161,11 +161,6 @@ def _between(scope: str, name: str) -> list[str]:
     while found[-1] != scope:
         found.append(found[-1].rpartition(".")[0])
     return found
-
-
-def _without(whole: nn.Module, scope: str, members: Sequence[Member], removed: Sequence[int]) -> nn.Module:
-    """A copy of the module `scope` without the units `removed`."""
-    return _changed(whole, scope, members, removed, cut_layer)
 
 
 def _changed(

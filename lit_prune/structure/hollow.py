@@ -101,11 +101,7 @@ class Hollow(TorchDispatchMode):
         return self._noted(tensor) is not None
 
     def answer(self, function: Any, args: tuple, kwargs: dict) -> Any:
-        """The output of an operation of torch.
-
-        Raises:
-            NeedsValues: it is decided by values that are not computed.
-        """
+        """The output of an operation of torch. NeedsValues: it is decided by values that are not computed."""
         notes = [note for leaf in _tensors((*args, *kwargs.values())) if (note := self._noted(leaf)) is not None]
         if not notes:
             return function(*args, **kwargs)
@@ -123,8 +119,12 @@ class Hollow(TorchDispatchMode):
         return output
 
     def _is_idle(self, function: Any, args: tuple) -> bool:
-        """Whether an operation computes, value by value, what nobody asks for."""
-        return self._fill is None and operations.is_pointwise_copy(function) and _are_floating(args)
+        """Whether an operation computes, value by value, what nobody asks for.
+
+        Beside tensors that hold no floating-point numbers, plain numbers may change the type of what it gives.
+        """
+        plain = self._fill is None and operations.is_pointwise_copy(function)
+        return plain and all(leaf.is_floating_point() for leaf in _tensors(args))
 
     def _shaped(self, function: Any, args: tuple, kwargs: dict) -> Any:
         """Any values in the shape and strides of an output."""
@@ -193,11 +193,6 @@ def _shapes(function: Any, args: tuple, kwargs: tuple) -> tuple[list[_Form], boo
     """The forms that an operation answers to forms, and whether these are several; layers are alike."""
     shaped = function(*map(_empty, args), **{key: _empty(value) for key, value in kwargs})
     return [_form(t) for t in (shaped if isinstance(shaped, tuple) else (shaped,))], isinstance(shaped, tuple)
-
-
-def _are_floating(args: tuple) -> bool:
-    """Whether all tensors hold floating-point numbers, so that plain numbers beside them do not change their type."""
-    return all(leaf.is_floating_point() for leaf in _tensors(args))
 
 
 def _memory(tensor: Tensor) -> torch.UntypedStorage | None:

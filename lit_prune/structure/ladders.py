@@ -38,12 +38,11 @@ class Ladder:
         order = np.argsort(widths)
         known, found = np.asarray(widths)[order], np.asarray(errors, dtype=np.float64)[order]
         found = np.maximum.accumulate(np.maximum(found, 0)[::-1])[::-1]
+        if len(known) < 2:
+            return cls(allowed, np.zeros(len(allowed)))
         least = found[found > 0].min() if (found > 0).any() else 1.0
-        logs = np.interp(allowed, known[:-1], np.log(np.maximum(found[:-1], 1e-9 * least))) if len(known) > 1 else 0.0
-        values = np.where(allowed > known[-2], 0.0, np.exp(logs)) if len(known) > 1 else np.zeros(len(allowed))
-        if len(known) > 1:
-            last = allowed > known[-2]
-            values[last] = np.interp(allowed[last], known[-2:], found[-2:])
+        logs = np.interp(allowed, known[:-1], np.log(np.maximum(found[:-1], 1e-9 * least)))
+        values = np.where(allowed > known[-2], np.interp(allowed, known[-2:], found[-2:]), np.exp(logs))
         values[-1] = 0.0
         return cls(allowed, np.maximum.accumulate(values[::-1])[::-1])
 

@@ -12,6 +12,7 @@ from lit_prune.errors import InputError
 from lit_prune.running import modes_kept
 from lit_prune.structure.cost import cost
 from lit_prune.structure.example import Example
+from lit_prune.structure.labelled import key_of
 from lit_prune.structure.runtimes import Runtime
 from lit_prune.timing import Timing, best_times, time_runs
 
@@ -121,10 +122,9 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The state_dict on the CPU, contiguous; of tensors that share memory only the first name."""
     tensors, seen = {}, set()
     for name, tensor in model.state_dict().items():
-        key = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
-        if tensor.numel() and key in seen:
+        if tensor.numel() and key_of(tensor) in seen:
             continue
-        seen.add(key)
+        seen.add(key_of(tensor))
         tensors[name] = tensor.detach().to("cpu", copy=True).contiguous()
     return tensors
 

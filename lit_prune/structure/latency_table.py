@@ -80,11 +80,6 @@ class LatencyTable:
         """Median over the layers, see `Best`."""
         return float(np.median([found.spread for found in self.times]))
 
-    @property
-    def points(self) -> int:
-        """Shapes that were timed."""
-        return sum({id(found): found.seconds.size for found in self.times}.values())
-
     def __call__(self, widths: np.ndarray) -> float:
         """Of the network whose groups have these widths, int64 [G]."""
         wanted = (self.rows @ np.append(widths, 1))[..., None]  # [2, N, 1]

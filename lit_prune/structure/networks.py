@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from lit_prune.errors import InputError, first_line
 from lit_prune.models import build_network, load_weights
 from lit_prune.models.weights import load_state
-from lit_prune.structure import Plan, save_compact
 from lit_prune.structure.description import Description
-from lit_prune.structure.record import record_of
+from lit_prune.structure.record import Record, image_inputs, note_record, record_of
 from lit_prune.tensor_files import check_defined, read_torch, tensor_bytes
 
 if TYPE_CHECKING:
@@ -23,70 +22,40 @@ if TYPE_CHECKING:
 STRUCTURE_KEY, PREFIX = "lit_prune_structure", "backbone."
 
 
-@dataclass(frozen=True)
-class Network:
-    """A pruned network with all that rebuilds it: weights, backbone name, arguments, image shape, plans."""
+def load_network(path: Path, image_shape: tuple[int, ...], trust: Iterable[str] = ()) -> nn.Module:
+    """Network of a Lightning checkpoint written during `fit`, with its record, in evaluation mode.
 
-    model: nn.Module
-    backbone: str
-    arguments: dict[str, Any]
-    image_shape: tuple[int, ...]
-    plans: tuple[Plan, ...]
+    Args:
+        path: the checkpoint.
+        image_shape: (C, H, W) of one image.
+        trust: import paths that the checkpoint may name.
 
-    @classmethod
-    def of(cls, module: "LitClassifier") -> "Network":
-        """Network of a LightningModule as it stands."""
-        plans = record_of(module.backbone).plans
-        return cls(module.backbone, module.backbone_name, module.arguments, module.image_shape, plans)
-
-    @classmethod
-    def from_checkpoint(cls, path: Path, image_shape: tuple[int, ...], trust: Iterable[str] = ()) -> "Network":
-        """Network of a Lightning checkpoint written during `fit`.
-
-        Args:
-            path: the checkpoint.
-            image_shape: (C, H, W) of one image.
-            trust: import paths that the checkpoint may name.
-
-        Raises:
-            InputError: as `read_torch`; it says nothing of a network, names one that is not to be imported, or its
-                weights do not fit or are not finite.
-        """
-        return cls.of_checkpoint(read_torch(path, "checkpoint"), image_shape, trust, f"checkpoint: {path}")
-
-    @classmethod
-    def of_checkpoint(
-        cls, checkpoint: Any, image_shape: tuple[int, ...], trust: Iterable[str], source: str
-    ) -> "Network":
-        """As `from_checkpoint`, of the values that were read."""
-        saved = structure_of(checkpoint)
-        if saved is None:
-            raise InputError(f"{source} says nothing of its network's structure; give a checkpoint of a fit")
-        described = Description.read(saved, image_shape, source)
-        weights = backbone_weights(checkpoint, source)
-        model = described.rebuild(trust=trust)
-        try:
-            load_state(model, weights)
-        except (RuntimeError, TypeError) as error:
-            raise InputError(f"{source}: its weights do not fit its plans ({first_line(error)})") from error
-        return cls(model.eval(), saved["backbone"], saved["arguments"], described.input_shape, described.plans)
-
-    def save(self, folder: Path, report: dict[str, Any] | None = None) -> None:
-        """Writes the folder that `load_compact` reads."""
-        save_compact(
-            folder,
-            self.model,
-            backbone=self.backbone,
-            arguments=self.arguments,
-            input_shape=self.image_shape,
-            plans=self.plans,
-            report=report,
-            preparation=record_of(self.model).preparation,
-        )
+    Raises:
+        InputError: as `read_torch`; it says nothing of a network, names one that is not to be imported, or its weights
+            do not fit or are not finite.
+    """
+    return _rebuilt(read_torch(path, "checkpoint"), image_shape, trust, f"checkpoint: {path}")
 
 
-def find_network(module: "LitClassifier", run_dir: Path, ckpt_path: str | None, verb: str) -> Network:
+def _rebuilt(checkpoint: Any, image_shape: tuple[int, ...], trust: Iterable[str], source: str) -> nn.Module:
+    """As `load_network`, of the values that were read."""
+    saved = structure_of(checkpoint)
+    if saved is None:
+        raise InputError(f"{source} says nothing of its network's structure; give a checkpoint of a fit")
+    described = Description.read(saved, image_shape, source)
+    weights = backbone_weights(checkpoint, source)
+    model = described.rebuild(trust=trust)
+    try:
+        load_state(model, weights)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"{source}: its weights do not fit its plans ({first_line(error)})") from error
+    return note_record(model.eval(), replace(described.record, arguments=saved["arguments"]))
+
+
+def find_network(module: "LitClassifier", run_dir: Path, ckpt_path: str | None, verb: str) -> nn.Module:
     """The trained network of a verb: of `ckpt_path`, else the module's own, else of the run folder's last checkpoint.
+
+    Its record (`record_of`) has all that rebuilds it: backbone, arguments, image shape, plans.
 
     Raises:
         InputError: there is none, or as `read_network`.
@@ -95,7 +64,8 @@ def find_network(module: "LitClassifier", run_dir: Path, ckpt_path: str | None, 
         return read_network(Path(ckpt_path), module, "ckpt_path")
     if module.is_trained:
         check_defined(module.backbone.state_dict(), "the network")
-        return Network.of(module)
+        record = record_of(module.backbone)
+        return note_record(module.backbone, replace(record, inputs=image_inputs(module.image_shape)))
     last = run_dir / "checkpoints" / "last.ckpt"
     if not last.is_file():
         raise InputError(
@@ -104,8 +74,8 @@ def find_network(module: "LitClassifier", run_dir: Path, ckpt_path: str | None, 
     return read_network(last, module, "run_dir")
 
 
-def read_network(path: Path, module: "LitClassifier", argument: str) -> Network:
-    """Network of a file.
+def read_network(path: Path, module: "LitClassifier", argument: str) -> nn.Module:
+    """Network of a file, with its record.
 
     Args:
         path: a checkpoint of a fit, pruned or not, or plain weights of the module's backbone.
@@ -119,12 +89,13 @@ def read_network(path: Path, module: "LitClassifier", argument: str) -> Network:
     if path.suffix == ".ckpt":
         checkpoint = read_torch(path, argument)
         if structure_of(checkpoint) is not None:
-            return Network.of_checkpoint(checkpoint, module.image_shape, trust, f"{argument}: {path}")
+            return _rebuilt(checkpoint, module.image_shape, trust, f"{argument}: {path}")
     elif not path.is_file():
         raise InputError(f"{argument}: {path}: no such file; give a checkpoint of a fit or a file of weights")
     model = build_network(module.backbone_name, module.arguments, trust=trust)
     load_weights(model, path, strict_head=True)
-    return Network(model.eval(), module.backbone_name, module.arguments, module.image_shape, ())
+    record = Record(module.backbone_name, module.arguments, (), image_inputs(module.image_shape))
+    return note_record(model.eval(), record)
 
 
 def structure_of(checkpoint: Any) -> Any:

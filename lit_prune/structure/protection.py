@@ -78,10 +78,7 @@ def has_layer_norm(model: nn.Module, members: Iterable[Member]) -> bool:
 def is_trunk(model: nn.Module, group: Group, joined: set[str]) -> bool:
     """Whether the channels pass through a padded shortcut or are read by a block and by its projection shortcut.
 
-    Args:
-        model: the network.
-        group: the group.
-        joined: layers whose outputs an addition joins.
+    `joined` are the layers whose outputs an addition joins.
     """
     layers = (layer_type(axes.find(model, member.module)) for member in group.members)
     if any(layer is not None and layer.is_trunk for layer in layers):

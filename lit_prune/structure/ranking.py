@@ -86,11 +86,7 @@ class Budget:
     protect: Iterable[str] = ()
 
     def __post_init__(self) -> None:
-        """Checks the values.
-
-        Raises:
-            InputError: one is outside its range.
-        """
+        """Checks the values. InputError: one is outside its range."""
         find_budget(self.kind)
         for name, value, allowed in (
             ("allocation", self.allocation, ALLOCATIONS),
@@ -138,11 +134,6 @@ class Budget:
 
 def group_scores(graph: ChannelGraph, ranks: Ranks, request: Budget) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Normalised score of each unit of each group to be pruned, and notes on the groups left out.
-
-    Args:
-        graph: the groups.
-        ranks: layer name -> scores [N].
-        request: says which groups, and the normalisation.
 
     Returns:
         group name -> float64 [size]; `{"allocation", "round_to", "normalisation", "protected", "without_scores"}`.

@@ -1,7 +1,7 @@
 """What rebuilds the structure of a network, kept with the network itself and with its copies."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -40,8 +40,10 @@ class Record:
     @property
     def image_shape(self) -> tuple[int, ...] | None:
         """Shape of one image where the network is called with images [B, C, H, W] alone."""
-        shape = _tensor_shape(self.inputs)
-        return None if shape is None else shape[1:]
+        if self.inputs is None or self.inputs["kwargs"]["dict"] or len(self.inputs["args"]) != 1:
+            return None
+        shape = self.inputs["args"][0].get("shape") or ()
+        return tuple(shape[1:]) if len(shape) == 4 else None
 
 
 def record_of(model: nn.Module) -> Record:
@@ -79,6 +81,11 @@ def describe_inputs(example: Example) -> dict[str, Any]:
         InputError: an argument that is neither a tensor, a plain value, nor a list, tuple or dict of these.
     """
     return {"args": [_describe(value) for value in example.args], "kwargs": _describe(example.kwargs)}
+
+
+def image_inputs(shape: Sequence[int]) -> dict[str, Any]:
+    """What a network is called with that reads one input of a shape, such as an image (C, H, W), described."""
+    return describe_inputs(Example((torch.zeros(1, *shape),)))
 
 
 def rebuild_inputs(described: Mapping[str, Any] | None, device: torch.device | str = "cpu") -> Example:
@@ -130,13 +137,6 @@ def example_input(example: Example) -> Any:
     """The one tensor that a network is called with where it is called so, else the `Example`."""
     single = len(example.args) == 1 and not example.kwargs and isinstance(example.args[0], Tensor)
     return example.args[0] if single else example
-
-
-def _tensor_shape(described: Mapping[str, Any] | None) -> tuple[int, ...] | None:
-    if described is None or described["kwargs"]["dict"] or len(described["args"]) != 1:
-        return None
-    shape = described["args"][0].get("shape")
-    return None if shape is None or len(shape) != 4 else tuple(shape)
 
 
 def _describe(value: Any) -> dict[str, Any]:

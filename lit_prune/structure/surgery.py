@@ -84,9 +84,8 @@ def transfer_tensors(
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     for name, tensor in tensors.items():
         if shapes.get(name) != tensor.shape:
-            raise InputError(
-                f"tensors[{name!r}] is {list(tensor.shape)}, the network's parameter {_shape(shapes, name)}"
-            )
+            known = f"is {list(shapes[name])}" if name in shapes else "does not exist"
+            raise InputError(f"tensors[{name!r}] is {list(tensor.shape)}, the network's parameter {known}")
     with torch.inference_mode(False):
         smaller, graph = _opened(model, plan, example_input)
         alive = [name for name, _ in smaller.named_parameters() if name in tensors]
@@ -125,14 +124,10 @@ def kept_columns(model: nn.Module, plans: Sequence[Plan], layer: str, example_in
 
 
 def check_invariants(model: nn.Module, graph: ChannelGraph) -> None:
-    """Checks that the layers of `model` still fit each other as the groups of `graph` demand.
+    """Checks that the layers of `model` still fit each other as its groups before the surgery demand.
 
     All producers of a group have one width (so a residual add joins equal widths: the last convolution of a
     transition block and its shortcut, every block of a stage), and each reader has the columns for it.
-
-    Args:
-        model: the network after surgery.
-        graph: traced before the surgery.
 
     Raises:
         RuntimeError: a layer does not fit; layer and group are named.
@@ -205,7 +200,3 @@ def _layer(model: nn.Module, name: str) -> nn.Module:
     if not axes.is_weighted(module):
         raise InputError(f"layer {name!r} is a {type(module).__name__}; give a convolution or linear layer")
     return module
-
-
-def _shape(shapes: Mapping[str, Iterable[int]], name: str) -> str:
-    return f"is {list(shapes[name])}" if name in shapes else "does not exist"

@@ -1,5 +1,6 @@
 """The search for group widths under a budget: pure arithmetic on sorted scores."""
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -86,7 +87,8 @@ def global_widths(steps: Steps, price: Price, target: float) -> np.ndarray:
     Returns:
         int64 [G]; the smallest widths there are if even they cost more than `target`.
     """
-    count = _fewest(len(steps.order), lambda count: price(steps.after(steps.taken(count))) <= target)
+    fits = lambda count: price(steps.after(steps.taken(count))) <= target  # noqa: E731
+    count = bisect_left(range(len(steps.order)), True, key=fits)
     return _fill(steps, steps.taken(count), price, target, lambda last: steps.scores[last])
 
 
@@ -102,7 +104,8 @@ def uniform_widths(steps: Steps, price: Price, target: float) -> np.ndarray:
     """
     resolution = 1 << 20
     share = lambda removed: 1 - removed / resolution  # noqa: E731
-    removed = _fewest(resolution, lambda n: price(steps.after(steps.steps_to(share(n) * steps.sizes))) <= target)
+    fits = lambda removed: price(steps.after(steps.steps_to(share(removed) * steps.sizes))) <= target  # noqa: E731
+    removed = bisect_left(range(resolution), True, key=fits)
     ideal = share(removed) * steps.sizes
     taken = steps.steps_to(ideal)
     loss = (ideal - steps.after(taken)) / steps.sizes
@@ -139,15 +142,6 @@ def _steps_of(ascending: np.ndarray, round_to: int | None, cap: float) -> tuple[
     units = ends - starts
     means = np.add.reduceat(ascending[: ends[-1]], starts) / units
     return units, np.maximum.accumulate(means)  # rounding must not turn the order of equal scores
-
-
-def _fewest(most: int, fits: Callable[[int], bool]) -> int:
-    """Smallest n in 0..most with `fits(n)`, or `most`."""
-    low, high = 0, most
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(middle) else (middle + 1, high)
-    return low
 
 
 def _fill(

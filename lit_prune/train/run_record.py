@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from lit_prune import __version__
 from lit_prune.data import ImageData
 from lit_prune.files import json_text, read_json, write_json, write_text
-from lit_prune.structure.networks import Network
+from lit_prune.structure.record import record_of
 from lit_prune.version import commit
 
 PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "numpy", "scipy", "timm")
@@ -36,11 +37,12 @@ def add_record(run_dir: Path, verb: str, record: dict[str, Any]) -> None:
         write_run(run_dir, {"verb": verb, verb: record})
 
 
-def subject(network: Network, data: ImageData, limit: int | None = None) -> dict[str, Any]:
+def subject(network: nn.Module, data: ImageData, limit: int | None = None) -> dict[str, Any]:
     """Plain values that say which network and which images a result is of; `limit` calibration images were used."""
+    record = record_of(network)
     return {
-        "backbone": {"name": network.backbone, "arguments": network.arguments},
-        "plans": len(network.plans),
+        "backbone": {"name": record.backbone, "arguments": record.arguments},
+        "plans": len(record.plans),
         "data": data.fingerprint(),
         "calibration_indices": data.calibration_indices[:limit],
     }

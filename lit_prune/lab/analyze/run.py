@@ -50,11 +50,11 @@ def analyze_run(
     network = find_network(model, run_dir, ckpt_path, "analyze")
     datamodule.prepare_data()
     datamodule.setup("fit")
-    network.model.to(trainer.strategy.root_device)
+    network.to(trainer.strategy.root_device)
     with progress_bars() as watch:
         batches = datamodule.calibration_dataloader()
         record = subject(network, datamodule)
-        tables = analyze(network.model, batches, request, run_dir=run_dir, record=record, watch=watch)
+        tables = analyze(network, batches, request, run_dir=run_dir, record=record, watch=watch)
     console = terminal()
     console.print(result_rows(tables["layers"]))
     if compare:

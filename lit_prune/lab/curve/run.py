@@ -45,11 +45,11 @@ def curve_run(
     network = find_network(model, run_dir, ckpt_path, "curve")
     datamodule.prepare_data()
     datamodule.setup()
-    network.model.to(trainer.strategy.root_device)
+    network.to(trainer.strategy.root_device)
     training, held_out = datamodule.recalibration_dataloader(), datamodule.subset_dataloader("val")
     images = datamodule.calibration_dataloader(), request, training, held_out
     with progress_bars() as watch:
-        table = curve(network.model, *images, "classification", run_dir / FOLDER, watch)
+        table = curve(network, *images, "classification", run_dir / FOLDER, watch)
     write_parquet(run_dir / FILE, table)
     add_record(run_dir, "curve", {**asdict(request), **subject(network, datamodule, request.images)})
     terminal().print(curve_rows(table))

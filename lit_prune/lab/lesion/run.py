@@ -171,13 +171,14 @@ def lesion_run(
     datamodule.prepare_data()
     datamodule.setup()
     record = subject(network, datamodule, request.limit)
-    network.model.to(trainer.strategy.root_device)
+    network.to(trainer.strategy.root_device)
     calibration = FirstImages(datamodule.calibration_dataloader(), request.limit)
     images = ImagePair(calibration, datamodule.subset_dataloader(SPLIT, request.images))
     with progress_bars() as watch:
-        table, whole = lesion(network.model, images, request, run_dir=run_dir, record=record, watch=watch)
+        table, whole = lesion(network, images, request, run_dir=run_dir, record=record, watch=watch)
     tables = write_tables(run_dir / "lesions", table, request.seed)
-    add_record(run_dir, "lesion", {**record, "request": asdict(request), **evaluation_record(whole)})
+    unharmed = {"split": SPLIT, "images": whole.images, "loss": whole.loss, "accuracy": whole.figure}
+    add_record(run_dir, "lesion", {**record, "request": asdict(request), **unharmed})
     for line in clipped_lines(table, request):
         console.print(line)
     show(console, tables, f"{len(table)} channels of {table['layer'].nunique()} layers, {whole.images} images")
@@ -198,11 +199,6 @@ class FirstImages:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields the batches."""
         return cut_batches(self.batches, Classification(), self.limit)
-
-
-def evaluation_record(whole: Evaluation) -> dict[str, Any]:
-    """The unharmed network on the evaluation images."""
-    return {"split": SPLIT, "images": whole.images, "loss": whole.loss, "accuracy": whole.figure}
 
 
 def read_lesions(folder: str | Path) -> pd.DataFrame:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from lit_prune.files import read_json
 from lit_prune.lab.reduce.bench import Bench
 from lit_prune.lab.reduce.images import Images
 from lit_prune.lab.reduce.request import ReduceRequest
-from lit_prune.structure import compare_profiles
-from lit_prune.structure.networks import Network
+from lit_prune.structure import compare_profiles, save_compact
+from lit_prune.structure.networks import load_network
+from lit_prune.structure.record import note_plan, record_of
 
 FOLDER = "compact"
 HELD = 0.01
@@ -54,14 +55,14 @@ class Chosen:
 
 
 def hand_over(
-    original: Callable[[int], Network], images: Images, request: ReduceRequest, content: dict[str, Any], run_dir: Path
+    original: Callable[[int], nn.Module], images: Images, request: ReduceRequest, content: dict[str, Any], run_dir: Path
 ) -> str:
     """Writes `compact/` with the network that `Chosen.of` takes; its stand-ins are computed again.
 
     `report.json` gets `dense`, `compact` and `cell` (key, method, width, seed). A folder that another verb wrote stays.
 
     Args:
-        original: seed -> the network that was reduced, with what rebuilds it.
+        original: seed -> the network that was reduced, with its record.
         images: as in `reduce`.
         request: as in `reduce`.
         content: what `reduce` returned.
@@ -78,13 +79,14 @@ def hand_over(
         return f"{folder}: {chosen.words} (was there)"
     seed = chosen.result["seed"]
     dense = original(seed)
-    small = _trained(run_dir, chosen, dense) or _compiled(dense, images, request, chosen)
+    repaired = "accuracy_repaired" in chosen.result
+    small = _trained(run_dir, chosen, dense) if repaired else _compiled(dense, images, request, chosen)
     if small is None:
         return (
             f"{folder}: not written; the units of {content['layer']!r} stay in the network and are only read no more, "
             "which no plan of removed channels can say"
         )
-    small.save(folder, _report(dense.model, small, chosen))
+    save_compact(folder, small, report=_report(dense, small, chosen))
     return f"{folder}: {chosen.words}"
 
 
@@ -93,25 +95,23 @@ def _written(folder: Path) -> dict[str, Any] | None:
     return read_json(file) if file.is_file() else None
 
 
-def _trained(run_dir: Path, chosen: Chosen, dense: Network) -> Network | None:
+def _trained(run_dir: Path, chosen: Chosen, dense: nn.Module) -> nn.Module:
     """The network after its repair."""
-    if "accuracy_repaired" not in chosen.result:
-        return None
-    last = run_dir / "cells" / chosen.key / "checkpoints" / "last.ckpt"
-    return Network.from_checkpoint(last, dense.image_shape, trust=(dense.backbone,))
+    last, record = run_dir / "cells" / chosen.key / "checkpoints" / "last.ckpt", record_of(dense)
+    return load_network(last, record.image_shape, trust=(record.backbone,))
 
 
-def _compiled(dense: Network, images: Images, request: ReduceRequest, chosen: Chosen) -> Network | None:
-    bench = Bench.build(dense.model, images, request, chosen.result["seed"])
+def _compiled(dense: nn.Module, images: Images, request: ReduceRequest, chosen: Chosen) -> nn.Module | None:
+    bench = Bench.build(dense, images, request, chosen.result["seed"])
     cell = next(cell for cell in bench.cells() if bench.cell_key(cell) == chosen.key)
     model, plan = bench.network(cell)
-    return None if plan is None else replace(dense, model=model, plans=(*dense.plans, plan))
+    return None if plan is None else note_plan(model, record_of(dense), plan)
 
 
-def _report(dense: nn.Module, small: Network, chosen: Chosen) -> dict[str, Any]:
+def _report(dense: nn.Module, small: nn.Module, chosen: Chosen) -> dict[str, Any]:
     cell = chosen.result
     accuracies = [cell["accuracy_dense"], cell.get("accuracy_repaired", cell["accuracy"])]
-    models = [model.cpu().eval() for model in (dense, small.model)]
-    figures = compare_profiles(models, torch.zeros(1, *small.image_shape), accuracies)
+    models = [model.cpu().eval() for model in (dense, small)]
+    figures = compare_profiles(models, torch.zeros(1, *record_of(small).image_shape), accuracies)
     named = {name: cell[name] for name in ("method", "width", "units", "seed")}
     return {"dense": figures[0], "compact": figures[1], "cell": {"key": chosen.key, **named}}

@@ -6,7 +6,7 @@ import copy
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from lit_prune.lab.reduce.request import ReduceRequest
 from lit_prune.lab.reduce.tables import difference_table, reduction_table, summarise
 from lit_prune.progress import Watch, progress_bars, terminal, unwatched
 from lit_prune.structure import Plan
-from lit_prune.structure.networks import Network, epochs_done, find_network
+from lit_prune.structure.networks import epochs_done, find_network, load_network
 from lit_prune.structure.record import note_plan, record_of
 from lit_prune.tensor_files import read_torch
 from lit_prune.train.distillation import Repair
@@ -163,13 +163,13 @@ class Setup:
         there = (self.run_dir / "checkpoints" / "last.ckpt").is_file()
         return self.make is not None and not (self.module.is_trained or self.ckpt_path or there)
 
-    def network(self, seed: int) -> Network:
+    def network(self, seed: int) -> nn.Module:
         """The seed's network, in evaluation mode on the trainer's device."""
         if not self.trains:
             found = find_network(self.module, self.run_dir, self.ckpt_path, "reduce")
         else:
             found = trained_network(self.make, seed, self.run_dir / f"seed={seed}")
-        return replace(found, model=found.model.to(self.trainer.strategy.root_device).eval())
+        return found.to(self.trainer.strategy.root_device).eval()
 
 
 def reduce_run(setup: Setup, request: ReduceRequest) -> None:
@@ -187,7 +187,7 @@ def reduce_run(setup: Setup, request: ReduceRequest) -> None:
     trains = setup.trains or request.repair_epochs  # training shows a bar of its own, and two at once fail
     with nullcontext(unwatched) if trains else progress_bars() as watch:
         arguments = {"run_dir": setup.run_dir, "repair": repair, "watch": watch}
-        content = reduce(lambda seed: setup.network(seed).model, images, request, **arguments)
+        content = reduce(setup.network, images, request, **arguments)
     record = {"verb": "reduce", "data": setup.data.fingerprint(), "request": asdict(request)}
     add_record(setup.run_dir, "reduce", record)
     console = terminal()
@@ -199,7 +199,7 @@ def reduce_run(setup: Setup, request: ReduceRequest) -> None:
     console.print(hand_over(setup.network, images, request, content, setup.run_dir))
 
 
-def trained_network(make: Factory, seed: int, folder: Path) -> Network:
+def trained_network(make: Factory, seed: int, folder: Path) -> nn.Module:
     """The network of a seed, trained in `folder` as the configuration says, or as far as is missing.
 
     Args:
@@ -211,7 +211,7 @@ def trained_network(make: Factory, seed: int, folder: Path) -> Network:
     trainer, module, data = make(seed, folder)
     if epochs_done(last) < trainer.max_epochs:
         trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
-    return Network.from_checkpoint(last, module.image_shape, trust=(module.backbone_name,))
+    return load_network(last, module.image_shape, trust=(module.backbone_name,))
 
 
 @dataclass(frozen=True)

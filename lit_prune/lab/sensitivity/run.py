@@ -42,10 +42,10 @@ def sensitivity_run(
     network = find_network(model, run_dir, ckpt_path, "sensitivity")
     datamodule.prepare_data()
     datamodule.setup()
-    network.model.to(trainer.strategy.root_device)
+    network.to(trainer.strategy.root_device)
     held_out = datamodule.subset_dataloader("val", request.images)
     with progress_bars() as watch:
-        table = sensitivity(network.model, datamodule.calibration_dataloader(), request, held_out, watch=watch)
+        table = sensitivity(network, datamodule.calibration_dataloader(), request, held_out, watch=watch)
     write_parquet(run_dir / FILE, table)
     add_record(run_dir, "sensitivity", {**asdict(request), **subject(network, datamodule, request.images)})
     terminal().print(sensitivity_rows(table))

@@ -13,6 +13,7 @@ from lit_prune.lab.sweep.executors import Execute
 from lit_prune.lab.sweep.request import Cell, Keys, list_cells, list_units
 from lit_prune.lab.sweep.work import Piece, SweepJob, measure_dense, plan_unit, run_cell
 from lit_prune.scores import find_score
+from lit_prune.structure.record import record_of
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Sweep:
         request, data = self.job.request, self.job.data
         checks = result.get("accuracy_checks", {})
         return {
-            "backbone": self.job.networks[cell.unit.checkpoint].backbone,
+            "backbone": record_of(self.job.networks[cell.unit.checkpoint]).backbone,
             "checkpoint": checkpoint,
             "seed": cell.unit.seed,
             "unit": checkpoint if several else str(cell.unit.seed),

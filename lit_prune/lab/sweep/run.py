@@ -6,6 +6,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import pandas as pd
+from torch import nn
 
 from lit_prune.data import ImageData
 from lit_prune.errors import InputError
@@ -19,7 +20,8 @@ from lit_prune.lab.sweep.request import Keys, SweepRequest
 from lit_prune.lab.sweep.work import SweepJob
 from lit_prune.progress import terminal
 from lit_prune.report.tables import terminal_table
-from lit_prune.structure.networks import Network, find_network, fingerprint, read_network
+from lit_prune.structure.networks import find_network, fingerprint, read_network
+from lit_prune.structure.record import record_of
 from lit_prune.train.classifier import LitClassifier
 from lit_prune.train.run_record import add_record
 
@@ -62,7 +64,7 @@ def sweep_run(
         "settings": {name: getattr(datamodule, name) for name in DATA_SETTINGS},
         "precision": job.precision,
     }
-    prints = tuple(fingerprint(network.model, {}) for network in job.networks)
+    prints = tuple(fingerprint(network, {}) for network in job.networks)
     sweep = Sweep(job, Keys(request, prints, context), run_dir / "sweep", tuple(networks))
     with open_executor(job, devices) as execute:
         sweep.fill(execute)
@@ -93,7 +95,7 @@ def _conclude(run_dir: Path, cells: pd.DataFrame, request: SweepRequest) -> None
         raise reasons[0]
 
 
-def load_networks(module: LitClassifier, run_dir: Path, checkpoints: Sequence[str]) -> dict[str, Network]:
+def load_networks(module: LitClassifier, run_dir: Path, checkpoints: Sequence[str]) -> dict[str, nn.Module]:
     """Networks by the name of what they come from.
 
     Args:
@@ -110,9 +112,10 @@ def load_networks(module: LitClassifier, run_dir: Path, checkpoints: Sequence[st
     else:
         networks = {path: read_network(Path(path), module, "checkpoints") for path in checkpoints}
     for path, network in networks.items():
-        if (network.backbone, network.arguments) != (module.backbone_name, module.arguments):
+        record = record_of(network)
+        if (record.backbone, record.arguments) != (module.backbone_name, module.arguments):
             raise InputError(
-                f"checkpoints: {path} holds {network.backbone} {network.arguments}, this sweep is configured for"
+                f"checkpoints: {path} holds {record.backbone} {record.arguments}, this sweep is configured for"
                 f" {module.backbone_name} {module.arguments}; change --model.backbone or leave it out"
             )
     return networks

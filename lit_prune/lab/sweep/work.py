@@ -17,8 +17,8 @@ from lit_prune.scores import Evidence, plan_method
 from lit_prune.scores.planning import mask_method, method_needs
 from lit_prune.structure import CostModel, Plan, apply_plan, cost
 from lit_prune.structure.masking import mask_channels
-from lit_prune.structure.networks import Network
 from lit_prune.structure.ranking import selected_groups
+from lit_prune.structure.record import record_of
 from lit_prune.train.batchnorm import recalibrate_batchnorm
 from lit_prune.train.evaluation import Evaluation, evaluate
 from lit_prune.train.stages import STAND_IN_SETTINGS
@@ -31,7 +31,7 @@ class SweepJob:
     """All that the workers of a sweep share; it is sent to each of them once."""
 
     request: SweepRequest
-    networks: tuple[Network, ...]
+    networks: tuple[nn.Module, ...]
     data: ImageData
     precision: str = "32-true"
 
@@ -45,11 +45,11 @@ class Workplace:
 
     def model(self, checkpoint: int) -> nn.Module:
         """The dense network of a checkpoint; the parts of a sweep leave it as it is."""
-        return self.job.networks[checkpoint].model.to(self.device).eval()
+        return self.job.networks[checkpoint].to(self.device).eval()
 
     def example(self, checkpoint: int) -> Tensor:
         """A zero image [1, C, H, W] for tracing."""
-        return torch.zeros(1, *self.job.networks[checkpoint].image_shape, device=self.device)
+        return torch.zeros(1, *(record_of(self.job.networks[checkpoint]).image_shape or ()), device=self.device)
 
     def evaluate(self, model: nn.Module) -> Evaluation:
         """Accuracy on the test images of the sweep."""
@@ -67,12 +67,7 @@ class Piece:
 
 
 class Worker:
-    """Carries out tasks one after the other on one device.
-
-    Args:
-        job: what all tasks share.
-        device: where this worker computes.
-    """
+    """Carries out tasks one after the other on one device."""
 
     def __init__(self, job: SweepJob, device: str | torch.device = "cpu") -> None:
         self.place = Workplace(job, torch.device(device))
@@ -169,12 +164,7 @@ class Planner:
 
 
 def run_cell(place: Workplace, cell: Cell, entry: Result) -> Result:
-    """Prunes, measures, recovers and measures again.
-
-    Args:
-        place: job and device.
-        cell: which network, which recovery.
-        entry: its plan, an entry of `plan_unit`.
+    """Prunes by an entry of `plan_unit`, measures, recovers and measures again.
 
     Returns:
         `accuracy_before` and `accuracy_after` recovery, `accuracy_checks` (number of batches -> accuracy; 0 is after

@@ -5,19 +5,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
+from lit_prune.running import CONVOLUTIONS
 from lit_prune.structure.layers.base import LayerCost, LayerType, Sort, drop, register_layer
 
 if TYPE_CHECKING:
     from lit_prune.structure.following import Follower
 
-CONVOLUTIONS = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
 _SPATIAL = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 
 

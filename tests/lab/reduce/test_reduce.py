@@ -19,8 +19,9 @@ from lit_prune.lab.reduce.run import reduce
 from lit_prune.lab.reduce.sites import AttentionSite, GroupSite, find_site
 from lit_prune.models import build_backbone
 from lit_prune.replace import Swaps
-from lit_prune.structure import load_compact
-from lit_prune.structure.networks import Network
+from lit_prune.structure import load_compact, save_compact
+from lit_prune.structure.networks import load_network
+from lit_prune.structure.record import Record, image_inputs, note_record
 
 SWAPS = Swaps(pairs=100, images=60)
 EVERY = tuple(
@@ -235,15 +236,15 @@ def test_the_command_trains_a_network_a_seed_once_and_repairs_with_a_teacher(tmp
     report = json.loads((tmp_path / "compact" / "report.json").read_text())
     best = max(content["results"][key]["accuracy_repaired"] for key in content["requests"][1]["keys"])
     assert report["compact"]["accuracy"] == best and report["cell"]["width"] == 4
-    trained = Network.from_checkpoint(tmp_path / f"cells/{report['cell']['key']}/checkpoints/last.ckpt", (1, 1, 8))
+    trained = load_network(tmp_path / f"cells/{report['cell']['key']}/checkpoints/last.ckpt", (1, 1, 8))
     bits = torch.randint(2, (5, 1, 1, 8), generator=torch.Generator().manual_seed(0)).float()
-    assert torch.equal(load_compact(tmp_path / "compact")(bits), trained.model(bits))
+    assert torch.equal(load_compact(tmp_path / "compact")(bits), trained(bits))
 
 
 @pytest.fixture
 def original(mlp):
     arguments = {"in_channels": 1, "image_size": 4, "hidden": [10, 12], "num_classes": 4}
-    return Network(mlp, "mlp", arguments, (1, 4, 4), ())
+    return note_record(mlp, Record("mlp", arguments, (), image_inputs((1, 4, 4))))
 
 
 def test_requests_in_one_folder_keep_their_own_tables(mlp, tmp_path):
@@ -288,10 +289,10 @@ def test_what_no_plan_can_say_and_what_another_verb_wrote_is_told(original, tmp_
     net = build_backbone("cifar_resnet20", 4).eval()
     images, asked = pictures((3, 8, 8)), request(kept=(0.5,))
     content = reduce(lambda seed: net, images, asked, run_dir=tmp_path)
-    residual = Network(net, "cifar_resnet20", {"num_classes": 4}, (3, 8, 8), ())
+    residual = note_record(net, Record("cifar_resnet20", {"num_classes": 4}, (), image_inputs((3, 8, 8))))
     assert "no plan" in hand_over(lambda seed: residual, images, asked, content, tmp_path)
     assert not (tmp_path / "compact").exists()
-    original.save(tmp_path / "compact", {"dense": {}, "compact": {}})
+    save_compact(tmp_path / "compact", original, report={"dense": {}, "compact": {}})
     assert "another verb" in hand_over(lambda seed: residual, images, asked, content, tmp_path)
 
 
