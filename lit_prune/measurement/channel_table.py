@@ -131,14 +131,7 @@ def target_deviation(sums: ActivationSums) -> Tensor:
 def layer_columns(
     sums: LayerSums, weight_norm: Tensor, deviation: Tensor, protocol: Protocol = DEFAULT_PROTOCOL
 ) -> dict[str, Tensor]:
-    """The numeric columns of one layer's channel table, each [N].
-
-    Args:
-        sums: the layer's sums, on the CPU.
-        weight_norm: ‖w_i‖ [N].
-        deviation: standard deviation of T, [V].
-        protocol: the conventions.
-    """
+    """The numeric columns of one layer's channel table, each [N]; `weight_norm` ‖w_i‖ [N], `deviation` of T [V]."""
     power = local_axis.signal_power(sums.outputs)
     dead = local_axis.dead_channels(power)
     correlations = local_axis.correlation_matrix(sums.outputs.covariance())
@@ -204,9 +197,6 @@ def layer_table(channels: pd.DataFrame) -> pd.DataFrame:
 
     coupling is the Spearman correlation of I_X and I_T over the live channels that have both; NaN for fewer than 3 of
     them or a constant column. Means run over live channels.
-
-    Args:
-        channels: as `measure` returns it.
     """
     rows = []
     for (name, depth), frame in channels.groupby(["layer", "depth"], sort=False):

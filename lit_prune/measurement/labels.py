@@ -30,10 +30,6 @@ def quantile_bins(values: Tensor, bins: int = 10) -> Tensor:
 
     Bin k begins at the order statistic of rank ⌊k·n/bins⌋. Equal values share a bin, so ties are decided by the values
     alone, bins may be unequal, and a constant column has one bin.
-
-    Args:
-        values: [n, C].
-        bins: number of bins, ≥ 2.
     """
     count = len(values)
     ranks = torch.arange(1, bins, device=values.device) * count // bins
@@ -85,22 +81,18 @@ def block_information(
     blocks: Sequence[Block],
     batches: Batches,
     limit: int = 5000,
-    bins: int = 10,
-    token: int | None = None,
     task: Task | str | None = None,
 ) -> dict[str, float]:
     """Block scores s_b = mean over channels of I(bin(Z_b,c); label), nats, by block name in the order given.
 
     Z_b is the output of the block's last member: feature maps averaged over height and width, tokens [B, T, C] averaged
-    over T unless `token` picks one. One forward pass; the model is left as found.
+    over T. One forward pass; the model is left as found.
 
     Args:
         model: any network.
         blocks: objects with `name` and `members` (module names in forward order).
         batches: the fixed probe.
         limit: images at most.
-        bins: quantile bins.
-        token: index of the token to read, or None for the mean.
         task: what a batch and an output mean; None recognises it. Without classes the label is the task variable's bin.
 
     Raises:
@@ -111,11 +103,13 @@ def block_information(
     last = {block.name: block.members[-1] for block in blocks}
     modules = {name: model.get_submodule(name) for name in last.values()}
     task, batches = settle(task, model, batches)
-    outputs, labels = collect(model, _first(batches, limit, task), Pooled(model, task, modules, limit, token), task)
+    outputs, labels = collect(
+        model, _first(batches, limit, task), Pooled(model, task, modules, limit, token=None), task
+    )
     silent = [name for name, member in last.items() if member not in outputs]
     if silent:
         raise InputError(f"blocks: {silent[0]!r} does not run in a forward pass; leave it out")
-    return {name: float(binned_information(outputs[member], labels, bins).mean()) for name, member in last.items()}
+    return {name: float(binned_information(outputs[member], labels).mean()) for name, member in last.items()}
 
 
 def _first(batches: Batches, limit: int, task: Task) -> Iterator[Any]:
@@ -164,20 +158,16 @@ class ClassSums:
         return uncentred - torch.outer(mean, mean), uncentred - between
 
 
-def conditional_order(sums: ClassSums, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
+def conditional_order(sums: ClassSums) -> tuple[Tensor, Tensor]:
     """Greedy order of channels by what they add about the label, given those already taken.
 
     gain(c | taken) = ½·log(σ²/ω²): σ² the variance of c left unexplained by the taken channels under the total
     covariance S, ω² the same under the within-class covariance W. Gains of a prefix sum to ½·log(det S/det W), the
     Gaussian information of that set about the label. Both variances follow one Cholesky column a step, O(N²).
 
-    Both covariances get `ridge`·S_cc added to their diagonals, that is independent noise of this share of each
-    channel's variance: gains stay finite and non-negative, and a duplicate's gain is of the order of `ridge`.
+    Both covariances get `RIDGE`·S_cc added to their diagonals, that is independent noise of this share of each
+    channel's variance: gains stay finite and non-negative, and a duplicate's gain is of the order of `RIDGE`.
     With fewer images than about 10·N the gains are biased upwards, most for the last channels.
-
-    Args:
-        sums: class-wise sums.
-        ridge: share of the variance added as noise, > 0.
 
     Returns:
         The order int64 [N], the first taken first, and the gains in nats [N] in that order. Constant channels come
@@ -189,7 +179,7 @@ def conditional_order(sums: ClassSums, ridge: float = RIDGE) -> tuple[Tensor, Te
     variance = total.diagonal()
     dead = dead_channels(variance)
     places = (~dead).nonzero().flatten()
-    noise = torch.diag(ridge * variance[places])
+    noise = torch.diag(RIDGE * variance[places])
     order, gains = _greedy(total[places][:, places] + noise, within[places][:, places] + noise)
     rest = dead.nonzero().flatten()
     return torch.cat([places[order], rest]), torch.cat([gains, gains.new_zeros(len(rest))])

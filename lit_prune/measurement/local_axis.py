@@ -33,11 +33,7 @@ def signal_power(outputs: Moments) -> Tensor:
 
 
 def dead_channels(power: Tensor) -> Tensor:
-    """Boolean [N]: variance at most 1e-10 of the median of the layer's positive variances.
-
-    Args:
-        power: s [N].
-    """
+    """Boolean [N]: variance s at most 1e-10 of the median of the layer's positive variances."""
     return power <= DEAD_VARIANCE_RATIO * noise_floor(power).nan_to_num(0.0)
 
 
@@ -48,12 +44,7 @@ def noise_floor(power: Tensor) -> Tensor:
 
 
 def rayleigh_quotient(power: Tensor, weight_norm: Tensor) -> Tensor:
-    """RQ_i = s_i/‖w_i‖² [N]; NaN for a kernel of zeros.
-
-    Args:
-        power: s [N].
-        weight_norm: ‖w_i‖ [N].
-    """
+    """RQ_i = s_i/‖w_i‖² [N]; NaN for a kernel of zeros."""
     return torch.where(weight_norm > 0, power / weight_norm.square(), torch.nan)
 
 

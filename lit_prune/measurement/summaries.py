@@ -24,6 +24,7 @@ METRICS = (  # ‖w‖ stands for ‖w‖²: their ranks are the same
     "target_excess",
 )
 FEWEST = 3
+RESAMPLES = 10_000  # draws of a bootstrap
 
 
 @dataclass(frozen=True)
@@ -83,20 +84,13 @@ def collapse(layer: pd.DataFrame) -> float:
     return rank_correlation(live["task_information"], live["target_redundancy"])
 
 
-def normalised_ranks(table: pd.DataFrame, columns: Sequence[str] = METRICS) -> pd.DataFrame:
-    """Ranks within each layer as (rank - ½)/n in (0, 1), so that layers of any width pool; rows with a NaN left out."""
-    live = live_rows(table).dropna(subset=list(columns))
-    grouped = live.groupby("layer", sort=False)[list(columns)]
-    return (grouped.rank() - 0.5) / grouped.transform("size").to_numpy()[:, None]
-
-
 def axis_matrix(table: pd.DataFrame) -> pd.DataFrame:
     """The 6×6 rank correlations of (I_X, R̄_X, ‖w‖², I_T, Red_T, Syn), ranked within each layer, pooled over layers.
 
-    Args:
-        table: channel table of one or more layers.
+    A rank counts as (rank - ½)/n, so that layers of any width n pool; rows with a NaN are left out.
     """
-    ranks = normalised_ranks(table)
+    layers = live_rows(table).dropna(subset=list(METRICS)).groupby("layer", sort=False)[list(METRICS)]
+    ranks = (layers.rank() - 0.5) / layers.transform("size").to_numpy()[:, None]
     return pd.DataFrame(rank_correlations(ranks.to_numpy(), ranks.to_numpy()), index=METRICS, columns=METRICS)
 
 
@@ -133,25 +127,21 @@ def _matched(first: pd.DataFrame, second: pd.DataFrame) -> tuple[pd.DataFrame, p
     return first.loc[both], second.loc[both]
 
 
-def unit_bootstrap(
-    values: Sequence[float], units: Sequence, *, resamples: int = 10_000, level: float = 0.95, seed: int = 0
-) -> Interval:
-    """Mean over model-seed units with a percentile bootstrap interval that resamples units, not layers.
+def unit_bootstrap(values: Sequence[float], units: Sequence, *, seed: int = 0) -> Interval:
+    """Mean over model-seed units with a 95 % percentile bootstrap interval that resamples units, not layers.
 
     Layers of one network are not independent; so the mean over a unit's layers is one observation.
 
     Args:
         values: a statistic of each layer, NaN left out.
         units: the unit of each layer, for instance "resnet18/0".
-        resamples: bootstrap draws.
-        level: coverage of the interval.
         seed: of the draws.
     """
     means = _unit_means(values, units).to_numpy()
     if not len(means):
         return Interval(np.nan, np.nan, np.nan)
-    draws = np.random.default_rng(seed).integers(len(means), size=(resamples, len(means)))
-    low, high = np.quantile(means[draws].mean(1), [(1 - level) / 2, (1 + level) / 2])
+    draws = np.random.default_rng(seed).integers(len(means), size=(RESAMPLES, len(means)))
+    low, high = np.quantile(means[draws].mean(1), [0.025, 0.975])
     return Interval(float(means.mean()), float(low), float(high))
 
 

@@ -74,22 +74,11 @@ def _most_informative(information: Tensor, count: int) -> Tensor:
 
 
 def target_redundancy(task: Tensor, partners: Tensor) -> Tensor:
-    """Red_T(i) = mean over partners of min(I_T(i), I_T(j)), nats [N].
-
-    Args:
-        task: a [N].
-        partners: [N, m].
-    """
+    """Red_T(i) = mean over partners of min(I_T(i), I_T(j)), nats [N]; a [N], partners [N, m]."""
     information = task_information(task)
     return torch.minimum(information[:, None], information[partners]).mean(1)
 
 
 def target_excess(task: Tensor, between: Tensor, partners: Tensor) -> Tensor:
-    """Syn(i) = mean over partners of the pair excess, nats [N], ≥ 0.
-
-    Args:
-        task: a [N].
-        between: r [N, N].
-        partners: [N, m].
-    """
+    """Syn(i) = mean over partners of the pair excess, nats [N], ≥ 0; a [N], r [N, N], partners [N, m]."""
     return pair_excess(task[:, None], task[partners], between.gather(1, partners)).mean(1)

@@ -37,8 +37,6 @@ SHOWN = {
     "triplet_ratio": "S3/S2",
 }
 CAPTION = "Two names over each other: Spearman correlation over channels. null: 95th percentile of shuffles."
-
-
 COMMON = ("target", "layers", "limit", "protocol")
 
 
@@ -76,7 +74,8 @@ def analyze(
     """
     folder = None if run_dir is None else Path(run_dir)
     store = KeptExtras(folder, fingerprint(model, record or {}), request)
-    lesions = _read_lesions(folder) if "damage" in request.extras else None
+    known = None if folder is None or "damage" not in request.extras else folder / "lesions.parquet"
+    lesions = read_parquet(known) if known is not None and known.is_file() else None
     wanted = (BASE, *(extra for extra in extra_names() if extra in request.extras))
     missing = [name for name in wanted if store.read(name) is None]
     analysis = Analysis(
@@ -94,13 +93,7 @@ def analyze(
 
 
 class KeptExtras:
-    """Results of extras, in memory and in a run folder.
-
-    Args:
-        folder: the run folder, or None.
-        identity: what network and data they are of.
-        request: the settings.
-    """
+    """Results of extras of one network on its data, in memory and in a run folder."""
 
     def __init__(self, folder: Path | None, identity: str, request: AnalyzeRequest) -> None:
         self._folder, self._identity, self._settings = folder, identity, asdict(request)
@@ -144,11 +137,6 @@ class KeptExtras:
             if "table" in frames:
                 tables[name] = frames["table"]
         return tables
-
-
-def _read_lesions(folder: Path | None) -> pd.DataFrame | None:
-    file = None if folder is None else folder / "lesions.parquet"
-    return read_parquet(file) if file is not None and file.is_file() else None
 
 
 def result_rows(layers: pd.DataFrame) -> Table:

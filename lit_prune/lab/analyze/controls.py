@@ -171,22 +171,16 @@ def calibration_sizes(analysis: Analysis) -> Frames:
     Source: the two-axis paper, table 1.
     """
     request, rows = analysis.request, []
-    tables = {
-        size: target_columns(sums, analysis.evidence.columns[request.target]) for size, sums in _prefixes(analysis)
-    }
-    for size, sums in tables.items():
-        table = channel_table(analysis.model, sums, request.protocol)
+    everything = analysis.evidence.sums
+    for size, sums in sorted({**analysis.evidence.prefixes, everything.images: everything}.items()):
+        of_target = target_columns(sums, analysis.evidence.columns[request.target])
+        table = channel_table(analysis.model, of_target, request.protocol)
         for layer in analysis.layers:
             some, every = table[table["layer"] == layer], analysis.rows(layer)
             taus = {f"tau_{metric}": kendall(some[metric], every[metric]) for metric in CALIBRATED}
             groups = _local_agreement(some, every, request.seed)
             rows.append({"images": size, "layer": layer, **taus, **groups, "coupling": coupling(some)})
     return {"table": pd.DataFrame(rows)}
-
-
-def _prefixes(analysis: Analysis) -> list:
-    everything = {analysis.evidence.sums.images: analysis.evidence.sums}
-    return sorted({**analysis.evidence.prefixes, **everything}.items())
 
 
 def _local_agreement(some: pd.DataFrame, every: pd.DataFrame, seed: int) -> dict[str, float]:

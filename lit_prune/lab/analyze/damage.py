@@ -27,43 +27,40 @@ COMPONENTS = {
 
 @dataclass(frozen=True)
 class WinRate:
-    """Share of matched pairs won, with its Wilson interval and the two-sided p-value against one half."""
+    """Share of matched pairs won, with its Wilson interval."""
 
     pairs: int
     rate: float
     low: float
     high: float
-    p_value: float
 
 
-def wilson(wins: float, pairs: int, level: float = 0.95) -> WinRate:
-    """Win rate with Wilson's interval; ties count one half.
+def wilson(wins: float, pairs: int) -> WinRate:
+    """Win rate with Wilson's 95 % interval; ties count one half.
 
     Source: Wilson 1927.
     """
     if not pairs:
-        return WinRate(0, *[float("nan")] * 4)
-    z, rate = norm.ppf((1 + level) / 2), wins / pairs
+        return WinRate(0, *[float("nan")] * 3)
+    z, rate = norm.ppf(0.975), wins / pairs
     centre = (rate + z**2 / (2 * pairs)) / (1 + z**2 / pairs)
     half = z * np.sqrt(rate * (1 - rate) / pairs + z**2 / (4 * pairs**2)) / (1 + z**2 / pairs)
-    p_value = 2 * norm.sf(abs(rate - 0.5) * 2 * np.sqrt(pairs))
-    return WinRate(pairs, float(rate), float(centre - half), float(centre + half), float(p_value))
+    return WinRate(pairs, float(rate), float(centre - half), float(centre + half))
 
 
-def matched_pairs(table: pd.DataFrame, score: str = "peer_overlap", match: str = "input_capture") -> WinRate:
-    """How often, of two channels matched on one metric, the one of larger score has the smaller damage.
+def matched_pairs(table: pd.DataFrame, score: str = "peer_overlap") -> WinRate:
+    """How often, of two channels of nearly the same I_X, the one of larger score has the smaller damage.
 
-    Within each layer the live channels are sorted by `match` and paired with their neighbour, each used once; of an odd
+    Within each layer the live channels are sorted by I_X and paired with their neighbour, each used once; of an odd
     number the last is left out.
 
     Args:
-        table: columns layer, `score`, `match`, `damage`.
+        table: columns layer, `score`, `input_capture`, `damage`.
         score: metric that should predict removability.
-        match: metric that the pairs have nearly in common.
     """
     wins, pairs = 0.0, 0
-    for _, rows in live_rows(table).dropna(subset=[score, match, "damage"]).groupby("layer", sort=False):
-        ordered = rows.sort_values(match, kind="stable")[[score, "damage"]].to_numpy(dtype=float)
+    for _, rows in live_rows(table).dropna(subset=[score, "input_capture", "damage"]).groupby("layer", sort=False):
+        ordered = rows.sort_values("input_capture", kind="stable")[[score, "damage"]].to_numpy(dtype=float)
         ordered = ordered[: len(ordered) // 2 * 2].reshape(-1, 2, 2)  # [pairs, two channels, score and damage]
         sides = np.sign(ordered[:, 0] - ordered[:, 1])
         wins += float(((1 - sides[:, 0] * sides[:, 1]) / 2).sum())
@@ -72,12 +69,7 @@ def matched_pairs(table: pd.DataFrame, score: str = "peer_overlap", match: str =
 
 
 def component_r2(table: pd.DataFrame, columns: tuple[str, ...]) -> float:
-    """R² of the damage on some metrics, all standardised within the layer, pooled over layers.
-
-    Args:
-        table: columns layer, `damage` and the metrics.
-        columns: the metrics.
-    """
+    """R² of the damage on some metrics, all standardised within the layer, pooled over layers."""
     rows = live_rows(table).dropna(subset=[*columns, "damage"])
     sizes = rows.groupby("layer")["layer"].transform("size")
     parts = [part for _, part in rows[sizes > 2].groupby("layer", sort=False)]

@@ -98,7 +98,6 @@ class Analysis:
         request: what to compute.
         lesions: table with layer, channel and `damage`, for the extra `damage`.
         watch: wraps each iteration over the batches, given a description; a progress bar hooks in here.
-        task: what a batch and an output mean; None recognises it.
     """
 
     def __init__(
@@ -108,12 +107,11 @@ class Analysis:
         request: AnalyzeRequest,
         lesions: pd.DataFrame | None = None,
         watch: Callable[[Iterable, str], Iterable] = lambda batches, _: batches,
-        task: Task | str | None = None,
     ) -> None:
         if iter(batches) is batches:
             raise InputError("batches: an iterator can be read only once; give a list or a DataLoader")
         self.model, self.request, self.lesions = model, request, lesions
-        self._batches, self._watch, self._task = batches, watch, task
+        self._batches, self._watch = batches, watch
 
     def batches(self, description: str, cuts: Sequence[int] = (), limit: int | None = None) -> Batches:
         """The calibration images once more, the first `limit` (default: the request's) of them."""
@@ -123,7 +121,7 @@ class Analysis:
     @cached_property
     def task(self) -> Task:
         """What a batch and an output mean."""
-        return settle(self._task, self.model, self._batches)[0]
+        return settle(None, self.model, self._batches)[0]
 
     @property
     def example(self) -> Example:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -47,6 +47,22 @@ def register_extra(*outputs: str, settings: tuple[str, ...] = ()) -> Callable[[B
         return build
 
     return register
+
+
+def layer_by_layer(analysis: Analysis, of: Callable[[str], dict[str, dict[str, Any]]]) -> Frames:
+    """The tables `channels` and `layers` of what `of` gives for each layer.
+
+    Args:
+        analysis: says which layers there are.
+        of: layer -> {"channels": column -> its values, an array [N]; "layers": column -> its value}, or one of both.
+    """
+    rows: dict[str, list[pd.DataFrame]] = {}
+    for layer in analysis.layers:
+        places = {"channels": analysis.rows(layer)[["layer", "channel"]].reset_index(drop=True)}
+        places["layers"] = places["channels"][["layer"]].head(1)
+        for output, columns in of(layer).items():
+            rows.setdefault(output, []).append(places[output].assign(**columns))
+    return {output: pd.concat(parts, ignore_index=True) for output, parts in rows.items()}
 
 
 @cache

@@ -1,13 +1,14 @@
 """Extras on the structure of each layer: groupings, graphs, hulls, triplets, propagation, boundary of the norm."""
 
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
 from lit_prune.lab.analyze.evidence import Analysis, LayerFacts
-from lit_prune.lab.analyze.extras import Frames, register_extra
+from lit_prune.lab.analyze.extras import Frames, layer_by_layer, register_extra
 from lit_prune.lab.analyze.propagation import propagation_matrix, routing_norms
 from lit_prune.lab.analyze.triplets import triplet_excess
 from lit_prune.measurement.summaries import live_rows, rank_correlation
@@ -27,19 +28,21 @@ def groupings(analysis: Analysis) -> Frames:
     null_95, local_silhouette, target_silhouette, redundancy_within, redundancy_between, excess_within, excess_between
     (mean nats a pair).
     """
-    seed, channels, layers = analysis.request.seed, [], []
-    for layer in analysis.layers:
+    seed = analysis.request.seed
+
+    def of(layer: str) -> dict[str, dict[str, Any]]:
         rows = analysis.rows(layer)
         agreement = grouping_agreement(rows, seed)
-        groups = pd.DataFrame({"layer": layer, "channel": rows["channel"], "local_group": -1, "target_group": -1})
+        groups = pd.DataFrame(-1, rows.index, ["local_group", "target_group"])
         if np.isfinite(agreement.rand_index):
             live = live_rows(rows).dropna(subset=[*LOCAL_FEATURES, *TARGET_FEATURES])
             for column, features in (("local_group", LOCAL_FEATURES), ("target_group", TARGET_FEATURES)):
                 groups.loc[live.index, column] = group_channels(live[list(features)].to_numpy(), seed)
-        channels.append(groups)
-        pairs = pairs_by_group(analysis.facts(layer), groups["local_group"].to_numpy())
-        layers.append({"layer": layer, **asdict(agreement), **pairs})
-    return {"channels": pd.concat(channels, ignore_index=True), "layers": pd.DataFrame(layers)}
+        columns = {name: groups[name].to_numpy() for name in groups}
+        pairs = pairs_by_group(analysis.facts(layer), columns["local_group"])
+        return {"channels": columns, "layers": {**asdict(agreement), **pairs}}
+
+    return layer_by_layer(analysis, of)
 
 
 def pairs_by_group(facts: LayerFacts, groups: np.ndarray) -> dict[str, float]:
@@ -73,22 +76,19 @@ def graphs(analysis: Analysis) -> Frames:
     """
     names = analysis.layers
     shown = {names[int(place)] for place in np.linspace(0, len(names) - 1, SHOWN_LAYERS)}
-    channels, layers, pairs = [], [], []
-    for layer in names:
+    pairs = []
+
+    def of(layer: str) -> dict[str, dict[str, Any]]:
         weights = _graphs(analysis.facts(layer))
-        parts = {name: greedy_modularity(graph) for name, graph in weights.items()}
-        layers.append({"layer": layer, **{f"modularity_{name}": part.modularity for name, part in parts.items()}})
-        communities = parts["redundancy"].communities.numpy()
-        channels.append(
-            pd.DataFrame({"layer": layer, "channel": np.arange(len(communities)), "redundancy_community": communities})
-        )
         if layer in shown:
             pairs.append(_pair_table(layer, weights))
-    return {
-        "channels": pd.concat(channels, ignore_index=True),
-        "layers": pd.DataFrame(layers),
-        "table": pd.concat(pairs, ignore_index=True),
-    }
+        parts = {name: greedy_modularity(graph) for name, graph in weights.items()}
+        return {
+            "channels": {"redundancy_community": parts["redundancy"].communities.numpy()},
+            "layers": {f"modularity_{name}": part.modularity for name, part in parts.items()},
+        }
+
+    return {**layer_by_layer(analysis, of), "table": pd.concat(pairs, ignore_index=True)}
 
 
 def _pair_table(layer: str, weights: dict[str, torch.Tensor]) -> pd.DataFrame:
@@ -105,45 +105,32 @@ def hulls(analysis: Analysis) -> Frames:
     Channel columns: full_explanation, hull_size (-1 for a dead channel), compact_support. Layer columns:
     singleton_ratio, saturated_ratio, mean_hull_size.
     """
-    channels, layers = [], []
-    for layer in analysis.layers:
+
+    def of(layer: str) -> dict[str, dict[str, Any]]:
         facts = analysis.facts(layer)
         found = greedy_hulls(facts.correlations, facts.dead)
-        channels.append(
-            pd.DataFrame(
-                {
-                    "layer": layer,
-                    "channel": np.arange(len(found.sizes)),
-                    "full_explanation": found.full.numpy(),
-                    "hull_size": found.sizes.numpy(),
-                    "compact_support": found.compact_support.numpy(),
-                }
-            )
-        )
-        ratios = {name: getattr(found, name) for name in ("singleton_ratio", "saturated_ratio", "mean_size")}
-        ratios["mean_hull_size"] = ratios.pop("mean_size")
-        layers.append({"layer": layer, **ratios})
-    return {"channels": pd.concat(channels, ignore_index=True), "layers": pd.DataFrame(layers)}
+        columns = {"full_explanation": found.full, "hull_size": found.sizes, "compact_support": found.compact_support}
+        ratios = {"singleton_ratio": found.singleton_ratio, "saturated_ratio": found.saturated_ratio}
+        return {
+            "channels": {name: values.numpy() for name, values in columns.items()},
+            "layers": {**ratios, "mean_hull_size": found.mean_size},
+        }
+
+    return layer_by_layer(analysis, of)
 
 
 @register_extra("layers", settings=("seed",))
 def triplets(analysis: Analysis) -> Frames:
     """Layer columns triplet_ratio = mean(max(S3, 0))/mean(S2), mean_triple_excess and mean_pair_excess (nats)."""
-    layers = []
-    for layer in analysis.layers:
+
+    def of(layer: str) -> dict[str, dict[str, float]]:
         facts = analysis.facts(layer)
         found = triplet_excess(facts.task, facts.between, seed=analysis.request.seed)
-        triple, pair = found.triple_excess.clamp_min(0), found.pair_excess
-        means = [float(part.mean()) if len(part) else float("nan") for part in (triple, pair)]
-        layers.append(
-            {
-                "layer": layer,
-                "triplet_ratio": found.ratio,
-                "mean_triple_excess": means[0],
-                "mean_pair_excess": means[1],
-            }
-        )
-    return {"layers": pd.DataFrame(layers)}
+        excess = {"triple": found.triple_excess.clamp_min(0), "pair": found.pair_excess}
+        means = {f"mean_{name}_excess": float(part.mean()) for name, part in excess.items()}  # NaN without any
+        return {"layers": {"triplet_ratio": found.ratio, **means}}
+
+    return layer_by_layer(analysis, of)
 
 
 @register_extra("table")
@@ -199,18 +186,12 @@ def boundary(analysis: Analysis) -> Frames:
 
     Source: the two-axis paper, table 14.
     """
-    layers = []
-    for layer in analysis.layers:
+
+    def of(layer: str) -> dict[str, dict[str, float]]:
         live = live_rows(analysis.rows(layer))
-        norm, rayleigh = live["weight_norm"], live["rayleigh_quotient"]
-        logs = np.log(rayleigh[rayleigh > 0])
-        layers.append(
-            {
-                "layer": layer,
-                "norm_capture": rank_correlation(norm, live["input_capture"]),
-                "norm_rayleigh": rank_correlation(norm, rayleigh),
-                "norm_overlap": rank_correlation(norm, live["peer_overlap"]),
-                "deviation_log_rayleigh": float(logs.std(ddof=0)) if len(logs) else float("nan"),
-            }
-        )
-    return {"layers": pd.DataFrame(layers)}
+        others = {"capture": "input_capture", "rayleigh": "rayleigh_quotient", "overlap": "peer_overlap"}
+        ranks = {f"norm_{name}": rank_correlation(live["weight_norm"], live[other]) for name, other in others.items()}
+        logs = np.log(live["rayleigh_quotient"][live["rayleigh_quotient"] > 0])
+        return {"layers": {**ranks, "deviation_log_rayleigh": float(logs.std(ddof=0))}}  # NaN without any
+
+    return layer_by_layer(analysis, of)

@@ -51,11 +51,7 @@ class CurveRequest:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Checks the values.
-
-        Raises:
-            InputError: a share outside (0, 1), seconds below 0, an unknown budget, no images.
-        """
+        """Checks the values. InputError: a share outside (0, 1), seconds below 0, an unknown budget, no images."""
         if not self.keep or not all(0 < share < 1 for share in self.keep):
             raise InputError(f"keep={list(self.keep)}: give shares in (0, 1)")
         if not self.repair or min(self.repair) < 0:
@@ -141,7 +137,9 @@ class _Points:
             if (found := self._known(keep, seconds)) is None:
                 network, found = self._repaired(keep, seconds) if seconds else self._cut(keep)
                 found |= self.judge(network)
-                self._store(keep, seconds, network, found)
+                if self.folder is not None:
+                    said = {"point": found, "signature": self.signature}
+                    save_compact(self._place(keep, seconds), network, report=said)
             self.rows[keep, seconds] = {"keep": keep, "repair": float(seconds)} | found
         return self.rows[keep, seconds]
 
@@ -181,10 +179,6 @@ class _Points:
             return None
         said = read_json(file, remedy="delete its folder and start again")
         return said["point"] if said.get("signature") == self.signature else None
-
-    def _store(self, keep: float, seconds: float, network: nn.Module, found: dict[str, float]) -> None:
-        if self.folder is not None:
-            save_compact(self._place(keep, seconds), network, report={"point": found, "signature": self.signature})
 
 
 def _hash(task: Task, batches: Iterable[Any]) -> str:

@@ -94,15 +94,11 @@ def _rows(
 ) -> tuple[tuple[Entry, ...], ...]:
     rows = []
     for row in table.itertuples():
-        there = paper.get(row.threshold, ())
         found = cells(row)
-        noted = [Entry(c.text, f"({v:g})" if v is not None else "", c.exact) for c, v in _paired(found, there)]
+        printed = [f"({value:g})" for value in paper.get(row.threshold, ())] or [""] * len(found)
+        noted = [Entry(cell.text, small, cell.exact) for cell, small in zip(found, printed, strict=True)]
         rows.append((Entry(f"{row.threshold:g} nats"), Entry(str(row.channels)), *noted))
     return tuple(rows)
-
-
-def _paired(cells: list[Entry], values: tuple[float, ...]) -> list[tuple[Entry, float | None]]:
-    return list(zip(cells, values or [None] * len(cells), strict=True))
 
 
 def _number(value: float) -> str:

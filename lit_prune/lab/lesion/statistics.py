@@ -83,12 +83,10 @@ def threshold_table(lesions: pd.DataFrame, thresholds: Sequence[float] = THRESHO
     return pd.DataFrame(rows)
 
 
-def matched_task_table(
-    lesions: pd.DataFrame, seed: int = 0, thresholds: Sequence[float] = THRESHOLDS, bins: int = BINS
-) -> pd.DataFrame:
+def matched_task_table(lesions: pd.DataFrame, seed: int = 0, thresholds: Sequence[float] = THRESHOLDS) -> pd.DataFrame:
     """What predicts recovery among channels of like task information (the paper's table 16).
 
-    The channels above the threshold are cut into `bins` equal-frequency bins of I_T within each cell (fewer where that
+    The channels above the threshold are cut into 5 equal-frequency bins of I_T within each cell (fewer where that
     leaves less than 4 channels in a bin; smaller cells are left out). Predictors and recovery are taken relative to
     their medians in the bin, then pooled. A bin is won if the half of larger peer R² has the larger median recovery; a
     tie counts one half. The paper does not say what it subtracts, nor how many bins it takes.
@@ -100,11 +98,10 @@ def matched_task_table(
         lesions: columns layer, damage, recovery, task_information and the predictors.
         seed: of the bootstrap.
         thresholds: nats.
-        bins: bins of I_T in a cell.
     """
     rows = []
     for threshold in thresholds:
-        table = match_on_task(lesions[lesions["damage"] > threshold], bins)
+        table = match_on_task(lesions[lesions["damage"] > threshold])
         row = {"threshold": threshold, "channels": len(table)}
         for name in PREDICTORS:
             interval = bootstrap_correlation(table[name].to_numpy(), table["recovery"].to_numpy(), seed=seed)
@@ -140,19 +137,11 @@ def half_won(rows: pd.DataFrame) -> float:
 
 
 def bootstrap_correlation(
-    first: np.ndarray, second: np.ndarray, *, resamples: int = RESAMPLES, level: float = 0.95, seed: int = 0
+    first: np.ndarray, second: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> Interval:
-    """Spearman correlation with a percentile bootstrap interval that resamples the channels.
+    """Spearman correlation of two columns [n] with a 95 % percentile bootstrap interval that resamples the channels.
 
-    Args:
-        first: [n].
-        second: [n].
-        resamples: bootstrap draws.
-        level: coverage of the interval.
-        seed: of the draws.
-
-    Returns:
-        the correlation of the sample itself as `mean`, and the interval; NaN below three channels.
+    `mean` is the correlation of the sample itself; all are NaN below three channels.
     """
     estimate = rank_correlation(first, second)
     if not np.isfinite(estimate):
@@ -162,7 +151,7 @@ def bootstrap_correlation(
     for start in range(0, resamples, step):
         draws = random.integers(len(first), size=(min(step, resamples - start), len(first)))
         found.append(_row_correlations(rankdata(first[draws], axis=1), rankdata(second[draws], axis=1)))
-    low, high = np.nanquantile(np.concatenate(found), [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.nanquantile(np.concatenate(found), [0.025, 0.975])
     return Interval(estimate, float(low), float(high))
 
 
@@ -198,9 +187,6 @@ def rank_damage(lesions: pd.DataFrame) -> pd.DataFrame:
     """Agreement of each score with low damage, layer by layer.
 
     Columns: layer, depth, score, agreement (Spearman correlation of the score with -damage), channels.
-
-    Args:
-        lesions: columns of `lesions.parquet`.
     """
     rows = []
     for layer, cell in add_scores(lesions).groupby("layer", sort=False):
@@ -217,10 +203,6 @@ def ranking_table(lesions: pd.DataFrame, by_layer: pd.DataFrame) -> pd.DataFrame
     Columns: score; agreement and standard_error over layers of the Spearman correlation with low damage; layers;
     pooled, the same correlation after ranking within layers, all together; matched_win, how often of two channels of
     like I_X the one of larger score has the smaller damage, with its Wilson interval, and pairs.
-
-    Args:
-        lesions: columns of `lesions.parquet`.
-        by_layer: from `rank_damage`.
     """
     table, rows = add_scores(lesions), []
     for name in SCORES:

@@ -218,16 +218,11 @@ def _batch_losses(run: Run, rows: Sequence[Tensor], batch: Any, at_once: int, ta
     width = max(1, at_once // max(height, 1))
     for start in range(0, task.size(batch), width):
         part = task.take(batch, slice(start, start + width))
-        losses = [
-            _losses(run(some, part), part, task) for some in zip(*(row.split(height) for row in rows), strict=True)
-        ]
-        columns.append(torch.cat(losses))
+        losses = []
+        for some in zip(*(row.split(height) for row in rows), strict=True):
+            losses += [task.losses(prediction.double(), part) for prediction in run(some, part)]
+        columns.append(torch.stack(losses).cpu())
     return torch.cat(columns, 1)
-
-
-def _losses(predictions: Tensor, batch: Any, task: Task) -> Tensor:
-    """Losses of the images, float64 [V, B] on the CPU, of predictions [V, B, ...]."""
-    return torch.stack([task.losses(found.double(), batch) for found in predictions]).cpu()
 
 
 def _at_once(model: nn.Module, layer: nn.Module, forward: Callable[[], Any], values: int | None) -> int:

@@ -83,13 +83,7 @@ class Head:
 
 
 def read_features(model: nn.Module, head: str, batches: Batches) -> Features:
-    """The inputs of the layer `head` over all batches, on the CPU; one pass.
-
-    Args:
-        model: the network; left as found.
-        head: its classifier.
-        batches: (images, labels).
-    """
+    """The inputs of the classifier `head` over all batches, on the CPU; one pass, the network is left as found."""
     values: list[Tensor] = []
     labels = []
     hook = model.get_submodule(head).register_forward_pre_hook(lambda module, args: values.append(args[0].cpu()))

@@ -18,9 +18,7 @@ CROSS_ENTROPY = math.sqrt(2) ** 3 / (6 * math.sqrt(3))
 under the softmax; these span at most √2, and a variable of range r has at most r³/(6√3)."""
 
 
-def hessian_lipschitz(
-    model: nn.Module, reader: str, flow: Flow, images: Tensor, kappa: float = CROSS_ENTROPY
-) -> Tensor:
+def hessian_lipschitz(model: nn.Module, reader: str, flow: Flow, images: Tensor) -> Tensor:
     """ρ_j ≤ κ · (Π‖W‖₂)³ · ‖W[:,j]‖₂³ of each input channel j of `reader`, the product over the layers behind it.
 
     It holds within one region of the ReLUs. Norms of convolutions are those of the map on the network's own image size;
@@ -31,7 +29,6 @@ def hessian_lipschitz(
         reader: convolution or linear layer.
         flow: of `model`.
         images: [B, C, H, W]; only the first is used.
-        kappa: of the loss.
 
     Returns:
         float64 [C], on the device of the network.
@@ -51,32 +48,28 @@ def hessian_lipschitz(
         stretch *= spectral_norm(model.get_submodule(name), shapes[name]) * _norm_scale(model, flow.norms, name)
     weight = model.get_submodule(reader).weight.detach().double()
     columns = weight.movedim(1, 0).flatten(1).norm(dim=1)  # [C]
-    return kappa * stretch**3 * columns.pow(3)
+    return CROSS_ENTROPY * stretch**3 * columns.pow(3)
 
 
 def remainder_bound(lipschitz: Tensor, values: Tensor, constants: Tensor) -> Tensor:
     """`ρ/6 · E|c - a|³`, the most by which the risk of each constant differs from the rise of the loss, [C].
 
-    Args:
-        lipschitz: ρ, [C].
-        values: a, [n, C].
-        constants: c, [C].
+    ρ is the `lipschitz` of each input [C], c its constant [C], a its `values` [n, C].
 
     Source: causal mechanism reduction, proposition 6, before its last inequality.
     """
     return lipschitz / 6 * (constants - values).abs().pow(3).mean(0)
 
 
-def spectral_norm(module: nn.Module, shape: tuple[int, ...], iterations: int = 100, seed: int = 0) -> float:
+def spectral_norm(module: nn.Module, shape: tuple[int, ...], iterations: int = 100) -> float:
     """Largest singular value of a layer's linear map on inputs of `shape`, by power iteration.
 
     Args:
         module: Conv2d or Linear.
         shape: of one input without the batch, (C, H, W) or (..., C).
         iterations: at most; it stops when the value has settled to 1e-6.
-        seed: of the start.
     """
-    vector = torch.randn(1, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    vector = torch.randn(1, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     weight, last = module.weight.detach().to("cpu", torch.float64), 0.0
     for _ in range(iterations):
         vector = vector / vector.norm()

@@ -134,7 +134,8 @@ def find_site(model: nn.Module, layer: str | None, example: Tensor) -> Site:
         alone = [group for group in graph.prunable if group.consumers == (last,) and group.role != "width"]
         feeding = [group for group in alone if _reads_alone(model, group, last)]
         return HeadSite(model, last, feeding[0] if feeding else None, example)
-    group = graph.by_name.get(layer) or _read_by(graph, layer)
+    read = [group for group in graph.groups if layer in group.consumers]
+    group = graph.by_name.get(layer) or (read[0] if len(read) == 1 else None)
     if group is None:
         raise InputError(_not_found(layer, modules, graph, last))
     if group.protected:
@@ -165,12 +166,6 @@ def last_affine(model: nn.Module, example: Tensor) -> str | None:
 def _reads_alone(model: nn.Module, group: Group, head: str) -> bool:
     """Whether a unit of the group is one input of the head (not a flattened map)."""
     return group.size == model.get_submodule(head).in_features
-
-
-def _read_by(graph: ChannelGraph, layer: str) -> Group | None:
-    """The group that `layer` reads, if it reads one."""
-    read = [group for group in graph.groups if layer in group.consumers]
-    return read[0] if len(read) == 1 else None
 
 
 def _check_affine(model: nn.Module, layer: str, group: Group) -> None:

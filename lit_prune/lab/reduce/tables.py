@@ -25,11 +25,7 @@ def cell_frame(cells: Sequence[dict[str, Any]]) -> pd.DataFrame:
 
 
 def summarise(cells: Sequence[dict[str, Any]], methods: Sequence[str]) -> dict[str, list[dict]]:
-    """`summary`: mean and standard deviation over seeds; `differences`: of every method from the first.
-
-    Args:
-        cells: as in `reduction.json`.
-        methods: labels in order.
+    """`summary`: mean and standard deviation over seeds; `differences`: of every label from the first.
 
     Returns:
         Lists of plain rows. A difference carries a 95 % bootstrap interval over seeds (both ends equal with one seed).

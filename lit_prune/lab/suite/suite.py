@@ -179,17 +179,12 @@ def _finish(run: Run, code: int, seconds: float) -> list[Run]:
 
 def result_frame(runs: Sequence[Run]) -> pd.DataFrame:
     """Network, seed, last validation accuracy and folder of each finished run."""
-    rows = [
-        {"network": run.network, "seed": run.seed, "accuracy": _accuracy(run), "run_dir": str(run.folder)}
-        for run in runs
-        if run.finished
-    ]
+    rows = []
+    for run in (run for run in runs if run.finished):
+        scalars = read_scalars(run.folder / "tensorboard")
+        accuracy = float(scalars["val/accuracy"]["value"].iloc[-1]) if "val/accuracy" in scalars else float("nan")
+        rows.append((run.network, run.seed, accuracy, str(run.folder)))
     return pd.DataFrame(rows, columns=["network", "seed", "accuracy", "run_dir"])
-
-
-def _accuracy(run: Run) -> float:
-    scalars = read_scalars(run.folder / "tensorboard")
-    return float(scalars["val/accuracy"]["value"].iloc[-1]) if "val/accuracy" in scalars else float("nan")
 
 
 def suite_table(results: pd.DataFrame, total: int) -> Table:

@@ -113,12 +113,7 @@ def areas(curves: pd.DataFrame, methods: Sequence[str], together: Sequence[str] 
 
 
 def summarise(values: pd.DataFrame, by: Sequence[str], column: str) -> pd.DataFrame:
-    """Mean over units and 95 % bootstrap interval of a column.
-
-    Args:
-        values: a table with a column `unit`.
-        by: columns of the groups.
-        column: the values.
+    """Mean of `column` over units (column `unit`) and its 95 % bootstrap interval, for groups of equal `by`.
 
     Returns:
         Columns `by`, units, mean, ci_low, ci_high; the interval is NaN where there is one unit.

@@ -12,12 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
-from lit_prune.lab.trajectory.gradients import GradientSums, direction_cosines, gradient_sums, information_directions
+from lit_prune.lab.trajectory.gradients import (
+    SUMMED,
+    GradientSums,
+    direction_cosines,
+    gradient_sums,
+    information_directions,
+)
 from lit_prune.measurement.layers import Batches, removing, select_layers
 from lit_prune.running import undisturbed
 from lit_prune.task import Task, settle
-
-SUMMED = ("inputs", "outputs", "target", "input_output", "input_target")
 
 
 @dataclass
@@ -148,10 +152,6 @@ def direction_table(model: nn.Module, sums: DirectionSums) -> pd.DataFrame:
     update_task = cos(-∇L, ∇I_T), and capture_correlation, update_correlation with ∇ρ, the gradient of the signed
     correlation with T, in the place of ∇I_T; each the mean over the channels where it is defined, in [-1, 1]. The
     figures that the paper prints are those of the correlation (docs/fidelity.md).
-
-    Args:
-        model: the network that the sums are of.
-        sums: from `collect_directions`.
 
     Source: the two-axis paper, section 3.2 and figure 4D.
     """

@@ -17,6 +17,8 @@ from torch.nn import functional
 from lit_prune.errors import InputError
 from lit_prune.measurement.local_axis import noise_floor
 
+SUMMED = ("inputs", "outputs", "target", "input_output", "input_target")
+
 
 @dataclass(frozen=True)
 class GradientSums:
@@ -47,8 +49,7 @@ class GradientSums:
 
     def __add__(self, other: GradientSums) -> GradientSums:
         other = other.reshift(self.output_shift, self.target_shift)
-        names = ("inputs", "outputs", "target", "input_output", "input_target")
-        added = (getattr(self, name) + getattr(other, name) for name in names)
+        added = (getattr(self, name) + getattr(other, name) for name in SUMMED)
         return GradientSums(self.samples + other.samples, self.output_shift, self.target_shift, *added)
 
     def reshift(self, output_shift: Tensor, target_shift: Tensor) -> GradientSums:
@@ -187,10 +188,6 @@ def information_directions(weight: Tensor, sums: GradientSums) -> Directions:
     factors. The same without b is the gradient of the correlation ρ itself, ∂ρ/∂w ∝ c - (b/D)·u: it turns round where a
     channel falls as T rises, so that averages over channels differ in value and sign. T is spread over positions, so
     that Y_i here is the channel at a position, not its pooled value.
-
-    Args:
-        weight: the layer's weight, [N, ...].
-        sums: its sums.
     """
     capture, with_target = sums.covariances()
     rows = weight.detach().to(capture).flatten(1)
