@@ -29,9 +29,8 @@ from torch import Tensor, nn
 from lit_prune import recalibrate_batchnorm
 from lit_prune.structure import apply_plan, kept_columns
 from lit_prune.structure.networks import fingerprint
-from lit_prune.train.distillation import Repair, cosine_distance, divergence
+from lit_prune.train.distillation import Repair, cosine_distance, divergence, last_layer
 from lit_prune.train.evaluation import evaluate
-from lit_prune.train.features import last_layer
 from lit_prune.train.stage_plans import Probe, dense_costs, plan_channel_stage
 from lit_prune.train.stages import ChannelStage
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
 from lit_prune.arguments import checked
@@ -77,7 +77,11 @@ class AxisTrace(Trace):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the dynamics of the trace, on rank 0; also where a resumed run had nothing left to train."""
         if trainer.is_global_zero:
-            write_dynamics(trace_folder(trainer))
+            folder = trace_folder(trainer)
+            files = sorted(folder.glob("epoch=*.parquet"))
+            if files:
+                table = dynamics_table(pd.concat([read_parquet(file) for file in files], ignore_index=True))
+                write_parquet(folder / "dynamics.parquet", table)
 
     def trace(self, trainer: Trainer, network: nn.Module, epoch: int) -> str:
         """Adds the ranks' sums; rank 0 writes and logs."""
@@ -90,19 +94,16 @@ class AxisTrace(Trace):
         scalars = {f"trace/{row.layer}/coupling": row.coupling for row in layers.dropna(subset="coupling").itertuples()}
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=trainer.global_step)
-            self._show_plane(logger, channels, epoch, trainer.global_step)
+            if self.plane and isinstance(logger, TensorBoardLogger):
+                pixels = plane_pixels(channels, epoch)
+                if pixels is not None:
+                    logger.experiment.add_image("trace/plane", pixels, trainer.global_step, dataformats="HWC")
         return f"trace: epoch {epoch}, {len(layers)} layers, {sums.images} images"
 
     def clear(self, folder: Path) -> None:
         """Removes the files that this callback writes."""
         for file in [*folder.glob("epoch=*.parquet"), folder / "layers.parquet", folder / "dynamics.parquet"]:
             file.unlink(missing_ok=True)
-
-    def _show_plane(self, logger: Logger, channels: pd.DataFrame, epoch: int, step: int) -> None:
-        if self.plane and isinstance(logger, TensorBoardLogger):
-            pixels = plane_pixels(channels, epoch)
-            if pixels is not None:
-                logger.experiment.add_image("trace/plane", pixels, step, dataformats="HWC")
 
 
 def write_epoch(folder: Path, epoch: int, channels: pd.DataFrame) -> pd.DataFrame:
@@ -122,14 +123,6 @@ def write_epoch(folder: Path, epoch: int, channels: pd.DataFrame) -> pd.DataFram
 
 def _epoch(file: Path) -> int:
     return int(file.stem.removeprefix("epoch="))
-
-
-def write_dynamics(folder: Path) -> None:
-    """Writes `dynamics.parquet` from the channel tables of all traced epochs."""
-    files = sorted(folder.glob("epoch=*.parquet"))
-    if files:
-        table = dynamics_table(pd.concat([read_parquet(file) for file in files], ignore_index=True))
-        write_parquet(folder / "dynamics.parquet", table)
 
 
 def dynamics_table(trace: pd.DataFrame) -> pd.DataFrame:

@@ -14,7 +14,7 @@ from torch import nn
 from torchmetrics import Metric
 
 from lit_prune.errors import InputError
-from lit_prune.running import modes_kept
+from lit_prune.running import modes_kept, removing
 from lit_prune.task.batches import are_images, size_of, slice_batch
 from lit_prune.train.locate import network_at
 
@@ -113,11 +113,8 @@ def _call_of(module: nn.Module, network: nn.Module, step: Any, given: tuple[Any,
         raise _ReachedError
 
     handle = network.register_forward_pre_hook(reach, with_kwargs=True, prepend=True)
-    try:
-        with suppress(_ReachedError):
-            step(*step_arguments(step, *given))
-    finally:
-        handle.remove()
+    with removing([handle]), suppress(_ReachedError):
+        step(*step_arguments(step, *given))
     if not found:
         name = getattr(step, "__name__", "step")
         parts = ", ".join(part for part, child in module.named_children() if any(True for _ in child.parameters()))

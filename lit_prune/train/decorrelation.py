@@ -168,13 +168,9 @@ def spaced_convolutions(model: nn.Module, count: int = LAYERS) -> dict[str, nn.C
 
 
 def sampled_overlap(values: Tensor, references: int) -> Tensor:
-    """Mean of g(ρ_ij) in nats over channels i and the first `references` channels j ≠ i, [].
+    """Mean of g(ρ_ij) in nats over a layer's channels i and the first `references` j ≠ i, []; outputs [B, N, H, W].
 
     Channels without variance (at most 1e-10 of the median) take no part; 0 without a pair left.
-
-    Args:
-        values: a layer's outputs, float32 [B, N, H, W].
-        references: number of reference channels, at most N.
     """
     samples = values.transpose(0, 1).flatten(1)  # [N, B·H·W]
     samples = samples - samples.mean(1, keepdim=True)

@@ -85,6 +85,25 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     return F.kl_div(log_student, log_teacher, reduction="sum", log_target=True) / positions * temperature**2
 
 
+def last_layer(network: nn.Module) -> str:
+    """Name of the last Linear in module order, else of the last convolution: the head, whose inputs are the features.
+
+    Raises:
+        InputError: the network has neither.
+    """
+    for kinds in (nn.Linear, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        names = [name for name, layer in network.named_modules() if isinstance(layer, kinds)]
+        if names:
+            return names[-1]
+    raise InputError(f"repair: {type(network).__name__} has no Linear or convolution whose inputs could be compared")
+
+
+def input_width(network: nn.Module, name: str) -> int:
+    """Channels that a layer reads."""
+    layer = network.get_submodule(name)
+    return layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+
+
 def nothing_shared(student: Any, teacher: Any) -> InputError:
     """The refusal of two outputs that have no tensor in common."""
     return InputError(

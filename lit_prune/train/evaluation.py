@@ -73,6 +73,7 @@ def _add_up(model: nn.Module, batches: Iterable[Any], given: Task | str | None) 
     task, batches = settle(given, model, batches)
     sums: Tensor | None = None
     losses: list[Tensor] = []
+    nothing = torch.tensor(torch.nan, dtype=torch.float64)  # the loss of a task that has none
     count = 0
     with undisturbed(model):
         for batch in batches:
@@ -81,16 +82,10 @@ def _add_up(model: nn.Module, batches: Iterable[Any], given: Task | str | None) 
                 output = task.run(model, piece)
                 found = task.metric(output, piece)
                 sums = found if sums is None else sums + found
-                losses.append(_summed(task, output, piece))
+                known = task.default_variable(piece) is not None
+                losses.append(task.losses(output, piece).double().sum() if known else nothing)
                 count += task.size(piece)
     if sums is None:
         raise InputError("evaluation got no batches: give at least one")
     loss = torch.stack(losses).sum()
     return task, sums, torch.stack([loss, loss.new_tensor(count)])
-
-
-def _summed(task: Task, output: Any, batch: Any) -> Tensor:
-    """Sum of the losses, float64 []; NaN where the task has none."""
-    if task.default_variable(batch) is None:
-        return torch.tensor(torch.nan, dtype=torch.float64)
-    return task.losses(output, batch).double().sum()

@@ -59,11 +59,7 @@ class Figures:
         return reference - value if self.mode == "max" else value - reference
 
     def check_logged(self, trainer: Trainer) -> None:
-        """Refuses a monitor that a validation epoch did not log.
-
-        Raises:
-            InputError: as said; what was logged is named.
-        """
+        """Refuses a monitor that a validation epoch did not log. InputError: as said; what was logged is named."""
         if self.monitor is not None and self.monitor not in trainer.callback_metrics:
             self._refuse(trainer.callback_metrics)
 

@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +66,7 @@ def run_of(run_dir: Path) -> str | None:
 
 
 def set_aside(run_dir: Path, run: str) -> None:
-    """Moves what an earlier run handed over out of the way of a fresh one; nothing where there is none.
-
-    Args:
-        run_dir: the folder that both runs write to.
-        run: identifier of the fresh run.
-    """
+    """Moves what an earlier run handed over out of the way of the fresh one `run`; nothing where there is none."""
     compact, earlier = run_dir / "compact", run_of(run_dir)
     if not compact.is_dir() or earlier == run:
         return
@@ -89,12 +83,6 @@ def stage_profiles(dense: nn.Module, inputs: Mapping[str, Any], first: dict[str,
     Latency and throughput depend on the structure alone, so the intermediate networks are rebuilt with random weights;
     all are measured here, in turns in one process. A stage's figure is the one after recalibration and before repair;
     the compact network's is the one after the last repair.
-
-    Args:
-        dense: a network of the dense structure.
-        inputs: what it is called with, described.
-        first: figures of the dense network.
-        records: of the stages.
 
     Returns:
         `{"dense": figures, "compact": figures, "stages": [{"name": ..., figures}], "timing": what times hold for}`;
@@ -133,15 +121,11 @@ def write_compact(
     dense = dense.to(next(network.parameters()).device)  # times are those of the device that it was trained on
     report = {"run": run, **stage_profiles(dense.eval(), check_inputs(record.inputs), first, records)}
     write_stages(run_dir, records)
-    save_network(run_dir / "compact", network, record, report)
-    return result_table(report)
-
-
-def save_network(folder: Path, network: nn.Module, record: Record, report: dict[str, Any]) -> None:
-    """Writes a compact folder of a network with its record."""
+    folder = run_dir / "compact"
     save_compact(folder, network, report=report)
     if record.backbone is None:  # whoever has not got the class can run it all the same
         write_json(folder / "report.json", {**report, "program": write_program(network, record, folder / PROGRAM)})
+    return result_table(report)
 
 
 def write_program(network: nn.Module, record: Record, file: Path) -> str:
@@ -151,9 +135,13 @@ def write_program(network: nn.Module, record: Record, file: Path) -> str:
     """
     model = copy_network(network).cpu().eval().requires_grad_(False)
     example = doubled(rebuild_inputs(record.inputs))
+
+    def axis(value: Any) -> dict[int, Any] | None:
+        batched = isinstance(value, Tensor) and value.ndim and len(value) == 2
+        return {0: torch.export.Dim("batch")} if batched else None
+
     for free in (True, False):
-        args, kwargs = tree_map(_batch_axis, (example.args, example.kwargs))
-        shapes = (*args, *kwargs.values()) if free else None
+        shapes = tree_map(axis, (*example.args, *example.kwargs.values())) if free else None
         try:
             program = torch.export.export(model, example.args, example.kwargs, dynamic_shapes=shapes)
             with whole_file(file) as partial, partial.open("wb") as opened:  # a file by name is to end in .pt2
@@ -173,18 +161,8 @@ def doubled(example: Example) -> Example:
     return Example(*tree_map(twice, (example.args, example.kwargs)))
 
 
-def _batch_axis(value: Any) -> Any:
-    tensor = isinstance(value, Tensor) and value.ndim and len(value) == 2
-    return {0: torch.export.Dim("batch")} if tensor else None
-
-
 def weights_of(checkpoint: Path, path: str) -> dict[str, torch.Tensor]:
     """Weights of the network at `path` in a Lightning checkpoint, under the network's own names."""
     saved = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
     prefix = prefix_of(path)
     return {name.removeprefix(prefix): value for name, value in saved.items() if name.startswith(prefix)}
-
-
-def shortened(record: Record, plans: int) -> Record:
-    """The record of the network as it was after the first so many plans."""
-    return replace(record, plans=record.plans[:plans])

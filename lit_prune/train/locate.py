@@ -72,7 +72,9 @@ def when_built(trainer: Trainer, given: str | None, begin: Callable[[], None]) -
         begin: finds the network, or refuses.
     """
     module = trainer.lightning_module
-    there = _has_parameters(module) if given in (None, ITSELF) else given in dict(module.named_modules())
+    found = list(module.parameters())
+    shaped = bool(found) and not any(map(_is_lazy, found))
+    there = shaped if given in (None, ITSELF) else given in dict(module.named_modules())
     if not is_overridden("setup", module):
         configure_network(trainer)
         begin()
@@ -114,18 +116,8 @@ def _is_lazy(parameter: nn.Parameter) -> bool:
     return isinstance(parameter, nn.UninitializedParameter)
 
 
-def _has_parameters(module: nn.Module) -> bool:
-    """Whether it has some, and all of them their shape."""
-    found = list(module.parameters())
-    return bool(found) and not any(map(_is_lazy, found))
-
-
 def _parameters(module: nn.Module) -> int:
-    """How many values they have.
-
-    Raises:
-        InputError: those of a lazy layer have no shape yet.
-    """
+    """How many values they have. InputError: those of a lazy layer have no shape yet."""
     found = list(module.parameters())
     if any(map(_is_lazy, found)):
         raise InputError(

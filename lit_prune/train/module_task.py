@@ -1,7 +1,7 @@
 """The task of a LightningModule: its batches as its network gets them, its loss as its own step computes it."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lit_prune.errors import InputError, first_line
 from lit_prune.running import undisturbed
 from lit_prune.structure.example import Example
-from lit_prune.task import TASKS, Task, Term, find_task
+from lit_prune.task import TASKS, Task, find_task
 from lit_prune.task.batches import describe, find_layout, map_tensors
 from lit_prune.task.recognise import telling
 from lit_prune.train.capture import Seen, as_found, step_arguments
@@ -45,11 +45,7 @@ class _OnSeen(Task):
 
 
 class SeenTask(_OnSeen):
-    """The network reads the arguments of its call, the task the module's batch.
-
-    Args:
-        inner: what the output is compared with, and how.
-    """
+    """The network reads the arguments of its call, the inner task the module's batch."""
 
     def __init__(self, inner: Task) -> None:
         self.inner = inner
@@ -65,62 +61,29 @@ class SeenTask(_OnSeen):
         """The network's output."""
         return self.inner.respond(model, super().inputs(batch), batch.batch)
 
-    def target(self, batch: Seen) -> Any:
-        """The inner task's."""
-        return self.inner.target(batch.batch)
-
     def relabelled(self, batch: Seen, target: Any) -> Seen:
-        """The inner task's."""
+        """The module's batch with another target, and the same call."""
         return replace(batch, batch=self.inner.relabelled(batch.batch, target))
-
-    def loss(self, output: Any, batch: Seen) -> Tensor:
-        """The inner task's."""
-        return self.inner.loss(output, batch.batch)
-
-    def prediction(self, output: Any) -> Tensor:
-        """The inner task's."""
-        return self.inner.prediction(output)
-
-    def paired(self, original: nn.Module, other: nn.Module) -> AbstractContextManager[None]:
-        """The inner task's."""
-        return self.inner.paired(original, other)
-
-    def compared(self, output: Any) -> Tensor:
-        """The inner task's."""
-        return self.inner.compared(output)
 
     @property
     def variables(self) -> tuple[str, ...]:
         """The inner task's."""
         return self.inner.variables
 
-    def default_variable(self, batch: Seen) -> str | None:
-        """The inner task's."""
-        return self.inner.default_variable(batch.batch)
 
-    def variable(self, output: Any, batch: Seen, name: str) -> Tensor:
-        """The inner task's."""
-        return self.inner.variable(output, batch.batch, name)
+def _asking(name: str) -> Callable[..., Any]:
+    """A method of `SeenTask` that asks the inner task, which is shown the module's batches."""
 
-    def metric(self, output: Any, batch: Seen) -> Tensor:
-        """The inner task's."""
-        return self.inner.metric(output, batch.batch)
+    def ask(self: SeenTask, *given: Any) -> Any:
+        return getattr(self.inner, name)(*(part.batch if isinstance(part, Seen) else part for part in given))
 
-    def figure(self, sums: Tensor) -> float:
-        """The inner task's."""
-        return self.inner.figure(sums)
+    return ask
 
-    def kinds(self, output: Any, batch: Seen) -> Tensor:
-        """The inner task's."""
-        return self.inner.kinds(output, batch.batch)
 
-    def curvature_terms(self, output: Any, batch: Seen, generator: torch.Generator) -> list[Term]:
-        """The inner task's."""
-        return self.inner.curvature_terms(output, batch.batch, generator)
-
-    def agreement(self, original: Tensor, other: Tensor) -> Tensor:
-        """The inner task's."""
-        return self.inner.agreement(original, other)
+OF_BATCHES = ("target", "loss", "metric", "default_variable", "variable", "kinds", "curvature_terms")
+OF_OUTPUTS = ("prediction", "paired", "compared", "figure", "agreement")
+for _name in (*OF_BATCHES, *OF_OUTPUTS):
+    setattr(SeenTask, _name, _asking(_name))
 
 
 class ModuleTask(_OnSeen):

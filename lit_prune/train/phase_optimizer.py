@@ -64,7 +64,8 @@ class PhaseOptimizer:
             repairs, epochs = phase()
             with spanning(trainer, None if self.continues else epochs):
                 if repairs and callable(self.optimizer):
-                    return self._make(trainer, module)
+                    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+                    return configure(self.optimizer, self.scheduler, parameters, lambda: trainer)
                 found = own()
             self._check(found)
             return found
@@ -85,10 +86,6 @@ class PhaseOptimizer:
                 f"optimizer: configure_optimizers gives {len(several)} optimizers, the repair would have one; leave "
                 "StagedPruning(optimizer=None), or set it to anew"
             )
-
-    def _make(self, trainer: Trainer, module: LightningModule) -> Any:
-        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        return configure(self.optimizer, self.scheduler, parameters, lambda: trainer)
 
     def clip(self, optimizer: torch.optim.Optimizer) -> None:
         """Limits the gradients of a repair step; the trainer's own clipping comes after it."""

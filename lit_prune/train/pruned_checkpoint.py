@@ -125,16 +125,13 @@ def load_pruned(
     try:
         module.load_state_dict(checkpoint["state_dict"])
     except RuntimeError as error:
-        raise InputError(f"checkpoint: {path} does not fit {kind.__name__}: {load_problem(error)}") from error
+        lines = [line.strip() for line in str(error).splitlines()]  # the first names the class alone
+        raise InputError(f"checkpoint: {path} does not fit {kind.__name__}: {lines[:2][-1]}") from error
     return module.eval()
 
 
 def _check_checkpoint(checkpoint: Any, source: str) -> None:
-    """Refuses values that are no checkpoint of Lightning.
-
-    Raises:
-        InputError: as said.
-    """
+    """Refuses values that are no checkpoint of Lightning."""
     for key in ("state_dict", STRUCTURE_KEY, "hyper_parameters"):
         if not isinstance(checkpoint, Mapping) or not isinstance(checkpoint.get(key) or {}, Mapping):
             raise InputError(f"{source} is no checkpoint of Lightning; give one that a Trainer wrote")
@@ -150,12 +147,6 @@ def _read(path: str | Path, weights_only: bool) -> dict[str, Any]:
             f"{error.found}, probably a hyperparameter: leave it out by save_hyperparameters(ignore=[...]), or give "
             "weights_only=False if you trust the file"
         ) from error
-
-
-def load_problem(error: Exception) -> str:
-    """The first telling line of an error of `load_state_dict`."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    return lines[1] if len(lines) > 1 else lines[0]
 
 
 class StructureHooks:

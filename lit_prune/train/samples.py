@@ -135,11 +135,7 @@ def _tensors(seen: Seen) -> list[torch.Tensor]:
 
 
 def check_calibration(given: Iterable[Any] | int | None) -> None:
-    """Refuses a number of samples below 1.
-
-    Raises:
-        InputError: as said.
-    """
+    """Refuses a number of samples below 1."""
     if isinstance(given, int) and given < 1:
         raise InputError(f"calibration: {given} samples; give at least 1, or a loader")
 

@@ -17,8 +17,7 @@ from lit_prune.structure.ranking import equal_ranks, reasons_of, selected_groups
 from lit_prune.structure.tracing import one_sample, run, traceable
 from lit_prune.task.detection import detector_heads
 from lit_prune.task.outputs import shared_outputs
-from lit_prune.train.distillation import Repair, nothing_shared
-from lit_prune.train.features import input_width, last_layer
+from lit_prune.train.distillation import Repair, input_width, last_layer, nothing_shared
 from lit_prune.train.stage_plans import check_count, choose_blocks, dense_costs
 from lit_prune.train.stages import BlockStage, ChannelStage, Stage, budgets_of
 
@@ -46,21 +45,13 @@ def check_stages(network: nn.Module, stages: Sequence[Stage], example: Any, is_d
         first = is_dense and place == 0
         if isinstance(stage, BlockStage):
             blocks = blocks if blocks is not None else find_blocks(network, example)
-            check_count(_blocks_asked_for(stages[: place + 1]), blocks)
-            _check_blocks(network, stage, blocks, example, first, not any(_drops(one) for one in stages[:place]))
+            earlier = [one for one in stages[:place] if isinstance(one, BlockStage)]
+            check_count(sum(one.remove_count or 0 for one in (*earlier, stage)), blocks)  # of those that say how many
+            _check_blocks(network, stage, blocks, example, first, not earlier)
         elif isinstance(stage, ChannelStage):
             graph = graph or trace_groups(network, example)
             cut += _check_channels(network, stage, graph, example, first)
     return cut
-
-
-def _drops(stage: Stage) -> bool:
-    return isinstance(stage, BlockStage)
-
-
-def _blocks_asked_for(stages: Sequence[Stage]) -> int:
-    """Blocks that go in all, of the stages that say how many."""
-    return sum(stage.remove_count or 0 for stage in stages if isinstance(stage, BlockStage))
 
 
 def _check_order(stages: Sequence[Stage]) -> None:

@@ -79,13 +79,6 @@ def check_count(count: int, blocks: tuple[Block, ...]) -> None:
 def plan_block_stage(model: nn.Module, stage: BlockStage, batches: Batches, dense: Costs, probe: Probe) -> Plan:
     """Plan that drops the blocks with the least information about the label.
 
-    Args:
-        model: network as it is now.
-        stage: how many go.
-        batches: fixed samples, with labels.
-        dense: what a budget refers to.
-        probe: how it is measured.
-
     Raises:
         InputError: the network has no removable blocks, or the stage would remove none.
 
@@ -109,11 +102,7 @@ def choose_blocks(
     example: Any,
     dense: Costs,
 ) -> list[str]:
-    """Names of the blocks that a stage drops.
-
-    Raises:
-        InputError: none, or too few for the budget.
-    """
+    """Names of the blocks that a stage drops. InputError: none, or too few for the budget."""
     if stage.keep_blocks is not None:
         names: list[str] = list(dropped_by_keep_configuration(blocks, stage.keep_blocks))
     else:

@@ -17,20 +17,13 @@ from lit_prune.report import result_table, terminal_verdict
 from lit_prune.task import Task
 from lit_prune.train.distillation import Repair
 from lit_prune.train.figures import Figures
-from lit_prune.train.hand_over import (
-    run_of,
-    set_aside,
-)
+from lit_prune.train.hand_over import run_of, set_aside
 from lit_prune.train.locate import check_replaceable, copies_of, find_path, told_apart, when_built
-from lit_prune.train.logged import log_compact
 from lit_prune.train.phase_optimizer import PhaseOptimizer
 from lit_prune.train.phases import check_epochs, total_epochs
 from lit_prune.train.rewire import check_supported
 from lit_prune.train.stage_checks import check_stages, check_teacher
-from lit_prune.train.stage_record import (
-    check_done,
-    check_metric_name,
-)
+from lit_prune.train.stage_record import check_done, check_metric_name, log_compact
 from lit_prune.train.staged_run import StagedRun, new_run
 from lit_prune.train.stages import BlockStage, ChannelStage, Stage
 from lit_prune.train.subject import Subject

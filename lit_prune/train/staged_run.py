@@ -1,7 +1,6 @@
 """What a run with stages does: the stages, the repairs between them, the hand-over; the callback says when."""
 
 import uuid
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,7 @@ from lit_prune.structure.record import note_record, record_of
 from lit_prune.structure.tracing import copy_network
 from lit_prune.train.distillation import Repair
 from lit_prune.train.figures import Figures
-from lit_prune.train.hand_over import (
-    load_teacher,
-    save_teacher,
-    shortened,
-    weights_of,
-    write_compact,
-)
-from lit_prune.train.logged import log_figures, log_stage
+from lit_prune.train.hand_over import load_teacher, save_teacher, weights_of, write_compact
 from lit_prune.train.phase_optimizer import PhaseOptimizer
 from lit_prune.train.phases import Phases, total_epochs
 from lit_prune.train.run_record import write_stages
@@ -33,6 +25,8 @@ from lit_prune.train.stage_record import (
     describe_record,
     figures_of,
     format_figure,
+    log_figures,
+    log_stage,
     open_record,
 )
 from lit_prune.train.stages import BlockStage, Stage
@@ -73,11 +67,7 @@ class StagedRun(Callback):
 
     @property
     def subject(self) -> Subject:
-        """The network that the run is about.
-
-        Raises:
-            RuntimeError: `setup` has not met it yet.
-        """
+        """The network that the run is about. RuntimeError: `setup` has not met it yet."""
         if self.met is None:
             raise RuntimeError("StagedPruning has no network before setup")
         return self.met
@@ -113,11 +103,7 @@ class StagedRun(Callback):
         return len(self.stages) * repair_epochs
 
     def set_block_ratio(self, ratio: float) -> None:
-        """Sets the share of free blocks that the block stages remove.
-
-        Raises:
-            InputError: there is no such stage.
-        """
+        """Sets the share of free blocks that the block stages remove. InputError: there is no such stage."""
         if not any(isinstance(stage, BlockStage) for stage in self.stages):
             raise InputError("a sweep over ratios needs a BlockStage in StagedPruning")
         self.stages = tuple(
@@ -168,22 +154,17 @@ class StagedRun(Callback):
         parameter = next(subject.network.parameters())
         layout = memory_format_of(subject.network)
         teacher = teacher.to(parameter.device, parameter.dtype).to(memory_format=layout)
-        self.teaching.begin(module, Lesson(subject.network, teacher, plans, subject.example, self._progress(trainer)))
-
-    def _progress(self, trainer: Trainer) -> Callable[[], tuple[int, int]]:
-        return lambda: (trainer.current_epoch - self.phases.start, self._phase(trainer)[1] or 1)
+        progress = lambda: (trainer.current_epoch - self.phases.start, self._phase(trainer)[1] or 1)  # noqa: E731
+        self.teaching.begin(module, Lesson(subject.network, teacher, plans, subject.example, progress))
 
     def _measure_repair(self, trainer: Trainer) -> None:
         self._measured = trainer.current_epoch + 1
         if not self.records:
             return
-        figures_of(self.records[-1])["after_repair"] = self._measure(trainer)
+        figures_of(self.records[-1])["after_repair"] = self.figures.measure(trainer, self.subject.path)
         log_figures(trainer, {"after_repair": self._repaired}, "stage")
         if trainer.is_global_zero:
             write_stages(Path(trainer.default_root_dir), self.records)
-
-    def _measure(self, trainer: Trainer) -> float:
-        return self.figures.measure(trainer, self.subject.path)
 
     def _checkpoint(self, trainer: Trainer, done: int) -> Path:
         name = f"{done}-{self.stages[done - 1].name}" if done else "dense"
@@ -215,7 +196,8 @@ class StagedRun(Callback):
         plans = self.dense["plans"] + held
         network = self.subject.before(plans)
         load_state(network, weights_of(self._checkpoint(trainer, held), self.subject.path))
-        return note_record(network, shortened(record_of(self.subject.network), plans))
+        record = record_of(self.subject.network)
+        return note_record(network, replace(record, plans=record.plans[:plans]))
 
 
 def new_run() -> str:

@@ -80,11 +80,7 @@ class BlockStage(Stage):
         return "blocks"
 
     def __post_init__(self) -> None:
-        """Checks the values.
-
-        Raises:
-            InputError: one is out of range, or has no effect; the line names it.
-        """
+        """Checks the values. InputError: one is out of range, or has no effect; the line names it."""
         self.check_epoch()
         given = [amount for amount in BLOCK_AMOUNTS if getattr(self, amount) is not None]
         if len(given) != 1:
@@ -154,11 +150,7 @@ class ChannelStage(Stage):
         return self.replace
 
     def __post_init__(self) -> None:
-        """Checks the values.
-
-        Raises:
-            InputError: one is out of range, or has no effect; the line names it.
-        """
+        """Checks the values. InputError: one is out of range, or has no effect; the line names it."""
         self.check_epoch()
         if not LEAST_KEEP <= self.keep <= 1:
             raise InputError(f"stage {self.name}: keep must lie in (0, 1], at least {LEAST_KEEP}, got keep={self.keep}")

@@ -28,10 +28,6 @@ class Subject:
     """A network at a path of a module, the plans it has had, and what it was before them.
 
     While it is `attached`, the module's checkpoints carry its structure and bring it back.
-
-    Args:
-        module: the module.
-        path: of its network.
     """
 
     def __init__(self, module: LightningModule, path: str) -> None:
@@ -71,10 +67,8 @@ class Subject:
         return example_input(rebuild_inputs(self.inputs, next(self.network.parameters()).device))
 
     def meet_inputs(self, one: Example) -> None:
-        """Notes what the network is called with, one sample, where that is not known yet."""
-        record = record_of(self.network)
-        if record.inputs is None:
-            note_record(self.network, replace(record, inputs=describe_inputs(one)))
+        """Notes what the network is called with, one sample."""
+        note_record(self.network, replace(record_of(self.network), inputs=describe_inputs(one)))
 
     def put(self, network: nn.Module, plan: Plan) -> None:
         """Puts the network that `plan` made of the present one in its place."""

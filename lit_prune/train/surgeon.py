@@ -139,11 +139,7 @@ class Surgeon:
 
 
 def on_rank_zero(trainer: Trainer, make: Callable[[], Any]) -> Any:
-    """What `make` gives on rank 0, plain values, on every rank.
-
-    Raises:
-        InputError: what rank 0 raised, on every rank.
-    """
+    """What `make` gives on rank 0, plain values, on every rank. InputError: what rank 0 raised, on every rank."""
     message: dict[str, Any] = {}
     if trainer.is_global_zero:
         try:

@@ -13,8 +13,7 @@ from lit_prune.errors import InputError
 from lit_prune.structure import Plan, kept_columns, load_compact
 from lit_prune.task.detection import reads_proposals
 from lit_prune.train.added_loss import AddedLoss, add_term, drop_term
-from lit_prune.train.distillation import Distillation, Repair
-from lit_prune.train.features import input_width, last_layer
+from lit_prune.train.distillation import Distillation, Repair, input_width, last_layer
 from lit_prune.train.locate import find_path, network_at
 from lit_prune.train.own_forward import release
 
@@ -65,11 +64,7 @@ class Teaching:
         return bool(self.repair.alpha or self.repair.beta)
 
     def load_given(self) -> nn.Module | None:
-        """The network of the folder that was given, or None where none was.
-
-        Raises:
-            InputError: it is not there.
-        """
+        """The network of the folder that was given, or None where none was. InputError: it is not there."""
         if self.given is None:
             return None
         if not self.given.is_dir():
@@ -172,17 +167,16 @@ class Tutor(Callback):
     Args:
         repair: weights and form of the term; features are compared where the last layers read equally many channels.
         teacher: the network to learn from.
-        network: path of the student in the module; None finds it, see `find_path`.
     """
 
-    def __init__(self, repair: Repair, teacher: nn.Module, network: str | None = None) -> None:
-        self.teacher, self.network = teacher, network
+    def __init__(self, repair: Repair, teacher: nn.Module) -> None:
+        self.teacher = teacher
         self.teaching = Teaching(repair)
         self.record = {TERM: {"evaluations": 0}}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Adds the term to the loss."""
-        student = network_at(pl_module, find_path(pl_module, self.network))
+        student = network_at(pl_module, find_path(pl_module))
         teacher = self.teacher.to(next(student.parameters()).device)
         lesson = Lesson(student, teacher, None, None, lambda: (trainer.current_epoch, trainer.max_epochs or 1))
         self.teaching.begin(pl_module, lesson)

@@ -28,10 +28,6 @@ class Trace(Callback, ABC):
     and `on_train_epoch_end`; `on_train_epoch_start`, `on_train_batch_start` and `on_train_batch_end` keep the time that
     training takes. Nothing is kept in the callback's state.
 
-    Args:
-        chosen: what is traced, and when.
-        targets: task variables to choose from.
-
     Raises:
         InputError: a value out of range.
     """
@@ -64,15 +60,12 @@ class Trace(Callback, ABC):
         """Prefix of what is logged."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Finds the network.
+        """Finds the network. InputError: there is none, or more than one that it could be."""
 
-        Raises:
-            InputError: there is none, or more than one that it could be.
-        """
-        when_built(trainer, self.chosen.network, lambda: self._find(pl_module))
+        def find() -> None:
+            self.path = find_path(pl_module, self.chosen.network)
 
-    def _find(self, pl_module: LightningModule) -> None:
-        self.path = find_path(pl_module, self.chosen.network)
+        when_built(trainer, self.chosen.network, find)
 
     def samples(self, trainer: Trainer) -> tuple[Iterator[Seen], Task]:
         """This rank's share of the calibration samples, as the network gets them, and what they mean."""
@@ -87,8 +80,8 @@ class Trace(Callback, ABC):
         return share_samples(found, trainer.global_rank, trainer.world_size, self.chosen.limit), task
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Traces the initialisation of a fresh fit."""
-        if is_fresh(trainer):
+        """Traces the initialisation of a fit that starts at its first epoch and not from a checkpoint."""
+        if trainer.current_epoch == 0 and trainer.ckpt_path is None:
             if trainer.is_global_zero:
                 self.clear(trace_folder(trainer))
             self._timed(trainer, pl_module, epoch=0)
@@ -134,17 +127,7 @@ class Trace(Callback, ABC):
 
 @dataclass(frozen=True)
 class Traced:
-    """What a trace is of, and when.
-
-    Attributes:
-        every_n_epochs: trace after epochs n-1, 2n-1, ... (counted from 0).
-        layers: names or fnmatch patterns of the layers; None takes every layer that can be measured.
-        target: task variable, as in `lit_prune.measure`; None takes the task's default.
-        limit: number of calibration samples; None takes all.
-        network: path of the network in the module; None finds it, see `find_path`.
-        calibration: a loader, or a number of samples, to measure on; None: see `calibration_samples`.
-        task: what batches and outputs mean, where it is not recognised.
-    """
+    """What a trace is of, and when; the fields are said of `AxisTrace`."""
 
     every_n_epochs: int
     layers: list[str] | None
@@ -171,11 +154,6 @@ def share_samples(samples: Samples, rank: int, ranks: int, limit: int | None = N
             raise InputError(f"calibration: {size} samples in the first batch for {ranks} ranks; make it larger")
         if rank < size:
             yield seen if ranks == 1 else seen.take(slice(rank, None, ranks))
-
-
-def is_fresh(trainer: Trainer) -> bool:
-    """Whether the fit starts at its first epoch and not from a checkpoint."""
-    return trainer.current_epoch == 0 and trainer.ckpt_path is None
 
 
 def trace_folder(trainer: Trainer) -> Path:
