@@ -94,11 +94,7 @@ def checked_call(function: Callable, name: str) -> Callable:
 
 
 def _bound(signature: inspect.Signature, name: str, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments by name.
-
-    Raises:
-        TypeError: Python's own, with the names that there are.
-    """
+    """Arguments by name. TypeError: Python's own, with the names that there are."""
     try:
         return signature.bind(*args, **kwargs).arguments
     except TypeError as error:

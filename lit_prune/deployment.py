@@ -107,7 +107,10 @@ def _rows(networks: dict[str, Any], int8: Path, size: int, setting: Setting, scr
             file = _exported(network, images.shape[1:], scratch / f"{name}.onnx")
             runs[name, "ONNX Runtime"] = onnx_session(file.read_bytes(), images)
             if find_spec("openvino"):
-                runs[name, "OpenVINO"] = partial(_openvino(file, setting.threads), images.cpu())
+                from lit_prune.export import load_openvino
+
+                threads = setting.threads or torch.get_num_threads()
+                runs[name, "OpenVINO"] = partial(load_openvino(file, threads), images.cpu())
     if int8.is_file() and find_spec("onnxruntime"):
         runs["compact", "ONNX Runtime, INT8"] = onnx_session(int8.read_bytes(), images)
     timings = time_runs(list(runs.values()), setting.rounds)
@@ -127,12 +130,6 @@ def _exported(network: nn.Module, shape: torch.Size, file: Path) -> Path:
             written = export_module(network, shape, file.parent / file.stem, ("onnx",))
         Path(written["onnx"]["file"]).rename(file)
     return file
-
-
-def _openvino(file: Path, threads: int | None) -> Callable[[torch.Tensor], Any]:
-    from lit_prune.export import load_openvino
-
-    return load_openvino(file, threads or torch.get_num_threads())
 
 
 def latency_table(found: dict[str, Any]) -> Table:

@@ -26,7 +26,7 @@ CALIBRATION, EVALUATION = 256, 2000  # images
 
 
 def quantise_onnx(
-    file: str | Path, calibration: Iterable[Tensor], evaluation: Iterable[Labelled] = (), limit: int = CALIBRATION
+    file: str | Path, calibration: Iterable[Tensor], evaluation: Iterable[Labelled] = ()
 ) -> dict[str, Any]:
     """Writes `model.int8.onnx` beside an ONNX file: weights and activations in 8 bits, ranges from calibration images.
 
@@ -37,7 +37,6 @@ def quantise_onnx(
         file: exported by `export_compact`, with its normalisation outside or inside.
         calibration: batches of what the file reads, float32 [B, C, H, W].
         evaluation: batches (images, labels), or (images, None) where there are no labels.
-        limit: calibration images at the most.
 
     Returns:
         `file`, `calibration_images`, `images` (evaluated), `agreement` (share of images of the same class as in
@@ -50,7 +49,7 @@ def quantise_onnx(
     if find_spec("onnxruntime") is None:
         raise InputError("int8: onnxruntime is missing; pip install 'lit-prune[export]'")
     file = Path(file)
-    images = _first(calibration, limit)
+    images = _first(calibration, CALIBRATION)
     if not images:
         raise InputError("int8: there are no calibration images; give some")
     target = file.with_name(FILE)
@@ -119,31 +118,24 @@ def compare(files: Sequence[Path], image: np.ndarray, evaluation: Iterable[Label
     return {"images": count, "agreement": agreed / count if count else None, **figures}
 
 
-def batches_of(data: "ImageData", limit: int = EVALUATION) -> tuple[Iterator[Tensor], list[Labelled]]:
-    """Calibration images of a DataModule, and its test images with labels, at most `limit`, class-balanced."""
+def batches_of(data: "ImageData") -> tuple[Iterator[Tensor], list[Labelled]]:
+    """Calibration images of a DataModule, and its test images with labels, at most 2,000, class-balanced."""
     data.prepare_data()
     data.setup()
     task = Classification()
     calibration = (task.inputs(batch).args[0] for batch in data.calibration_dataloader())
-    return calibration, list(data.subset_dataloader("test", limit))
+    return calibration, list(data.subset_dataloader("test", EVALUATION))
 
 
-def batches_of_folder(
-    folder: Path, preparation: Any, limit: int = CALIBRATION
-) -> tuple[Iterator[Tensor], list[Labelled]]:
+def batches_of_folder(folder: Path, preparation: Any) -> tuple[Iterator[Tensor], list[Labelled]]:
     """Images of a folder, prepared: every second one to calibrate on, the others, without labels, to compare on.
-
-    Args:
-        folder: of image files, in folders or not.
-        preparation: of the network.
-        limit: images of either half at the most.
 
     Raises:
         InputError: there are fewer than two images in it.
     """
     from lit_prune.predict import read_prepared
 
-    files = list_images(folder)[: 2 * limit]
+    files = list_images(folder)[: 2 * CALIBRATION]
     if len(files) < 2:
         raise InputError(f"calibration: {folder} holds {len(files)} images; give a folder of what it will see")
     images = [read_prepared(file, preparation)[None] for file in files]

@@ -13,6 +13,7 @@ import torch
 
 NOISY = 0.2  # share of the median by which quartiles may lie apart before it is said
 ROUNDS, SECONDS, WARM_UP = 20, 0.5, 3
+FEWEST, MOST = 6, 500  # rounds of `best_times`
 
 
 @dataclass(frozen=True)
@@ -90,20 +91,18 @@ class Best:
         return cls(min(halves), round(abs(halves[0] - halves[1]) / min(halves), 6))
 
 
-def best_times(runs: Sequence[Callable[[], Any]], seconds: float, least: int = 6, most: int = 500) -> list[Best]:
+def best_times(runs: Sequence[Callable[[], Any]], seconds: float) -> list[Best]:
     """The quickest passes of functions that take turns; one more of each is run first and not timed.
 
     Args:
         runs: as in `time_runs`.
-        seconds: rounds are run until so much time has passed.
-        least: rounds at the least.
-        most: rounds at the most.
+        seconds: rounds are run until so much time has passed, 6 at the least and 500 at the most.
     """
     for run in runs:
         run()
     taken: list[list[float]] = []
     begin = time.perf_counter()
-    while len(taken) < least or (len(taken) < most and time.perf_counter() - begin < seconds):
+    while len(taken) < FEWEST or (len(taken) < MOST and time.perf_counter() - begin < seconds):
         taken.append([_timed(run) for run in runs])
     return [Best.of(passes) for passes in zip(*taken, strict=True)]
 

@@ -104,16 +104,11 @@ class RanksEndAtOnce(Callback):
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes the signal."""
-        self._take(trainer)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes the signal."""
-        self._take(trainer)
-
-    def _take(self, trainer: Trainer) -> None:
         if trainer.world_size > 1 and threading.current_thread() is threading.main_thread():
             launcher = trainer.strategy.launcher
             signal.signal(signal.SIGTERM, lambda number, _: _end_ranks(getattr(launcher, "kill", None), number))
+
+    on_train_start = on_sanity_check_start
 
 
 def _end_ranks(kill: Callable[[int], None] | None, number: int) -> None:

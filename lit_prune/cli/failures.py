@@ -53,11 +53,7 @@ def one_line_failures() -> Iterator[None]:
 
 
 def end(line: str, code: int) -> None:
-    """Prints one line on stderr and exits.
-
-    Raises:
-        SystemExit: always, with `code`.
-    """
+    """Prints one line on stderr and exits. SystemExit: always, with `code`."""
     print(f"error: {one_line(line)}", file=sys.stderr)
     raise SystemExit(code) from None
 

@@ -143,21 +143,13 @@ class PruneCLI(RunFolderCLI):
         """Enters the run folder: refuses another run's, resumes this run's."""
         self._enter_run_folder()
 
-    def before_compress(self) -> None:
-        """Enters the run folder: refuses another run's, resumes this run's."""
-        self._enter_run_folder()
+    before_compress = before_fit
 
     def before_validate(self) -> None:
         """Takes the run's own weights."""
         self._take_trained_weights()
 
-    def before_test(self) -> None:
-        """Takes the run's own weights."""
-        self._take_trained_weights()
-
-    def before_predict(self) -> None:
-        """Takes the run's own weights."""
-        self._take_trained_weights()
+    before_test = before_predict = before_validate
 
     def compress(self, ratios: list[float] | None = None, **arguments: Any) -> None:
         """Runs the trainer's `compress`, once or once for each ratio of a schedule sweep."""

@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from textwrap import shorten
 
@@ -46,20 +46,15 @@ def find_recipe(name: str) -> Path:
 
 def with_recipes(args: Sequence[str]) -> list[str]:
     """The command line with the file in the place of each recipe that `-c` names; files that exist come first."""
-    return list(_replaced(args))
-
-
-def _replaced(args: Sequence[str]) -> Iterator[str]:
-    before = ""
-    for word in args:
+    found = []
+    for before, word in zip(("", *args), args, strict=False):
         option, equals, value = word.partition("=")
         if before in OPTIONS:
-            yield _file(word)
+            word = _file(word)
         elif option in OPTIONS and equals:
-            yield f"{option}={_file(value)}"
-        else:
-            yield word
-        before = word
+            word = f"{option}={_file(value)}"
+        found.append(word)
+    return found
 
 
 def _file(value: str) -> str:

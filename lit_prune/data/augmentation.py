@@ -83,17 +83,7 @@ def pad_images(pixels: Tensor, pad: int, padding: str) -> Tensor:
 
 
 def crop_and_flip(padded: Tensor, height: int, width: int, draws: Draws) -> Tensor:
-    """Cuts one window out of every image, mirrored where drawn.
-
-    Args:
-        padded: Images [B, C, height + 2·pad, width + 2·pad].
-        height: Rows of the window.
-        width: Columns of the window.
-        draws: Draws of these B images, on the device of `padded`.
-
-    Returns:
-        The windows, [B, C, height, width].
-    """
+    """One window [B, C, height, width] of every padded image, mirrored where drawn."""
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view: [B, C, tops, lefts, height, width]
     crops = windows[torch.arange(len(padded), device=padded.device), :, draws.top, draws.left]
     return torch.where(draws.flip[:, None, None, None], crops.flip(-1), crops)

@@ -49,15 +49,7 @@ def download_folder(url: str, md5: str, folder: str | Path) -> None:
 
 
 def fetch_file(url: str, sha256: str, file: Path) -> Path:
-    """Fetches one file, whole and as it was published or not at all; one that is there already is compared anew.
-
-    Args:
-        url: its address.
-        sha256: its checksum, in hexadecimal digits.
-        file: where it goes.
-
-    Returns:
-        `file`.
+    """Fetches `file`, whole and as it was published or not at all; one that is there already is compared anew.
 
     Raises:
         InputError: the address cannot be read, or what is there has another checksum.

@@ -168,11 +168,7 @@ def couple_axes(trace: pd.DataFrame) -> pd.DataFrame:
     Spearman's ρ of input capture and task information over the live channels of the layer; NaN below three of them
     or where one axis is constant.
 
-    Args:
-        trace: channel tables with the column `epoch`.
-
-    Returns:
-        rows = layers in forward order, columns = epochs, values in [-1, 1].
+    Rows are layers in forward order, columns epochs.
     """
     values = {key: coupling(rows) for key, rows in trace.groupby(["epoch", "layer"])}
     table = pd.Series(values, dtype=float).unstack(0)

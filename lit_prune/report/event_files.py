@@ -60,17 +60,10 @@ def find_curve(scalars: Mapping[str, pd.DataFrame], tag: str) -> pd.DataFrame | 
 
 
 def steps_to_epochs(steps: np.ndarray, scalars: Mapping[str, pd.DataFrame]) -> np.ndarray | None:
-    """Returns how many epochs were finished at each step, linear within an epoch.
+    """Epochs finished at each step, float [n], linear within an epoch; None where the tag `epoch` was not logged.
 
     Lightning logs the running epoch `e` (from 0) beside every scalar; the last step with `e` closes epoch `e`, so
     that there `e + 1` epochs are finished.
-
-    Args:
-        steps: logged steps, int [n].
-        scalars: result of `read_scalars`.
-
-    Returns:
-        float [n], or None where the tag `epoch` was not logged.
     """
     if "epoch" not in scalars:
         return None

@@ -60,11 +60,7 @@ class RunFolder:
         return self.path.resolve().name
 
     def file(self, name: str) -> Path:
-        """Returns the path of a file of the run.
-
-        Raises:
-            AbsentInput: the run does not have it.
-        """
+        """Returns the path of a file of the run. AbsentInput: the run does not have it."""
         if not (self.path / name).is_file():
             raise AbsentInput(name)
         return self.path / name

@@ -24,30 +24,13 @@ def _true_margin(logits: Tensor, labels: Tensor) -> Tensor:
     return _true_logit(logits, labels) - others.amax(1, keepdim=True)
 
 
-def _negative_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    return _true_logit(logits.log_softmax(1), labels)
-
-
-def _predicted_margin(logits: Tensor, labels: Tensor | None) -> Tensor:
-    best, second = logits.topk(2, dim=1).values.split(1, dim=1)
-    return best - second
-
-
-def _predicted_logit(logits: Tensor, labels: Tensor | None) -> Tensor:
-    return logits.amax(1, keepdim=True)
-
-
-def _one_vs_rest(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.one_hot(labels, logits.shape[1])
-
-
 TARGETS: dict[str, Callable[..., Tensor]] = {
     "true_margin": _true_margin,
     "true_logit": _true_logit,
-    "negative_loss": _negative_loss,
-    "predicted_margin": _predicted_margin,
-    "predicted_logit": _predicted_logit,
-    "one_vs_rest": _one_vs_rest,
+    "negative_loss": lambda logits, labels: _true_logit(logits.log_softmax(1), labels),
+    "predicted_margin": lambda logits, labels: -logits.topk(2, dim=1).values.diff(dim=1),
+    "predicted_logit": lambda logits, labels: logits.amax(1, keepdim=True),
+    "one_vs_rest": lambda logits, labels: F.one_hot(labels, logits.shape[1]),
 }
 LABEL_FREE = ("predicted_margin", "predicted_logit")
 

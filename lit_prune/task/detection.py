@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
-from lit_prune.running import modes_kept
+from lit_prune.running import modes_kept, removing
 from lit_prune.structure.example import Example
 from lit_prune.task.base import Task, register_task
 from lit_prune.task.batches import describe
@@ -53,7 +53,7 @@ class Detection(Task):
 
     def inputs(self, batch: Any) -> Example:
         """The list of images."""
-        return Example((list(self._images(batch)),), {})
+        return Example((list(super().inputs(batch).args[0]),), {})
 
     def run(self, model: nn.Module, batch: Any) -> Detected:
         """Losses or boxes, and what the heads gave."""
@@ -106,10 +106,6 @@ class Detection(Task):
             return self.prediction(output)
         return torch.cat([_rows(value, output.images) for value in output.anchored], 1)
 
-    def _images(self, batch: Any) -> Any:
-        args, _ = super().inputs(batch).args, None
-        return args[0]
-
     @classmethod
     def fits(cls, output: Any, target: Any, size: int) -> bool:
         """A list of dicts with boxes."""
@@ -155,11 +151,8 @@ def watched_heads(model: nn.Module) -> Iterator[tuple[list[Tensor], list[Tensor]
 
     modules = dict(model.named_modules())
     handles = [modules[name].register_forward_hook(keep(name)) for name in HEADS if name in modules]
-    try:
+    with removing(handles):
         yield found, anchored
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

@@ -34,12 +34,7 @@ def answer(output: Any) -> Tensor:
 
 
 def answers(output: Any, inside: frozenset[int] = frozenset()) -> list[Tensor]:
-    """Every tensor of floats in an output, in order; losses, auxiliary heads and hidden states are left aside.
-
-    Args:
-        output: of a network.
-        inside: ids of what the output is a part of.
-    """
+    """Every tensor of floats in an output, in order; losses, auxiliary heads and hidden states are left aside."""
     if isinstance(output, Tensor):
         return [output] if output.is_floating_point() and output.ndim else []
     parts = _parts(output, inside)

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from lit_prune.running import removing
+
 
 @contextmanager
 def shared_proposals(original: nn.Module, other: nn.Module) -> Iterator[None]:
@@ -38,10 +40,9 @@ def shared_proposals(original: nn.Module, other: nn.Module) -> Iterator[None]:
     original.roi_heads.select_training_samples = drawn
     other.roi_heads.select_training_samples = lambda proposals, targets: made["samples"]
     try:
-        yield
+        with removing(handles):
+            yield
     finally:
-        for handle in handles:
-            handle.remove()
         for network in networks:
             del network.roi_heads.select_training_samples
 

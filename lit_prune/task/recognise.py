@@ -88,10 +88,6 @@ def telling(whole: Any, few: Any) -> Any:
     """As many rows of a target as those of a few samples: those that least say one class, or hold least 0 and 1 alone.
 
     Two samples with a label each may be of a set whose others have several.
-
-    Args:
-        whole: the target of a batch.
-        few: of its first samples.
     """
     if not isinstance(few, Tensor) or few.ndim < 2 or len(few) != SAMPLES or few.shape[1:] != whole.shape[1:]:
         return few
