@@ -1,6 +1,5 @@
 """Short repair without labels: gradient steps towards the original's prediction make up for what refit has left."""
 
-import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,33 +11,35 @@ from torch import Tensor, nn
 
 from lit_prune.arguments import checked
 from lit_prune.errors import InputError
-from lit_prune.replace.errors import Spread
+from lit_prune.replace.together import step_units
 from lit_prune.running import undisturbed
 from lit_prune.task import Task
 
 Augment = Callable[[Any, torch.Generator], Any]
-CHECKS = 10  # how often the held-out distortion is looked at
+CHECKS = 10  # how often the held-out divergence is looked at
+GROWING = 0.2  # share of the time in which the steps grow from 0
 
 
 @checked
 @dataclass(frozen=True)
 class Distilling:
-    """Settings of `distil`; give `seconds` or `epochs`. The learning rate falls to 0 over them (cosine).
+    """Settings of `distil`; give `seconds` or `epochs`. The learning rate grows from 0 and falls to 0 over them.
 
     Attributes:
         seconds: how long it may take.
         epochs: passes over the samples that are not held out; parts of one count.
-        learning_rate: of Adam, at the start.
+        learning_rate: of Adam, in units of what a layer gives: a step of 1 changes its output by its spread
+            (`together.step_units`).
         batch: samples in a step.
-        held_out: share of the batches, the last ones, by whose distortion the result is chosen.
+        held_out: share of the batches, the last ones, by whose divergence the result is chosen.
         decay: of the running average of the weights, for each step.
         seed: of the order.
     """
 
     seconds: float | None = None
     epochs: float | None = None
-    learning_rate: float = 3e-4
-    batch: int = 64
+    learning_rate: float = 3e-3
+    batch: int = 32
     held_out: float = 0.2
     decay: float = 0.98
     seed: int = 0
@@ -66,9 +67,10 @@ def distil(
 ) -> dict[str, Any]:
     """Trains `reduced` in place towards the original's prediction, and leaves it at the best that was seen.
 
-    The loss is the squared change of the prediction over its variance. Both networks stay in evaluation mode: norms
-    keep their statistics, only weights and biases move. What is kept is the running average of the weights with the
-    least distortion on held-out samples, the start included: it never ends worse there than it began.
+    The loss is the task's divergence of the two predictions (`Task.divergence`: the squared change; of segmentation
+    KL). Both networks stay in evaluation mode: norms keep their statistics, only weights and biases move. What is kept
+    is the running average of the weights with the least divergence on held-out samples, the start included: it never
+    ends worse there than it began.
 
     Args:
         original: the network before surgery.
@@ -79,7 +81,7 @@ def distil(
         augment: moves the samples of a batch as training does, at random by the generator; None: as they are.
 
     Returns:
-        `steps`, `distortion_before`, `distortion_after` (held out).
+        `steps`, `divergence_before`, `divergence_after` (mean over held-out samples).
 
     Raises:
         InputError: a single batch, of which nothing can be held out; no parameter that may move.
@@ -118,27 +120,26 @@ def _pieces(
 
 
 class _Race:
-    """The state of one repair: optimizer, averaged weights, the best so far."""
+    """The state of one repair, in moves: a parameter is where it began plus its unit of a step times its move."""
 
     def __init__(
         self, original: nn.Module, reduced: nn.Module, task: Task, settings: Distilling, held_out: Sequence[Any]
     ) -> None:
-        self.original, self.reduced, self.task, self.settings, self.held_out = (
-            original,
-            reduced,
-            task,
-            settings,
-            held_out,
-        )
-        self.parameters = [p for p in reduced.parameters() if p.requires_grad and p.is_floating_point()]
-        self.optimizer = torch.optim.Adam(self.parameters, settings.learning_rate)
-        self.average = copy.deepcopy([p.detach() for p in self.parameters])
-        self.best, self.checks, self.steps = copy.deepcopy(self.average), 0, 0
-        self.wanted, spread = self._predictions(original), Spread()
-        for values in self.wanted:
-            spread.add(values)
-        self.scale = 1 / max(spread.variance(), torch.finfo(torch.float32).tiny)
-        self.before = self.least = self._distortion()
+        self.original, self.reduced, self.task, self.settings = original, reduced, task, settings
+        self.held_out = held_out
+        moving = {name: p for name, p in reduced.named_parameters() if p.requires_grad and p.is_floating_point()}
+        self.parameters = list(moving.values())
+        few = task.take(held_out[0], settings.batch)
+        units = step_units(reduced, lambda: task.run(reduced, task.to(few, reduced)))
+        self.units = [units[name] for name in moving]
+        self.start = [p.detach().clone() for p in self.parameters]
+        self.moves = [torch.zeros_like(p) for p in self.start]
+        self.average, self.best = ([torch.zeros_like(p) for p in self.start] for _ in range(2))
+        self.optimizer = torch.optim.Adam(self.moves, settings.learning_rate, eps=1e-12)
+        self.checks, self.steps = 0, 0
+        with torch.no_grad():
+            self.wanted = [self._answers(original, batch) for batch in held_out]
+        self.before = self.least = self._divergence()
         self.generator = torch.Generator().manual_seed(settings.seed)
 
     def step(self, piece: Any, progress: float) -> None:
@@ -146,53 +147,45 @@ class _Race:
         if progress * CHECKS >= self.checks + 1:
             self.check()
         self.steps += 1
-        batch = self.task.to(piece, self.reduced)
         with torch.no_grad():
-            wanted = self._predict(self.original, batch)
-        loss = self.scale * (self._predict(self.reduced, batch) - wanted).square().sum(1).mean()
-        self.optimizer.param_groups[0]["lr"] = self.settings.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+            wanted = self._answers(self.original, piece)
+        loss = self.task.divergence(wanted, self._answers(self.reduced, piece)).mean()
         gradients = torch.autograd.grad(loss, self.parameters, materialize_grads=True)
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = gradient
+        for move, unit, gradient in zip(self.moves, self.units, gradients, strict=True):
+            move.grad = gradient * unit
+        share = min(1.0, progress / GROWING) * (1 + math.cos(math.pi * progress)) / 2
+        self.optimizer.param_groups[0]["lr"] = self.settings.learning_rate * share
         self.optimizer.step()
-        for mean, parameter in zip(self.average, self.parameters, strict=True):
-            mean.lerp_(parameter.detach(), 1 - self.settings.decay)
+        for mean, move in zip(self.average, self.moves, strict=True):
+            mean.lerp_(move, 1 - self.settings.decay)
+        self._write(self.moves)
 
     def check(self) -> None:
         """Looks at the averaged weights; the present ones stay in training."""
         self.checks += 1
-        present = [p.detach().clone() for p in self.parameters]
         self._write(self.average)
-        found = self._distortion()
+        found = self._divergence()
         if found < self.least:
             self.least, self.best = found, [mean.clone() for mean in self.average]
-        self._write(present)
+        self._write(self.moves)
 
     def finish(self) -> dict[str, float]:
         """Leaves the best weights in the network."""
         self._write(self.best)
-        for parameter in self.parameters:
-            parameter.grad = None
-        return {"distortion_before": self.before, "distortion_after": self.least}
+        return {"divergence_before": self.before, "divergence_after": self.least}
 
-    def _write(self, values: Sequence[Tensor]) -> None:
+    def _write(self, moves: Sequence[Tensor]) -> None:
         with torch.no_grad():
-            for parameter, value in zip(self.parameters, values, strict=True):
-                parameter.copy_(value)
+            for parameter, start, unit, move in zip(self.parameters, self.start, self.units, moves, strict=True):
+                parameter.copy_(start + unit * move)
 
-    def _predict(self, model: nn.Module, batch: Any) -> Tensor:
-        """[B, D]."""
-        values = self.task.compared(self.task.run(model, batch))
-        return values.reshape(len(values), -1)
+    def _answers(self, model: nn.Module, batch: Any) -> Tensor:
+        """What the networks are compared by, [B, ...]."""
+        return self.task.compared(self.task.run(model, self.task.to(batch, model)))
 
-    def _predictions(self, model: nn.Module) -> list[Tensor]:
-        """Of the held-out samples, float64, batch by batch."""
+    def _divergence(self) -> float:
+        """Mean over the held-out samples."""
         with torch.no_grad():
-            batches = (self.task.to(batch, self.reduced) for batch in self.held_out)
-            return [self._predict(model, batch).double() for batch in batches]
-
-    def _distortion(self) -> float:
-        """Mean squared change of the held-out prediction, scaled."""
-        pairs = zip(self.wanted, self._predictions(self.reduced), strict=True)
-        squared = sum(float((wanted - found).square().sum()) for wanted, found in pairs)
-        return self.scale * squared / sum(map(len, self.wanted))
+            pairs = zip(self.wanted, self.held_out, strict=True)
+            found = [self.task.divergence(wanted, self._answers(self.reduced, batch)) for wanted, batch in pairs]
+        return float(torch.cat(found).double().mean())

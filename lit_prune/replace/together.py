@@ -1,9 +1,10 @@
 """The layers of a segment solved together: gradient steps towards what the segment of the original network gives."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the way that may be gone; what serves
 BATCH = 64
 LEAST_BATCH = 8
 VALUES = 1 << 20  # of a segment's input in one step, where that leaves LEAST_BATCH samples
+CHANNELS_FIRST = (*axes.BATCH_NORMS, nn.GroupNorm)
 TINY = torch.finfo(torch.float32).tiny
 CHECKED = 32  # samples that held-out errors are computed of at once
 
@@ -101,7 +103,8 @@ def _descended(
     places = [(index, place) for index, values in enumerate(samples.inputs) for place in range(len(values))]
     steps = math.ceil(passes * len(places) / batch)
     generator, scale = torch.Generator().manual_seed(seed), len(samples) / samples.spread()
-    rates = _rates(module, samples.draw(samples.take(places[:], batch))[0])
+    first = samples.draw(samples.take(places[:], batch))[0]
+    rates = step_units(module, lambda: module(first.clone()))
     moves = {name: torch.zeros_like(value, requires_grad=True) for name, value in start.items()}
     optimizer = torch.optim.Adam(moves.values(), STEP, eps=1e-12)
     ahead: list[tuple[int, int]] = []
@@ -135,18 +138,27 @@ def _error(module: nn.Module, parameters: Mapping[str, Tensor], samples: Samples
     return total
 
 
-def _rates(module: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
-    """Unit of a step for each parameter, of its shape or one that spreads to it."""
+def step_units(module: nn.Module, run: Callable[[], Any]) -> dict[str, Tensor]:
+    """Unit of a step for each floating-point parameter, of its shape or one that spreads to it.
+
+    A weight's is what changes its layer's output by about its spread: the spread of the output over that of what the
+    weight multiplies. So rescaling a unit and undoing it behind changes nothing. Of what multiplies nothing that is
+    known (a class token, a slope) it is the parameter's own size.
+
+    Args:
+        module: any network or part of one.
+        run: runs it on some samples.
+    """
     spreads: dict[str, tuple[Tensor, Tensor]] = {}
 
     def note(name: str, part: nn.Module, args: tuple, output: Tensor) -> None:
         if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
-            dim = channel_dim(part) if axes.is_weighted(part) else 1 if isinstance(part, axes.BATCH_NORMS) else -1
+            dim = channel_dim(part) if axes.is_weighted(part) else 1 if isinstance(part, CHANNELS_FIRST) else -1
             spreads[name] = (_variances(args[0].detach(), dim), _variances(output.detach(), dim))
 
     holders = {name: m for name, m in module.named_modules() if next(m.parameters(recurse=False), None) is not None}
     with removing([part.register_forward_hook(partial(note, name)) for name, part in holders.items()]), torch.no_grad():
-        module(inputs.clone())
+        run()
     found = {}
     for name, part in holders.items():
         for key, parameter in part.named_parameters(recurse=False):
@@ -160,7 +172,7 @@ def _rates(module: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
 def _rate(part: nn.Module, key: str, parameter: Tensor, given: Tensor | None, output: Tensor | None) -> Tensor:
     """The spread of the output over that of what the parameter multiplies; else the parameter's own size."""
     if output is not None and given is not None:
-        spread = alive(output).sqrt()
+        spread = output.sqrt()  # next to 0 of a channel that is shut off, which a norm behind it makes large again
         if key == "weight" and axes.is_weighted(part):
             groups, transposed = getattr(part, "groups", 1), getattr(part, "transposed", False)
             kernel = parameter.reshape(groups, len(parameter) // groups, parameter.shape[1], -1)

@@ -137,6 +137,13 @@ class Task(Named):
         """What the answers of two networks to one batch are compared by, [B, ...]; here the prediction."""
         return self.prediction(output)
 
+    def divergence(self, original: Tensor, other: Tensor) -> Tensor:
+        """How far the answers (`compared`) of two networks to the same samples are apart, [B], 0 where they are alike.
+
+        A short repair lessens it (`distil`). Here the squared change, summed over a sample's values.
+        """
+        return (other - original).square().reshape(len(original), -1).sum(1)
+
     @property
     def variables(self) -> tuple[str, ...]:
         """Names of the task variables."""

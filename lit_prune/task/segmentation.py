@@ -101,6 +101,14 @@ class Segmentation(Answered):
         """Share of pixels with the same top class, float64 [B]."""
         return (original.argmax(1) == other.argmax(1)).double().flatten(1).mean(1)
 
+    def divergence(self, original: Tensor, other: Tensor) -> Tensor:
+        """KL(softmax(original) ‖ softmax(other)), mean over pixels, nats.
+
+        Few pixels lie near a border, and rare classes have few: the squared change of logits hardly sees either.
+        """
+        teacher, student = original.log_softmax(1), other.log_softmax(1)
+        return (teacher.exp() * (teacher - student)).sum(1).flatten(1).mean(1)
+
     def _mean(self, losses: Tensor, labels: Tensor) -> Tensor:
         seen = (labels != IGNORED).flatten(1)
         return (losses.flatten(1) * seen).sum(1) / seen.sum(1).clamp_min(1)

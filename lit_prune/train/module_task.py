@@ -81,7 +81,7 @@ def _asking(name: str) -> Callable[..., Any]:
 
 
 OF_BATCHES = ("target", "loss", "metric", "default_variable", "variable", "kinds", "curvature_terms")
-OF_OUTPUTS = ("prediction", "paired", "compared", "figure", "agreement")
+OF_OUTPUTS = ("prediction", "paired", "compared", "figure", "agreement", "divergence")
 for _name in (*OF_BATCHES, *OF_OUTPUTS):
     setattr(SeenTask, _name, _asking(_name))
 

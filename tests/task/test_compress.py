@@ -116,10 +116,10 @@ def test_a_detector_with_proposals_is_compared_by_its_anchors_whatever_the_sizes
     recipe = Recipe(score="cmr_logit", allocation="global")
     _, report = compress(TwoStages().eval(), batches, keep=0.6, task="detection", seconds=1.0, recipe=recipe)
     assert 0 < report["distortion"] < 1 and report["images"] == 12
-    assert report["repair"]["distortion_after"] <= report["repair"]["distortion_before"]
+    assert report["repair"]["divergence_after"] <= report["repair"]["divergence_before"]
 
 
 def test_one_number_a_sample_is_repaired():
     recipe = Recipe(score="cmr_logit", allocation="global", kind="constant")
     _, report = compress(One().eval(), [images(), images()], keep=0.7, seconds=1.0, recipe=recipe)
-    assert report["repair"]["distortion_after"] < report["repair"]["distortion_before"]
+    assert report["repair"]["divergence_after"] < report["repair"]["divergence_before"]

@@ -110,5 +110,5 @@ def test_it_is_compressed_and_repaired(detector):
     recipe = Recipe(score="cmr_logit", allocation="global")
     small, report = compress(detector, scenes(4, targets=True), keep=0.8, task="detection", seconds=1.0, recipe=recipe)
     assert report["compact"]["macs"] <= 0.8 * report["dense"]["macs"]
-    assert report["repair"]["distortion_after"] <= report["repair"]["distortion_before"]
+    assert report["repair"]["divergence_after"] <= report["repair"]["divergence_before"]
     assert "select_training_samples" not in vars(small.roi_heads) and not small.rpn._forward_hooks
