@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from torch import nn
 
+from lit_prune import Plan, save_compact
 from lit_prune.cli.main import main
 from lit_prune.errors import InputError
-from lit_prune.files import LOCK, alone, read_parquet, write_json, write_parquet
+from lit_prune.files import LOCK, alone, read_parquet, write_json, write_parquet, write_text
 
 HOLDER = """
 import sys, time
@@ -101,3 +103,16 @@ def test_a_table_comes_back_as_it_was_and_a_changed_name_in_its_footer_is_notice
     file.write_bytes(content.replace(b"channel", b"chaxnel"))
     with pytest.raises(InputError, match="cannot be read"):
         read_parquet(file)
+
+
+@pytest.mark.parametrize("write", [
+    lambda path: write_text(path, "text"),
+    lambda path: Plan(keep_channels={"0": (0,)}, sizes={"0": 2}).save(path),
+    lambda path: save_compact(path, nn.Linear(2, 2), input_shape=(2,)),
+])  # fmt: skip
+def test_what_cannot_be_written_is_said_in_one_line(tmp_path, write):
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path / "file" / "below", tmp_path / "file" / "deep" / "below", tmp_path / "a\0b" / "c"):
+        with pytest.raises(InputError, match=r"^[^\n]+ cannot be written \([^\n]+\); give another place$"):
+            write(place)
+    assert (tmp_path / "file").read_text() == "mine" and list(tmp_path.iterdir()) == [tmp_path / "file"]

@@ -1,4 +1,4 @@
-"""What a run hands over when it is killed while it does."""
+"""What a run hands over when it is killed while it does, and where it could not."""
 
 import os
 import signal
@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lit_prune.errors import InputError
 from lit_prune.files import read_json
 from lit_prune.train import hand_over
 from tests.lightning_modules import Classifier, loaders, pruning, trainer
@@ -43,3 +44,11 @@ def test_a_run_that_was_killed_as_it_handed_over_hands_all_of_it_over_when_it_go
     written = (compact / "report.json").read_bytes()
     run(tmp_path)
     assert (compact / "report.json").read_bytes() == written, "a finished run that is started again changes nothing"
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_training(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    one = trainer(tmp_path / "file" / "run", pruning(monitor="val/acc"), epochs=2)
+    with pytest.raises(InputError, match="file/run cannot be written"):
+        one.fit(Classifier(), *loaders())
+    assert one.global_step == 0
