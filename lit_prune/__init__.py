@@ -38,14 +38,20 @@ _HOME = {  # public name -> module that defines it, imported at the first use
     "save_compact": "lit_prune.structure",
     "score": "lit_prune.scores",
 }
+_ROOMS = (  # parts of the package that pages name with what is in them, imported at the first use too
+    "compression", "data", "errors", "hub", "lab", "measurement", "preparation", "replace", "scores", "structure",
+    "task", "train",
+)  # fmt: skip
 __all__ = [*_HOME, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return import_module(f"lit_prune.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'lit_prune' has no attribute {name!r}")
     return globals().setdefault(name, getattr(import_module(_HOME[name]), name))
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_ROOMS})

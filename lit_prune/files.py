@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from glob import escape
@@ -29,12 +30,12 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     What processes that were killed left of the same file goes too.
 
     Raises:
-        InputError: `path` is a folder.
+        InputError: `path` is a folder, or lies where nothing can be written.
     """
     path = Path(path)
     if path.is_dir():
         raise InputError(f"{path} is a folder; give the name of a file")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    writable(path.parent)
     for abandoned in path.parent.glob(f".{escape(path.name)}.*{PARTIAL}"):
         _delete_abandoned(abandoned)
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
@@ -43,6 +44,20 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def writable(folder: Path) -> Path:
+    """The folder, made where it is missing.
+
+    Raises:
+        InputError: no file can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} cannot be written ({one_reason(error)}); give another place") from error
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -259,7 +274,7 @@ def _is_alive(process: str) -> bool:
     return int(process) != os.getpid()
 
 
-def one_reason(error: OSError | NotImplementedError) -> str:
+def one_reason(error: OSError | NotImplementedError | ValueError) -> str:
     """Why the system refused a file, in its own words."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "the disk is full"

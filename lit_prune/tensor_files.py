@@ -44,13 +44,20 @@ def read_torch(path: str | Path, argument: str = "file") -> Any:
     except InputError:
         raise
     except Exception as error:  # each reader has its own exceptions for a broken file, some of them bare RuntimeErrors
-        if "weights_only" in str(error):
+        if "weights_only" in str(error) and _is_pickle(path):
             kind = re.search(r"GLOBAL (\S+)", str(error))
             what = f"a pickled {kind[1]}" if kind else "pickled objects"
             raise PickledError(f"{argument}: {path} is not readable: it holds {what}, not only tensors") from error
         raise InputError(
-            f"{argument}: {path} is not readable ({type(error).__name__}); save a plain state_dict there"
+            f"{argument}: {path} is not readable: damaged, or no file of torch.save ({type(error).__name__}); give a "
+            "whole one, such as an earlier checkpoint"
         ) from error
+
+
+def _is_pickle(path: Path) -> bool:
+    """Whether a file begins as an archive or a pickle does."""
+    with path.open("rb") as opened:
+        return opened.read(2) in (b"PK", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
 
 
 def read_safetensors(path: str | Path, argument: str = "file") -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """The doors are light: what a name costs to import is seen in what it imports, not in seconds."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -52,3 +53,11 @@ def test_the_training_door_leaves_the_surgeons_and_their_libraries_shut():
 @pytest.mark.parametrize("name", lit_prune.__all__)
 def test_every_public_name_is_behind_its_door(name):
     assert getattr(lit_prune, name) is not None
+
+
+def test_what_the_pages_name_with_its_room_is_there_when_only_the_package_is_imported():
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    found = {name for page in pages for name in re.findall(r"(?<![\w/.])lit_prune\.[a-z_]+\.\w+", page.read_text())}
+    found = {name for name in found if not list(ROOT.glob(name.replace(".", "/") + "*"))}  # modules are imported
+    assert "lit_prune.structure.trace_groups" in found
+    added_by("; ".join(["import lit_prune", *sorted(found)]))

@@ -10,10 +10,14 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
+from torch import nn
 
+from lit_prune import Plan, save_compact
 from lit_prune.cli.main import main
 from lit_prune.errors import InputError
-from lit_prune.files import LOCK, alone, read_parquet, write_json, write_parquet
+from lit_prune.files import LOCK, alone, read_parquet, write_json, write_parquet, write_text
+from lit_prune.tensor_files import read_torch
 
 HOLDER = """
 import sys, time
@@ -101,3 +105,25 @@ def test_a_table_comes_back_as_it_was_and_a_changed_name_in_its_footer_is_notice
     file.write_bytes(content.replace(b"channel", b"chaxnel"))
     with pytest.raises(InputError, match="cannot be read"):
         read_parquet(file)
+
+
+@pytest.mark.parametrize("write", [
+    lambda path: write_text(path, "text"),
+    lambda path: Plan(keep_channels={"0": (0,)}, sizes={"0": 2}).save(path),
+    lambda path: save_compact(path, nn.Linear(2, 2), input_shape=(2,)),
+])  # fmt: skip
+def test_what_cannot_be_written_is_said_in_one_line(tmp_path, write):
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path / "file" / "below", tmp_path / "file" / "deep" / "below", tmp_path / "a\0b" / "c"):
+        with pytest.raises(InputError, match=r"^[^\n]+ cannot be written \([^\n]+\); give another place$"):
+            write(place)
+    assert (tmp_path / "file").read_text() == "mine" and list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+def test_of_a_file_that_was_cut_off_anywhere_another_is_asked_for(tmp_path):
+    torch.save({"state_dict": nn.Linear(9, 9).state_dict()}, file := tmp_path / "last.ckpt")
+    whole = file.read_bytes()
+    for length in (0, 1, 50, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:length])
+        with pytest.raises(InputError, match=r"^ckpt_path: [^\n]+last.ckpt is not readable: damaged[^\n]+; give"):
+            read_torch(file, "ckpt_path")

@@ -67,6 +67,7 @@ def given(tmp_path_factory) -> Given:
     (folder / "text.ckpt").write_text("no checkpoint")
     torch.save([1, 2], folder / "list.ckpt")
     torch.save({"state_dict": 3}, folder / "state.ckpt")
+    torch.save(nn.Linear(2, 2).state_dict(), folder / "weights.pt")
     return Given(model, batches, example, lit_prune.measure(model, batches), ranks, plan, reduced, folder)
 
 
@@ -284,6 +285,8 @@ CALLS: dict[str, list[tuple]] = {
             lambda g: g.folder,
             lambda g: g.folder / "list.ckpt",
             lambda g: g.folder / "state.ckpt",
+            lambda g: g.folder / "compact" / "model.safetensors",
+            lambda g: g.folder / "weights.pt",
         ),
         map_location=(3.5, "nowhere", []),
         weights_only=(3, "yes", None),

@@ -59,12 +59,12 @@ class Flow:
         """
         place = {name: (position, 0) for position, name in enumerate(self.layers) if name in wanted}
         found = {name: Stop(name, self.norms.get(name, ""), clip=self.clips.get(name)) for name in place}
-        for addition in self.additions:
+        for number, addition in enumerate(self.additions, 1):
             candidates = [name for name in addition.operands if name in place]
             if candidates:
                 last = max(candidates, key=place.__getitem__)
                 found[last] = replace(found[last], joined=True, clip=addition.clip)
-                place[last] = (addition.before - 1, 1)
+                place[last] = (addition.before - 1, number)
         return [found[name] for name in sorted(place, key=place.__getitem__)]
 
 

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lit_prune.arguments import checked
 from lit_prune.errors import InputError
-from lit_prune.files import check_seal, read_json, sealed, write_json, write_text
+from lit_prune.files import check_seal, read_json, sealed, writable, write_json, write_text
 from lit_prune.preparation import Preparation
 from lit_prune.structure.card import model_card
 from lit_prune.structure.description import Description
@@ -204,14 +204,14 @@ def _whole_folder(folder: Path) -> Iterator[Path]:
     """Yields a new folder beside `folder`; on success it takes its place, on an exception it is removed.
 
     Raises:
-        InputError: `folder` is a file, or a folder with other contents than a compact network.
+        InputError: `folder` is a file, a folder with other contents than a compact network, or cannot be written.
     """
     if (folder.exists() and not folder.is_dir()) or (folder.is_dir() and any(folder.iterdir())):
         try:
             _read_structure(folder)
         except InputError as error:
             raise InputError(f"{folder} holds something else than a compact network; choose another folder") from error
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    writable(folder.parent)
     _restore(folder)
     shutil.rmtree(_replaced(folder), ignore_errors=True)
     for abandoned in folder.parent.glob(f".{escape(folder.name)}.*.partial"):  # of a process that was killed

@@ -11,16 +11,15 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
-from torchmetrics import Metric
 
 from lit_prune.errors import InputError
 from lit_prune.running import modes_kept, removing
 from lit_prune.task.batches import are_images, size_of, slice_batch
 from lit_prune.train.locate import network_at
+from lit_prune.train.module_state import attributes_kept
 
 STILL = ("zero_grad", "load_state_dict", "add_param_group")
 BY_HAND = ("manual_backward", "toggle_optimizer", "untoggle_optimizer", "clip_gradients")
-COUNTS = ("_update_count", "_computed", "_forward_cache")  # of a metric of torchmetrics
 STEPS = {"training_step": "training", "validation_step": "validating"}
 
 
@@ -141,31 +140,26 @@ def as_found(trainer: Trainer, module: LightningModule, network: nn.Module) -> I
     flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
     own = {id(buffer) for buffer in network.buffers()}
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers() if id(buffer) not in own]
-    metrics = [(part, _state_of(part)) for part in module.modules() if isinstance(part, Metric)]
-    attributes = dict(module.__dict__)
-    module.__dict__.update(dict.fromkeys(("log", "log_dict"), _silent))
-    if not module.automatic_optimization:
-        still = {name: _still(getattr(module, name)()) for name in ("optimizers", "lr_schedulers")}
-        module.__dict__.update({name: lambda *_, found=found, **__: found for name, found in still.items()})
-        module.__dict__.update(dict.fromkeys(BY_HAND, _silent))
     try:
-        with modes_kept(module):
+        with modes_kept(module), attributes_kept(module, network):
+            _silence(module)
             yield
     finally:
-        module.__dict__.clear()
-        module.__dict__.update(attributes)
         for buffer, value in buffers:
             buffer.copy_(value)
-        for metric, state in metrics:
-            metric.__dict__.update(state)
         for parameter, required in flags:
             parameter.requires_grad_(required)
         trainer.state.stage = stage
 
 
-def _state_of(metric: Metric) -> dict[str, Any]:
-    """What a metric has summed up so far, its count and its last result."""
-    return {**metric._copy_state_dict(), **{key: metric.__dict__[key] for key in COUNTS}}
+def _silence(module: LightningModule) -> None:
+    """Nothing is logged any more, and nothing optimized by hand."""
+    own: dict[str, Any] = dict.fromkeys(("log", "log_dict"), _silent)
+    if not module.automatic_optimization:
+        still = {name: _still(getattr(module, name)()) for name in ("optimizers", "lr_schedulers")}
+        own |= {name: lambda *_, found=found, **__: found for name, found in still.items()}
+        own |= dict.fromkeys(BY_HAND, _silent)
+    module.__dict__.update(own)
 
 
 class _Still:

@@ -93,7 +93,7 @@ class Figures:
         """
         if self.monitor is None:
             return self._task_metric(trainer, path)
-        logged = run_validation(trainer)
+        logged = run_validation(trainer, path)
         if self.monitor not in logged:
             self._refuse(logged)
         return mean_over_ranks(trainer, logged[self.monitor])

@@ -16,7 +16,7 @@ from lit_prune.files import read_json, whole_file, write_json
 from lit_prune.models.weights import load_state
 from lit_prune.report import result_table
 from lit_prune.structure import Plan, apply_plan
-from lit_prune.structure.compact import save_compact
+from lit_prune.structure.compact import REPORT, save_compact
 from lit_prune.structure.example import Example
 from lit_prune.structure.latency import compare_profiles, own_tensors
 from lit_prune.structure.record import Record, check_inputs, example_input, rebuild_inputs, record_of
@@ -61,7 +61,7 @@ def load_teacher(run_dir: Path, network: nn.Module) -> nn.Module:
 
 def run_of(run_dir: Path) -> str | None:
     """Identifier of the run that handed over the `compact/` of a folder; None where nothing says it."""
-    report = run_dir / "compact" / "report.json"
+    report = run_dir / "compact" / REPORT
     return read_json(report).get("run") if report.is_file() else None
 
 
@@ -122,9 +122,12 @@ def write_compact(
     report = {"run": run, **stage_profiles(dense.eval(), check_inputs(record.inputs), first, records)}
     write_stages(run_dir, records)
     folder = run_dir / "compact"
-    save_compact(folder, network, report=report)
-    if record.backbone is None:  # whoever has not got the class can run it all the same
-        write_json(folder / "report.json", {**report, "program": write_program(network, record, folder / PROGRAM)})
+    if record.backbone is not None:
+        save_compact(folder, network, report=report)
+        return result_table(report)
+    save_compact(folder, network, report={key: value for key, value in report.items() if key != "run"})
+    program = write_program(network, record, folder / PROGRAM)  # whoever has not got the class can run it all the same
+    write_json(folder / REPORT, {**report, "program": program})  # says the run last: without, it is handed over again
     return result_table(report)
 
 

@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -111,7 +111,7 @@ def load_pruned(
         InputError: no such file, arguments missing, or weights that do not fit.
     """
     checkpoint = _read(path, weights_only)
-    _check_checkpoint(checkpoint, f"checkpoint: {path}")
+    _check_checkpoint(checkpoint, f"checkpoint: {path}", needed=("state_dict",))
     known = inspect.signature(kind).parameters
     saved = {key: value for key, value in checkpoint.get("hyper_parameters", {}).items() if key in known}
     try:
@@ -130,10 +130,11 @@ def load_pruned(
     return module.eval()
 
 
-def _check_checkpoint(checkpoint: Any, source: str) -> None:
-    """Refuses values that are no checkpoint of Lightning."""
+def _check_checkpoint(checkpoint: Any, source: str, needed: Sequence[str] = ()) -> None:
+    """Refuses values that are no checkpoint of Lightning, or one without what is needed of it."""
     for key in ("state_dict", STRUCTURE_KEY, "hyper_parameters"):
-        if not isinstance(checkpoint, Mapping) or not isinstance(checkpoint.get(key) or {}, Mapping):
+        missing = isinstance(checkpoint, Mapping) and key in needed and key not in checkpoint
+        if missing or not isinstance(checkpoint, Mapping) or not isinstance(checkpoint.get(key) or {}, Mapping):
             raise InputError(f"{source} is no checkpoint of Lightning; give one that a Trainer wrote")
 
 

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from lit_prune.arguments import checked
 from lit_prune.errors import InputError
+from lit_prune.files import writable
 from lit_prune.progress import terminal
 from lit_prune.report import result_table, terminal_verdict
 from lit_prune.task import Task
@@ -27,7 +28,7 @@ from lit_prune.train.stage_record import check_done, check_metric_name, log_comp
 from lit_prune.train.staged_run import StagedRun, new_run
 from lit_prune.train.stages import BlockStage, ChannelStage, Stage
 from lit_prune.train.subject import Subject
-from lit_prune.train.surgeon import Surgeon
+from lit_prune.train.surgeon import Surgeon, on_rank_zero
 from lit_prune.train.teaching import Teaching
 from lit_prune.train.trainer_state import callbacks_of, is_trial
 
@@ -168,7 +169,8 @@ class StagedPruning(StagedRun):
         """Refuses stages that cannot be reached; a failed frontier stays stopped; a fresh run clears its folder.
 
         Raises:
-            InputError: a stage beyond the end of the run, or one that was never done before the present epoch.
+            InputError: a stage beyond the end of the run, or one that was never done before the present epoch; a folder
+                that cannot be written.
         """
         self._trained = True
         if self.failed:
@@ -188,6 +190,7 @@ class StagedPruning(StagedRun):
         self._warn_of_copies(trainer, pl_module)
         self._check_late(trainer)
         run_dir = Path(trainer.default_root_dir)
+        on_rank_zero(trainer, lambda: str(writable(run_dir)))
         if trainer.is_global_zero and run_of(run_dir) == self.run:
             self.run = new_run()  # what it handed over is not what it will have now
         if trainer.is_global_zero and not self.dense:

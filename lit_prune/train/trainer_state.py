@@ -1,7 +1,5 @@
 """What Lightning's connectors leave on a Trainer, with its type: the class itself does not declare it."""
 
-from typing import Any
-
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 
 
@@ -23,8 +21,3 @@ def is_trial(trainer: Trainer) -> bool:
 def steps_between_logs(trainer: Trainer) -> int:
     """Every how many steps figures are logged."""
     return int(vars(trainer)["log_every_n_steps"])
-
-
-def put(trainer: Trainer, **attributes: Any) -> None:
-    """Sets attributes that the class does not declare."""
-    vars(trainer).update(attributes)

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Callback
 
 from lit_prune.cli.parsing import causes
+from lit_prune.errors import InputError
 from lit_prune.train.checkpoints import WholeFileIO, checkpoint_writer
 
 DIES_IN_A_WRITE = """
@@ -71,7 +72,9 @@ def test_training_goes_on_during_a_write_and_the_end_waits_for_it(tmp_path, make
 def test_a_write_that_failed_is_raised_at_the_end_at_the_latest(tmp_path):
     (tmp_path / "file").write_text("")
     writer = checkpoint_writer()
-    with pytest.raises(OSError, match="file"):  # by the call itself where the writing thread is quicker
+    with pytest.raises(
+        InputError, match="file cannot be written"
+    ):  # by the call itself where the writing thread is quicker
         writer.save_checkpoint({"epoch": 0}, tmp_path / "file" / "last.ckpt")
         writer.teardown()
 
