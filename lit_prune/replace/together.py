@@ -69,7 +69,7 @@ def solve_together(module: nn.Module, fitted: Samples, held_out: Samples, passes
     """`argmin Σ‖f(u) - z*‖²` over all parameters of a segment f by Adam, from where they are; changed in place.
 
     u is what the segment reads in the reduced network, z* what it gives in the original one. A weight moves in steps
-    relative to the spread of what its layer gives over the spread of what it multiplies, so that rescaling a unit and
+    relative to the spread of what its layer gives over the size of what it multiplies, so that rescaling a unit and
     undoing it behind changes nothing. Of the way that was found the share is gone that serves held-out samples best.
 
     Args:
@@ -141,9 +141,10 @@ def _error(module: nn.Module, parameters: Mapping[str, Tensor], samples: Samples
 def step_units(module: nn.Module, run: Callable[[], Any]) -> dict[str, Tensor]:
     """Unit of a step for each floating-point parameter, of its shape or one that spreads to it.
 
-    A weight's is what changes its layer's output by about its spread: the spread of the output over that of what the
-    weight multiplies. So rescaling a unit and undoing it behind changes nothing. Of what multiplies nothing that is
-    known (a class token, a slope) it is the parameter's own size.
+    A weight's is what changes its layer's output by about its spread: the spread of the output over the size of what
+    the weight multiplies (its mean included, by which a step moves the output as much). So rescaling a unit and undoing
+    it behind changes nothing. Of what multiplies nothing that is known (a class token, a slope) it is the parameter's
+    own size.
 
     Args:
         module: any network or part of one.
@@ -154,7 +155,7 @@ def step_units(module: nn.Module, run: Callable[[], Any]) -> dict[str, Tensor]:
     def note(name: str, part: nn.Module, args: tuple, output: Tensor) -> None:
         if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
             dim = channel_dim(part) if axes.is_weighted(part) else 1 if isinstance(part, CHANNELS_FIRST) else -1
-            spreads[name] = (_variances(args[0].detach(), dim), _variances(output.detach(), dim))
+            spreads[name] = (_powers(args[0].detach(), dim), _variances(output.detach(), dim))
 
     holders = {name: m for name, m in module.named_modules() if next(m.parameters(recurse=False), None) is not None}
     with removing([part.register_forward_hook(partial(note, name)) for name, part in holders.items()]), torch.no_grad():
@@ -170,7 +171,7 @@ def step_units(module: nn.Module, run: Callable[[], Any]) -> dict[str, Tensor]:
 
 
 def _rate(part: nn.Module, key: str, parameter: Tensor, given: Tensor | None, output: Tensor | None) -> Tensor:
-    """The spread of the output over that of what the parameter multiplies; else the parameter's own size."""
+    """The spread of the output over the size of what the parameter multiplies; else the parameter's own size."""
     if output is not None and given is not None:
         spread = output.sqrt()  # next to 0 of a channel that is shut off, which a norm behind it makes large again
         if key == "weight" and axes.is_weighted(part):
@@ -185,6 +186,11 @@ def _rate(part: nn.Module, key: str, parameter: Tensor, given: Tensor | None, ou
         if parameter.shape == output.shape:
             return spread.to(parameter)
     return parameter.square().mean().sqrt().clamp_min(TINY)
+
+
+def _powers(values: Tensor, dim: int) -> Tensor:
+    """Mean square of each channel, float64."""
+    return values.movedim(dim, 0).flatten(1).double().square().mean(1)
 
 
 def _variances(values: Tensor, dim: int) -> Tensor:
