@@ -141,7 +141,7 @@ def test_blocks_solved_together_are_nearer_on_images_that_were_not_seen(net, bat
     def features(model):
         return model.stage(torch.relu(model.stem(fresh)))
 
-    for passes in (0, 20):
+    for passes in (0, 40):
         small = replace_mechanisms(net, plan, batches, "refit", settings=Replacement(together=passes))
         with torch.no_grad():
             errors.append(float((features(small.model) - features(net)[:, kept]).square().mean()))
