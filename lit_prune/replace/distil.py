@@ -40,7 +40,7 @@ class Distilling:
     epochs: float | None = None
     learning_rate: float = 3e-3
     batch: int = 32
-    held_out: float = 0.2
+    held_out: float = 0.1
     decay: float = 0.98
     seed: int = 0
 
