@@ -75,8 +75,8 @@ def run_cell(cell: Cell, samples: Path, repair_images: int, answers: Path, devic
     generator = torch.Generator().manual_seed(cell.seed)
     order = torch.randperm(len(bench.train[1]), generator=generator)[: cell.images]
     calibration = split(bench.train, bench.batch, order)
-    if cell.mirrored:
-        calibration += [tuple(v.flip(-1) if v.ndim > 1 else v for v in part) for part in calibration]
+    if cell.mirrored:  # beside each other: the last batches, held out, are no mirror images of what is solved for
+        calibration = [view for part in calibration for view in (part, mirrored(part))]
     before = peak()
     small, seconds = compressed(bench, cell, calibration)
     found = {"device": device, "commit": (commit() or "")[:7], "seconds": seconds}
@@ -88,6 +88,11 @@ def run_cell(cell: Cell, samples: Path, repair_images: int, answers: Path, devic
         found["before_repair"] = judge(small)
         found["repair"] = repaired(bench, small, cell, repair_images)
     return asdict(cell) | found | judge(small)
+
+
+def mirrored(part: tuple) -> tuple:
+    """The mirror images of a batch, maps of labels too."""
+    return tuple(values.flip(-1) if values.ndim > 1 else values for values in part)
 
 
 def peak() -> int:
