@@ -15,7 +15,7 @@ from lit_prune.replace.patches import channel_dim
 from lit_prune.replace.regression import alive
 from lit_prune.structure import axes
 
-STEP = 0.02  # of a weight, in what would change its layer's output by that share of its spread
+STEP = 0.025  # of a weight, in what would change its layer's output by that share of its spread
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the way that may be gone; what serves held-out samples best
 BATCH = 64
 LEAST_BATCH = 8
