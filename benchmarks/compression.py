@@ -33,6 +33,7 @@ from lit_prune.replace import Replacement
 from lit_prune.replace.distil import Distilling, distil
 from lit_prune.running import undisturbed
 from lit_prune.structure import cost, trace_groups
+from lit_prune.structure.axes import is_weighted
 from lit_prune.structure.networks import fingerprint
 from lit_prune.task import settle
 from lit_prune.version import commit
@@ -121,9 +122,9 @@ def torch_pruned(bench: Bench, keep: float, batches: list, name: str) -> nn.Modu
     import torch_pruning
 
     model, example = copy.deepcopy(bench.model), batches[0][0][:1]
-    outside = {name for group in trace_groups(model, example).groups if group.role != "mid" for name in group.producers}
-    ignored = [model.get_submodule(name) for name in outside]
-    ignored += [module for module in model.modules() if isinstance(module, nn.Linear)]
+    inside = {name for group in trace_groups(model, example).groups if group.role == "mid" for name in group.producers}
+    weighted = [(name, module) for name, module in model.named_modules() if is_weighted(module)]
+    ignored = [module for name, module in weighted if name not in inside or isinstance(module, nn.Linear)]
     importance = getattr(torch_pruning.importance, name)()
     options = {"iterative_steps": STEPS, "pruning_ratio": 0.98, "ignored_layers": ignored}
     pruner = torch_pruning.pruner.MetaPruner(model, example, importance, True, **options)
