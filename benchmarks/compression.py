@@ -122,7 +122,8 @@ def torch_pruned(bench: Bench, keep: float, batches: list, name: str) -> nn.Modu
     import torch_pruning
 
     model, example = copy.deepcopy(bench.model), batches[0][0][:1]
-    inside = {name for group in trace_groups(model, example).groups if group.role == "mid" for name in group.producers}
+    groups = trace_groups(model, example).prunable
+    inside = {name for group in groups if group.role == "mid" for name in group.producers}
     weighted = [(name, module) for name, module in model.named_modules() if is_weighted(module)]
     ignored = [module for name, module in weighted if name not in inside or isinstance(module, nn.Linear)]
     importance = getattr(torch_pruning.importance, name)()
