@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torchvision
+from compression import peak
 from compression_cases import HALF, normalised, photographs
 from torch import Tensor, nn
 
@@ -30,7 +31,6 @@ from lit_prune.version import commit
 
 BATCH, SIDE = 20, 224
 ALONE = Replacement(towards="weights", together=0, unsupported="delete")
-KILOBYTES = 1 << 10
 
 
 def read(samples: Path, count: int) -> list[tuple[Tensor, Tensor]]:
@@ -89,7 +89,7 @@ def main() -> None:
         for images, _ in few:
             model(images)
     plain = (time.process_time() - start) / sum(len(images) for images, _ in few) * arguments.images
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // KILOBYTES
+    before = peak()
     passes, memory = Passes(), []
     watch_memory(10, memory)
     start, wall = time.process_time(), time.perf_counter()
@@ -108,7 +108,7 @@ def main() -> None:
         "plain_pass_seconds": plain,
         "processor_passes": processor / plain,
         "steps": report["seconds"],
-        "process_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // KILOBYTES,
+        "process_mb": peak(),
         "before_mb": before,
         "agreement": report["agreement"],
         "threads": torch.get_num_threads(),

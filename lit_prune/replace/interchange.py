@@ -21,6 +21,7 @@ from lit_prune.running import undisturbed
 from lit_prune.structure import Plan, apply_plan, trace_groups
 from lit_prune.task import Classification, Task, settle
 from lit_prune.task.batches import to_network
+from lit_prune.task.outputs import softmax_divergence
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,7 @@ class Interchange:
         """KL(low ‖ high) of the softmax outputs in nats, float64 [R]."""
         if not isinstance(self.task, Classification):
             return torch.full((len(self.low),), torch.nan, dtype=torch.float64)
-        low, high = (logits.double().log_softmax(1) for logits in (self.low, self.high))
-        return (low.exp() * (low - high)).sum(1)
+        return softmax_divergence(self.low.double(), self.high.double())
 
     @property
     def iia(self) -> float:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lit_prune.measurement.layers import removing
-from lit_prune.replace.patches import channel_dim
 from lit_prune.replace.regression import alive
 from lit_prune.structure import axes
 
@@ -20,7 +19,6 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the way that may be gone; what serves
 BATCH = 64
 LEAST_BATCH = 8
 VALUES = 1 << 20  # of a segment's input in one step, where that leaves LEAST_BATCH samples
-CHANNELS_FIRST = (*axes.BATCH_NORMS, nn.GroupNorm)
 TINY = torch.finfo(torch.float32).tiny
 CHECKED = 32  # samples that held-out errors are computed of at once
 
@@ -153,9 +151,11 @@ def step_units(module: nn.Module, run: Callable[[], Any]) -> dict[str, Tensor]:
     spreads: dict[str, tuple[Tensor, Tensor]] = {}
 
     def note(name: str, part: nn.Module, args: tuple, output: Tensor) -> None:
-        if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
-            dim = channel_dim(part) if axes.is_weighted(part) else 1 if isinstance(part, CHANNELS_FIRST) else -1
-            spreads[name] = (_powers(args[0].detach(), dim), _variances(output.detach(), dim))
+        scales = axes.is_cuttable(part) and not isinstance(part, nn.PReLU)  # a slope is its own measure
+        if scales and args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
+            given, left = args[0].detach(), output.detach()
+            powers = _powers(given, axes.channel_dim(part, given))
+            spreads[name] = (powers, _variances(left, axes.channel_dim(part, left)))
 
     holders = {name: m for name, m in module.named_modules() if next(m.parameters(recurse=False), None) is not None}
     with removing([part.register_forward_hook(partial(note, name)) for name, part in holders.items()]), torch.no_grad():
@@ -166,7 +166,8 @@ def step_units(module: nn.Module, run: Callable[[], Any]) -> dict[str, Tensor]:
             if not parameter.is_floating_point():
                 continue
             full = f"{name}.{key}" if name else key
-            found[full] = _rate(part, key, parameter.detach(), *spreads.get(name, (None, None)))
+            unit = _rate(part, key, parameter.detach(), *spreads.get(name, (None, None)))
+            found[full] = unit.nan_to_num(0.0, 0.0, 0.0)  # of a layer that got no samples: it stays
     return found
 
 

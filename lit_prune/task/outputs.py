@@ -88,3 +88,9 @@ def shared_outputs(one: Any, other: Any) -> list[tuple[Tensor, Tensor]]:
     """The tensors of two outputs that lie at the same place and have the same shape; none where there are none."""
     own, wanted = named_outputs(one), named_outputs(other)
     return [(own[name], wanted[name]) for name in own if name in wanted and own[name].shape == wanted[name].shape]
+
+
+def softmax_divergence(original: Tensor, other: Tensor) -> Tensor:
+    """KL(softmax(original) ‖ softmax(other)) of logits [B, K, ...], mean over positions, [B], nats."""
+    first, second = original.log_softmax(1), other.log_softmax(1)
+    return (first.exp() * (first - second)).sum(1).reshape(len(original), -1).mean(1)

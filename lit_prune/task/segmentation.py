@@ -12,6 +12,7 @@ from lit_prune.errors import InputError
 from lit_prune.task.answered import Answered
 from lit_prune.task.base import Term, register_task
 from lit_prune.task.batches import describe, is_one_hot
+from lit_prune.task.outputs import softmax_divergence
 
 VOID = (255, -100)  # what data sets and torch take for pixels without a label
 IGNORED = -100
@@ -106,8 +107,7 @@ class Segmentation(Answered):
 
         Few pixels lie near a border, and rare classes have few: the squared change of logits hardly sees either.
         """
-        teacher, student = original.log_softmax(1), other.log_softmax(1)
-        return (teacher.exp() * (teacher - student)).sum(1).flatten(1).mean(1)
+        return softmax_divergence(original, other)
 
     def _mean(self, losses: Tensor, labels: Tensor) -> Tensor:
         seen = (labels != IGNORED).flatten(1)

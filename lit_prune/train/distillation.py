@@ -13,7 +13,7 @@ from lit_prune.arguments import checked
 from lit_prune.errors import InputError
 from lit_prune.task.batches import describe
 from lit_prune.task.detection import detector_heads
-from lit_prune.task.outputs import shared_outputs
+from lit_prune.task.outputs import shared_outputs, softmax_divergence
 
 FORMS = ("cosine", "kl", "mse")
 
@@ -79,10 +79,7 @@ def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """`T² · KL(softmax(teacher / T) ‖ softmax(student / T))` in nats, mean over samples and positions; [B, K, ...]."""
-    log_student = F.log_softmax(student.float() / temperature, dim=1)
-    log_teacher = F.log_softmax(teacher.float() / temperature, dim=1)
-    positions = student.numel() / student.shape[1]
-    return F.kl_div(log_student, log_teacher, reduction="sum", log_target=True) / positions * temperature**2
+    return softmax_divergence(teacher.float() / temperature, student.float() / temperature).mean() * temperature**2
 
 
 def last_layer(network: nn.Module) -> str:

@@ -63,5 +63,8 @@ def _entries_of(values: Iterable[Any]) -> list[tuple[Any, list[Any]]]:
 def _refill(container: Any, entries: list[Any]) -> None:
     """Gives a container the entries that it had."""
     container.clear()
-    add = container.update if isinstance(container, dict | set) else container.extend
-    add(entries)
+    if isinstance(container, dict):
+        for key, value in entries:  # `update` of a Counter counts
+            container[key] = value
+    else:
+        (container.update if isinstance(container, set) else container.extend)(entries)

@@ -110,3 +110,34 @@ def test_segmentation_lessens_the_divergence_of_its_decisions():
 def test_other_tasks_lessen_the_squared_change():
     first, second = torch.randn(2, 7, 3, dtype=torch.float64)
     assert torch.equal(Classification().divergence(first, second), (second - first).square().sum(1))
+
+
+class Picky(nn.Module):
+    """Its second layer gets no samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 3), nn.Linear(3, 3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        answers = self.first(images)
+        self.second(answers[answers[:, 0] > 1e9])
+        return answers
+
+
+def test_a_layer_that_gets_no_samples_stays_as_it_is():
+    torch.manual_seed(0)
+    original = Picky().double().eval()
+    small = copy.deepcopy(original)
+    with torch.no_grad():
+        small.first.weight *= 0.9
+    found = repaired(original, small)
+    assert found["divergence_after"] < found["divergence_before"]
+    assert torch.equal(small.second.weight, original.second.weight)
+
+
+def test_maps_without_a_batch_have_units_of_their_channels():
+    torch.manual_seed(0)
+    layer, image = nn.Conv2d(3, 4, 3), torch.randn(3, 9, 11)
+    one, few = (step_units(layer, lambda given=given: layer(given))["weight"] for given in (image, image[None]))
+    assert torch.allclose(one, few)

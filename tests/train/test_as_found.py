@@ -1,5 +1,6 @@
 """What a module, its callbacks and its loggers notice of the steps and validations that are run only to measure."""
 
+from collections import Counter, OrderedDict, defaultdict, deque
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from torchmetrics import MaxMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from lit_prune import AxisTrace, ChannelStage, Repair, StagedPruning
+from lit_prune.train.module_state import attributes_kept
 from tests import lightning_modules as modules
 from tests.lightning_modules import images, loaders, trainer
 
@@ -111,3 +113,18 @@ def test_a_validation_in_between_finds_callbacks_and_folders_and_neither_callbac
     rows = [row.split(",") for row in (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()]
     for key in ("by_hand", "by_the_experiment"):
         assert sum(row[rows[0].index(key)] != "" for row in rows[1:]) == called.count
+
+
+def test_containers_that_count_and_keep_an_order_have_what_they_had():
+    module = nn.Module()
+    module.net = nn.Linear(2, 2)
+    module.seen, module.order = Counter(cat=3), OrderedDict(first=1, second=2)
+    module.groups, module.last = defaultdict(list, cat=[1]), deque([1, 2], maxlen=2)
+    with attributes_kept(module, module.net):
+        module.seen["dog"] += 1
+        module.order.move_to_end("first")
+        module.groups["cat"].append(2)
+        module.last.append(3)
+    assert module.seen == Counter(cat=3) and list(module.order) == ["first", "second"]
+    assert module.groups == {"cat": [1]} and list(module.last) == [1, 2]
+    assert module.groups["new"] == []
